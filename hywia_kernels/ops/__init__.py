@@ -1,0 +1,175 @@
+"""Public operations, and the contract that every backend meets.
+
+Each op is checked once here (`checks`), handed to one backend (`registry`), and means what `reference` computes in
+float64. The backends hold no contract of their own: they may assume that the checks have passed.
+
+Common rules
+------------
+* dtypes: `weight`, `grad` and `fisher` are float32, bfloat16 or float16, each on its own; sums are float32.
+* layout: any strides (transposed, sliced, expanded); sizes and offsets are 64-bit.
+* determinism: a fixed order of accumulation and no float atomics; the same input gives the same bits every run.
+* choice: `backend=` beats the environment variable `HYWIA_BACKEND` beats the automatic choice. The automatic choice
+  may fall back (the reason is logged once); a named backend never does.
+* `torch.compile`: every op is a `torch.library` custom op with a fake implementation.
+* none of the ops is differentiable.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, library
+from .registry import BACKENDS, Availability, availability, choose
+
+__all__ = [
+    "BACKENDS",
+    "AttentionFusion",
+    "Availability",
+    "TaylorImportance",
+    "attention_fusion",
+    "availability",
+    "choose",
+    "compact",
+    "taylor_importance",
+]
+
+
+class TaylorImportance(NamedTuple):
+    """Fine and signed sums, float32 `[units]` each."""
+
+    fine: Tensor
+    signed: Tensor
+
+
+class AttentionFusion(NamedTuple):
+    """Fused score and the fine estimate's blend weight in [0, 1], float32 `[units]` each."""
+
+    score: Tensor
+    weight: Tensor
+
+
+def taylor_importance(
+    weight: Tensor,
+    grad: Tensor | None,
+    fisher: Tensor | None = None,
+    *,
+    axis: int,
+    order: str = "first",
+    group_size: int = 1,
+    out: tuple[Tensor, Tensor] | None = None,
+    backend: str | None = None,
+) -> TaylorImportance:
+    """Fine and signed Taylor sums per unit of one matrix, from a single read of its operands.
+
+    With `t = grad·weight` (`order="first"`), `½·fisher·weight²` (`"second"`) or `grad·weight − ½·fisher·weight²`
+    (`"mixed"`), a unit's fine sum is `Σ|t|` and its signed sum `Σt`. A unit is `group_size` consecutive rows
+    (`axis=0`) or columns (`axis=1`): a channel, a head, or a KV group with all its query heads. The sign survives
+    the fold, so the coarse estimate `|Σt|` is taken by the caller after every coupled matrix has been added.
+
+    Source: LLM-Pruner (arXiv 2305.11627), element-wise and vector-wise Taylor importance; the fine and coarse grains
+    of HyWIA (arXiv 2403.10799).
+
+    Args:
+        weight: `[rows, columns]`, float32, bfloat16 or float16.
+        grad: like `weight` in shape and device, in any of the three dtypes. Not read, and may be None, when
+            `order="second"`.
+        fisher: mean of squared per-sample gradients, like `grad`. Needed by "second" and "mixed"; pass float32, since
+            squares of float16 gradients underflow.
+        axis: where the units lie. 0: one score per row (or group of rows); 1: per column.
+        order: "first", "second" or "mixed".
+        group_size: consecutive rows or columns per unit; divides `weight.shape[axis]`.
+        out: `(fine, signed)` of an earlier call, contiguous float32 `[units]` on the same device: this matrix is
+            *added* to them, and they are returned. That is how the coupled matrices of a group become one result.
+        backend: "reference", "native", "triton", "cuda", or None for the automatic choice.
+
+    Returns:
+        `TaylorImportance(fine, signed)`, float32 `[units]`.
+
+    Raises:
+        UsageError: an argument outside the above. BackendError: a named backend that is off or cannot do this.
+    """
+    checks.taylor_importance(weight, grad, fisher, axis, order, group_size, out)
+    if order == "first":
+        fisher = None
+    elif order == "second":
+        grad = None
+    if out is None:
+        functional = torch.ops.hywia.taylor_importance if torch.compiler.is_compiling() else library.taylor_importance
+        return TaylorImportance(*functional(weight, grad, fisher, axis, order, group_size, backend))
+    fine, signed = out
+    inplace = torch.ops.hywia.taylor_importance_ if torch.compiler.is_compiling() else library.taylor_importance_
+    inplace(weight, grad, fisher, axis, order, group_size, fine, signed, backend)
+    return TaylorImportance(fine, signed)
+
+
+def compact(
+    weight: Tensor, keep: Tensor, axis: int = 0, *, out: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """The surviving rows or columns of a matrix (or entries of a vector), packed; only the kept part is read.
+
+    Args:
+        weight: `[rows, columns]`, or `[entries]` (a bias) with `axis=0`; float32, bfloat16 or float16; any strides.
+        keep: int64 `[kept]`, strictly increasing, within `weight.shape[axis]`; on the weight's device or on the CPU.
+        axis: 0 keeps rows, 1 keeps columns.
+        out: contiguous destination of the result's shape, dtype and device, overlapping neither input.
+        backend: as in `taylor_importance`.
+
+    Returns:
+        A contiguous tensor equal to `weight.index_select(axis, keep)`.
+
+    Raises:
+        UsageError: an argument outside the above. BackendError: a named backend that is off or cannot do this.
+    """
+    checks.compact(weight, keep, axis, out)
+    if out is None:
+        functional = torch.ops.hywia.compact if torch.compiler.is_compiling() else library.compact
+        return functional(weight, keep, axis, backend)
+    inplace = torch.ops.hywia.compact_ if torch.compiler.is_compiling() else library.compact_
+    inplace(weight, keep, axis, out, backend)
+    return out
+
+
+def attention_fusion(
+    fine: Tensor,
+    coarse: Tensor,
+    *,
+    temperature: float = 1.0,
+    out: tuple[Tensor, Tensor] | None = None,
+    backend: str | None = None,
+) -> AttentionFusion:
+    """Blend two estimates of every unit's importance by attention over the pair.
+
+    Both estimates are put on one scale: `z = (log x − mean) / std` over the units (population std; `x` is floored at
+    1e-12 of its maximum so that dead units stay finite; a constant estimate gives `z = 0`). The two numbers are the
+    unit's two tokens; their mean `m = (z_f + z_c)/2` is the query and each token is its own key and value, so
+
+        weight = softmax(m·[z_f, z_c] / temperature)[0],    score = weight·z_f + (1 − weight)·z_c.
+
+    A unit that both grains call important leans on the grain that says so louder; one that both call weak leans on
+    the lower. This formula is this project's reading of HyWIA's adaptive fusion (arXiv 2403.10799 publishes no code);
+    compare it with its ablations before you trust it.
+
+    Args:
+        fine: float32 `[units]`, non-negative (`|t|` summed over weights).
+        coarse: float32 `[units]`, non-negative, same device.
+        temperature: positive; larger is closer to the plain mean.
+        out: `(score, weight)`, contiguous float32 `[units]`, overwritten.
+        backend: "reference", "native", "triton", or None for the automatic choice.
+
+    Returns:
+        `AttentionFusion(score, weight)`; scores are comparable within one call only, and NaN where the input is NaN.
+
+    Raises:
+        UsageError: an argument outside the above. BackendError: a named backend that is off or cannot do this.
+    """
+    checks.attention_fusion(fine, coarse, temperature, out)
+    if out is None:
+        functional = torch.ops.hywia.attention_fusion if torch.compiler.is_compiling() else library.attention_fusion
+        return AttentionFusion(*functional(fine, coarse, temperature, backend))
+    score, weight = out
+    inplace = torch.ops.hywia.attention_fusion_ if torch.compiler.is_compiling() else library.attention_fusion_
+    inplace(fine, coarse, temperature, score, weight, backend)
+    return AttentionFusion(score, weight)

@@ -1,0 +1,146 @@
+"""Argument checks of the ops: run once, before dispatch, in eager mode and under torch.compile alike.
+
+Only shapes, dtypes, devices and strides are looked at here; what needs the values (`keep` in range and increasing) is
+checked by `library`, which runs outside the traced graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ORDERS = ("first", "second", "mixed")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise UsageError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def _dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        expected = ", ".join(_name(d) for d in DTYPES)
+        raise UsageError(f"{name}: expected dtype {expected}, got {_name(tensor.dtype)}; convert it with .to(...)")
+
+
+def _axis(axis: object) -> None:
+    if axis not in (0, 1) or isinstance(axis, bool):
+        raise UsageError(f"axis: expected 0 (units are rows) or 1 (units are columns), got {axis!r}")
+
+
+def _like(name: str, tensor: Tensor, weight: Tensor) -> None:
+    _dtype(name, tensor)
+    if tensor.shape != weight.shape:
+        raise UsageError(f"{name}: expected the weight's shape {list(weight.shape)}, got {list(tensor.shape)}")
+    if tensor.device != weight.device:
+        raise UsageError(f"{name}: expected the weight's device {weight.device}, got {tensor.device}; move it first")
+
+
+def _vector(name: str, value: object, length: int, device: torch.device) -> None:
+    tensor = _tensor(name, value)
+    if tensor.dtype != torch.float32 or list(tensor.shape) != [length] or tensor.device != device:
+        raise UsageError(
+            f"{name}: expected float32 [{length}] on {device}, "
+            f"got {_name(tensor.dtype)} {list(tensor.shape)} on {tensor.device}"
+        )
+    if not tensor.is_contiguous():
+        raise UsageError(f"{name}: expected a contiguous vector, got strides {tensor.stride()}; pass .contiguous()")
+
+
+def _pair(out: object, names: tuple[str, str], length: int, device: torch.device) -> None:
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise UsageError(f"out: expected a pair ({names[0]}, {names[1]}) of tensors, got {type(out).__name__}")
+    for name, tensor in zip(names, out, strict=True):
+        _vector(f"out ({name})", tensor, length, device)
+
+
+def taylor_importance(
+    weight: Tensor,
+    grad: Tensor | None,
+    fisher: Tensor | None,
+    axis: int,
+    order: str,
+    group_size: int,
+    out: tuple[Tensor, Tensor] | None,
+) -> None:
+    _axis(axis)
+    if order not in ORDERS:
+        raise UsageError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
+    _tensor("weight", weight)
+    if weight.dim() != 2:
+        raise UsageError(f"weight: expected a matrix [rows, columns], got {weight.dim()} dimensions; view it as 2-D")
+    _dtype("weight", weight)
+    if order != "second":
+        if grad is None:
+            raise UsageError(f"grad: expected a tensor for order={order!r}, got None; only 'second' does without it")
+        _like("grad", _tensor("grad", grad), weight)
+    if order != "first":
+        if fisher is None:
+            raise UsageError(f"fisher: expected a tensor for order={order!r}, got None; only 'first' does without it")
+        _like("fisher", _tensor("fisher", fisher), weight)
+    size = weight.shape[axis]
+    if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 1 or size % group_size:
+        raise UsageError(
+            f"group_size: expected a positive divisor of the weight's size {size} along axis {axis}, got {group_size!r}"
+        )
+    if out is not None:
+        _pair(out, ("fine", "signed"), size // group_size, weight.device)
+
+
+def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor | None) -> None:
+    _axis(axis)
+    _dtype("weight", _tensor("weight", weight))
+    if weight.dim() not in (1, 2):
+        raise UsageError(f"weight: expected a matrix or a vector, got {weight.dim()} dimensions")
+    if weight.dim() == 1 and axis != 0:
+        raise UsageError("axis: expected 0 for a vector, got 1")
+    _tensor("keep", keep)
+    if keep.dtype != torch.int64 or keep.dim() != 1:
+        raise UsageError(f"keep: expected int64 [kept], got {_name(keep.dtype)} {list(keep.shape)}")
+    if keep.device.type != "cpu" and keep.device != weight.device:
+        raise UsageError(f"keep: expected the CPU or the weight's device {weight.device}, got {keep.device}")
+    if out is not None:
+        shape = list(weight.shape)
+        shape[axis] = keep.shape[0]
+        _tensor("out", out)
+        if list(out.shape) != shape or out.dtype != weight.dtype or out.device != weight.device:
+            raise UsageError(
+                f"out: expected {_name(weight.dtype)} {shape} on {weight.device}, "
+                f"got {_name(out.dtype)} {list(out.shape)} on {out.device}"
+            )
+        if not out.is_contiguous():
+            raise UsageError(f"out: expected a contiguous tensor, got strides {out.stride()}")
+
+
+def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, out: tuple[Tensor, Tensor] | None) -> None:
+    _tensor("fine", fine)
+    if fine.dim() != 1:
+        raise UsageError(f"fine: expected a vector [units], got {fine.dim()} dimensions")
+    _vector("fine", fine, fine.shape[0], fine.device)
+    _vector("coarse", coarse, fine.shape[0], fine.device)
+    if not temperature > 0 or temperature == float("inf"):
+        raise UsageError(f"temperature: expected a positive finite number, got {temperature!r}")
+    if out is not None:
+        _pair(out, ("score", "weight"), fine.shape[0], fine.device)
+
+
+def keep_values(keep: Tensor, size: int) -> None:
+    """The part of `compact`'s contract that needs the values of `keep`."""
+    if keep.numel() == 0:
+        return
+    bad_order = bool((keep[1:] <= keep[:-1]).any())
+    low, high = int(keep[0]), int(keep[-1])
+    if bad_order or low < 0 or high >= size:
+        raise UsageError(
+            f"keep: expected strictly increasing indices within [0, {size}), got "
+            + ("indices out of order" if bad_order else f"a range of [{low}, {high}]")
+            + "; sort and deduplicate them"
+        )

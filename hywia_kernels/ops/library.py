@@ -1,0 +1,128 @@
+"""The ops as `torch.library` custom ops: the eager bodies, and the fake implementations that torch.compile traces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .registry import implementation
+
+
+def _units(weight: Tensor, axis: int, group_size: int) -> int:
+    return weight.shape[axis] // group_size
+
+
+def taylor_importance(
+    weight: Tensor,
+    grad: Tensor | None,
+    fisher: Tensor | None,
+    axis: int,
+    order: str,
+    group_size: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    run = implementation("taylor_importance", backend, weight, grad, fisher)
+    units = _units(weight, axis, group_size)
+    fine, signed = (torch.empty(units, dtype=torch.float32, device=weight.device) for _ in range(2))
+    run(weight, grad, fisher, axis, order, group_size, fine, signed, False)
+    return fine, signed
+
+
+def taylor_importance_(
+    weight: Tensor,
+    grad: Tensor | None,
+    fisher: Tensor | None,
+    axis: int,
+    order: str,
+    group_size: int,
+    fine: Tensor,
+    signed: Tensor,
+    backend: str | None,
+) -> None:
+    run = implementation("taylor_importance", backend, weight, grad, fisher)
+    run(weight, grad, fisher, axis, order, group_size, fine, signed, True)
+
+
+def compact(weight: Tensor, keep: Tensor, axis: int, backend: str | None) -> Tensor:
+    shape = list(weight.shape)
+    shape[axis] = keep.shape[0]
+    out = weight.new_empty(shape)
+    compact_(weight, keep, axis, out, backend)
+    return out
+
+
+def compact_(weight: Tensor, keep: Tensor, axis: int, out: Tensor, backend: str | None) -> None:
+    run = implementation("compact", backend, weight)
+    checks.keep_values(keep, weight.shape[axis])
+    run(weight, keep.to(weight.device, non_blocking=True).contiguous(), axis, out)
+
+
+def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, backend: str | None) -> tuple[Tensor, Tensor]:
+    score, weight = torch.empty_like(fine), torch.empty_like(fine)
+    attention_fusion_(fine, coarse, temperature, score, weight, backend)
+    return score, weight
+
+
+def attention_fusion_(
+    fine: Tensor, coarse: Tensor, temperature: float, score: Tensor, weight: Tensor, backend: str | None
+) -> None:
+    run = implementation("attention_fusion", backend, fine, coarse)
+    run(fine, coarse, temperature, score, weight)
+
+
+def _register(name: str, schema: str, body, fake, mutates: tuple[str, ...] = ()) -> None:
+    torch.library.custom_op(f"hywia::{name}", body, mutates_args=mutates, schema=schema).register_fake(fake)
+
+
+def _fake_taylor(weight, grad, fisher, axis, order, group_size, backend):
+    units = _units(weight, axis, group_size)
+    return tuple(weight.new_empty(units, dtype=torch.float32) for _ in range(2))
+
+
+def _fake_compact(weight, keep, axis, backend):
+    shape = list(weight.shape)
+    shape[axis] = keep.shape[0]
+    return weight.new_empty(shape)
+
+
+def _fake_fusion(fine, coarse, temperature, backend):
+    return torch.empty_like(fine), torch.empty_like(fine)
+
+
+def _fake_inplace(*args) -> None:
+    return None
+
+
+_TAYLOR = "Tensor weight, Tensor? grad, Tensor? fisher, int axis, str order, SymInt group_size, "
+_register(
+    "taylor_importance", f"({_TAYLOR}str? backend=None) -> (Tensor, Tensor)", taylor_importance, _fake_taylor
+)
+_register(
+    "taylor_importance_",
+    f"({_TAYLOR}Tensor(a!) fine, Tensor(b!) signed, str? backend=None) -> ()",
+    taylor_importance_,
+    _fake_inplace,
+    ("fine", "signed"),
+)
+_register("compact", "(Tensor weight, Tensor keep, int axis, str? backend=None) -> Tensor", compact, _fake_compact)
+_register(
+    "compact_",
+    "(Tensor weight, Tensor keep, int axis, Tensor(a!) out, str? backend=None) -> ()",
+    compact_,
+    _fake_inplace,
+    ("out",),
+)
+_register(
+    "attention_fusion",
+    "(Tensor fine, Tensor coarse, float temperature, str? backend=None) -> (Tensor, Tensor)",
+    attention_fusion,
+    _fake_fusion,
+)
+_register(
+    "attention_fusion_",
+    "(Tensor fine, Tensor coarse, float temperature, Tensor(a!) score, Tensor(b!) weight, str? backend=None) -> ()",
+    attention_fusion_,
+    _fake_inplace,
+    ("score", "weight"),
+)
