@@ -1,0 +1,54 @@
+"""Hybrid-grained weight importance kernels and structured pruning for language models (HyWIA, arXiv 2403.10799).
+
+    import hywia_kernels as hk
+
+    model, tokenizer = hk.load("smollm2")
+    batches = hk.calibration(model, tokenizer)             # or hk.calibration(model, tokenizer, "text.jsonl")
+    scores = hk.score(model, batches, fusion="attention")
+    plan = hk.plan(scores, ratio=0.2)
+    hk.prune(model, plan)
+    hk.save(model, tokenizer, "smollm2-small", plan=plan)
+
+Importing the package probes no device, compiles nothing and patches nothing; transformers is imported on first use.
+"""
+
+from . import ops
+from .arch import groups
+from .calibrate import calibrate
+from .errors import BackendError, HywiaError, UsageError
+from .evaluate import evaluate, perplexity
+from .export import save
+from .fusion import fuse, score
+from .load import load
+from .selection import plan
+from .storage import load_scores, save_scores
+from .surgery import mask, prune
+from .text import calibration
+from .types import Group, Member, Plan, Scores, Statistics
+
+__all__ = [
+    "BackendError",
+    "Group",
+    "HywiaError",
+    "Member",
+    "Plan",
+    "Scores",
+    "Statistics",
+    "UsageError",
+    "calibrate",
+    "calibration",
+    "evaluate",
+    "fuse",
+    "groups",
+    "load",
+    "load_scores",
+    "mask",
+    "ops",
+    "perplexity",
+    "plan",
+    "prune",
+    "save",
+    "save_scores",
+    "score",
+]
+__version__ = "0.1.0"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import checks, library
-from .registry import BACKENDS, Availability, availability, choose
+from .registry import BACKENDS, Availability, availability, choose, require
 
 __all__ = [
     "BACKENDS",
@@ -33,6 +33,7 @@ __all__ = [
     "availability",
     "choose",
     "compact",
+    "require",
     "taylor_importance",
 ]
 

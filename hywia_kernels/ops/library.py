@@ -95,9 +95,7 @@ def _fake_inplace(*args) -> None:
 
 
 _TAYLOR = "Tensor weight, Tensor? grad, Tensor? fisher, int axis, str order, SymInt group_size, "
-_register(
-    "taylor_importance", f"({_TAYLOR}str? backend=None) -> (Tensor, Tensor)", taylor_importance, _fake_taylor
-)
+_register("taylor_importance", f"({_TAYLOR}str? backend=None) -> (Tensor, Tensor)", taylor_importance, _fake_taylor)
 _register(
     "taylor_importance_",
     f"({_TAYLOR}Tensor(a!) fine, Tensor(b!) signed, str? backend=None) -> ()",

@@ -30,7 +30,8 @@ def taylor_importance_fp64(
         assert fisher is not None
         t = 0.5 * fisher.double() * w * w
     else:
-        assert grad is not None and fisher is not None
+        assert grad is not None
+        assert fisher is not None
         t = grad.double() * w - 0.5 * fisher.double() * w * w
     if axis == 1:
         t = t.t()
@@ -62,7 +63,7 @@ def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor) -> None:
     torch.index_select(weight, axis, keep, out=out)
 
 
-def _standardised_log(x: Tensor) -> Tensor:
+def standardised_log(x: Tensor) -> Tensor:
     x = x.double()
     if x.numel() == 0:
         return x
@@ -76,7 +77,7 @@ def _standardised_log(x: Tensor) -> Tensor:
 
 
 def attention_fusion_fp64(fine: Tensor, coarse: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    zf, zc = _standardised_log(fine), _standardised_log(coarse)
+    zf, zc = standardised_log(fine), standardised_log(coarse)
     query = 0.5 * (zf + zc)
     weight = torch.sigmoid(query * (zf - zc) / temperature)
     return weight * zf + (1.0 - weight) * zc, weight

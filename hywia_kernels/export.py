@@ -1,0 +1,139 @@
+"""Write a (pruned) model as a directory that loads where the original did."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import arch, atomic
+from .adaptive import save_adaptive
+from .errors import HywiaError
+from .types import Plan
+from .versions import versions
+
+__all__ = ["RECORD", "plan_record", "save", "stock_config"]
+
+RECORD = "hywia.json"
+
+
+def stock_config(model: Any) -> Any:
+    """A stock transformers config that describes the model as it now is.
+
+    The model's own class where it accepts the widths; otherwise the table's stand-in with the same mathematics (a
+    Llama config refuses a hidden size that is no multiple of the head count, a Mistral config takes it).
+
+    Raises:
+        HywiaError: neither can describe it.
+    """
+    entry = arch.architecture(model)
+    values = copy.deepcopy(model.config).to_dict()
+    values["head_dim"] = getattr(model.config, "head_dim", None)
+    for field, widths in arch.config_widths(model, arch.groups(model)).items():
+        values[field] = widths[0]
+    try:
+        return type(model.config).from_dict(values)
+    except ValueError as refused:
+        unmet = {k: v for k, v in entry.stand_in_needs.items() if getattr(model.config, k, v) != v}
+        if entry.stand_in is None or unmet:
+            raise HywiaError(
+                f"save: a {model.config.model_type} config refuses these widths ({_last_line(refused)}) and no "
+                f"stand-in describes the model{f' with {unmet}' if unmet else ''}; plan again without attention"
+            ) from refused
+    return _stand_in(entry, values)
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
+
+
+def _stand_in(entry: arch.Architecture, values: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    assert entry.stand_in is not None
+    known = AutoConfig.for_model(entry.stand_in).to_dict()
+    own = ("model_type", "architectures", "transformers_version")
+    shared = {k: v for k, v in values.items() if k in known and k not in own}
+    return AutoConfig.for_model(entry.stand_in, **{**shared, **entry.stand_in_sets})
+
+
+def _as_stock(model: Any) -> Any:
+    """A model of the stock class that shares this one's tensors: loading them proves that the config describes them,
+    and copies nothing."""
+    from transformers import AutoModelForCausalLM
+
+    config = stock_config(model)
+    with torch.device("meta"):
+        stock = AutoModelForCausalLM.from_config(config)
+    stock.load_state_dict(model.state_dict(), assign=True)
+    stock.tie_weights()
+    stock.config.dtype = next(model.parameters()).dtype
+    if getattr(model, "generation_config", None) is not None:
+        stock.generation_config = model.generation_config
+    return stock
+
+
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """A plan without its indices, for records and reports."""
+    return {
+        **plan.record,
+        "layout": plan.layout,
+        "parameters_before": plan.parameters_before,
+        "parameters_after": plan.parameters_after,
+        "removed_ratio": plan.ratio,
+        "widths": {kind: plan.widths(kind) for kind in sorted({g.kind for g in plan.groups})},
+        "fingerprint": plan.fingerprint,
+    }
+
+
+def _record(plan: Plan | None, record: Mapping[str, Any] | None) -> dict[str, Any]:
+    content: dict[str, Any] = {"versions": versions(), **(record or {})}
+    if plan is not None:
+        content["plan"] = plan_record(plan)
+        content["kept_units"] = {name: keep.tolist() for name, keep in plan.keep.items()}
+    return content
+
+
+def save(
+    model: Any,
+    tokenizer: Any,
+    path: str | Path,
+    *,
+    plan: Plan | None = None,
+    record: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write safetensors, config, generation config, tokenizer and a `hywia.json` record.
+
+    A model whose layers are equally wide becomes a stock checkpoint that `AutoModelForCausalLM.from_pretrained` loads
+    with no trace of this package; one whose layers differ is loaded by `hywia_kernels.load`. The directory appears
+    complete or not at all.
+
+    Args:
+        model, tokenizer: what to write; the tokenizer may be None.
+        path: the directory.
+        plan: recorded with the kept units. record: more to record (arguments, seed, ...), JSON-serialisable.
+        overwrite: replace an existing model directory.
+
+    Raises:
+        UsageError: the directory exists. HywiaError: it cannot be written, or no config describes the model.
+    """
+    path = Path(path)
+    atomic.check_target(path.absolute(), overwrite=overwrite)
+    widths = arch.config_widths(model, arch.groups(model))
+    uniform = all(len(set(w)) == 1 for w in widths.values())
+    stock = _as_stock(model) if uniform else None
+    with atomic.directory(path, overwrite=overwrite) as folder:
+        # The weights come last: until they are whole, the directory does not load.
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        (folder / RECORD).write_text(json.dumps(_record(plan, record)) + "\n")
+        if stock is not None:
+            stock.save_pretrained(folder)
+        else:
+            save_adaptive(model, folder, widths)
+    return path

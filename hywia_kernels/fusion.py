@@ -1,0 +1,167 @@
+"""From statistics to one number per unit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import arch, ops
+from .calibrate import calibrate
+from .errors import HywiaError, UsageError
+from .ops.checks import ORDERS
+from .ops.reference import standardised_log
+from .types import Group, Scores, Statistics
+from .versions import versions
+from .weights import check_finite, count_parameters, fingerprint
+
+__all__ = ["CRITERIA", "FUSIONS", "coarse_estimate", "fuse", "magnitude", "random", "score"]
+
+FUSIONS = ("attention", "fine", "coarse", "mean", "product")
+CRITERIA = ("hywia", "magnitude", "random")
+
+
+def coarse_estimate(samples: Tensor, order: str) -> Tensor:
+    """Coarse importance float32 `[units]` from `h` float32 `[members, samples, units]`, summed over members.
+
+    `|mean_s h|` ("first", LLM-Pruner's "vectorize"), `½·mean_s h²` ("second", the Fisher information of a mask on the
+    unit), or `|mean_s h − ½·mean_s h²|` ("mixed").
+    """
+    h = samples.double()
+    first, second = h.mean(1), 0.5 * h.square().mean(1)
+    per_member = {"first": first.abs(), "second": second, "mixed": (first - second).abs()}[order]
+    return per_member.sum(0).float()
+
+
+def _fused(fine: Tensor, coarse: Tensor, fusion: str, backend: str) -> Tensor:
+    if fusion == "fine":
+        return fine
+    if fusion == "coarse":
+        return coarse
+    if fusion == "product":
+        return (fine.double() * coarse.double()).sqrt().float()  # the geometric mean: same ranking, no underflow
+    if fusion == "mean":
+        return (0.5 * (standardised_log(fine) + standardised_log(coarse))).float()
+    return ops.attention_fusion(fine, coarse, backend=backend).score
+
+
+def _loss_estimate(statistics: Statistics, group: Group) -> Tensor:
+    """`½·mean_s h²` of the last member, whose part of a unit is all the unit sends on: the second-order estimate of
+    what masking the unit adds to the loss, in the loss's own unit and so comparable between kinds."""
+    return coarse_estimate(statistics.coarse[group.name][-1:], "second")
+
+
+def fuse(
+    statistics: Statistics, fusion: str = "attention", order: str = "second", *, backend: str = "reference"
+) -> Scores:
+    """Scores from statistics; cheap, so that fusions and orders can be compared on one calibration.
+
+    Args:
+        fusion: "attention" (see `ops.attention_fusion`), or its ablations "fine" and "coarse" (one grain alone),
+            "mean" (of the standardised logarithms) and "product".
+        order: Taylor order of both grains: "first", "second" or "mixed".
+        backend: of the op. The vectors are short and on the CPU; float64 gives every machine the same scores.
+
+    Raises:
+        UsageError: an unknown fusion or order.
+    """
+    if fusion not in FUSIONS:
+        raise UsageError(f"fusion: expected one of {', '.join(FUSIONS)}, got {fusion!r}")
+    if order not in ORDERS:
+        raise UsageError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
+    values, loss = {}, {}
+    for group in statistics.groups:
+        coarse = coarse_estimate(statistics.coarse[group.name], order)
+        values[group.name] = _fused(statistics.fine[group.name][order], coarse, fusion, backend)
+        loss[group.name] = _loss_estimate(statistics, group)
+    record = {"criterion": "hywia", "fusion": fusion, "order": order, "statistics": dict(statistics.record)}
+    return _checked(statistics.groups, values, loss, statistics.parameters, statistics.fingerprint, record)
+
+
+def magnitude(model: Any, *, backend: str | None = None) -> Scores:
+    """Squared l2 norm of each unit's weights; needs no data. Ranks like the norm itself."""
+    check_finite(model)
+    found = arch.groups(model)
+    values = {}
+    for group in found:
+        pair = None
+        for member in group.members:
+            weight = model.get_submodule(member.module).weight.detach()
+            # ½·F·w² with F = 2 is w²; a zero-stride 2 costs no memory.
+            two = torch.full((), 2.0, dtype=torch.float32, device=weight.device).expand(weight.shape)
+            pair = ops.taylor_importance(
+                weight,
+                None,
+                two,
+                axis=member.axis,
+                order="second",
+                group_size=member.group_size,
+                out=pair and (pair[0], pair[1]),
+                backend=backend,
+            )
+        assert pair is not None
+        values[group.name] = pair.fine.cpu()
+    return _without_data(model, found, values, {"criterion": "magnitude"})
+
+
+def random(model: Any, seed: int = 0) -> Scores:
+    """Seeded uniform scores: the baseline that any criterion must beat."""
+    found = arch.groups(model)
+    generator = torch.Generator().manual_seed(seed)
+    values = {g.name: torch.rand(g.units, generator=generator) for g in found}
+    return _without_data(model, found, values, {"criterion": "random", "seed": seed})
+
+
+def _without_data(model: Any, found: tuple[Group, ...], values: dict[str, Tensor], record: dict[str, Any]) -> Scores:
+    record["versions"] = versions()
+    return _checked(found, values, {}, count_parameters(model), fingerprint(model), record)
+
+
+def _checked(
+    found: tuple[Group, ...],
+    values: dict[str, Tensor],
+    loss: dict[str, Tensor],
+    parameters: int,
+    print_: str,
+    record: dict[str, Any],
+) -> Scores:
+    for name, value in values.items():
+        if not bool(torch.isfinite(value).all()):
+            raise HywiaError(f"{name}: expected finite scores, got NaN or Inf; check the statistics of this group")
+    return Scores(found, values, loss, parameters, print_, record)
+
+
+def score(
+    model: Any,
+    batches: Any = None,
+    *,
+    criterion: str = "hywia",
+    fusion: str = "attention",
+    order: str = "second",
+    seed: int = 0,
+    backend: str | None = None,
+) -> Scores:
+    """Score every unit of a model in one call: `calibrate` then `fuse`, or a criterion that needs no data.
+
+    Args:
+        model: a causal language model of a known architecture.
+        batches: calibration token ids (see `calibrate`); needed by "hywia" only. `hywia_kernels.calibration` makes
+            them from a file, a dataset, or the model's own writing.
+        criterion: "hywia", "magnitude" or "random".
+        fusion, order: of "hywia". seed: of "random". backend: of the ops.
+
+    Raises:
+        UsageError: an unknown criterion, fusion or order, or no batches. HywiaError: as `calibrate`.
+    """
+    if criterion not in CRITERIA:
+        raise UsageError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
+    if criterion == "magnitude":
+        return magnitude(model, backend=backend)
+    if criterion == "random":
+        return random(model, seed)
+    if fusion not in FUSIONS:
+        raise UsageError(f"fusion: expected one of {', '.join(FUSIONS)}, got {fusion!r}")
+    if batches is None:
+        raise UsageError("batches: expected token ids for criterion 'hywia', got None; see hywia_kernels.calibration")
+    return fuse(calibrate(model, batches, backend=backend), fusion, order)

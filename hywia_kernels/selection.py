@@ -1,0 +1,206 @@
+"""From scores to a plan: which units stay, under which protocol, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import HywiaError, UsageError
+from .types import Group, Plan, Scores
+
+__all__ = ["KINDS", "plan", "top_units"]
+
+KINDS = ("mlp", "attention")
+
+
+def plan(
+    scores: Scores,
+    *,
+    ratio: float | None = None,
+    group_ratio: float | None = None,
+    layers: tuple[int, int] | None = None,
+    units: Sequence[str] = KINDS,
+    align: int = 64,
+) -> Plan:
+    """Choose the units to keep.
+
+    Two protocols:
+
+    * `ratio`: the share of all parameters to remove. Every layer gets the same width per kind, so that a stock config
+      describes the result; widths are multiples of `align`, heads are whole. Of the width pairs that meet the ratio
+      to within one alignment step, the one whose removed units add least to the loss by the scores' estimate is
+      taken; scores without an estimate (magnitude, random) remove the same share of both kinds, as nearly as whole
+      heads allow.
+    * `group_ratio` with `layers=(first, end)`: the papers' protocol, that share of every listed layer's units.
+
+    In both, units are ranked within their group, and of equals the lower index stays.
+
+    Args:
+        scores: of the model to prune.
+        ratio: in (0, 1). group_ratio: in (0, 1), instead of `ratio`.
+        layers: half-open range of layers for `group_ratio`; None: all.
+        units: which kinds may go: "mlp", "attention" or both.
+        align: widths of channels are multiples of it (or untouched).
+
+    Raises:
+        UsageError: arguments outside the above, or a ratio that these units cannot reach.
+    """
+    kinds = _kinds(units)
+    if align < 1:
+        raise UsageError(f"align: expected at least 1, got {align}")
+    if (ratio is None) == (group_ratio is None):
+        raise UsageError("ratio: expected exactly one of ratio and group_ratio")
+    if ratio is not None:
+        _in_unit_interval("ratio", ratio)
+        if layers is not None:
+            raise UsageError("layers: goes with group_ratio; ratio prunes every layer to the same width")
+        counts = _uniform(scores, ratio, kinds, align)
+        request: dict[str, Any] = {"protocol": "ratio", "ratio": ratio}
+    else:
+        assert group_ratio is not None
+        _in_unit_interval("group_ratio", group_ratio)
+        counts = _per_group(scores, group_ratio, layers, kinds, align)
+        request = {"protocol": "group_ratio", "group_ratio": group_ratio, "layers": layers and list(layers)}
+    request |= {"units": list(kinds), "align": align}
+    keep = {g.name: top_units(scores.values[g.name], counts[g.name]) for g in scores.groups}
+    removed = sum((g.units - counts[g.name]) * g.unit_parameters for g in scores.groups)
+    return Plan(
+        groups=scores.groups,
+        keep=keep,
+        parameters_before=scores.parameters,
+        parameters_after=scores.parameters - removed,
+        layout=_layout(scores.groups, counts),
+        fingerprint=scores.fingerprint,
+        record={**request, "scores": dict(scores.record)},
+    )
+
+
+def top_units(values: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest values, ascending, int64; of equals the lower index stays."""
+    order = torch.sort(values, descending=True, stable=True).indices
+    return order[:count].sort().values
+
+
+def _kinds(units: Sequence[str]) -> tuple[str, ...]:
+    chosen = tuple(k for k in KINDS if k in units)
+    unknown = [u for u in units if u not in KINDS]
+    if unknown or not chosen:
+        raise UsageError(f"units: expected some of {', '.join(KINDS)}, got {', '.join(map(str, units)) or 'none'}")
+    return chosen
+
+
+def _in_unit_interval(name: str, value: float) -> None:
+    if not 0.0 < value < 1.0:
+        raise UsageError(f"{name}: expected a number between 0 and 1, both excluded, got {value}")
+
+
+def _layout(groups: Iterable[Group], counts: dict[str, int]) -> str:
+    by_kind: dict[str, set[int]] = {}
+    for group in groups:
+        by_kind.setdefault(group.kind, set()).add(counts[group.name])
+    return "uniform" if all(len(widths) == 1 for widths in by_kind.values()) else "adaptive"
+
+
+def _widths(group: Group, align: int) -> list[int]:
+    """Counts a group may be cut to, ascending, the present one included."""
+    if group.kind == "attention":
+        return list(range(1, group.units + 1))
+    return [*range(align, group.units, align), group.units]
+
+
+def _per_group(
+    scores: Scores, group_ratio: float, layers: tuple[int, int] | None, kinds: tuple[str, ...], align: int
+) -> dict[str, int]:
+    depth = 1 + max(g.layer for g in scores.groups)
+    first, end = layers if layers is not None else (0, depth)
+    if not 0 <= first < end <= depth:
+        raise UsageError(f"layers: expected FIRST:END with 0 <= FIRST < END <= {depth}, got {first}:{end}")
+    counts = {g.name: g.units for g in scores.groups}
+    for group in scores.groups:
+        if group.kind in kinds and first <= group.layer < end:
+            target = group.units * (1.0 - group_ratio)
+            # Nearest allowed width; of two equally near the wider, which removes less.
+            counts[group.name] = min(_widths(group, align), key=lambda w: (abs(w - target), -w))
+    if all(counts[g.name] == g.units for g in scores.groups):
+        raise UsageError(
+            f"group_ratio: {group_ratio} rounds to nothing with align={align} and whole heads; "
+            "ask for more, or a smaller align"
+        )
+    return counts
+
+
+def _uniform(scores: Scores, ratio: float, kinds: tuple[str, ...], align: int) -> dict[str, int]:
+    options = {kind: _uniform_widths(scores, kind, align) for kind in kinds}
+    base = {kind: [g for g in scores.groups if g.kind == kind] for kind in kinds}
+    cost = {kind: sum(g.unit_parameters for g in base[kind]) for kind in kinds}
+    present = {kind: base[kind][0].units for kind in kinds}
+    target = ratio * scores.parameters
+
+    candidates: list[tuple[float, dict[str, int]]] = []  # (parameters removed, width by kind)
+    for heads in options.get("attention", [None]):
+        for width in options.get("mlp", [None]):
+            choice = {k: v for k, v in (("attention", heads), ("mlp", width)) if v is not None}
+            removed = sum((present[k] - v) * cost[k] for k, v in choice.items())
+            if removed > 0:
+                candidates.append((removed, choice))
+    # One alignment step: of the channels when they may go, of the heads otherwise.
+    fine = "mlp" if "mlp" in kinds else "attention"
+    step = (min(align, present[fine]) if fine == "mlp" else 1) * cost[fine]
+    near = [c for c in candidates if abs(c[0] - target) <= step]
+    if not near:
+        reach = sorted(c[0] / scores.parameters for c in candidates)
+        span = f"[{reach[0]:.4f}, {reach[-1]:.4f}]" if reach else "nothing"
+        raise UsageError(
+            f"ratio: {ratio} cannot be reached to within one step of {step / scores.parameters:.4f}; "
+            f"{' and '.join(kinds)} with align={align} reach {span}"
+        )
+    chosen = _least_loss(scores, near, target, present, step)
+    return {g.name: chosen.get(g.kind, g.units) for g in scores.groups}
+
+
+def _uniform_widths(scores: Scores, kind: str, align: int) -> list[int]:
+    members = [g for g in scores.groups if g.kind == kind]
+    if len({g.units for g in members}) != 1:
+        raise HywiaError(
+            f"ratio: the layers' {kind} widths differ already, so one width for all cannot be cut; use group_ratio"
+        )
+    stock = members[0].stock_counts
+    return [w for w in _widths(members[0], align) if kind != "attention" or not stock or w in stock]
+
+
+def _least_loss(
+    scores: Scores,
+    near: list[tuple[float, dict[str, int]]],
+    target: float,
+    present: dict[str, int],
+    step: float,
+) -> dict[str, int]:
+    """Among width pairs, per count of heads the nearest to the target, then the least estimated loss."""
+    by_heads: dict[int | None, tuple[float, dict[str, int]]] = {}
+    for removed, choice in near:
+        key = choice.get("attention")
+        best = by_heads.get(key)
+        if best is None or abs(removed - target) < abs(best[0] - target):
+            by_heads[key] = (removed, choice)
+    # A pair on the far side of half a step is kept only when nothing nearer exists.
+    within = [c for c in by_heads.values() if abs(c[0] - target) <= step / 2] or list(by_heads.values())
+    if scores.loss:
+        return min(within, key=lambda c: (_loss(scores, c[1]), abs(c[0] - target)))[1]
+    return min(within, key=lambda c: (_unevenness(c[1], present), abs(c[0] - target)))[1]
+
+
+def _loss(scores: Scores, choice: dict[str, int]) -> float:
+    total = 0.0
+    for group in scores.groups:
+        if group.kind in choice:
+            values, loss = scores.values[group.name], scores.loss[group.name].double()
+            total += float(loss.sum() - loss[top_units(values, choice[group.kind])].sum())
+    return total
+
+
+def _unevenness(choice: dict[str, int], present: dict[str, int]) -> float:
+    shares = [1.0 - width / present[kind] for kind, width in choice.items()]
+    return max(shares) - min(shares)

@@ -1,0 +1,19 @@
+"""Versions that a record of a run carries."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+__all__ = ["versions"]
+
+
+def versions() -> dict[str, str]:
+    """Version of Python, of this package and of what its results depend on; absent packages are left out."""
+    found = {"python": platform.python_version()}
+    for name in ("hywia_kernels", "torch", "triton", "transformers", "safetensors"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

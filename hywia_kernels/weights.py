@@ -1,0 +1,53 @@
+"""Facts about a model's weights: how many, how large, which, and whether they are numbers."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from .errors import HywiaError
+
+__all__ = ["check_finite", "count_parameters", "fingerprint", "weight_bytes"]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of the whole model, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes the parameters take in their present dtype, tied ones once: a safetensors checkpoint less its header."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def fingerprint(model: nn.Module, per_tensor: int = 1024) -> str:
+    """sha256 over names, shapes and an even sample of every parameter's values.
+
+    The values are taken as float32, so that an exact change of dtype keeps the fingerprint; reads `per_tensor` values
+    a parameter, not the whole model.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        index = torch.linspace(0, max(flat.numel() - 1, 0), min(per_tensor, flat.numel()), dtype=torch.float64)
+        values = flat[index.long().to(flat.device)].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise HywiaError naming the first parameter that holds NaN or Inf."""
+    for name, parameter in model.named_parameters():
+        # One float32 sum first: it is finite for every healthy tensor and needs no mask as large as the weight.
+        if torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
+            continue
+        finite = torch.isfinite(parameter.detach())
+        if not bool(finite.all()):
+            bad = int(finite.numel() - finite.sum())
+            raise HywiaError(
+                f"{name}: expected finite weights, found {bad} of {finite.numel()} NaN or Inf; "
+                "the checkpoint is damaged, or its dtype overflowed: load it again, in float32 or bfloat16"
+            )
