@@ -27,7 +27,13 @@ def save_adaptive(model: Any, folder: Path, widths: Mapping[str, Sequence[int]])
 
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
-    save_torch_state_dict(model.state_dict(), folder)
+    stored: set[int] = set()
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in stored:  # of tied weights the first name, which is the embedding's
+            stored.add(tensor.data_ptr())
+            state[name] = tensor
+    save_torch_state_dict(state, folder)
     config = json.loads(model.config.to_json_string(use_diff=False))
     config["base_model_type"] = config.get("model_type")
     config["model_type"] = ADAPTIVE
@@ -52,7 +58,8 @@ def load_adaptive(folder: Path, dtype: Any) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     _resize(model, widths)
-    state = _read(folder)
+    # Parameters only: rotary frequencies stay float32 in every dtype.
+    state = {k: v.to(getattr(torch, saved_dtype) if dtype == "auto" else dtype) for k, v in _read(folder).items()}
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     empty = [name for name, p in model.named_parameters() if p.is_meta]
@@ -60,7 +67,6 @@ def load_adaptive(folder: Path, dtype: Any) -> Any:
         raise HywiaError(f"model: {folder} lacks {empty or 'nothing'} and has unknown {unexpected or 'nothing'}")
     del missing  # tied weights are stored once; what is truly missing is still on the meta device
     _restore_buffers(model, config)
-    model.to(getattr(torch, saved_dtype) if dtype == "auto" else dtype)
     model.config.dtype = next(model.parameters()).dtype
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

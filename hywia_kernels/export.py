@@ -30,6 +30,8 @@ def stock_config(model: Any) -> Any:
     Raises:
         HywiaError: neither can describe it.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     entry = arch.architecture(model)
     values = copy.deepcopy(model.config).to_dict()
     values["head_dim"] = getattr(model.config, "head_dim", None)
@@ -37,7 +39,7 @@ def stock_config(model: Any) -> Any:
         values[field] = widths[0]
     try:
         return type(model.config).from_dict(values)
-    except ValueError as refused:
+    except (ValueError, StrictDataclassError) as refused:
         unmet = {k: v for k, v in entry.stand_in_needs.items() if getattr(model.config, k, v) != v}
         if entry.stand_in is None or unmet:
             raise HywiaError(

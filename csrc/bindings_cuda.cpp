@@ -1,0 +1,69 @@
+// Python module hywia_kernels._cuda: the GPU kernels. They run on the current device, on the stream that is passed.
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "bindings.h"
+
+namespace py = pybind11;
+using namespace hywia;
+using namespace pybind11::literals;
+
+namespace {
+
+TaylorImportanceArgs taylor_args(const py::tuple& weight, const py::tuple& grad, const py::tuple& fisher, int64_t units,
+                                 int64_t reduce, int64_t group_size, int order) {
+    TaylorImportanceArgs args;
+    args.weight = operand(weight), args.grad = operand(grad), args.fisher = operand(fisher);
+    args.units = units, args.reduce = reduce, args.group_size = group_size;
+    args.order = static_cast<Order>(order);
+    return args;
+}
+
+int64_t workspace(const py::tuple& weight, const py::tuple& grad, const py::tuple& fisher, int64_t units,
+                  int64_t reduce, int64_t group_size, int order) {
+    return taylor_importance_workspace(taylor_args(weight, grad, fisher, units, reduce, group_size, order));
+}
+
+void taylor_importance(const py::tuple& weight, const py::tuple& grad, const py::tuple& fisher, int64_t units,
+                       int64_t reduce, int64_t group_size, int order, int64_t fine, int64_t signed_sum,
+                       bool accumulate, int64_t workspace, int64_t stream) {
+    TaylorImportanceArgs args = taylor_args(weight, grad, fisher, units, reduce, group_size, order);
+    args.fine = pointer<float>(fine), args.signed_sum = pointer<float>(signed_sum);
+    args.accumulate = accumulate;
+    args.workspace = pointer<float>(workspace), args.stream = pointer<void>(stream);
+    py::gil_scoped_release release;
+    taylor_importance_cuda(args);
+}
+
+void compact(int64_t weight, int64_t out, int64_t keep, int64_t rows, int64_t columns, int64_t row_stride,
+             int64_t column_stride, int axis, int element_size, int64_t stream) {
+    CompactArgs args;
+    args.weight = pointer<const void>(weight), args.out = pointer<void>(out), args.keep = pointer<const int64_t>(keep);
+    args.rows = rows, args.columns = columns, args.row_stride = row_stride, args.column_stride = column_stride;
+    args.axis = axis, args.element_size = element_size, args.stream = pointer<void>(stream);
+    py::gil_scoped_release release;
+    compact_cuda(args);
+}
+
+// Empty when the CUDA runtime finds a driver new enough and a GPU; else why not.
+std::string probe() {
+    int count = 0;
+    const cudaError_t status = cudaGetDeviceCount(&count);
+    if (status != cudaSuccess) return cudaGetErrorString(status);
+    return count > 0 ? "" : "no GPU is visible";
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+    m.doc() = "CUDA kernels of hywia_kernels; call them through hywia_kernels.ops.";
+    m.attr("architectures") = HYWIA_CUDA_ARCHITECTURES;  // as given to CMake, separated by spaces
+    m.def("probe", &probe);
+    m.def("taylor_importance_workspace", &workspace, py::kw_only(), "weight"_a, "grad"_a, "fisher"_a, "units"_a,
+          "reduce"_a, "group_size"_a, "order"_a);
+    m.def("taylor_importance", &taylor_importance, py::kw_only(), "weight"_a, "grad"_a, "fisher"_a, "units"_a,
+          "reduce"_a, "group_size"_a, "order"_a, "fine"_a, "signed_sum"_a, "accumulate"_a, "workspace"_a, "stream"_a);
+    m.def("compact", &compact, py::kw_only(), "weight"_a, "out"_a, "keep"_a, "rows"_a, "columns"_a, "row_stride"_a,
+          "column_stride"_a, "axis"_a, "element_size"_a, "stream"_a);
+}

@@ -1,0 +1,63 @@
+// Python module hywia_kernels._native: the CPU kernels.
+#include "bindings.h"
+
+namespace py = pybind11;
+using namespace hywia;
+using namespace pybind11::literals;
+
+namespace {
+
+void taylor_importance(const py::tuple& weight, const py::tuple& grad, const py::tuple& fisher, int64_t units,
+                       int64_t reduce, int64_t group_size, int order, int64_t fine, int64_t signed_sum,
+                       bool accumulate, int threads) {
+    TaylorImportanceArgs args;
+    args.weight = operand(weight), args.grad = operand(grad), args.fisher = operand(fisher);
+    args.units = units, args.reduce = reduce, args.group_size = group_size;
+    args.order = static_cast<Order>(order);
+    args.fine = pointer<float>(fine), args.signed_sum = pointer<float>(signed_sum);
+    args.accumulate = accumulate, args.threads = threads;
+    py::gil_scoped_release release;
+    taylor_importance_cpu(args);
+}
+
+void compact(int64_t weight, int64_t out, int64_t keep, int64_t rows, int64_t columns, int64_t row_stride,
+             int64_t column_stride, int axis, int element_size, int threads) {
+    CompactArgs args;
+    args.weight = pointer<const void>(weight), args.out = pointer<void>(out), args.keep = pointer<const int64_t>(keep);
+    args.rows = rows, args.columns = columns, args.row_stride = row_stride, args.column_stride = column_stride;
+    args.axis = axis, args.element_size = element_size, args.threads = threads;
+    py::gil_scoped_release release;
+    compact_cpu(args);
+}
+
+void attention_fusion(int64_t fine, int64_t coarse, int64_t units, double temperature, int64_t score, int64_t weight,
+                      int threads) {
+    AttentionFusionArgs args;
+    args.fine = pointer<const float>(fine), args.coarse = pointer<const float>(coarse), args.units = units;
+    args.temperature = temperature, args.threads = threads;
+    args.score = pointer<float>(score), args.weight = pointer<float>(weight);
+    py::gil_scoped_release release;
+    attention_fusion_cpu(args);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "CPU kernels of hywia_kernels; call them through hywia_kernels.ops.";
+    m.def("taylor_importance", &taylor_importance, py::kw_only(), "weight"_a, "grad"_a, "fisher"_a, "units"_a,
+          "reduce"_a, "group_size"_a, "order"_a, "fine"_a, "signed_sum"_a, "accumulate"_a, "threads"_a);
+    m.def("compact", &compact, py::kw_only(), "weight"_a, "out"_a, "keep"_a, "rows"_a, "columns"_a, "row_stride"_a,
+          "column_stride"_a, "axis"_a, "element_size"_a, "threads"_a);
+    m.def("attention_fusion", &attention_fusion, py::kw_only(), "fine"_a, "coarse"_a, "units"_a, "temperature"_a,
+          "score"_a, "weight"_a, "threads"_a);
+#ifdef _OPENMP
+    m.attr("openmp") = true;
+#else
+    m.attr("openmp") = false;
+#endif
+#ifdef HYWIA_TARGET_CLONES
+    m.attr("target_clones") = true;
+#else
+    m.attr("target_clones") = false;
+#endif
+}

@@ -1,0 +1,69 @@
+// Every op of csrc: one argument struct and one launcher per op, CPU and CUDA alike.
+//
+// Nothing here knows torch. Pointers, sizes, strides (in elements, 64-bit) and dtype codes come in; the Python side
+// (hywia_kernels/ops/native.py and cuda.py) has checked them. Launchers report failure by std::runtime_error.
+#pragma once
+
+#include <cstdint>
+
+namespace hywia {
+
+enum class DType : int32_t { Float32 = 0, BFloat16 = 1, Float16 = 2 };
+enum class Order : int32_t { First = 0, Second = 1, Mixed = 2 };
+
+// One operand seen as [units, reduce]: the caller has already swapped the strides when the units are columns.
+struct Operand {
+    const void* data = nullptr;  // null: this order does not read it
+    int64_t unit_stride = 0;
+    int64_t reduce_stride = 0;
+    DType dtype = DType::Float32;
+};
+
+// fine[k] = sum |t|, signed_sum[k] = sum t over the `group_size` rows of unit k.
+struct TaylorImportanceArgs {
+    Operand weight, grad, fisher;
+    int64_t units = 0;   // rows of the [units, reduce] view, before folding; a multiple of group_size
+    int64_t reduce = 0;
+    int64_t group_size = 1;
+    Order order = Order::First;
+    float* fine = nullptr;        // [units / group_size]
+    float* signed_sum = nullptr;  // [units / group_size]
+    bool accumulate = false;      // add to the outputs instead of overwriting them
+    int threads = 1;              // CPU only
+    float* workspace = nullptr;   // CUDA only: taylor_importance_workspace() floats
+    void* stream = nullptr;       // CUDA only: cudaStream_t
+};
+
+void taylor_importance_cpu(const TaylorImportanceArgs& args);
+void taylor_importance_cuda(const TaylorImportanceArgs& args);
+int64_t taylor_importance_workspace(const TaylorImportanceArgs& args);  // floats; of the current CUDA device
+
+// out = weight.index_select(axis, keep), contiguous. A vector is a matrix of one row with axis 1.
+struct CompactArgs {
+    const void* weight = nullptr;
+    void* out = nullptr;
+    const int64_t* keep = nullptr;  // where the weight lies
+    int64_t rows = 0, columns = 0;  // of `out`
+    int64_t row_stride = 0, column_stride = 0;  // of `weight`
+    int axis = 0;
+    int element_size = 4;  // 2 or 4
+    int threads = 1;
+    void* stream = nullptr;
+};
+
+void compact_cpu(const CompactArgs& args);
+void compact_cuda(const CompactArgs& args);
+
+struct AttentionFusionArgs {
+    const float* fine = nullptr;
+    const float* coarse = nullptr;
+    int64_t units = 0;
+    double temperature = 1.0;
+    float* score = nullptr;
+    float* weight = nullptr;
+    int threads = 1;
+};
+
+void attention_fusion_cpu(const AttentionFusionArgs& args);
+
+}  // namespace hywia

@@ -1,0 +1,143 @@
+"""CUDA C++ kernels: hands pointers, sizes, strides and the current stream to the extension `hywia_kernels._cuda`."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .native import ORDER_CODES, compact_sizes, operand
+
+OPS = ("taylor_importance", "compact")
+
+
+@cache
+def _extension() -> ModuleType | ImportError:
+    try:
+        return importlib.import_module("hywia_kernels._cuda")
+    except ImportError as error:
+        return error
+
+
+def covers(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code compiled for `architectures` (CMake's notation, e.g. "80-real 90a-real 90-virtual") runs on a GPU.
+
+    Machine code runs on the same major version with the same or a later minor one; code of an architecture-specific
+    target ("90a") on that version alone; PTX on every version from its own on. A bare number stands for both kinds.
+    """
+    here = capability[0] * 10 + capability[1]
+    for number, specific, kind in re.findall(r"(\d+)([af]?)(?:-(real|virtual))?", architectures):
+        built = int(number)
+        if specific == "a":
+            if here == built:
+                return True
+        elif kind != "virtual" and built // 10 == capability[0] and built <= here:
+            return True
+        elif kind != "real" and not specific and built <= here:
+            return True
+    return False
+
+
+@cache
+def _uncovered(device: int) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    built = _extension().architectures
+    if covers(built, capability):
+        return None
+    wanted = "{}{}".format(*capability)
+    return (
+        f"the CUDA extension was built for {built}, and GPU {device} ({torch.cuda.get_device_name(device)}) is "
+        f"sm_{wanted}; reinstall with HYWIA_BUILD=cuda HYWIA_CUDA_ARCHITECTURES={wanted}"
+    )
+
+
+def unavailable() -> str | None:
+    error = _extension()
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            "the CUDA extension was not built (HYWIA_BUILD=none or cpu, or no nvcc); reinstall with HYWIA_BUILD=cuda "
+            "where nvcc is installed"
+        )
+    if isinstance(error, ImportError):
+        return f"the CUDA extension does not load ({error}); reinstall with HYWIA_BUILD=cuda"
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA; install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "no GPU is visible to torch; see nvidia-smi and CUDA_VISIBLE_DEVICES"
+    reason = error.probe()
+    if reason:
+        return f"the CUDA extension cannot start ({reason}); update the driver or reinstall with an older CUDA toolkit"
+    uncovered = [_uncovered(device) for device in range(torch.cuda.device_count())]
+    return uncovered[0] if all(uncovered) else None
+
+
+def unsupported(op: str, *tensors: Tensor | None) -> str | None:
+    present = [t for t in tensors if t is not None]
+    device = present[0].device
+    if device.type != "cuda":
+        return f"it takes tensors on a GPU, got {device}"
+    uncovered = _uncovered(device.index)
+    if uncovered is not None or op != "taylor_importance":
+        return uncovered
+    return _dtypes(*tensors)
+
+
+def _dtypes(weight: Tensor, grad: Tensor | None = None, fisher: Tensor | None = None) -> str | None:
+    """Gradient and Fisher information come in the weight's dtype or in float32, the Fisher no narrower than the grad."""
+    names = {"grad": grad, "fisher": fisher}
+    for name, tensor in names.items():
+        if tensor is not None and tensor.dtype not in (weight.dtype, torch.float32):
+            return f"{name}: it takes {weight.dtype} (the weight's) or torch.float32, got {tensor.dtype}"
+    if grad is not None and fisher is not None and fisher.dtype != grad.dtype and fisher.dtype != torch.float32:
+        return f"fisher: it takes {grad.dtype} (the gradient's) or torch.float32, got {fisher.dtype}"
+    return None
+
+
+def taylor_importance(
+    weight: Tensor,
+    grad: Tensor | None,
+    fisher: Tensor | None,
+    axis: int,
+    order: str,
+    group_size: int,
+    fine: Tensor,
+    signed: Tensor,
+    accumulate: bool,
+) -> None:
+    extension = _extension()
+    call = {
+        "weight": operand(weight, axis),
+        "grad": operand(grad, axis),
+        "fisher": operand(fisher, axis),
+        "units": weight.shape[axis],
+        "reduce": weight.shape[1 - axis],
+        "group_size": group_size,
+        "order": ORDER_CODES[order],
+    }
+    with torch.cuda.device(weight.device):
+        # The caching allocator ties the workspace to the current stream, so it may be freed when this returns.
+        floats = extension.taylor_importance_workspace(**call)
+        workspace = torch.empty(floats, dtype=torch.float32, device=weight.device)
+        extension.taylor_importance(
+            **call,
+            fine=fine.data_ptr(),
+            signed_sum=signed.data_ptr(),
+            accumulate=accumulate,
+            workspace=workspace.data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+
+
+def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor) -> None:
+    with torch.cuda.device(weight.device):
+        _extension().compact(
+            weight=weight.data_ptr(),
+            out=out.data_ptr(),
+            keep=keep.data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
+            **compact_sizes(weight, axis, out),
+        )

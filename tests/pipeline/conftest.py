@@ -1,0 +1,52 @@
+"""Fixtures over the tiny models, and a tokenizer that needs no files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import TINY, Tiny, fresh
+
+
+@pytest.fixture(params=TINY, ids=lambda t: t.name)
+def tiny(request) -> Tiny:
+    return request.param
+
+
+@pytest.fixture
+def model(tiny):
+    return fresh(tiny)
+
+
+@pytest.fixture
+def gqa():
+    return fresh(TINY[2])
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 256, (4, 17), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Byte-level: every byte is a token, plus begin, end and padding."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {c: i for i, c in enumerate(alphabet)} | {"<s>": 256, "</s>": 257, "<pad>": 258}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    built = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    built.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return built
+
+
+@pytest.fixture
+def saved(tmp_path, tokenizer):
+    """A tiny grouped-query model on disk, as a user would have it."""
+    folder = tmp_path / "model"
+    fresh(TINY[2]).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

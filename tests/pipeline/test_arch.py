@@ -1,0 +1,78 @@
+"""The table says which rows and columns belong together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hywia_kernels import HywiaError, groups
+from hywia_kernels.types import Member
+
+
+def test_groups_of_a_grouped_query_model(gqa):
+    found = groups(gqa)
+    assert [g.name for g in found[:2]] == ["model.layers.0.attention", "model.layers.0.mlp"]
+    assert len(found) == 2 * gqa.config.num_hidden_layers
+    attention, mlp = found[0], found[1]
+    assert (attention.units, attention.unit) == (3, "kv_group")
+    assert attention.members == (
+        Member("model.layers.0.self_attn.q_proj", 0, 16),
+        Member("model.layers.0.self_attn.k_proj", 0, 8),
+        Member("model.layers.0.self_attn.v_proj", 0, 8),
+        Member("model.layers.0.self_attn.o_proj", 1, 16),
+    )
+    assert (mlp.units, mlp.unit) == (56, "channel")
+    assert [m.axis for m in mlp.members] == [0, 0, 1]
+
+
+def test_units_cover_every_matrix_exactly_once(model):
+    for group in groups(model):
+        for member in group.members:
+            weight = model.get_submodule(member.module).weight
+            assert group.units * member.group_size == weight.shape[member.axis]
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    assert sorted(m.module for g in groups(model) for m in g.members) == sorted(linears)
+
+
+def test_unit_parameters_add_up(model):
+    """Every parameter of the decoder's linears but the biases of o and down leaves with some unit."""
+    total = sum(g.units * g.unit_parameters for g in groups(model))
+    expected = 0
+    for name, parameter in model.named_parameters():
+        stays = name.endswith(("o_proj.bias", "down_proj.bias"))
+        if "_proj." in name and not stays:
+            expected += parameter.numel()
+    assert total == expected
+
+
+def test_multi_head_units_are_heads(tiny, model):
+    unit = {g.unit for g in groups(model) if g.kind == "attention"}
+    assert unit == {"head" if tiny.heads == tiny.kv_heads else "kv_group"}
+
+
+def test_only_a_biased_llama_is_held_to_head_counts_that_divide_the_hidden_size(tiny, model):
+    """Without biases a Mistral config stands in and any count goes; with them 2, 4 and 6 heads all divide 48."""
+    stock = {g.stock_counts for g in groups(model) if g.kind == "attention"}
+    assert stock == {(1, 2, 3) if tiny.bias else ()}
+
+
+def test_unknown_model_type_lists_the_known_ones():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8))
+    with pytest.raises(HywiaError, match=r"known model types \(llama, mistral\), got 'gpt2'"):
+        groups(model)
+
+
+def test_a_quantised_or_wrapped_linear_is_named(gqa):
+    class Wrapped(torch.nn.Linear):
+        pass
+
+    gqa.model.layers[1].mlp.up_proj = Wrapped(48, 56, bias=False)
+    with pytest.raises(HywiaError, match=r"model\.layers\.1\.mlp\.up_proj: expected torch\.nn\.Linear, got Wrapped"):
+        groups(gqa)
+
+
+def test_coupled_matrices_of_different_widths_are_refused(gqa):
+    gqa.model.layers[0].mlp.up_proj = torch.nn.Linear(48, 55, bias=False)
+    with pytest.raises(HywiaError, match="coupled matrices of one width"):
+        groups(gqa)
