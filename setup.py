@@ -1,6 +1,6 @@
 """Builds the C++ extensions with CMake; everything else about the package is in pyproject.toml.
 
-HYWIA_BUILD=auto          the CPU kernels, and the CUDA ones where nvcc is found; says what it left out and why (default)
+HYWIA_BUILD=auto          the CPU kernels, and the CUDA ones where nvcc is found; says what it left out (default)
 HYWIA_BUILD=none          nothing: Triton and plain torch only
 HYWIA_BUILD=cpu | cuda    exactly these (cuda includes cpu); fails where it cannot
 HYWIA_CUDA_ARCHITECTURES  GPUs to compile for, e.g. "90a;80"; default: this machine's own, else sm_80, sm_90a and PTX
@@ -78,7 +78,8 @@ class CMakeBuild(build_ext):
             self.run_cmake(extension, kind)
         except (OSError, subprocess.CalledProcessError) as error:
             variable = "CUDACXX" if kind == "cuda" else "CXX"
-            message = f"{extension.name} did not compile ({error}); see the compiler's output above, or set {variable}"
+            why = f"{error.cmd[0]} failed" if isinstance(error, subprocess.CalledProcessError) else error
+            message = f"{extension.name} did not compile ({why}); see the output above, set {variable} or HYWIA_BUILD"
             if mode != "auto":
                 raise SystemExit(f"HYWIA_BUILD={mode}: {message}") from error
             print(f"HYWIA_BUILD=auto: left out: {message}", file=sys.stderr, flush=True)

@@ -26,8 +26,8 @@ int64_t workspace(const py::tuple& weight, const py::tuple& grad, const py::tupl
 }
 
 void taylor_importance(const py::tuple& weight, const py::tuple& grad, const py::tuple& fisher, int64_t units,
-                       int64_t reduce, int64_t group_size, int order, int64_t fine, int64_t signed_sum,
-                       bool accumulate, int64_t workspace, int64_t stream) {
+                       int64_t reduce, int64_t group_size, int order, int64_t fine, int64_t signed_sum, bool accumulate,
+                       int64_t workspace, int64_t stream) {
     TaylorImportanceArgs args = taylor_args(weight, grad, fisher, units, reduce, group_size, order);
     args.fine = pointer<float>(fine), args.signed_sum = pointer<float>(signed_sum);
     args.accumulate = accumulate;

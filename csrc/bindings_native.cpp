@@ -8,8 +8,8 @@ using namespace pybind11::literals;
 namespace {
 
 void taylor_importance(const py::tuple& weight, const py::tuple& grad, const py::tuple& fisher, int64_t units,
-                       int64_t reduce, int64_t group_size, int order, int64_t fine, int64_t signed_sum,
-                       bool accumulate, int threads) {
+                       int64_t reduce, int64_t group_size, int order, int64_t fine, int64_t signed_sum, bool accumulate,
+                       int threads) {
     TaylorImportanceArgs args;
     args.weight = operand(weight), args.grad = operand(grad), args.fisher = operand(fisher);
     args.units = units, args.reduce = reduce, args.group_size = group_size;

@@ -45,9 +45,12 @@ void gather(const CompactArgs& a, int threads) {
 void compact_cpu(const CompactArgs& a) {
     if (a.rows == 0 || a.columns == 0) return;
     const int threads = useful_threads(a.threads, a.rows * a.columns);
-    if (a.axis == 0 && (a.column_stride == 1 || a.columns == 1)) copy_rows(a, threads);
-    else if (a.element_size == 2) gather<uint16_t>(a, threads);
-    else gather<uint32_t>(a, threads);
+    if (a.axis == 0 && (a.column_stride == 1 || a.columns == 1))
+        copy_rows(a, threads);
+    else if (a.element_size == 2)
+        gather<uint16_t>(a, threads);
+    else
+        gather<uint32_t>(a, threads);
 }
 
 }  // namespace hywia

@@ -11,8 +11,8 @@ constexpr int kThreads = 256;
 // out[i] = weight[keep[i]], whole rows of `words` words. One flat index over the words of `out` balances any shape;
 // its division is why the index type is 32-bit whenever that reaches.
 template <typename Word, typename Index>
-__global__ void __launch_bounds__(kThreads) copy_rows(const CompactArgs a, Index words, Index total, int64_t row_stride,
-                                                      int64_t word_stride) {
+__global__ void __launch_bounds__(kThreads)
+    copy_rows(const CompactArgs a, Index words, Index total, int64_t row_stride, int64_t word_stride) {
     constexpr int kUnroll = 4;
     const Word* source = static_cast<const Word*>(a.weight);
     const Index first = Index(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x;
@@ -73,8 +73,7 @@ void launch_columns(const CompactArgs& a) {
     const int64_t length = std::max<int64_t>(16, divide_up(divide_up(a.rows, wanted), 16) * 16);
     const int64_t blocks = strips * divide_up(a.rows, length);
     if (blocks > 0x7fffffff) throw std::runtime_error("weight: too many elements for one launch of the cuda backend");
-    gather_columns<Word>
-        <<<unsigned(blocks), kThreads, 0, static_cast<cudaStream_t>(a.stream)>>>(a, strips, length);
+    gather_columns<Word><<<unsigned(blocks), kThreads, 0, static_cast<cudaStream_t>(a.stream)>>>(a, strips, length);
 }
 
 template <typename Word>
@@ -83,16 +82,20 @@ void launch(const CompactArgs& a) {
     const int64_t per_word = 16 / sizeof(Word);
     const bool words = a.column_stride == 1 && a.columns % per_word == 0 && a.row_stride % per_word == 0 &&
                        reinterpret_cast<uintptr_t>(a.weight) % 16 == 0 && reinterpret_cast<uintptr_t>(a.out) % 16 == 0;
-    if (words) launch_rows<uint4>(a, a.columns / per_word, a.row_stride / per_word, 1);
-    else launch_rows<Word>(a, a.columns, a.row_stride, a.column_stride);
+    if (words)
+        launch_rows<uint4>(a, a.columns / per_word, a.row_stride / per_word, 1);
+    else
+        launch_rows<Word>(a, a.columns, a.row_stride, a.column_stride);
 }
 
 }  // namespace
 
 void compact_cuda(const CompactArgs& a) {
     if (a.rows == 0 || a.columns == 0) return;
-    if (a.element_size == 2) launch<unsigned short>(a);
-    else launch<unsigned int>(a);
+    if (a.element_size == 2)
+        launch<unsigned short>(a);
+    else
+        launch<unsigned int>(a);
     HYWIA_CHECK_CUDA(cudaGetLastError());
 }
 

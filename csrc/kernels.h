@@ -22,7 +22,7 @@ struct Operand {
 // fine[k] = sum |t|, signed_sum[k] = sum t over the `group_size` rows of unit k.
 struct TaylorImportanceArgs {
     Operand weight, grad, fisher;
-    int64_t units = 0;   // rows of the [units, reduce] view, before folding; a multiple of group_size
+    int64_t units = 0;  // rows of the [units, reduce] view, before folding; a multiple of group_size
     int64_t reduce = 0;
     int64_t group_size = 1;
     Order order = Order::First;
@@ -42,8 +42,8 @@ int64_t taylor_importance_workspace(const TaylorImportanceArgs& args);  // float
 struct CompactArgs {
     const void* weight = nullptr;
     void* out = nullptr;
-    const int64_t* keep = nullptr;  // where the weight lies
-    int64_t rows = 0, columns = 0;  // of `out`
+    const int64_t* keep = nullptr;              // where the weight lies
+    int64_t rows = 0, columns = 0;              // of `out`
     int64_t row_stride = 0, column_stride = 0;  // of `weight`
     int axis = 0;
     int element_size = 4;  // 2 or 4

@@ -20,8 +20,8 @@ namespace hywia {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBlocksPerSM = 4;      // 64 registers per thread
-constexpr int kWordsInFlight = 8;    // 16-byte loads that a thread issues before it uses the first
+constexpr int kBlocksPerSM = 4;         // 64 registers per thread
+constexpr int kWordsInFlight = 8;       // 16-byte loads that a thread issues before it uses the first
 constexpr int64_t kLongestChain = 128;  // float32 additions in a row, so that a sum keeps six digits
 
 // How one call is cut; depends on the sizes and the device alone.
@@ -114,8 +114,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) taylor_rows(const __gr
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             const int64_t position = at + u * stride;
-            if (position < end) step[u].load(a.op, unit, position);
-            else step[u].clear();
+            if (position < end)
+                step[u].load(a.op, unit, position);
+            else
+                step[u].clear();
         }
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
@@ -156,8 +158,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) taylor_columns(const _
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             const int64_t position = at + u * stride;
-            if (position < end) step[u].load(a.op, unit, position);
-            else step[u].clear();
+            if (position < end)
+                step[u].load(a.op, unit, position);
+            else
+                step[u].clear();
         }
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {

@@ -19,16 +19,16 @@
 namespace hywia {
 namespace {
 
-constexpr int64_t kLanes = 32;          // independent float32 sums of a row kernel
-constexpr int64_t kTile = 1024;         // elements converted at once: 4 KiB per operand
-constexpr int64_t kFlush = 32;          // float32 additions per sum before it is added in double
-constexpr int64_t kTask = 1 << 19;      // elements per task, about
-constexpr int64_t kStrip = 8192;        // units of a column task: 64 KiB of float32 sums
-constexpr int64_t kColumnRows = 4;      // rows and
-constexpr int64_t kColumnTile = 256;    // columns converted at once by a column task
-constexpr int64_t kNarrow = 32;         // fewer contiguous units than this: not worth a strip, gather instead
-constexpr int64_t kGatherRows = 16;     // units gathered together, so that a cache line read once serves all of them
-constexpr int64_t kGatherTile = 256;    // and elements of each of them
+constexpr int64_t kLanes = 32;        // independent float32 sums of a row kernel
+constexpr int64_t kTile = 1024;       // elements converted at once: 4 KiB per operand
+constexpr int64_t kFlush = 32;        // float32 additions per sum before it is added in double
+constexpr int64_t kTask = 1 << 19;    // elements per task, about
+constexpr int64_t kStrip = 8192;      // units of a column task: 64 KiB of float32 sums
+constexpr int64_t kColumnRows = 4;    // rows and
+constexpr int64_t kColumnTile = 256;  // columns converted at once by a column task
+constexpr int64_t kNarrow = 32;       // fewer contiguous units than this: not worth a strip, gather instead
+constexpr int64_t kGatherRows = 16;   // units gathered together, so that a cache line read once serves all of them
+constexpr int64_t kGatherTile = 256;  // and elements of each of them
 
 static_assert(kTile <= kLanes * kFlush, "a row tile must not outgrow the float32 sums");
 
@@ -51,7 +51,8 @@ HYWIA_INLINE const float* contiguous_tile(const Operand& x, int64_t offset, int6
 }
 
 template <typename T, typename Convert>
-void gather(const T* source, int64_t row_stride, int64_t stride, int64_t rows, int64_t n, float* tile, Convert convert) {
+void gather(const T* source, int64_t row_stride, int64_t stride, int64_t rows, int64_t n, float* tile,
+            Convert convert) {
     if (row_stride < stride) {  // follow memory: the row index runs fastest
         for (int64_t i = 0; i < n; ++i)
             for (int64_t r = 0; r < rows; ++r) tile[r * n + i] = convert(source[r * row_stride + i * stride]);
@@ -221,7 +222,8 @@ void by_rows(const TaylorImportanceArgs& a) {
             const int64_t unit = at * block, rows = std::min(block, a.units - unit);
             const int64_t begin = std::min(a.reduce, piece * length), end = std::min(a.reduce, begin + length);
             Sums* sums = table.data() + piece * a.units + unit;
-            if (!contiguous) gathered_rows(a, unit, rows, begin, end, buffers, sums);
+            if (!contiguous)
+                gathered_rows(a, unit, rows, begin, end, buffers, sums);
             else
                 for (int64_t r = 0; r < rows; ++r) contiguous_row(a, unit + r, begin, end, buffers, sums[r]);
         }
@@ -311,8 +313,10 @@ void taylor_importance_cpu(const TaylorImportanceArgs& args) {
     }
     const bool rows = all_operands(a, [](const Operand& x) { return x.reduce_stride == 1; });
     const bool columns = all_operands(a, [](const Operand& x) { return x.unit_stride == 1; });
-    if (columns && a.units >= kNarrow && (!rows || a.reduce == 1)) by_columns(a);
-    else by_rows(a);
+    if (columns && a.units >= kNarrow && (!rows || a.reduce == 1))
+        by_columns(a);
+    else
+        by_rows(a);
 }
 
 }  // namespace hywia

@@ -29,11 +29,11 @@ TaylorPlan make_plan(const TaylorImportanceArgs& a) {
     TaylorPlan plan;
     const int64_t width = a.weight.dtype == DType::Float32 ? 4 : 8;  // elements per 16-byte word of the weight
     const bool rows = a.reduce % width == 0 && all_operands(a, [](const Operand& x) {
-        return x.reduce_stride == 1 && aligned(x, x.unit_stride);
-    });
+                          return x.reduce_stride == 1 && aligned(x, x.unit_stride);
+                      });
     const bool columns = a.units % width == 0 && all_operands(a, [](const Operand& x) {
-        return x.unit_stride == 1 && aligned(x, x.reduce_stride);
-    });
+                             return x.unit_stride == 1 && aligned(x, x.reduce_stride);
+                         });
     plan.vectors = rows || columns;
     plan.rows = rows || (!columns && a.weight.reduce_stride <= a.weight.unit_stride);
     const int64_t count = plan.vectors ? width : 1, sms = multiprocessors();
@@ -65,13 +65,13 @@ TaylorPlan make_plan(const TaylorImportanceArgs& a) {
 bool needs_finish(const TaylorImportanceArgs& a, const TaylorPlan& plan) { return plan.pieces > 1 || a.group_size > 1; }
 
 struct FinishArgs {
-    const float* partial;      // fine, then signed at `+ units * pieces`
+    const float* partial;         // fine, then signed at `+ units * pieces`
     int64_t outer, outer_stride;  // unit k owns partial[o * outer_stride + k * inner + i], o < outer, i < inner
     int64_t inner;
-    int64_t total;             // partial sums per quantity
-    int64_t units;             // outputs
-    int lanes;                 // threads per output
-    bool units_fastest;        // neighbouring threads take neighbouring units, else neighbouring partial sums
+    int64_t total;       // partial sums per quantity
+    int64_t units;       // outputs
+    int lanes;           // threads per output
+    bool units_fastest;  // neighbouring threads take neighbouring units, else neighbouring partial sums
     float *fine, *signed_sum;
     bool accumulate;
 };
@@ -182,10 +182,14 @@ void taylor_importance_cuda(const TaylorImportanceArgs& args) {
         kernel.fine = a.workspace, kernel.signed_sum = a.workspace + a.units * plan.pieces;
         kernel.accumulate = false;
     }
-    if (!plan.vectors) launch_any_type(kernel);
-    else if (a.weight.dtype == DType::Float32) launch_taylor_float32(kernel);
-    else if (a.weight.dtype == DType::BFloat16) launch_taylor_bfloat16(kernel);
-    else launch_taylor_float16(kernel);
+    if (!plan.vectors)
+        launch_any_type(kernel);
+    else if (a.weight.dtype == DType::Float32)
+        launch_taylor_float32(kernel);
+    else if (a.weight.dtype == DType::BFloat16)
+        launch_taylor_bfloat16(kernel);
+    else
+        launch_taylor_float16(kernel);
     if (needs_finish(a, plan)) launch_finish(a, plan);
 }
 

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="runs 
 @pytest.fixture(scope="module")
 def build():
     spec = importlib.util.spec_from_file_location("hywia_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)  # its call of setup() is guarded
     return module
@@ -76,7 +77,7 @@ def test_without_nvcc(build, monkeypatch, capsys):
     monkeypatch.setattr(build, "find_nvcc", lambda environment: None)
     assert names(build.extensions({})) == ["hywia_kernels._native"]
     assert "left out: hywia_kernels._cuda (nvcc not found" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="HYWIA_BUILD=cuda: nvcc not found .* install the CUDA toolkit"):
+    with pytest.raises(SystemExit, match=r"HYWIA_BUILD=cuda: nvcc not found .* install the CUDA toolkit"):
         build.extensions({"HYWIA_BUILD": "cuda"})
 
 
@@ -143,7 +144,7 @@ def test_a_failing_compiler_is_left_out_or_refused(build, monkeypatch, capsys):
     command.build_extension(extension)
     assert "left out: hywia_kernels._native did not compile" in capsys.readouterr().err
     monkeypatch.setenv("HYWIA_BUILD", "cpu")
-    with pytest.raises(SystemExit, match="HYWIA_BUILD=cpu: hywia_kernels._native did not compile"):
+    with pytest.raises(SystemExit, match=r"HYWIA_BUILD=cpu: hywia_kernels\._native did not compile"):
         command.build_extension(extension)
 
 

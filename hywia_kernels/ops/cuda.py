@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from functools import cache
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ OPS = ("taylor_importance", "compact")
 
 
 @cache
-def _extension() -> ModuleType | ImportError:
+def _extension() -> Any:  # the module, or the ImportError that says why there is none
     try:
         return importlib.import_module("hywia_kernels._cuda")
     except ImportError as error:
@@ -32,12 +32,11 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
     here = capability[0] * 10 + capability[1]
     for number, specific, kind in re.findall(r"(\d+)([af]?)(?:-(real|virtual))?", architectures):
         built = int(number)
+        native = built // 10 == capability[0] and built <= here and kind != "virtual"
+        ptx = built <= here and kind != "real" and not specific
         if specific == "a":
-            if here == built:
-                return True
-        elif kind != "virtual" and built // 10 == capability[0] and built <= here:
-            return True
-        elif kind != "real" and not specific and built <= here:
+            native = ptx = here == built
+        if native or ptx:
             return True
     return False
 
@@ -83,11 +82,11 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
     uncovered = _uncovered(device.index)
     if uncovered is not None or op != "taylor_importance":
         return uncovered
-    return _dtypes(*tensors)
+    return _dtypes(present[0], *tensors[1:])
 
 
 def _dtypes(weight: Tensor, grad: Tensor | None = None, fisher: Tensor | None = None) -> str | None:
-    """Gradient and Fisher information come in the weight's dtype or in float32, the Fisher no narrower than the grad."""
+    """Gradient and Fisher information come in the weight's dtype or float32; the Fisher never narrower."""
     names = {"grad": grad, "fisher": fisher}
     for name, tensor in names.items():
         if tensor is not None and tensor.dtype not in (weight.dtype, torch.float32):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ ORDER_CODES = {"first": 0, "second": 1, "mixed": 2}
 
 
 @cache
-def _extension() -> ModuleType | ImportError:
+def _extension() -> Any:  # the module, or the ImportError that says why there is none
     try:
         return importlib.import_module("hywia_kernels._native")
     except ImportError as error:

@@ -1,0 +1,207 @@
+"""How the benchmarks measure: cold cache, one reading per run, medians, and a bandwidth ceiling from the same run.
+
+Two readings per call:
+
+* `work` - time the device spends. On a GPU, one pair of events around the call, which is enqueued while the device is
+  still busy with a delay and a cache flush, so that launch latency does not show. Whether it was enqueued in time is
+  checked after every run; a run that came late is thrown away and the delay doubled. A reading includes the gap between
+  two events (`Environment.empty_us`, printed with the results), which matters below some 20 µs.
+* `call` - time the caller waits: host clock from the call to the end of its work, on an idle device, cache cold.
+  It adds argument checks, dispatch, launch latency and one synchronisation.
+
+On the CPU both are the host clock around the call.
+
+The flush writes a buffer several times the size of the last-level cache and then reads another one: after it the cache
+holds neither the operands nor dirty lines whose write-back would be charged to the next kernel.
+"""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hywia_kernels.versions import versions
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+GIB = 2**30
+LONGEST_DELAY = 2**28  # cycles, about 0.15 s: a call that takes the host longer waits for the device itself
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Median and the 20 % and 80 % quantiles, in µs."""
+
+    median: float
+    low: float
+    high: float
+    runs: int
+
+    @classmethod
+    def of(cls, times_us: list[float]) -> Reading:
+        deciles = statistics.quantiles(times_us, n=10, method="inclusive")
+        return cls(statistics.median(times_us), deciles[1], deciles[7], len(times_us))
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [
+        int(size.removesuffix("K")) * 1024
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        if (size := path.read_text().strip()).endswith("K")
+    ]
+    return min(max(sizes, default=32 * 2**20), 256 * 2**20)
+
+
+class Timer:
+    """Times calls on one device. Holds the flush buffers; `empty_us` is what it reads for no work at all."""
+
+    def __init__(self, device: torch.device, runs: int):
+        self.device = device
+        self.runs = runs
+        size = (4 if device.type == "cuda" else 2) * last_level_cache(device) // 4
+        self._written = torch.zeros(size, dtype=torch.float32, device=device)
+        self._read = torch.zeros(size, dtype=torch.float32, device=device)
+        self._delay = 2**19
+        self.empty_us = self.work(lambda: None).median
+
+    def flush(self) -> None:
+        self._written.fill_(1.0)
+        self._read.sum()
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def work(self, call: Callable[[], object], cold: bool = True) -> Reading:
+        """Device time of `call`, which must not wait for the device itself."""
+        if self.device.type != "cuda":
+            return self.call(call, cold)
+        self._warm(call)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        times: list[float] = []
+        while len(times) < self.runs:
+            torch.cuda._sleep(self._delay)
+            if cold:
+                self.flush()
+            start.record()
+            result = call()
+            end.record()
+            in_time = not start.query()
+            end.synchronize()
+            del result
+            if in_time:
+                times.append(start.elapsed_time(end) * 1e3)
+            elif self._delay < LONGEST_DELAY:
+                self._delay *= 2
+            else:
+                raise RuntimeError("the call waits for the device, so its device time cannot be told from its latency")
+        return Reading.of(times)
+
+    def call(self, call: Callable[[], object], cold: bool = True) -> Reading:
+        """Host time from `call` to the end of its work."""
+        self._warm(call)
+        times = []
+        for _ in range(self.runs):
+            if cold:
+                self.flush()
+            self.synchronize()
+            began = time.perf_counter()
+            result = call()
+            self.synchronize()
+            times.append((time.perf_counter() - began) * 1e6)
+            del result
+        return Reading.of(times)
+
+    def _warm(self, call: Callable[[], object]) -> None:
+        for _ in range(3):
+            call()
+        self.synchronize()
+
+    def copy_bandwidth(self) -> float:
+        """GB/s of a large copy, bytes read plus bytes written: the ceiling the other figures are held against.
+
+        Kernels that only read can come out slightly above it.
+        """
+        size = 4 * GIB
+        if self.device.type == "cuda":
+            size = min(size, torch.cuda.mem_get_info(self.device)[0] // 4)
+        else:
+            size = GIB
+        source = torch.ones(size // 4, dtype=torch.float32, device=self.device)
+        target = torch.zeros_like(source)
+        reading = self.work(lambda: target.copy_(source), cold=False)
+        bandwidth = 2 * source.nbytes / reading.median / 1e3
+        del source, target
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return bandwidth
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where, when and from what a run's figures come."""
+
+    date: str
+    device: str
+    python: str
+    torch: str
+    triton: str
+    cuda: str
+    threads: int
+    commit: str
+    command: str
+    seed: int
+    empty_us: float
+    copy_gb_s: float
+
+    @classmethod
+    def record(cls, timer: Timer, module: str, arguments: list[str], seed: int) -> Environment:
+        found = versions()
+        return cls(
+            date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+            device=_device_name(timer.device),
+            python=found["python"],
+            torch=torch.__version__,
+            triton=found.get("triton", ""),
+            cuda=(torch.version.cuda or "") if timer.device.type == "cuda" else "",
+            threads=torch.get_num_threads(),
+            commit=commit(),
+            command=shlex.join(["python", "-m", module, *arguments]),
+            seed=seed,
+            empty_us=timer.empty_us,
+            copy_gb_s=timer.copy_bandwidth(),
+        )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return "cpu"
+
+
+def commit() -> str:
+    """Short hash, with "-dirty" when tracked files other than the results differ; "unknown" outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ("git", "-C", str(REPOSITORY), *arguments), capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results.csv")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
