@@ -71,7 +71,6 @@ class Timer:
         size = (4 if device.type == "cuda" else 2) * last_level_cache(device) // 4
         self._written = torch.zeros(size, dtype=torch.float32, device=device)
         self._read = torch.zeros(size, dtype=torch.float32, device=device)
-        self._delay = 2**19
         self.empty_us = self.work(lambda: None).median
 
     def flush(self) -> None:
@@ -89,8 +88,9 @@ class Timer:
         self._warm(call)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         times: list[float] = []
+        delay = 2**19
         while len(times) < self.runs:
-            torch.cuda._sleep(self._delay)
+            torch.cuda._sleep(delay)
             if cold:
                 self.flush()
             start.record()
@@ -101,8 +101,8 @@ class Timer:
             del result
             if in_time:
                 times.append(start.elapsed_time(end) * 1e3)
-            elif self._delay < LONGEST_DELAY:
-                self._delay *= 2
+            elif delay < LONGEST_DELAY:
+                delay *= 2
             else:
                 raise RuntimeError("the call waits for the device, so its device time cannot be told from its latency")
         return Reading.of(times)

@@ -1,0 +1,115 @@
+"""Calibration samples."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import hywia_kernels as hk
+from hywia_kernels import HywiaError, UsageError, text
+
+
+def write_jsonl(path, texts):
+    path.write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    return str(path)
+
+
+def test_text_file_gives_distinct_blocks_of_it(tokenizer, tmp_path):
+    content = "".join(chr(33 + (i * 7) % 90) for i in range(330))
+    (tmp_path / "a.txt").write_text(content)
+    ids = tokenizer(content, add_special_tokens=False)["input_ids"]
+    blocks = {tuple(ids[i : i + 32]) for i in range(0, 320, 32)}
+    got = hk.calibration(None, tokenizer, str(tmp_path / "a.txt"), samples=10, seq_len=32)
+    assert got.shape == (10, 32)
+    assert got.dtype == torch.int64
+    assert {tuple(row.tolist()) for row in got} == blocks
+
+
+def test_documents_give_one_window_each(tokenizer, tmp_path):
+    texts = [chr(65 + i) * 50 for i in range(20)]
+    source = write_jsonl(tmp_path / "d.jsonl", texts)
+    got = hk.calibration(None, tokenizer, source, samples=20, seq_len=16)
+    assert all(len(set(row.tolist())) == 1 for row in got), "a window never crosses documents that are long enough"
+    assert len({row[0].item() for row in got}) == 20
+
+
+def test_short_documents_are_joined_by_the_end_token(tokenizer, tmp_path):
+    source = write_jsonl(tmp_path / "d.jsonl", ["abc"] * 40)
+    got = hk.calibration(None, tokenizer, source, samples=5, seq_len=16)
+    assert got.shape == (5, 16)
+    unit = [*tokenizer("abc")["input_ids"], 257]
+    assert got.flatten().tolist() == (unit * 40)[:80]
+
+
+def test_seed_decides(tokenizer, tmp_path):
+    source = write_jsonl(tmp_path / "d.jsonl", ["".join(chr(33 + (i * j) % 90) for i in range(99)) for j in range(30)])
+    one, same, other = (hk.calibration(None, tokenizer, source, samples=4, seq_len=24, seed=s) for s in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert text.digest(one) == text.digest(same) != text.digest(other)
+
+
+def test_dataset_through_the_datasets_library(tokenizer, tmp_path):
+    """A local folder stands for a hub name: the same call, no network."""
+    pytest.importorskip("datasets", reason="the extra 'hub' is not installed")
+    (tmp_path / "corpus").mkdir()
+    write_jsonl(tmp_path / "corpus" / "train.jsonl", [chr(65 + i) * 40 for i in range(26)])
+    got = hk.calibration(None, tokenizer, str(tmp_path / "corpus"), samples=6, seq_len=20)
+    assert got.shape == (6, 20)
+    split = hk.calibration(None, tokenizer, f"{tmp_path / 'corpus'}:default:train", samples=6, seq_len=20)
+    assert torch.equal(got, split)
+    write_jsonl(tmp_path / "corpus" / "train.jsonl", ["x"])
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "train.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(HywiaError, match=r"has no 'text' column; it has \['body'\]"):
+        hk.calibration(None, tokenizer, str(tmp_path / "bare"), samples=1, seq_len=4)
+    with pytest.raises(HywiaError, match="could not read dataset"):
+        hk.calibration(None, tokenizer, f"{tmp_path / 'corpus'}:default:nosplit", samples=1, seq_len=4)
+
+
+def test_self_written_text_is_seeded_and_ordinary(gqa, tokenizer):
+    one = hk.calibration(gqa, tokenizer, samples=5, seq_len=24, seed=1)
+    same = hk.calibration(gqa, tokenizer, samples=5, seq_len=24, seed=1)
+    other = hk.calibration(gqa, tokenizer, samples=5, seq_len=24, seed=2)
+    assert one.shape == (5, 24)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert one[:, 0].tolist() == [256] * 5  # begins with the begin-of-text token
+    assert int(one[:, 1:].max()) < 256  # and holds ordinary tokens only
+    state = torch.random.get_rng_state()
+    hk.calibration(gqa, tokenizer, samples=1, seq_len=8)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", None, "calib: no such file"),
+        ("a.txt", "  \n", "is empty"),
+        ("a.txt", "short", "shorter than one sample of 16 tokens"),
+        ("a.txt", "x" * 40, "holds 2 samples of 16 tokens, 4 were asked for"),
+        ("a.jsonl", '{"text": "x"}\n{"txt": 1}\n', "line 2: expected a JSON object with a 'text' field"),
+        ("a.jsonl", '{"text": 5}\n', "line 1: expected 'text' to be a string, got int"),
+        ("a.jsonl", '{"text": ""}\n', "holds no text"),
+        ("a.csv", "text\nx\n", "expected a .txt or .jsonl file"),
+    ],
+)
+def test_bad_sources(tokenizer, tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(HywiaError, match=message):
+        hk.calibration(None, tokenizer, str(tmp_path / name), samples=4, seq_len=16)
+
+
+def test_binary_text_is_refused(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00\xd8" * 10)
+    with pytest.raises(HywiaError, match="as UTF-8 text"):
+        hk.calibration(None, tokenizer, str(tmp_path / "a.txt"), samples=1, seq_len=4)
+
+
+@pytest.mark.parametrize(("samples", "seq_len", "message"), [(0, 8, "samples: expected"), (1, 1, "seq_len: expected")])
+def test_bad_sizes(tokenizer, samples, seq_len, message):
+    with pytest.raises(UsageError, match=message):
+        hk.calibration(None, tokenizer, "a.txt", samples=samples, seq_len=seq_len)
