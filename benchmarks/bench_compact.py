@@ -57,17 +57,15 @@ def prepare(case: CompactCase, device: torch.device, backends: Sequence[str]) ->
 
         return Candidate(name, call, work)
 
-    def error(result: Tensor) -> float:
-        found = 0.0 if torch.equal(result, expected) else float("inf")
-        poison(result)
-        return found
+    def error(run) -> float:
+        poison(expected, dtype=case.dtype)
+        return 0.0 if torch.equal(run(), expected) else float("inf")
 
     candidates = (
         Candidate(EAGER, lambda: torch_compact(weight, there, case.axis)),
         Candidate(COMPILE, lambda: jit(weight, there, case.axis)),
         *backend_candidates("compact", backends, (weight,), backend),
     )
-    poison(expected)
     return Job(candidates, error, 0.0)
 
 

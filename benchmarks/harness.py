@@ -10,10 +10,11 @@ import argparse
 import csv
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ class Case(Protocol):
     def bytes(self) -> int: ...
 
 
+AnyCase = TypeVar("AnyCase", bound=Case)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One way to compute a case."""
@@ -48,7 +52,7 @@ class Job:
     """One case on one device."""
 
     candidates: Sequence[Candidate]
-    error: Callable[[object], float]  # of a candidate's result against the reference
+    error: Callable[[Callable[[], object]], float]  # runs a candidate and holds its result against the reference
     tolerance: float
 
 
@@ -110,10 +114,10 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-def poison(*tensors: Tensor) -> None:
+def poison(*shapes: Tensor, dtype: torch.dtype) -> None:
     """Leave NaN in freed memory of these sizes, so that an element nobody writes is likely to show."""
-    for tensor in [torch.full_like(t, float("nan")) for t in tensors]:
-        del tensor
+    held = [torch.full_like(tensor, float("nan"), dtype=dtype) for tensor in shapes]
+    held.clear()
 
 
 def _arguments(description: str, op: str, argv: Sequence[str]) -> argparse.Namespace:
@@ -133,11 +137,11 @@ def _arguments(description: str, op: str, argv: Sequence[str]) -> argparse.Names
     if arguments.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device: no GPU is visible to torch")
     if arguments.runs is None:
-        arguments.runs = (15 if arguments.quick else 50) if arguments.device.type == "cuda" else 10
+        arguments.runs = 15 if arguments.quick else 50
     if arguments.runs < 2:
         parser.error("--runs: expected at least 2")
     if arguments.seed is None:
-        arguments.seed = torch.seed()
+        arguments.seed = torch.seed() % 2**32
     if arguments.backends is None:
         preferred = registry.PREFERENCE[arguments.device.type][op]
         arguments.backends = [name for name in preferred if name != "reference"]
@@ -171,7 +175,7 @@ def _measure(op: str, case: Case, job: Job, timer: Timer, environment: Environme
     for candidate in job.candidates:
         work = candidate.work or candidate.call
         try:
-            error = max(job.error(run()) for run in {candidate.call, work})
+            error = max(job.error(run) for run in {candidate.call, work})
             if not error <= job.tolerance:
                 failures.append(f"{case.name}, {candidate.name}: WRONG, error {error:.2e} > {job.tolerance:.0e}")
                 continue
@@ -239,8 +243,8 @@ def main(
     op: str,
     description: str,
     module: str,
-    cases: Callable[[torch.device, bool], Sequence[Case]],
-    prepare: Callable[[Case, torch.device, Sequence[str]], Job],
+    cases: Callable[[torch.device, bool], Sequence[AnyCase]],
+    prepare: Callable[[AnyCase, torch.device, Sequence[str]], Job],
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run one benchmark; returns the exit code: 0, or 1 when a candidate was wrong or failed."""
@@ -255,6 +259,7 @@ def main(
     print(f"\n{_HEADER}", flush=True)
     figures: list[Figure] = []
     failures: list[str] = []
+    began = time.monotonic()
     for case in cases(device, arguments.quick):
         if arguments.only not in case.name:
             continue
@@ -271,8 +276,7 @@ def main(
     if arguments.json:
         record = {"environment": asdict(environment), "figures": [asdict(f) for f in figures], "failures": failures}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\n{len(figures)} figures in {time.monotonic() - began:.0f} s")
     if failures:
         print(f"\n{len(failures)} failed:", *failures, sep="\n")
-    if not figures:
-        print("\nnothing was timed")
     return 1 if failures or not figures else 0

@@ -8,10 +8,10 @@ import torch
 from hywia_kernels import ops
 
 from . import bench_compact, bench_taylor
-from .cases import SHORT, CompactCase, TaylorCase
+from .cases import CompactCase, TaylorCase
 
 pytestmark = pytest.mark.skipif(
-    next(state for state in ops.availability() if state.name == "native").on is False, reason="no CPU extension"
+    not next(state.on for state in ops.availability() if state.name == "native"), reason="no CPU extension"
 )
 CPU = torch.device("cpu")
 SHAPES = ((1536, 576), (2048, 2048))

@@ -9,7 +9,8 @@ Two readings per call:
 * `call` - time the caller waits: host clock from the call to the end of its work, on an idle device, cache cold.
   It adds argument checks, dispatch, launch latency and one synchronisation.
 
-On the CPU both are the host clock around the call.
+On the CPU both are the host clock around the call, after a pause in which the threads of earlier calls stop spinning:
+torch and the extension may bring an OpenMP pool each.
 
 The flush writes a buffer several times the size of the last-level cache and then reads another one: after it the cache
 holds neither the operands nor dirty lines whose write-back would be charged to the next kernel.
@@ -24,6 +25,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +34,7 @@ from hywia_kernels.versions import versions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GIB = 2**30
+SETTLE = 0.005  # seconds
 LONGEST_DELAY = 2**28  # cycles, about 0.15 s: a call that takes the host longer waits for the device itself
 
 
@@ -115,6 +118,8 @@ class Timer:
             if cold:
                 self.flush()
             self.synchronize()
+            if self.device.type == "cpu":
+                time.sleep(SETTLE)
             began = time.perf_counter()
             result = call()
             self.synchronize()
@@ -132,19 +137,12 @@ class Timer:
 
         Kernels that only read can come out slightly above it.
         """
-        size = 4 * GIB
-        if self.device.type == "cuda":
-            size = min(size, torch.cuda.mem_get_info(self.device)[0] // 4)
-        else:
-            size = GIB
+        cuda = self.device.type == "cuda"
+        size = min(4 * GIB, torch.cuda.mem_get_info(self.device)[0] // 4) if cuda else GIB
         source = torch.ones(size // 4, dtype=torch.float32, device=self.device)
         target = torch.zeros_like(source)
-        reading = self.work(lambda: target.copy_(source), cold=False)
-        bandwidth = 2 * source.nbytes / reading.median / 1e3
-        del source, target
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return bandwidth
+        reading = self.work(partial(target.copy_, source), cold=False)
+        return 2 * source.nbytes / reading.median / 1e3
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,11 @@ struct Vector {
 #pragma unroll
         for (int i = 0; i < kWords; ++i) word[i] = make_uint4(0, 0, 0, 0);
     }
-    __device__ __forceinline__ float get(int i, DType) const { return to_float(reinterpret_cast<const T*>(word)[i]); }
+    __device__ __forceinline__ float get(int i, DType) const {
+        T value;  // by memcpy: an element read through a pointer of another type would be undefined
+        memcpy(&value, reinterpret_cast<const char*>(word) + i * sizeof(T), sizeof value);
+        return to_float(value);
+    }
 };
 
 // One element whose type is known at run time. The loads are predicated, not branched over, so that several of them
