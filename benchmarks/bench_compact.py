@@ -1,8 +1,8 @@
 """`ops.compact` against index_select and torch.compile: `python -m benchmarks.bench_compact --help`.
 
 `call` is the public op with its indices on the CPU, as a cut hands them over: it checks their values there and sends
-them to the device. `work` is the backend's part of that alone, the packing, with the indices on the device; eager and
-compiled torch get them there too, and check nothing.
+them to the device. On a GPU `work` is the backend's part of that alone, the packing, with the indices on the device;
+eager and compiled torch get them there too, and check nothing.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def need(backend: str, op: str) -> str:
 
 def run_examples(backend: str, strategy, check) -> None:
     """Hypothesis over `check(value)`, the same examples every time, fewer where a call is slow."""
-    count = 30 if backend == "triton" and interpreted() else 200
+    count = 30 if backend == "triton" else 200  # the interpreter, or a compilation for nearly every example
     settings(
         max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
     )(given(strategy)(check))()

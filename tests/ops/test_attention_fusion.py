@@ -13,6 +13,7 @@ from tolerances import FUSION, assert_fused
 from hywia_kernels import ops
 from hywia_kernels.ops import BACKENDS, reference
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NaN in the interpreter's numpy
 OP = "attention_fusion"
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 NAN, INF = float("nan"), float("inf")

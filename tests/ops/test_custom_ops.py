@@ -75,17 +75,17 @@ def test_opcheck(op, device):
 def test_the_custom_ops_do_what_the_functions_do(device):
     w, g = random(12, 20, seed=1, device=device), random(12, 20, seed=2, device=device)
     keep = torch.tensor([1, 4, 11])
-    fine, signed = torch.ops.hywia.taylor_importance(w, g, None, 1, "first", 2)
+    fine, signed = torch.ops.hywia.taylor_importance(w, g, None, 1, "first", 2, None)
     want = ops.taylor_importance(w, g, axis=1, group_size=2)
     assert torch.equal(fine, want.fine)
     assert torch.equal(signed, want.signed)
-    assert torch.ops.hywia.taylor_importance_(w, g, None, 1, "first", 2, fine, signed) is None
+    assert torch.ops.hywia.taylor_importance_(w, g, None, 1, "first", 2, fine, signed, None) is None
     assert torch.equal(fine, 2 * want.fine)
-    assert torch.equal(torch.ops.hywia.compact(w, keep, 0), w[keep.to(device)])
+    assert torch.equal(torch.ops.hywia.compact(w, keep, 0, None), w[keep.to(device)])
     out = torch.empty(3, 20, device=device)
-    torch.ops.hywia.compact_(w, keep, 0, out)
+    torch.ops.hywia.compact_(w, keep, 0, out, None)
     assert torch.equal(out, w[keep.to(device)])
-    score, weight = torch.ops.hywia.attention_fusion(want.fine, want.signed.abs(), 1.0)
+    score, weight = torch.ops.hywia.attention_fusion(want.fine, want.signed.abs(), 1.0, None)
     fused = ops.attention_fusion(want.fine, want.signed.abs())
     assert torch.equal(score, fused.score)
     assert torch.equal(weight, fused.weight)

@@ -135,11 +135,13 @@ def test_empty_matrices(backend, axis):
 
 
 @every_backend
-def test_coupled_matrices_add_up_in_out(backend):
-    """A KV group's four matrices, of different axes and group sizes, into one result."""
+@pytest.mark.parametrize("width", [40, 1100])
+def test_coupled_matrices_add_up_in_out(backend, width):
+    """A KV group's four matrices, of different axes and group sizes, into one result; and three of an MLP."""
     device = need(backend, OP)
     units = 6
-    coupled = [((48, 40), 0, 8), ((24, 40), 0, 4), ((24, 40), 0, 4), ((40, 48), 1, 8)]
+    coupled = [((48, width), 0, 8), ((24, width), 0, 4), ((24, width), 0, 4), ((width, 48), 1, 8)]
+    coupled += [((6, width), 0, 1), ((6, width), 0, 1), ((width, 6), 1, 1)]
     (fine, fine_whole), (signed, signed_whole) = (guarded(units, device, 0.0) for _ in range(2))
     want_fine, want_signed, scale = (torch.zeros(units, dtype=torch.float64, device=device) for _ in range(3))
     for number, (shape, axis, group_size) in enumerate(coupled):
