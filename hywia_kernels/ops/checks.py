@@ -32,7 +32,7 @@ def _dtype(name: str, tensor: Tensor) -> None:
 
 
 def _axis(axis: object) -> None:
-    if axis not in (0, 1) or isinstance(axis, bool):
+    if not isinstance(axis, int) or isinstance(axis, bool) or axis not in (0, 1):
         raise UsageError(f"axis: expected 0 (units are rows) or 1 (units are columns), got {axis!r}")
 
 
@@ -126,7 +126,8 @@ def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, out: tupl
         raise UsageError(f"fine: expected a vector [units], got {fine.dim()} dimensions")
     _vector("fine", fine, fine.shape[0], fine.device)
     _vector("coarse", coarse, fine.shape[0], fine.device)
-    if not temperature > 0 or temperature == float("inf"):
+    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not number or not temperature > 0 or temperature == float("inf"):
         raise UsageError(f"temperature: expected a positive finite number, got {temperature!r}")
     if out is not None:
         _pair(out, ("score", "weight"), fine.shape[0], fine.device)

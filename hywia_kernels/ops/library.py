@@ -20,7 +20,7 @@ def taylor_importance(
     axis: int,
     order: str,
     group_size: int,
-    backend: str | None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     run = implementation("taylor_importance", backend, weight, grad, fisher)
     units = _units(weight, axis, group_size)
@@ -38,13 +38,13 @@ def taylor_importance_(
     group_size: int,
     fine: Tensor,
     signed: Tensor,
-    backend: str | None,
+    backend: str | None = None,
 ) -> None:
     run = implementation("taylor_importance", backend, weight, grad, fisher)
     run(weight, grad, fisher, axis, order, group_size, fine, signed, True)
 
 
-def compact(weight: Tensor, keep: Tensor, axis: int, backend: str | None) -> Tensor:
+def compact(weight: Tensor, keep: Tensor, axis: int, backend: str | None = None) -> Tensor:
     shape = list(weight.shape)
     shape[axis] = keep.shape[0]
     out = weight.new_empty(shape)
@@ -52,41 +52,44 @@ def compact(weight: Tensor, keep: Tensor, axis: int, backend: str | None) -> Ten
     return out
 
 
-def compact_(weight: Tensor, keep: Tensor, axis: int, out: Tensor, backend: str | None) -> None:
+def compact_(weight: Tensor, keep: Tensor, axis: int, out: Tensor, backend: str | None = None) -> None:
     run = implementation("compact", backend, weight)
     checks.keep_values(keep, weight.shape[axis])
     run(weight, keep.to(weight.device, non_blocking=True).contiguous(), axis, out)
 
 
-def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, backend: str | None) -> tuple[Tensor, Tensor]:
+def attention_fusion(
+    fine: Tensor, coarse: Tensor, temperature: float, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     score, weight = torch.empty_like(fine), torch.empty_like(fine)
     attention_fusion_(fine, coarse, temperature, score, weight, backend)
     return score, weight
 
 
 def attention_fusion_(
-    fine: Tensor, coarse: Tensor, temperature: float, score: Tensor, weight: Tensor, backend: str | None
+    fine: Tensor, coarse: Tensor, temperature: float, score: Tensor, weight: Tensor, backend: str | None = None
 ) -> None:
     run = implementation("attention_fusion", backend, fine, coarse)
     run(fine, coarse, temperature, score, weight)
 
 
 def _register(name: str, schema: str, body, fake, mutates: tuple[str, ...] = ()) -> None:
+    # The dispatcher drops trailing arguments that equal their default, so bodies and fakes default `backend` too.
     torch.library.custom_op(f"hywia::{name}", body, mutates_args=mutates, schema=schema).register_fake(fake)
 
 
-def _fake_taylor(weight, grad, fisher, axis, order, group_size, backend):
+def _fake_taylor(weight, grad, fisher, axis, order, group_size, backend=None):
     units = _units(weight, axis, group_size)
     return tuple(weight.new_empty(units, dtype=torch.float32) for _ in range(2))
 
 
-def _fake_compact(weight, keep, axis, backend):
+def _fake_compact(weight, keep, axis, backend=None):
     shape = list(weight.shape)
     shape[axis] = keep.shape[0]
     return weight.new_empty(shape)
 
 
-def _fake_fusion(fine, coarse, temperature, backend):
+def _fake_fusion(fine, coarse, temperature, backend=None):
     return torch.empty_like(fine), torch.empty_like(fine)
 
 

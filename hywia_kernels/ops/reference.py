@@ -40,6 +40,7 @@ def taylor_importance_fp64(
     return t.abs().sum(1), t.sum(1)
 
 
+@torch.no_grad()
 def taylor_importance(
     weight: Tensor,
     grad: Tensor | None,
@@ -59,6 +60,7 @@ def taylor_importance(
     signed.copy_(signed64)
 
 
+@torch.no_grad()
 def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor) -> None:
     torch.index_select(weight, axis, keep, out=out)
 
@@ -83,6 +85,7 @@ def attention_fusion_fp64(fine: Tensor, coarse: Tensor, temperature: float) -> t
     return weight * zf + (1.0 - weight) * zc, weight
 
 
+@torch.no_grad()
 def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, score: Tensor, weight: Tensor) -> None:
     score64, weight64 = attention_fusion_fp64(fine, coarse, temperature)
     score.copy_(score64)

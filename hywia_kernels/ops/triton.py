@@ -23,6 +23,8 @@ OPS = ("taylor_importance", "compact", "attention_fusion")
 # bits of the result, depends on the shape alone.
 _PROGRAMS = 1056
 _TILE = 2048  # elements of each operand a program holds: 16 a thread, 32 bytes of bf16 a load
+_LONGEST_CHAIN = 128  # float32 additions in a row, so that a sum keeps six digits
+_TEMPERATURES = (1e-37, 1e37)  # Triton hands a float over as float32; beyond these the blend is 0, 1 or 1/2 already
 
 
 def _interpreted() -> bool:
@@ -57,8 +59,9 @@ def _power_of_two(n: int, most: int) -> int:
 def _cut(lines: int, reduce: int, group_size: int, reduce_contiguous: bool) -> tuple[int, int, int, int]:
     """`(BLOCK_U, BLOCK_R, blocks, pieces)` from the shape alone.
 
-    The contiguous dimension gets the long side of the tile, in whole 128-byte lines; the reduction is cut into pieces
-    while there are too few programs to fill a GPU.
+    The contiguous dimension gets the long side of the tile, in whole 128-byte lines. The reduction is cut into pieces
+    when there are too few programs to fill a GPU, or when a chain of additions would run too long; half of _PROGRAMS
+    is enough, since one piece saves the second kernel.
     """
     fold = group_size > 1
     span = group_size if fold else lines
@@ -69,8 +72,9 @@ def _cut(lines: int, reduce: int, group_size: int, reduce_contiguous: bool) -> t
         block_u = _power_of_two(span, 128)
         block_r = _power_of_two(reduce, max(1, min(_TILE // block_u, 64)))
     blocks = (lines // group_size) * triton.cdiv(group_size, block_u) if fold else triton.cdiv(lines, block_u)
-    pieces = min(triton.cdiv(_PROGRAMS, max(blocks, 1)), triton.cdiv(reduce, block_r), 65535)
-    return block_u, block_r, blocks, max(pieces, 1)
+    steps = triton.cdiv(reduce, block_r)
+    pieces = max(_PROGRAMS // blocks, triton.cdiv(steps, _LONGEST_CHAIN))
+    return block_u, block_r, blocks, max(1, min(pieces, steps, 65535))
 
 
 def taylor_importance(
@@ -171,7 +175,7 @@ def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, score: Te
             score,
             weight,
             count,
-            temperature,
+            min(max(temperature, _TEMPERATURES[0]), _TEMPERATURES[1]),
             torch.finfo(torch.float32).tiny,
             BLOCK=_power_of_two(count, 1024),
             SPREAD=1e-6,

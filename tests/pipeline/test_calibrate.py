@@ -89,7 +89,10 @@ def test_identities_with_activations(gqa, tokens):
 
         return hook
 
-    handles = [layer.mlp.up_proj.register_forward_hook(keep("up")), layer.mlp.down_proj.register_forward_hook(keep("down"))]
+    handles = [
+        layer.mlp.up_proj.register_forward_hook(keep("up")),
+        layer.mlp.down_proj.register_forward_hook(keep("down")),
+    ]
     logits = gqa(tokens).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1).sum()
     loss.backward()
@@ -169,7 +172,9 @@ def test_record(gqa, tokens):
 def test_bad_weights_are_named(gqa, tokens, value):
     with torch.no_grad():
         gqa.model.layers[1].mlp.up_proj.weight[3, 4] = value
-    with pytest.raises(HywiaError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: expected finite weights, found 1 of"):
+    with pytest.raises(
+        HywiaError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: expected finite weights, found 1 of"
+    ):
         hk.calibrate(gqa, tokens)
 
 

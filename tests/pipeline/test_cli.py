@@ -150,7 +150,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "code", "message"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+)
 def test_bad_input(here, capsys, arguments, code, message):
     before = listing(here)
     try:
