@@ -193,9 +193,9 @@ def test_tokenizer_of_another_model(here, capsys):
     """A model whose vocabulary is smaller than its tokenizer's."""
     from tiny import Tiny
 
-    small = Tiny("small", heads=6, kv_heads=3, tied=True, vocabulary=100)
-    model = small.build()
+    model = Tiny("small", heads=6, kv_heads=3, tied=True).build()
     model.config.pad_token_id = model.generation_config.pad_token_id = None
+    model.resize_token_embeddings(100)
     model.save_pretrained("small")
     hk.load("model")[1].save_pretrained("small")
     assert main(["prune", "small", "-o", "out", "--ratio", "0.2", *CALIB, *SMALL, "--no-eval"]) == 1
