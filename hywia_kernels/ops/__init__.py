@@ -16,6 +16,7 @@ Common rules
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,11 +29,13 @@ __all__ = [
     "BACKENDS",
     "AttentionFusion",
     "Availability",
+    "LinearImportance",
     "TaylorImportance",
     "attention_fusion",
     "availability",
     "choose",
     "compact",
+    "linear_importance",
     "require",
     "taylor_importance",
 ]
@@ -43,6 +46,13 @@ class TaylorImportance(NamedTuple):
 
     fine: Tensor
     signed: Tensor
+
+
+class LinearImportance(NamedTuple):
+    """Fine sums float32 `[units]` (`[3, units]` for order "all"), signed sums float32 `[samples, units]`."""
+
+    fine: Tensor
+    coarse: Tensor
 
 
 class AttentionFusion(NamedTuple):
@@ -104,6 +114,66 @@ def taylor_importance(
     inplace = torch.ops.hywia.taylor_importance_ if torch.compiler.is_compiling() else library.taylor_importance_
     inplace(weight, grad, fisher, axis, order, group_size, fine, signed, backend)
     return TaylorImportance(fine, signed)
+
+
+def linear_importance(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    *,
+    samples: int | Sequence[int] | Tensor = 1,
+    axis: int,
+    order: str = "first",
+    group_size: int = 1,
+    per_sample: bool = True,
+    scale: float = 1.0,
+    out: tuple[Tensor, Tensor] | None = None,
+    backend: str | None = None,
+) -> LinearImportance:
+    """Fine and per-sample signed Taylor sums of a linear layer's units, straight from its backward.
+
+    With `G_s = scale·grad_output_sᵀ·input_s` (the weight gradient of sample `s`), `G = mean_s G_s` and
+    `F = mean_s G_s²`, a unit's fine sum is `Σ|t|` over its part of the weight, `t` as in `taylor_importance`, and
+    `coarse[s] = Σ G_s·weight` is the derivative of sample `s`'s loss with respect to a multiplicative mask on the unit.
+    The weight gradient itself is never written to memory (backends "triton" and "cuda"), or a few rows at a time.
+
+    Source: the weight gradient of a linear map; Taylor importance of LLM-Pruner (arXiv 2305.11627) with the diagonal
+    empirical Fisher information; grains of HyWIA (arXiv 2403.10799).
+
+    Args:
+        grad_output: `[tokens, out]`, the loss's derivative with respect to the layer's output; float32, bfloat16 or
+            float16. Each sample's own loss, not divided by the number of samples.
+        input: `[tokens, in]`, what the layer was applied to; dtype and device of `grad_output`.
+        weight: `[out, in]`, in that dtype and on that device.
+        samples: how the tokens fall into samples: a number of equally long ones (it divides `tokens`), or offsets
+            `[samples + 1]` from 0 to `tokens`, strictly increasing (a list, or an int64 tensor on the CPU).
+        axis: where the units lie. 0: rows (outputs); 1: columns (inputs).
+        order: "first", "second", "mixed", or "all": these three, from the one pass that "mixed" takes.
+        group_size: consecutive rows or columns per unit; divides `weight.shape[axis]`.
+        per_sample: False gives `mean_s` of the signed sums as one row `[1, units]`, and no sample is told from the
+            next: cheaper, and for order "first" only.
+        scale: multiplies every `G_s`: the inverse of a loss scale.
+        out: `(fine, coarse)` of an earlier call, contiguous float32 on the same device: *added* to, and returned.
+        backend: "reference", "native", "triton", "cuda", or None for the automatic choice.
+
+    Returns:
+        `LinearImportance(fine, coarse)`, float32: `[units]`, or `[3, units]` for "all" (first, second, mixed), and
+        `[samples, units]`, or `[1, units]`. Sums are float32 or wider. bfloat16 and float16 products are exact; float32
+        products are float32's on every backend, never TF32's.
+
+    Raises:
+        UsageError: an argument outside the above. BackendError: a named backend that is off or cannot do this.
+    """
+    offsets = checks.linear_importance(
+        grad_output, input, weight, samples, axis, order, group_size, per_sample, scale, out
+    )
+    call = (grad_output, input, weight, offsets, axis, order, group_size, per_sample, float(scale))
+    if out is None:
+        functional = torch.ops.hywia.linear_importance if torch.compiler.is_compiling() else library.linear_importance
+        return LinearImportance(*functional(*call, backend))
+    inplace = torch.ops.hywia.linear_importance_ if torch.compiler.is_compiling() else library.linear_importance_
+    inplace(*call, *out, backend)
+    return LinearImportance(*out)
 
 
 def compact(

@@ -6,6 +6,10 @@ checked by `library`, which runs outside the traced graph.
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,6 +17,7 @@ from ..errors import UsageError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ORDERS = ("first", "second", "mixed")
+LINEAR_ORDERS = (*ORDERS, "all")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -44,22 +49,30 @@ def _like(name: str, tensor: Tensor, weight: Tensor) -> None:
         raise UsageError(f"{name}: expected the weight's device {weight.device}, got {tensor.device}; move it first")
 
 
-def _vector(name: str, value: object, length: int, device: torch.device) -> None:
+def _floats(name: str, value: object, shape: list[int], device: torch.device) -> None:
     tensor = _tensor(name, value)
-    if tensor.dtype != torch.float32 or list(tensor.shape) != [length] or tensor.device != device:
+    if tensor.dtype != torch.float32 or list(tensor.shape) != shape or tensor.device != device:
         raise UsageError(
-            f"{name}: expected float32 [{length}] on {device}, "
+            f"{name}: expected float32 {shape} on {device}, "
             f"got {_name(tensor.dtype)} {list(tensor.shape)} on {tensor.device}"
         )
     if not tensor.is_contiguous():
-        raise UsageError(f"{name}: expected a contiguous vector, got strides {tensor.stride()}; pass .contiguous()")
+        kind = "vector" if len(shape) == 1 else "matrix"
+        raise UsageError(f"{name}: expected a contiguous {kind}, got strides {tensor.stride()}; pass .contiguous()")
 
 
-def _pair(out: object, names: tuple[str, str], length: int, device: torch.device) -> None:
+def _pair(out: object, names: tuple[str, str], shapes: tuple[list[int], list[int]], device: torch.device) -> None:
     if not isinstance(out, tuple) or len(out) != 2:
         raise UsageError(f"out: expected a pair ({names[0]}, {names[1]}) of tensors, got {type(out).__name__}")
-    for name, tensor in zip(names, out, strict=True):
-        _vector(f"out ({name})", tensor, length, device)
+    for name, tensor, shape in zip(names, out, shapes, strict=True):
+        _floats(f"out ({name})", tensor, shape, device)
+
+
+def _group_size(group_size: object, size: int, axis: int) -> None:
+    if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 1 or size % group_size:
+        raise UsageError(
+            f"group_size: expected a positive divisor of the weight's size {size} along axis {axis}, got {group_size!r}"
+        )
 
 
 def taylor_importance(
@@ -87,12 +100,80 @@ def taylor_importance(
             raise UsageError(f"fisher: expected a tensor for order={order!r}, got None; only 'first' does without it")
         _like("fisher", _tensor("fisher", fisher), weight)
     size = weight.shape[axis]
-    if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 1 or size % group_size:
-        raise UsageError(
-            f"group_size: expected a positive divisor of the weight's size {size} along axis {axis}, got {group_size!r}"
-        )
+    _group_size(group_size, size, axis)
     if out is not None:
-        _pair(out, ("fine", "signed"), size // group_size, weight.device)
+        units = [size // group_size]
+        _pair(out, ("fine", "signed"), (units, units), weight.device)
+
+
+def _offsets(samples: object, tokens: int) -> list[int]:
+    """The samples' limits among the tokens: `samples + 1` increasing numbers from 0 to `tokens`."""
+    if isinstance(samples, int) and not isinstance(samples, bool):
+        if samples < 1 or tokens % samples or tokens == 0:
+            raise UsageError(f"samples: expected a positive divisor of the {tokens} tokens, or offsets, got {samples}")
+        return list(range(0, tokens + 1, tokens // samples))
+    if isinstance(samples, Tensor):
+        if samples.dtype != torch.int64 or samples.dim() != 1 or samples.device.type != "cpu":
+            raise UsageError(
+                f"samples: expected int64 offsets [samples + 1] on the CPU, "
+                f"got {_name(samples.dtype)} {list(samples.shape)} on {samples.device}"
+            )
+        samples = samples.tolist()
+    if not isinstance(samples, Sequence) or isinstance(samples, str) or not all(type(o) is int for o in samples):
+        raise UsageError(f"samples: expected a number or offsets [samples + 1], got {samples!r}")
+    increasing = all(a < b for a, b in itertools.pairwise(samples))
+    if len(samples) < 2 or samples[0] != 0 or samples[-1] != tokens or not increasing:
+        raise UsageError(f"samples: expected offsets that increase from 0 to the {tokens} tokens, got {list(samples)}")
+    return list(samples)
+
+
+def linear_importance(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    samples: object,
+    axis: int,
+    order: str,
+    group_size: int,
+    per_sample: bool,
+    scale: float,
+    out: tuple[Tensor, Tensor] | None,
+) -> list[int]:
+    """Returns the samples' offsets."""
+    _axis(axis)
+    if order not in LINEAR_ORDERS:
+        raise UsageError(f"order: expected one of {', '.join(LINEAR_ORDERS)}, got {order!r}")
+    named = {"grad_output": grad_output, "input": input, "weight": weight}
+    for name, tensor in named.items():
+        _tensor(name, tensor)
+        if tensor.dim() != 2:
+            raise UsageError(f"{name}: expected a matrix, got {tensor.dim()} dimensions; pass .flatten(0, -2)")
+        _dtype(name, tensor)
+        if tensor.dtype != weight.dtype or tensor.device != weight.device:
+            raise UsageError(
+                f"{name}: expected the weight's {_name(weight.dtype)} on {weight.device}, "
+                f"got {_name(tensor.dtype)} on {tensor.device}; convert it with .to(weight)"
+            )
+    rows, columns = weight.shape
+    tokens = grad_output.shape[0]
+    if grad_output.shape[1] != rows:
+        raise UsageError(
+            f"grad_output: expected [tokens, {rows}], one column per output, got {list(grad_output.shape)}"
+        )
+    if list(input.shape) != [tokens, columns]:
+        raise UsageError(f"input: expected {[tokens, columns]}, got {list(input.shape)}")
+    offsets = _offsets(samples, tokens)
+    _group_size(group_size, weight.shape[axis], axis)
+    if not isinstance(per_sample, bool) or not (per_sample or order == "first"):
+        raise UsageError(f"per_sample: expected True, or False with order='first', got {per_sample!r} with {order!r}")
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale) or scale <= 0:
+        raise UsageError(f"scale: expected a positive finite number, got {scale!r}")
+    if out is not None:
+        units = weight.shape[axis] // group_size
+        fine = [3, units] if order == "all" else [units]
+        coarse = [len(offsets) - 1 if per_sample else 1, units]
+        _pair(out, ("fine", "coarse"), (fine, coarse), weight.device)
+    return offsets
 
 
 def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor | None) -> None:
@@ -124,13 +205,14 @@ def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, out: tupl
     _tensor("fine", fine)
     if fine.dim() != 1:
         raise UsageError(f"fine: expected a vector [units], got {fine.dim()} dimensions")
-    _vector("fine", fine, fine.shape[0], fine.device)
-    _vector("coarse", coarse, fine.shape[0], fine.device)
+    units = [fine.shape[0]]
+    _floats("fine", fine, units, fine.device)
+    _floats("coarse", coarse, units, fine.device)
     number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
     if not number or not temperature > 0 or temperature == float("inf"):
         raise UsageError(f"temperature: expected a positive finite number, got {temperature!r}")
     if out is not None:
-        _pair(out, ("score", "weight"), fine.shape[0], fine.device)
+        _pair(out, ("score", "weight"), (units, units), fine.device)
 
 
 def keep_values(keep: Tensor, size: int) -> None:

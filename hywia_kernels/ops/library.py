@@ -44,6 +44,50 @@ def taylor_importance_(
     run(weight, grad, fisher, axis, order, group_size, fine, signed, True)
 
 
+def _linear_shapes(
+    weight: Tensor, offsets: list[int], axis: int, order: str, group_size: int, per_sample: bool
+) -> tuple[tuple[int, ...], tuple[int, int]]:
+    units = _units(weight, axis, group_size)
+    return (3, units) if order == "all" else (units,), (len(offsets) - 1 if per_sample else 1, units)
+
+
+def linear_importance(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offsets: list[int],
+    axis: int,
+    order: str,
+    group_size: int,
+    per_sample: bool,
+    scale: float,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    run = implementation("linear_importance", backend, grad_output, input, weight)
+    shapes = _linear_shapes(weight, offsets, axis, order, group_size, per_sample)
+    fine, coarse = (torch.empty(shape, dtype=torch.float32, device=weight.device) for shape in shapes)
+    run(grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, fine, coarse, False)
+    return fine, coarse
+
+
+def linear_importance_(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offsets: list[int],
+    axis: int,
+    order: str,
+    group_size: int,
+    per_sample: bool,
+    scale: float,
+    fine: Tensor,
+    coarse: Tensor,
+    backend: str | None = None,
+) -> None:
+    run = implementation("linear_importance", backend, grad_output, input, weight)
+    run(grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, fine, coarse, True)
+
+
 def compact(weight: Tensor, keep: Tensor, axis: int, backend: str | None = None) -> Tensor:
     shape = list(weight.shape)
     shape[axis] = keep.shape[0]
@@ -83,6 +127,11 @@ def _fake_taylor(weight, grad, fisher, axis, order, group_size, backend=None):
     return tuple(weight.new_empty(units, dtype=torch.float32) for _ in range(2))
 
 
+def _fake_linear(grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, backend=None):
+    shapes = _linear_shapes(weight, offsets, axis, order, group_size, per_sample)
+    return tuple(weight.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
 def _fake_compact(weight, keep, axis, backend=None):
     shape = list(weight.shape)
     shape[axis] = keep.shape[0]
@@ -105,6 +154,18 @@ _register(
     taylor_importance_,
     _fake_inplace,
     ("fine", "signed"),
+)
+_LINEAR = (
+    "Tensor grad_output, Tensor input, Tensor weight, int[] offsets, int axis, str order, SymInt group_size, "
+    "bool per_sample, float scale, "
+)
+_register("linear_importance", f"({_LINEAR}str? backend=None) -> (Tensor, Tensor)", linear_importance, _fake_linear)
+_register(
+    "linear_importance_",
+    f"({_LINEAR}Tensor(a!) fine, Tensor(b!) coarse, str? backend=None) -> ()",
+    linear_importance_,
+    _fake_inplace,
+    ("fine", "coarse"),
 )
 _register("compact", "(Tensor weight, Tensor keep, int axis, str? backend=None) -> Tensor", compact, _fake_compact)
 _register(

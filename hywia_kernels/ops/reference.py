@@ -5,10 +5,12 @@ The `*_fp64` functions return float64 for comparisons; the functions named as th
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
-OPS = ("taylor_importance", "compact", "attention_fusion")
+OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion")
 
 
 def unavailable() -> str | None:
@@ -58,6 +60,64 @@ def taylor_importance(
         signed64 += signed
     fine.copy_(fine64)
     signed.copy_(signed64)
+
+
+def _fold(terms: Tensor, axis: int, group_size: int) -> Tensor:
+    """Sum a matrix over each unit's rows (axis 0) or columns (axis 1)."""
+    return terms.sum(1 - axis).view(-1, group_size).sum(1)
+
+
+def linear_importance_fp64(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offsets: list[int],
+    axis: int,
+    order: str,
+    group_size: int,
+    per_sample: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    dy, x, w = grad_output.double(), input.double(), weight.double()
+    mean, fisher = torch.zeros_like(w), torch.zeros_like(w)
+    coarse = []
+    for begin, end in itertools.pairwise(offsets):
+        gradient = scale * (dy[begin:end].t() @ x[begin:end])
+        coarse.append(_fold(gradient * w, axis, group_size))
+        mean += gradient
+        fisher += gradient.square()
+    mean /= len(coarse)
+    fisher /= len(coarse)
+    first, second = mean * w, 0.5 * fisher * w * w
+    terms = {"first": first, "second": second, "mixed": first - second}
+    fine = [_fold(t.abs(), axis, group_size) for name, t in terms.items() if order in (name, "all")]
+    signed = torch.stack(coarse)
+    return torch.stack(fine) if order == "all" else fine[0], signed if per_sample else signed.mean(0, keepdim=True)
+
+
+@torch.no_grad()
+def linear_importance(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offsets: list[int],
+    axis: int,
+    order: str,
+    group_size: int,
+    per_sample: bool,
+    scale: float,
+    fine: Tensor,
+    coarse: Tensor,
+    accumulate: bool,
+) -> None:
+    fine64, coarse64 = linear_importance_fp64(
+        grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale
+    )
+    if accumulate:
+        fine64 += fine
+        coarse64 += coarse
+    fine.copy_(fine64)
+    coarse.copy_(coarse64)
 
 
 @torch.no_grad()

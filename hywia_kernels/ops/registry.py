@@ -30,11 +30,13 @@ ENVIRONMENT = "HYWIA_BACKEND"
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "taylor_importance": ("native", "reference"),
+        "linear_importance": ("native", "reference"),
         "compact": ("native", "reference"),
         "attention_fusion": ("native", "reference"),
     },
     "cuda": {
         "taylor_importance": ("cuda", "triton", "reference"),
+        "linear_importance": ("cuda", "triton", "reference"),
         "compact": ("cuda", "triton", "reference"),
         "attention_fusion": ("triton", "reference"),
     },
