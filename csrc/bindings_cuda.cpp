@@ -36,6 +36,33 @@ void taylor_importance(const py::tuple& weight, const py::tuple& grad, const py:
     taylor_importance_cuda(args);
 }
 
+// An operand here is (address, row stride); columns follow each other.
+LinearImportanceArgs linear_args(const py::tuple& grad_output, const py::tuple& input, const py::tuple& weight,
+                                 int dtype, int64_t tokens, int64_t rows, int64_t columns, int64_t offsets,
+                                 int64_t samples, int axis, int order, int64_t group_size, bool per_sample,
+                                 float scale) {
+    LinearImportanceArgs args;
+    const auto address = [](const py::tuple& x) { return pointer<const void>(x[0].cast<int64_t>()); };
+    args.grad_output = address(grad_output), args.grad_output_stride = grad_output[1].cast<int64_t>();
+    args.input = address(input), args.input_stride = input[1].cast<int64_t>();
+    args.weight = address(weight), args.weight_stride = weight[1].cast<int64_t>();
+    args.dtype = static_cast<DType>(dtype), args.tokens = tokens, args.rows = rows, args.columns = columns;
+    args.offsets = pointer<const int32_t>(offsets), args.samples = samples;
+    args.axis = axis, args.order = static_cast<LinearOrder>(order), args.group_size = group_size;
+    args.per_sample = per_sample, args.scale = scale;
+    return args;
+}
+
+int64_t linear_workspace(const LinearImportanceArgs& args) { return linear_importance_workspace(args); }
+
+void linear_importance(LinearImportanceArgs args, int64_t fine, int64_t coarse, bool accumulate, int64_t workspace,
+                       int64_t stream) {
+    args.fine = pointer<float>(fine), args.coarse = pointer<float>(coarse), args.accumulate = accumulate;
+    args.workspace = pointer<float>(workspace), args.stream = pointer<void>(stream);
+    py::gil_scoped_release release;
+    linear_importance_cuda(args);
+}
+
 void compact(int64_t weight, int64_t out, int64_t keep, int64_t rows, int64_t columns, int64_t row_stride,
              int64_t column_stride, int axis, int element_size, int64_t stream) {
     CompactArgs args;
@@ -64,6 +91,13 @@ PYBIND11_MODULE(_cuda, m) {
           "reduce"_a, "group_size"_a, "order"_a);
     m.def("taylor_importance", &taylor_importance, py::kw_only(), "weight"_a, "grad"_a, "fisher"_a, "units"_a,
           "reduce"_a, "group_size"_a, "order"_a, "fine"_a, "signed_sum"_a, "accumulate"_a, "workspace"_a, "stream"_a);
+    py::class_<LinearImportanceArgs>(m, "LinearImportanceArgs")
+        .def(py::init(&linear_args), py::kw_only(), "grad_output"_a, "input"_a, "weight"_a, "dtype"_a, "tokens"_a,
+             "rows"_a, "columns"_a, "offsets"_a, "samples"_a, "axis"_a, "order"_a, "group_size"_a, "per_sample"_a,
+             "scale"_a);
+    m.def("linear_importance_workspace", &linear_workspace, "args"_a);
+    m.def("linear_importance", &linear_importance, "args"_a, py::kw_only(), "fine"_a, "coarse"_a, "accumulate"_a,
+          "workspace"_a, "stream"_a);
     m.def("compact", &compact, py::kw_only(), "weight"_a, "out"_a, "keep"_a, "rows"_a, "columns"_a, "row_stride"_a,
           "column_stride"_a, "axis"_a, "element_size"_a, "stream"_a);
 }

@@ -38,6 +38,33 @@ void taylor_importance_cpu(const TaylorImportanceArgs& args);
 void taylor_importance_cuda(const TaylorImportanceArgs& args);
 int64_t taylor_importance_workspace(const TaylorImportanceArgs& args);  // floats; of the current CUDA device
 
+enum class LinearOrder : int32_t { First = 0, Second = 1, Mixed = 2, All = 3 };
+
+// Scores of a linear layer's units from its backward: G_s = scale · grad_outputᵀ·input over the tokens of sample s.
+struct LinearImportanceArgs {
+    const void* grad_output = nullptr;                                    // [tokens, rows]
+    const void* input = nullptr;                                          // [tokens, columns]
+    const void* weight = nullptr;                                         // [rows, columns]
+    int64_t grad_output_stride = 0, input_stride = 0, weight_stride = 0;  // from row to row; columns follow each other
+    DType dtype = DType::BFloat16;                                        // of all three
+    int64_t tokens = 0, rows = 0, columns = 0;
+    const int32_t* offsets = nullptr;  // [samples + 1] on the device; null: equally long samples
+    int64_t samples = 1;
+    int axis = 0;  // 0: units are rows, 1: columns
+    LinearOrder order = LinearOrder::First;
+    int64_t group_size = 1;
+    bool per_sample = true;
+    float scale = 1.0f;
+    float* fine = nullptr;    // [units], or [3, units] for All
+    float* coarse = nullptr;  // [samples, units], or [1, units] without per_sample
+    bool accumulate = false;
+    float* workspace = nullptr;  // linear_importance_workspace() floats
+    void* stream = nullptr;
+};
+
+void linear_importance_cuda(const LinearImportanceArgs& args);          // compute capability 9.0 only
+int64_t linear_importance_workspace(const LinearImportanceArgs& args);  // floats; of the current CUDA device
+
 // out = weight.index_select(axis, keep), contiguous. A vector is a matrix of one row with axis 1.
 struct CompactArgs {
     const void* weight = nullptr;

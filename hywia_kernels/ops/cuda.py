@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .native import ORDER_CODES, compact_sizes, operand
+from .native import DTYPE_CODES, ORDER_CODES, compact_sizes, operand
 
-OPS = ("taylor_importance", "compact")
+OPS = ("taylor_importance", "linear_importance", "compact")
+
+LINEAR_ORDER_CODES = {**ORDER_CODES, "all": 3}
 
 
 @cache
@@ -80,9 +82,11 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
     if device.type != "cuda":
         return f"it takes tensors on a GPU, got {device}"
     uncovered = _uncovered(device.index)
-    if uncovered is not None or op != "taylor_importance":
+    if uncovered is not None:
         return uncovered
-    return _dtypes(present[0], *tensors[1:])
+    if op == "taylor_importance":
+        return _dtypes(present[0], *tensors[1:])
+    return _linear(*present) if op == "linear_importance" else None
 
 
 def _dtypes(weight: Tensor, grad: Tensor | None = None, fisher: Tensor | None = None) -> str | None:
@@ -93,6 +97,27 @@ def _dtypes(weight: Tensor, grad: Tensor | None = None, fisher: Tensor | None = 
             return f"{name}: it takes {weight.dtype} (the weight's) or torch.float32, got {tensor.dtype}"
     if grad is not None and fisher is not None and fisher.dtype != grad.dtype and fisher.dtype != torch.float32:
         return f"fisher: it takes {grad.dtype} (the gradient's) or torch.float32, got {fisher.dtype}"
+    return None
+
+
+def _linear(grad_output: Tensor, input: Tensor, weight: Tensor) -> str | None:
+    """The tensor cores and the copy engine of Hopper, and the layouts that the engine takes."""
+    capability = torch.cuda.get_device_capability(weight.device)
+    if capability != (9, 0):
+        return "its kernels use Hopper's own instructions and run on compute capability 9.0, got {}.{}".format(
+            *capability
+        )
+    if weight.dtype == torch.float32:
+        return "it takes torch.bfloat16 and torch.float16, got torch.float32"
+    for name, tensor in {"grad_output": grad_output, "input": input, "weight": weight}.items():
+        row, column = tensor.stride()
+        aligned = tensor.data_ptr() % 16 == 0 and (row % 8 == 0 or tensor.shape[0] == 1)
+        if tensor.numel() and not ((column == 1 or tensor.shape[1] == 1) and row >= tensor.shape[1] and aligned):
+            return (
+                f"{name}: it takes contiguous rows that begin at multiples of 16 bytes, got strides {tensor.stride()}"
+            )
+    if grad_output.shape[0] >= 2**31 - 64:
+        return f"grad_output: it takes fewer than 2^31 tokens, got {grad_output.shape[0]}"
     return None
 
 
@@ -125,6 +150,57 @@ def taylor_importance(
             **call,
             fine=fine.data_ptr(),
             signed_sum=signed.data_ptr(),
+            accumulate=accumulate,
+            workspace=workspace.data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+
+
+def _pitch(tensor: Tensor) -> int:
+    """Elements from row to row; the stride of a single row means nothing and may be unaligned."""
+    return tensor.stride(0) if tensor.shape[0] > 1 else -(-tensor.shape[1] // 8) * 8
+
+
+def linear_importance(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offsets: list[int],
+    axis: int,
+    order: str,
+    group_size: int,
+    per_sample: bool,
+    scale: float,
+    fine: Tensor,
+    coarse: Tensor,
+    accumulate: bool,
+) -> None:
+    extension = _extension()
+    samples, tokens = len(offsets) - 1, offsets[-1]
+    equal = all(o * samples == i * tokens for i, o in enumerate(offsets))
+    limits = None if equal else torch.tensor(offsets, dtype=torch.int32).to(weight.device, non_blocking=True)
+    call = extension.LinearImportanceArgs(
+        grad_output=(grad_output.data_ptr(), _pitch(grad_output)),
+        input=(input.data_ptr(), _pitch(input)),
+        weight=(weight.data_ptr(), _pitch(weight)),
+        dtype=DTYPE_CODES[weight.dtype],
+        tokens=tokens,
+        rows=weight.shape[0],
+        columns=weight.shape[1],
+        offsets=0 if limits is None else limits.data_ptr(),
+        samples=samples,
+        axis=axis,
+        order=LINEAR_ORDER_CODES[order],
+        group_size=group_size,
+        per_sample=per_sample,
+        scale=scale,
+    )
+    with torch.cuda.device(weight.device):
+        workspace = torch.empty(extension.linear_importance_workspace(call), dtype=torch.float32, device=weight.device)
+        extension.linear_importance(
+            call,
+            fine=fine.data_ptr(),
+            coarse=coarse.data_ptr(),
             accumulate=accumulate,
             workspace=workspace.data_ptr(),
             stream=torch.cuda.current_stream().cuda_stream,

@@ -1,0 +1,199 @@
+// linear_importance on Hopper: the plan, the tensor maps, the launch, and the pass that adds the clusters' sums.
+#include "linear_importance_cuda.h"
+
+#include <algorithm>
+#include <mutex>
+
+namespace hywia {
+namespace {
+
+int64_t outer_size(const LinearImportanceArgs& a) { return a.axis == 0 ? a.rows : a.columns; }
+int64_t inner_size(const LinearImportanceArgs& a) { return a.axis == 0 ? a.columns : a.rows; }
+bool squares(const LinearImportanceArgs& a) { return a.order != LinearOrder::First; }
+
+LinearVariant variant(const LinearImportanceArgs& a) {
+    if (!a.per_sample) return LinearVariant::Whole;
+    return squares(a) ? LinearVariant::Squares : LinearVariant::Samples;
+}
+
+const LinearKernel& kernel_of(const LinearImportanceArgs& a) {
+    const bool columns = a.axis == 1;
+    return a.dtype == DType::BFloat16 ? linear_kernel_bfloat16(variant(a), columns)
+                                      : linear_kernel_float16(variant(a), columns);
+}
+
+// Clusters of this kernel that the current device holds at once.
+int resident_clusters(const LinearKernel& kernel) {
+    constexpr int kDevices = 64;
+    static std::mutex mutex;
+    static int known[kDevices][2][3][2] = {};
+    int device = 0;
+    HYWIA_CHECK_CUDA(cudaGetDevice(&device));
+    const std::lock_guard<std::mutex> guard(mutex);
+    int& count = known[device % kDevices][kernel.index[0]][kernel.index[1]][kernel.index[2]];
+    if (count == 0) {
+        HYWIA_CHECK_CUDA(
+            cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes));
+        const int blocks = kernel.cluster_m * kernel.cluster_n;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3(blocks), config.blockDim = dim3(kernel.threads);
+        config.dynamicSmemBytes = kernel.shared_bytes;
+        cudaLaunchAttribute cluster = {};
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = blocks, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
+        config.attrs = &cluster, config.numAttrs = 1;
+        HYWIA_CHECK_CUDA(cudaOccupancyMaxActiveClusters(&count, kernel.function, &config));
+        if (count < 1) throw std::runtime_error("linear_importance: this GPU holds no cluster of the kernel's size");
+    }
+    return count;
+}
+
+LinearPlan make_plan(const LinearImportanceArgs& a) {
+    const LinearKernel& kernel = kernel_of(a);
+    LinearPlan plan;
+    plan.cluster_m = kernel.cluster_m, plan.cluster_n = kernel.cluster_n;
+    const int64_t m = kernel.tile_m * kernel.cluster_m, n = kernel.tile_n * kernel.cluster_n;
+    plan.m_tiles = int(divide_up(outer_size(a), m)), plan.n_tiles = int(divide_up(inner_size(a), n));
+    const int64_t tiles = int64_t(plan.m_tiles) * plan.n_tiles;
+    if (tiles > 0x3fffffff) throw std::runtime_error("weight: too large for one launch of the cuda backend");
+    plan.run = int(divide_up(tiles, std::min<int64_t>(tiles, resident_clusters(kernel))));
+    plan.clusters = int(divide_up(tiles, plan.run));
+    plan.segments = int(divide_up(plan.n_tiles - 1, plan.run)) + 1;
+    plan.rows = (squares(a) ? kLinearFineRows : 1) + (a.per_sample ? a.samples : 1);
+    plan.row_stride = plan.m_tiles * m;
+    return plan;
+}
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// The driver's function, looked up at run time: the extension links no libcuda.
+EncodeTiled encode_tiled() {
+    static const EncodeTiled function = [] {
+        void* found = nullptr;
+        cudaDriverEntryPointQueryResult status;
+        HYWIA_CHECK_CUDA(
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status));
+        if (status != cudaDriverEntryPointSuccess)
+            throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled; update it");
+        return reinterpret_cast<EncodeTiled>(found);
+    }();
+    return function;
+}
+
+// Boxes of 64 columns (128 bytes) by `box_rows` rows of a matrix; what lies outside the matrix reads as zero.
+CUtensorMap tensor_map(DType dtype, const void* data, int64_t rows, int64_t columns, int64_t row_stride, int box_rows) {
+    CUtensorMap map;
+    const cuuint64_t size[2] = {cuuint64_t(columns), cuuint64_t(rows)}, stride[1] = {cuuint64_t(row_stride) * 2};
+    const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, step[2] = {1, 1};
+    const CUtensorMapDataType type =
+        dtype == DType::BFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    const CUresult status = encode_tiled()(&map, type, 2, const_cast<void*>(data), size, stride, box, step,
+                                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (status != CUDA_SUCCESS)
+        throw std::runtime_error("cuTensorMapEncodeTiled failed with code " + std::to_string(int(status)));
+    return map;
+}
+
+struct FinishArgs {
+    const float* partial;
+    LinearPlan plan;
+    int64_t tile_m;  // units of one m tile
+    int64_t group_size, units;
+    int first_fine, fine_rows, signed_rows, table_fine_rows;
+    float *fine, *coarse;
+    bool accumulate;
+};
+
+// One thread, or one warp where many rows fold into a unit, per output.
+template <int lanes>
+__global__ void __launch_bounds__(256) linear_finish(const FinishArgs a) {
+    const int64_t at = (int64_t(blockIdx.x) * 256 + threadIdx.x) / lanes;
+    const int lane = threadIdx.x % lanes;
+    if (at >= (a.fine_rows + a.signed_rows) * a.units) return;  // whole warps: 256 is a multiple of `lanes`
+    const int64_t row = at / a.units, unit = at - row * a.units;
+    const bool fine = row < a.fine_rows;
+    const int64_t quantity = fine ? a.first_fine + row : a.table_fine_rows + row - a.fine_rows;
+    const int64_t table = a.plan.rows * a.plan.row_stride;
+    double sum = 0.0;
+    for (int64_t i = lane; i < a.group_size; i += lanes) {
+        const int64_t line = unit * a.group_size + i, tile = line / a.tile_m * a.plan.n_tiles;
+        const int64_t segments = (tile + a.plan.n_tiles - 1) / a.plan.run - tile / a.plan.run + 1;
+        const float* from = a.partial + quantity * a.plan.row_stride + line;
+        for (int64_t s = 0; s < segments * a.plan.cluster_n; ++s) sum += from[s * table];
+    }
+    for (int mask = 1; mask < lanes; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+    if (lane) return;
+    float* to = fine ? a.fine + row * a.units + unit : a.coarse + (row - a.fine_rows) * a.units + unit;
+    *to = float(a.accumulate ? *to + sum : sum);
+}
+
+void launch_finish(const LinearImportanceArgs& a, const LinearPlan& plan) {
+    FinishArgs f;
+    f.partial = a.workspace, f.plan = plan;
+    f.tile_m = plan.row_stride / plan.m_tiles;
+    f.group_size = a.group_size, f.units = outer_size(a) / a.group_size;
+    f.table_fine_rows = squares(a) ? kLinearFineRows : 1;
+    f.first_fine = a.order == LinearOrder::Second ? 1 : a.order == LinearOrder::Mixed ? 2 : 0;
+    f.fine_rows = a.order == LinearOrder::All ? kLinearFineRows : 1;
+    f.signed_rows = int(plan.rows) - f.table_fine_rows;
+    f.fine = a.fine, f.coarse = a.coarse, f.accumulate = a.accumulate;
+    const bool warps = a.group_size >= 8;
+    const int64_t threads = (f.fine_rows + f.signed_rows) * f.units * (warps ? 32 : 1);
+    const auto kernel = warps ? linear_finish<32> : linear_finish<1>;
+    kernel<<<unsigned(divide_up(threads, 256)), 256, 0, static_cast<cudaStream_t>(a.stream)>>>(f);
+    HYWIA_CHECK_CUDA(cudaGetLastError());
+}
+
+}  // namespace
+
+int64_t linear_importance_workspace(const LinearImportanceArgs& a) {
+    if (a.rows == 0 || a.columns == 0) return 0;
+    const LinearPlan plan = make_plan(a);
+    return int64_t(plan.segments) * plan.cluster_n * plan.rows * plan.row_stride;
+}
+
+void linear_importance_cuda(const LinearImportanceArgs& a) {
+    const cudaStream_t stream = static_cast<cudaStream_t>(a.stream);
+    if (a.rows == 0 || a.columns == 0) {
+        if (outer_size(a) == 0 || a.accumulate) return;
+        const int64_t units = outer_size(a) / a.group_size;
+        const int64_t fine_rows = a.order == LinearOrder::All ? kLinearFineRows : 1;
+        HYWIA_CHECK_CUDA(cudaMemsetAsync(a.fine, 0, fine_rows * units * sizeof(float), stream));
+        HYWIA_CHECK_CUDA(cudaMemsetAsync(a.coarse, 0, (a.per_sample ? a.samples : 1) * units * sizeof(float), stream));
+        return;
+    }
+    const LinearKernel& kernel = kernel_of(a);
+    const LinearPlan plan = make_plan(a);
+    const CUtensorMap map_dy =
+        tensor_map(a.dtype, a.grad_output, a.tokens, a.rows, a.grad_output_stride, kLinearStepTokens);
+    const CUtensorMap map_x = tensor_map(a.dtype, a.input, a.tokens, a.columns, a.input_stride, kLinearStepTokens);
+    const CUtensorMap map_w = tensor_map(a.dtype, a.weight, a.rows, a.columns, a.weight_stride, 128);
+
+    LinearKernelArgs p;
+    p.offsets = a.offsets;
+    p.samples = int(a.samples), p.tokens = int(a.tokens), p.length = int(a.tokens / a.samples);
+    p.plan = plan;
+    p.scale = a.scale;
+    p.mean_scale = float(double(a.scale) / double(a.samples));
+    p.square_scale = float(double(a.scale) * double(a.scale) / double(a.samples));
+    p.partial = a.workspace;
+
+    const int blocks = kernel.cluster_m * kernel.cluster_n;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(plan.clusters * blocks)), config.blockDim = dim3(kernel.threads);
+    config.dynamicSmemBytes = kernel.shared_bytes, config.stream = stream;
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = blocks, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster, config.numAttrs = 1;
+    void* arguments[] = {const_cast<CUtensorMap*>(a.axis == 0 ? &map_dy : &map_x),
+                         const_cast<CUtensorMap*>(a.axis == 0 ? &map_x : &map_dy), const_cast<CUtensorMap*>(&map_w),
+                         &p};
+    HYWIA_CHECK_CUDA(cudaLaunchKernelExC(&config, kernel.function, arguments));
+    launch_finish(a, plan);
+}
+
+}  // namespace hywia
