@@ -75,6 +75,7 @@ __device__ __forceinline__ void cluster_sync() {
 
 // --- bulk tensor copies ----------------------------------------------------------------------------------------------
 
+constexpr uint64_t kEvictNormal = 0x1000000000000000;
 constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // L2 policy of createpolicy.fractional.L2::evict_first, whole
 constexpr uint64_t kEvictLast = 0x14F0000000000000;
 
@@ -120,6 +121,16 @@ __device__ __forceinline__ void take_registers() {
 template <int id>
 __device__ __forceinline__ void warpgroup_sync() {
     asm volatile("bar.sync %0, 128;" ::"n"(id) : "memory");
+}
+
+// Barriers of two warpgroups: one waits, the other only arrives.
+template <int id>
+__device__ __forceinline__ void named_sync() {
+    asm volatile("bar.sync %0, 256;" ::"n"(id) : "memory");
+}
+template <int id>
+__device__ __forceinline__ void named_arrive() {
+    asm volatile("bar.arrive %0, 256;" ::"n"(id) : "memory");
 }
 
 // --- warpgroup matrix products ---------------------------------------------------------------------------------------

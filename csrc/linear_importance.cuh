@@ -13,7 +13,7 @@
 // At 128 x 128 the operands' traffic from L2 is what limits: 256·T·2 bytes for 2·128·128·T flops are 10 TB/s at
 // 650 TFLOP/s. Blocks of a cluster therefore share their operands (multicast): CM blocks one n tile, CN one m tile.
 //
-// A cluster walks a run of consecutive tiles, n fastest, and adds its sums to its own rows of `partial`: the order of
+// A cluster walks its tiles (LinearPlan says which) and adds its sums to its own rows of `partial`: the order of
 // additions is fixed, no two blocks touch one address, and the table stays small however many samples there are.
 #pragma once
 
@@ -22,6 +22,11 @@
 
 namespace hywia {
 
+#ifdef HYWIA_EVICT_LAST
+constexpr uint64_t kOperands = hopper::kEvictLast;
+#else
+constexpr uint64_t kOperands = hopper::kEvictNormal;
+#endif
 constexpr int kTileM = 128, kStepK = kLinearStepTokens;
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kLinearThreads = 128 * (kConsumers + 1);
@@ -32,8 +37,14 @@ constexpr uint32_t kWeightBoxBytes = kWeightBytes / 2;
 template <bool whole>
 struct LinearTile {
     static constexpr int kN = whole ? 256 : 128;
+#ifdef HYWIA_W1
+    static constexpr int kStages = whole ? 4 : 6;
+    static constexpr int kWeights = whole ? 0 : 1;
+#else
     static constexpr int kStages = whole ? 4 : 5;
-    static constexpr int kWeights = whole ? 0 : 2;  // buffers of weight tiles; `whole` sends them through the stages
+    static constexpr int kWeights = whole ? 0 : 2;
+#endif
+    // buffers of weight tiles; `whole` sends them through the stages
     static constexpr int kAccumulators = kN / 2;
     static constexpr uint32_t kABytes = kTileM * kStepK * 2, kBBytes = kN * kStepK * 2;
     static constexpr uint32_t kStageBytes = kABytes + kBBytes;
@@ -100,9 +111,26 @@ struct Place {
     __device__ __forceinline__ int sharer(int i) const { return i < CN ? i * CM + m : n * CM + (m + i - CN + 1) % CM; }
 };
 
+// The tiles of one cluster, in order.
+struct Walk {
+    const LinearPlan& plan;
+    int lane_m, lane_n, step;  // `step` counts n tiles over all groups
+
+    __device__ __forceinline__ Walk(const LinearPlan& p, int cluster)
+        : plan(p), lane_m(cluster % p.across), lane_n(cluster / p.across), step(lane_n) {}
+    __device__ __forceinline__ int m() const { return step / plan.n_tiles * plan.across + lane_m; }
+    __device__ __forceinline__ int n() const { return step % plan.n_tiles; }
+    // Only the last group may be short of m tiles.
+    __device__ __forceinline__ bool more() const { return step < plan.groups * plan.n_tiles && m() < plan.m_tiles; }
+    __device__ __forceinline__ bool fresh() const { return n() < plan.share; }                 // first of its m tile
+    __device__ __forceinline__ bool last() const { return n() + plan.share >= plan.n_tiles; }  // and last
+    __device__ __forceinline__ void advance() { step += plan.share; }
+};
+
 // Tokens of sample `s`.
+template <bool ragged>
 __device__ __forceinline__ void sample_range(const LinearKernelArgs& p, int s, int& begin, int& end) {
-    if (p.offsets) {
+    if constexpr (ragged) {
         begin = __ldg(p.offsets + s), end = __ldg(p.offsets + s + 1);
     } else {
         begin = s * p.length, end = begin + p.length;
@@ -120,18 +148,16 @@ __device__ __forceinline__ void copy_weight(uint32_t to, const CUtensorMap* map,
     }
 }
 
-template <bool whole, bool columns, int CM, int CN>
+template <bool whole, bool ragged, bool columns, int CM, int CN>
 __device__ void produce(const LinearKernelArgs& p, const CUtensorMap* map_a, const CUtensorMap* map_b,
-                        const CUtensorMap* map_w, const Shared<whole>& shared, Place<CM, CN> place, int first,
-                        int last) {
+                        const CUtensorMap* map_w, const Shared<whole>& shared, Place<CM, CN> place, Walk walk) {
     using Tile = LinearTile<whole>;
     constexpr int kAChunks = kTileM / 64 / CN, kBChunks = Tile::kN / 64 / CM;  // this block's part of each operand
     Ring<Tile::kStages> ring;
     Ring<Tile::kWeights ? Tile::kWeights : 1> buffer;
     const uint16_t same_m = place.same_m(), same_n = place.same_n();
-    for (int tile = first; tile < last; ++tile) {
-        const int m = (tile / p.plan.n_tiles * CM + place.m) * kTileM;
-        const int n = (tile % p.plan.n_tiles * CN + place.n) * Tile::kN;
+    for (; walk.more(); walk.advance()) {
+        const int m = (walk.m() * CM + place.m) * kTileM, n = (walk.n() * CN + place.n) * Tile::kN;
         if constexpr (!whole) {
             barrier_wait(shared.weight_empty(buffer.slot), buffer.parity ^ 1);
             barrier_expect(shared.weight_full(buffer.slot), kWeightBytes);
@@ -140,7 +166,7 @@ __device__ void produce(const LinearKernelArgs& p, const CUtensorMap* map_a, con
         }
         for (int s = 0; s < (whole ? 1 : p.samples); ++s) {
             int begin = 0, end = p.tokens;
-            if constexpr (!whole) sample_range(p, s, begin, end);
+            if constexpr (!whole) sample_range<ragged>(p, s, begin, end);
             for (int token = begin; token < end; token += kStepK) {
                 barrier_wait(shared.empty(ring.slot), ring.parity ^ 1);
                 const uint32_t full = shared.full(ring.slot);
@@ -149,17 +175,17 @@ __device__ void produce(const LinearKernelArgs& p, const CUtensorMap* map_a, con
                     const int chunk = CN == 1 ? i : place.n * kAChunks + i;
                     const uint32_t to = shared.a(ring.slot) + chunk * kChunkBytes;
                     if constexpr (CN == 1)
-                        copy_box(to, map_a, m + chunk * 64, token, full, kEvictLast);
+                        copy_box(to, map_a, m + chunk * 64, token, full, kOperands);
                     else
-                        copy_box_multicast(to, map_a, m + chunk * 64, token, full, same_m, kEvictLast);
+                        copy_box_multicast(to, map_a, m + chunk * 64, token, full, same_m, kOperands);
                 }
                 for (int i = 0; i < kBChunks; ++i) {
                     const int chunk = CM == 1 ? i : place.m * kBChunks + i;
                     const uint32_t to = shared.b(ring.slot) + chunk * kChunkBytes;
                     if constexpr (CM == 1)
-                        copy_box(to, map_b, n + chunk * 64, token, full, kEvictLast);
+                        copy_box(to, map_b, n + chunk * 64, token, full, kOperands);
                     else
-                        copy_box_multicast(to, map_b, n + chunk * 64, token, full, same_n, kEvictLast);
+                        copy_box_multicast(to, map_b, n + chunk * 64, token, full, same_n, kOperands);
                 }
                 ring.advance();
             }
@@ -175,19 +201,27 @@ __device__ void produce(const LinearKernelArgs& p, const CUtensorMap* map_a, con
     }
 }
 
-// Address, for load_matrices, of this lane's row of four 8x8 matrices of a weight tile: the accumulator registers
-// 8·j .. 8·j+7, that is 16 rows (of the warp's 16) and columns 16·j .. 16·j+15.
+// Where this lane's row of four 8x8 matrices of a 128 x 128 weight tile lies, for load_matrices: the warp's 16 rows and
+// the 16 columns that go with the accumulator registers 8·j .. 8·j + 7. The swizzle is an exclusive or, so one address
+// and constants serve all j.
 template <bool columns>
-__device__ __forceinline__ uint32_t weight_address(uint32_t tile, int group, int warp, int lane, int j) {
-    const int matrix = lane / 8, inner = lane % 8;
-    if constexpr (columns) {  // memory rows are n, 128 bytes of m each; box `group` holds this warpgroup's 64 m
-        const int n = j * 16 + (matrix >> 1) * 8 + inner, chunk = warp * 2 + (matrix & 1);
-        return tile + group * kWeightBoxBytes + n * 128 + ((chunk ^ inner) << 4);
-    } else {
-        const int m = group * 64 + warp * 16 + (matrix & 1) * 8 + inner, chunk = j * 2 + (matrix >> 1);
-        return tile + (chunk / 8) * kWeightBoxBytes + m * 128 + (((chunk % 8) ^ inner) << 4);
+struct WeightAddress {
+    uint32_t first;
+
+    __device__ __forceinline__ WeightAddress(uint32_t tile, int group, int warp, int lane) {
+        const int matrix = lane / 8, inner = lane % 8;
+        if constexpr (columns) {  // memory rows are n, 128 bytes of m each; box `group` holds this warpgroup's 64 m
+            const int n = (matrix >> 1) * 8 + inner, chunk = warp * 2 + (matrix & 1);
+            first = tile + group * kWeightBoxBytes + n * 128 + ((chunk ^ inner) << 4);
+        } else {
+            const int m = group * 64 + warp * 16 + (matrix & 1) * 8 + inner, chunk = matrix >> 1;
+            first = tile + m * 128 + ((chunk ^ inner) << 4);
+        }
     }
-}
+    __device__ __forceinline__ uint32_t at(int j) const {
+        return columns ? first + j * 2048 : (first ^ ((j % 4) * 32)) + j / 4 * kWeightBoxBytes;
+    }
+};
 
 __device__ __forceinline__ float quad_sum(float value) {
     value += __shfl_xor_sync(0xffffffffu, value, 1);
@@ -195,7 +229,7 @@ __device__ __forceinline__ float quad_sum(float value) {
 }
 
 // One warpgroup. `Ring`s run exactly as the producer's.
-template <typename T, bool whole, bool squares, bool columns, int CM, int CN>
+template <typename T, bool whole, bool squares, bool ragged, bool columns, int CM, int CN>
 struct Consumer {
     using Tile = LinearTile<whole>;
     const LinearKernelArgs& p;
@@ -204,6 +238,7 @@ struct Consumer {
     int group, warp, lane;
     Ring<Tile::kStages> ring;
     Ring<Tile::kWeights ? Tile::kWeights : 1> buffer;
+    bool lead;  // `whole`: the first warpgroup has yet to let the second begin
 
     // Every block that copies into this slot hears of it, from each warp.
     __device__ __forceinline__ void release(int slot) const {
@@ -224,46 +259,68 @@ struct Consumer {
         group == 0 ? warpgroup_sync<1>() : warpgroup_sync<2>();
     }
 
-    // The product over tokens [begin, end) into `d`, which it overwrites.
+    // The two warpgroups take turns at the tensor cores, so that one works on its sums while the other multiplies; left
+    // alone they run in step, and the tensor cores idle through both epilogues. A turn ends after at most two stages:
+    // the ring holds more, so waiting for a turn cannot starve the other warpgroup of stages. `whole` needs this once:
+    // the second warpgroup starts two stages late and stays behind.
+    __device__ __forceinline__ void take_turn() const { group == 0 ? named_sync<3>() : named_sync<4>(); }
+    __device__ __forceinline__ void pass_turn() const { group == 0 ? named_arrive<4>() : named_arrive<3>(); }
+    __device__ __forceinline__ void hand_over() {
+        if constexpr (!whole)
+            pass_turn();
+        else if (lead)
+            pass_turn(), lead = false;
+    }
+
+    // The product over one stage; `fresh` overwrites d.
+    __device__ __forceinline__ void multiply_stage(float (&d)[Tile::kAccumulators], bool fresh) const {
+        const uint64_t a = outer_major_descriptor(shared.a(ring.slot) + group * kChunkBytes, kChunkBytes);
+        const uint64_t b = outer_major_descriptor(shared.b(ring.slot), kChunkBytes);
+        product_begin();
+#pragma unroll
+        for (int k = 0; k < kStepK / 16; ++k)
+            Product<T>::add(d, a + k * kDescriptorStep, b + k * kDescriptorStep, !fresh || k > 0);
+        product_commit();
+    }
+
+    // The product over tokens [begin, end), at least one, into `d`, which it overwrites.
     __device__ __forceinline__ void multiply(float (&d)[Tile::kAccumulators], int begin, int end) {
-        int previous = -1;
-        for (int token = begin; token < end; token += kStepK) {
+        barrier_wait(shared.full(ring.slot), ring.parity);
+        if constexpr (!whole) {
+            if (end - begin < kStepK) mask(ring.slot, end - begin);
+            take_turn();
+        }
+        multiply_stage(d, true);
+        const int second = begin + kStepK;
+        if (second >= end) hand_over();
+        for (int token = second; token < end; token += kStepK) {
+            const int previous = ring.slot;
+            ring.advance();
             barrier_wait(shared.full(ring.slot), ring.parity);
             if constexpr (!whole)
                 if (end - token < kStepK) mask(ring.slot, end - token);
-            product_begin();
-            const uint64_t a = outer_major_descriptor(shared.a(ring.slot) + group * kChunkBytes, kChunkBytes);
-            const uint64_t b = outer_major_descriptor(shared.b(ring.slot), kChunkBytes);
-#pragma unroll
-            for (int k = 0; k < kStepK / 16; ++k)
-                Product<T>::add(d, a + k * kDescriptorStep, b + k * kDescriptorStep, token > begin || k > 0);
-            product_commit();
-            if (previous >= 0) {
-                product_wait<1>();
-                release(previous);
-            }
-            previous = ring.slot;
-            ring.advance();
+            multiply_stage(d, false);
+            if (token == second) hand_over();
+            product_wait<1>();
+            release(previous);
         }
         product_wait<0>();
-        if (previous >= 0) release(previous);
+        release(ring.slot);
+        ring.advance();
     }
 
-    __device__ void run(int first, int last) {
+    __device__ __forceinline__ void run(Walk walk) {
         if constexpr (whole)
-            run_whole(first, last);
+            run_whole(walk);
         else
-            run_samples(first, last);
+            run_samples(walk);
     }
 
     // Where this lane adds a quantity's sum over one of the warp's rows: of a quad, lane 0 serves row lane/4, lane 1
     // row lane/4 + 8, the others none.
-    __device__ __forceinline__ float* slot_of(int tile, int first) const {
-        const int m_tile = tile / p.plan.n_tiles;
-        const int owner = m_tile * p.plan.n_tiles / p.plan.run;  // the first cluster with a tile of this m
-        const int segment = (first / p.plan.run - owner) * CN + place.n;
-        const int row = (m_tile * CM + place.m) * kTileM + group * 64 + warp * 16 + lane / 4 + (lane & 1) * 8;
-        return p.partial + segment * p.plan.rows * p.plan.row_stride + row;
+    __device__ __forceinline__ float* slot_of(const Walk& walk) const {
+        const int row = (walk.m() * CM + place.m) * kTileM + group * 64 + warp * 16 + lane / 4 + (lane & 1) * 8;
+        return p.partial + (walk.lane_n * CN + place.n) * p.plan.rows * p.plan.row_stride + row;
     }
     __device__ __forceinline__ bool writes() const { return (lane & 2) == 0; }
     __device__ __forceinline__ float pick(float upper, float lower) const {  // both quad sums; this lane's row
@@ -271,18 +328,20 @@ struct Consumer {
         return lane & 1 ? lower : upper;
     }
 
-    __device__ __forceinline__ void run_whole(int first, int last) {
+    __device__ __forceinline__ void run_whole(Walk walk) {
         float fine[2] = {}, signed_sum[2] = {};
-        for (int tile = first; tile < last; ++tile) {
+        if (group == 1) take_turn();
+        for (; walk.more(); walk.advance()) {
             float d[Tile::kAccumulators];
             multiply(d, 0, p.tokens);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 barrier_wait(shared.full(ring.slot), ring.parity);
+                const WeightAddress<columns> weight(shared.a(ring.slot), group, warp, lane);
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
                     uint32_t w[4];
-                    load_matrices<columns>(w, weight_address<columns>(shared.a(ring.slot), group, warp, lane, j));
+                    load_matrices<columns>(w, weight.at(j));
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const float2 pair = unpack<T>(w[i]);
@@ -295,43 +354,51 @@ struct Consumer {
                 release(ring.slot);
                 ring.advance();
             }
-            if (tile + 1 == last || (tile + 1) % p.plan.n_tiles == 0) {
+            if (walk.last()) {
                 const float f = pick(fine[0], fine[1]), s = pick(signed_sum[0], signed_sum[1]);
-                float* const slot = slot_of(tile, first);
+                float* const slot = slot_of(walk);
                 if (writes()) slot[0] = f * p.mean_scale, slot[p.plan.row_stride] = s * p.mean_scale;
                 fine[0] = fine[1] = signed_sum[0] = signed_sum[1] = 0.0f;
             }
         }
     }
 
-    __device__ __forceinline__ void run_samples(int first, int last) {
+    __device__ __forceinline__ void run_samples(Walk walk) {
+        if (group == 1) pass_turn();  // the first turn is the other's
         constexpr int kFirstSigned = squares ? kLinearFineRows : 1;
-        for (int tile = first; tile < last; ++tile) {
-            const bool fresh = tile == first || tile % p.plan.n_tiles == 0;
-            float* const slot = slot_of(tile, first);
+        for (; walk.more(); walk.advance()) {
+            const bool fresh = walk.fresh();
+            float* const slot = slot_of(walk);
             float sum[64], square[squares ? 64 : 1];
 #pragma unroll
             for (int i = 0; i < 64; ++i) {
                 sum[i] = 0.0f;
                 if constexpr (squares) square[i] = 0.0f;
             }
-            const uint32_t weight = shared.weight(buffer.slot);
+            const WeightAddress<columns> weight(shared.weight(buffer.slot), group, warp, lane);
             barrier_wait(shared.weight_full(buffer.slot), buffer.parity);
-            for (int s = 0; s < p.samples; ++s) {
+            float* at = slot + kFirstSigned * p.plan.row_stride;
+            for (int s = 0; s < p.samples; ++s, at += p.plan.row_stride) {
                 int begin, end;
-                sample_range(p, s, begin, end);
-                float* const at = slot + (kFirstSigned + s) * p.plan.row_stride;
+                sample_range<ragged>(p, s, begin, end);
                 const float before = fresh || !writes() ? 0.0f : *at;  // on its way while the product runs
                 float d[64];
                 multiply(d, begin, end);
                 float h[2] = {};
+                uint32_t w[2][4];
+                load_matrices<columns>(w[0], weight.at(0));
+#ifdef HYWIA_NO_EPILOGUE
+                h[0] += d[0], h[1] += d[63], sum[0] += d[0];
+#pragma unroll
+                for (int j = 0; j < 0; ++j) {
+#else
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
-                    uint32_t w[4];
-                    load_matrices<columns>(w, weight_address<columns>(weight, group, warp, lane, j));
+#endif
+                    if (j < 7) load_matrices<columns>(w[(j + 1) % 2], weight.at(j + 1));
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
-                        const float2 pair = unpack<T>(w[i]);
+                        const float2 pair = unpack<T>(w[j % 2][i]);
                         const int e = j * 8 + i * 2;
                         h[i & 1] += d[e] * pair.x;
                         h[i & 1] += d[e + 1] * pair.y;
@@ -343,26 +410,29 @@ struct Consumer {
                 if (writes()) *at = before + total * p.scale;
             }
             float fine[kLinearFineRows][2] = {};
+            const float half_square = 0.5f * p.square_scale;
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 uint32_t w[4];
-                load_matrices<columns>(w, weight_address<columns>(weight, group, warp, lane, j));
+                load_matrices<columns>(w, weight.at(j));
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const float2 pair = unpack<T>(w[i]);
 #pragma unroll
                     for (int k = 0; k < 2; ++k) {
                         const float value = k ? pair.y : pair.x;
-                        const float t = sum[j * 8 + i * 2 + k] * p.mean_scale * value;
+                        const float t = sum[j * 8 + i * 2 + k] * value;
                         fine[0][i & 1] += fabsf(t);
                         if constexpr (squares) {
-                            const float u = 0.5f * (square[j * 8 + i * 2 + k] * p.square_scale) * value * value;
-                            fine[1][i & 1] += fabsf(u);
-                            fine[2][i & 1] += fabsf(t - u);
+                            const float u = square[j * 8 + i * 2 + k] * (value * value);
+                            fine[1][i & 1] += u;
+                            fine[2][i & 1] += fabsf(t * p.mean_scale - u * half_square);
                         }
                     }
                 }
             }
+            fine[0][0] *= p.mean_scale, fine[0][1] *= p.mean_scale;
+            fine[1][0] *= half_square, fine[1][1] *= half_square;
             __syncwarp();
             if (lane == 0) barrier_arrive(shared.weight_empty(buffer.slot));
             buffer.advance();
@@ -373,6 +443,7 @@ struct Consumer {
                 if (writes()) *at = (fresh ? 0.0f : *at) + total;
             }
         }
+        if (group == 0) take_turn();  // the other's last pass
     }
 };
 
@@ -380,7 +451,7 @@ struct Consumer {
 
 #endif
 
-template <typename T, bool whole, bool squares, bool columns, int CM, int CN>
+template <typename T, bool whole, bool squares, bool ragged, bool columns, int CM, int CN>
 __global__ void __launch_bounds__(kLinearThreads, 1)
     linear_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
                   const __grid_constant__ CUtensorMap map_w, const __grid_constant__ LinearKernelArgs p) {
@@ -406,17 +477,16 @@ __global__ void __launch_bounds__(kLinearThreads, 1)
         cluster_sync();
     else
         __syncthreads();
-    const int cluster = blockIdx.x / (CM * CN);
-    const int first = cluster * p.plan.run, last = min(first + p.plan.run, p.plan.m_tiles * p.plan.n_tiles);
+    const Walk walk(p.plan, blockIdx.x / (CM * CN));
     if (threadIdx.x < 128) {
         give_registers_up<40>();
-        if (threadIdx.x == 0) produce<whole, columns, CM, CN>(p, &map_a, &map_b, &map_w, shared, place, first, last);
+        if (threadIdx.x == 0) produce<whole, ragged, columns, CM, CN>(p, &map_a, &map_b, &map_w, shared, place, walk);
     } else {
         take_registers<232>();
-        const int group = int(threadIdx.x) / 128 - 1;
-        Consumer<T, whole, squares, columns, CM, CN> consumer{
-            p, shared, place, group, int(threadIdx.x) / 32 % 4, int(threadIdx.x) % 32, {}, {}};
-        consumer.run(first, last);
+        const int group = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128 - 1, 0);  // known to be one for the warp
+        Consumer<T, whole, squares, ragged, columns, CM, CN> consumer{
+            p, shared, place, group, int(threadIdx.x) / 32 % 4, int(threadIdx.x) % 32, {}, {}, group == 0};
+        consumer.run(walk);
     }
     // A block must not leave while another may still copy into it or arrive at its barriers.
     if constexpr (CM * CN > 1) cluster_sync();
@@ -429,27 +499,35 @@ __global__ void __launch_bounds__(kLinearThreads, 1)
 #define HYWIA_CN 1
 #endif
 
-template <typename T, bool whole, bool squares, bool columns, int CM, int CN>
-LinearKernel describe_kernel(int dtype_index, LinearVariant variant) {
+template <typename T, bool whole, bool squares, bool ragged, bool columns, int CM, int CN>
+LinearKernel describe_kernel(int index) {
     using Tile = LinearTile<whole>;
-    return {reinterpret_cast<const void*>(linear_kernel<T, whole, squares, columns, CM, CN>),
+    return {reinterpret_cast<const void*>(linear_kernel<T, whole, squares, ragged, columns, CM, CN>),
             kTileM,
             Tile::kN,
             CM,
             CN,
             kLinearThreads,
             Tile::kSharedBytes,
-            {dtype_index, int(variant), columns}};
+            index};
 }
 
-template <typename T, bool columns>
-const LinearKernel& kernel_for(LinearVariant variant, int dtype_index) {
-    static const LinearKernel kernels[] = {
-        describe_kernel<T, true, false, columns, 2, 1>(dtype_index, LinearVariant::Whole),
-        describe_kernel<T, false, false, columns, HYWIA_CM, HYWIA_CN>(dtype_index, LinearVariant::Samples),
-        describe_kernel<T, false, true, columns, HYWIA_CM, HYWIA_CN>(dtype_index, LinearVariant::Squares),
+// `index`: of the first of this type's ten kernels.
+template <typename T>
+const LinearKernel& kernel_for(const LinearVariant& v, int index) {
+    static const LinearKernel whole[] = {describe_kernel<T, true, false, false, false, 2, 1>(index),
+                                         describe_kernel<T, true, false, false, true, 2, 1>(index + 1)};
+    static const LinearKernel samples[] = {
+        describe_kernel<T, false, false, false, false, HYWIA_CM, HYWIA_CN>(index + 2),
+        describe_kernel<T, false, false, false, true, HYWIA_CM, HYWIA_CN>(index + 3),
+        describe_kernel<T, false, false, true, false, HYWIA_CM, HYWIA_CN>(index + 4),
+        describe_kernel<T, false, false, true, true, HYWIA_CM, HYWIA_CN>(index + 5),
+        describe_kernel<T, false, true, false, false, HYWIA_CM, HYWIA_CN>(index + 6),
+        describe_kernel<T, false, true, false, true, HYWIA_CM, HYWIA_CN>(index + 7),
+        describe_kernel<T, false, true, true, false, HYWIA_CM, HYWIA_CN>(index + 8),
+        describe_kernel<T, false, true, true, true, HYWIA_CM, HYWIA_CN>(index + 9),
     };
-    return kernels[int(variant)];
+    return v.whole ? whole[v.columns] : samples[4 * v.squares + 2 * v.ragged + v.columns];
 }
 
 }  // namespace hywia

@@ -7,30 +7,26 @@
 namespace hywia {
 namespace {
 
+constexpr int64_t kTableBytes = 64 << 20;
+
 int64_t outer_size(const LinearImportanceArgs& a) { return a.axis == 0 ? a.rows : a.columns; }
 int64_t inner_size(const LinearImportanceArgs& a) { return a.axis == 0 ? a.columns : a.rows; }
 bool squares(const LinearImportanceArgs& a) { return a.order != LinearOrder::First; }
 
-LinearVariant variant(const LinearImportanceArgs& a) {
-    if (!a.per_sample) return LinearVariant::Whole;
-    return squares(a) ? LinearVariant::Squares : LinearVariant::Samples;
-}
-
 const LinearKernel& kernel_of(const LinearImportanceArgs& a) {
-    const bool columns = a.axis == 1;
-    return a.dtype == DType::BFloat16 ? linear_kernel_bfloat16(variant(a), columns)
-                                      : linear_kernel_float16(variant(a), columns);
+    const LinearVariant variant = {!a.per_sample, squares(a), a.offsets != nullptr, a.axis == 1};
+    return a.dtype == DType::BFloat16 ? linear_kernel_bfloat16(variant) : linear_kernel_float16(variant);
 }
 
 // Clusters of this kernel that the current device holds at once.
 int resident_clusters(const LinearKernel& kernel) {
     constexpr int kDevices = 64;
     static std::mutex mutex;
-    static int known[kDevices][2][3][2] = {};
+    static int known[kDevices][kLinearKernels] = {};
     int device = 0;
     HYWIA_CHECK_CUDA(cudaGetDevice(&device));
     const std::lock_guard<std::mutex> guard(mutex);
-    int& count = known[device % kDevices][kernel.index[0]][kernel.index[1]][kernel.index[2]];
+    int& count = known[device % kDevices][kernel.index];
     if (count == 0) {
         HYWIA_CHECK_CUDA(
             cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes));
@@ -54,13 +50,23 @@ LinearPlan make_plan(const LinearImportanceArgs& a) {
     plan.cluster_m = kernel.cluster_m, plan.cluster_n = kernel.cluster_n;
     const int64_t m = kernel.tile_m * kernel.cluster_m, n = kernel.tile_n * kernel.cluster_n;
     plan.m_tiles = int(divide_up(outer_size(a), m)), plan.n_tiles = int(divide_up(inner_size(a), n));
-    const int64_t tiles = int64_t(plan.m_tiles) * plan.n_tiles;
-    if (tiles > 0x3fffffff) throw std::runtime_error("weight: too large for one launch of the cuda backend");
-    plan.run = int(divide_up(tiles, std::min<int64_t>(tiles, resident_clusters(kernel))));
-    plan.clusters = int(divide_up(tiles, plan.run));
-    plan.segments = int(divide_up(plan.n_tiles - 1, plan.run)) + 1;
     plan.rows = (squares(a) ? kLinearFineRows : 1) + (a.per_sample ? a.samples : 1);
     plan.row_stride = plan.m_tiles * m;
+    // The table of partial sums grows with `share`. Among the cuts that finish in the fewest steps, take the one whose
+    // operands of one step are the smallest.
+    const int resident = resident_clusters(kernel);
+    const int64_t row_bytes = plan.rows * plan.row_stride * plan.cluster_n * int64_t(sizeof(float));
+    const int64_t most =
+        std::min<int64_t>(std::min(plan.n_tiles, resident), std::max<int64_t>(1, kTableBytes / row_bytes));
+    int64_t best_steps = 0, best_width = 0;
+    for (int share = 1; share <= most; ++share) {
+        const int across = std::min(resident / share, plan.m_tiles);
+        const int groups = int(divide_up(plan.m_tiles, across));
+        const int64_t steps = divide_up(int64_t(groups) * plan.n_tiles, share), width = across * m + share * n;
+        if (share > 1 && (steps > best_steps || (steps == best_steps && width >= best_width))) continue;
+        best_steps = steps, best_width = width;
+        plan.share = share, plan.across = across, plan.groups = groups;
+    }
     return plan;
 }
 
@@ -100,7 +106,6 @@ CUtensorMap tensor_map(DType dtype, const void* data, int64_t rows, int64_t colu
 struct FinishArgs {
     const float* partial;
     LinearPlan plan;
-    int64_t tile_m;  // units of one m tile
     int64_t group_size, units;
     int first_fine, fine_rows, signed_rows, table_fine_rows;
     float *fine, *coarse;
@@ -119,10 +124,8 @@ __global__ void __launch_bounds__(256) linear_finish(const FinishArgs a) {
     const int64_t table = a.plan.rows * a.plan.row_stride;
     double sum = 0.0;
     for (int64_t i = lane; i < a.group_size; i += lanes) {
-        const int64_t line = unit * a.group_size + i, tile = line / a.tile_m * a.plan.n_tiles;
-        const int64_t segments = (tile + a.plan.n_tiles - 1) / a.plan.run - tile / a.plan.run + 1;
-        const float* from = a.partial + quantity * a.plan.row_stride + line;
-        for (int64_t s = 0; s < segments * a.plan.cluster_n; ++s) sum += from[s * table];
+        const float* from = a.partial + quantity * a.plan.row_stride + unit * a.group_size + i;
+        for (int s = 0; s < a.plan.share * a.plan.cluster_n; ++s) sum += from[s * table];
     }
     for (int mask = 1; mask < lanes; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
     if (lane) return;
@@ -133,7 +136,6 @@ __global__ void __launch_bounds__(256) linear_finish(const FinishArgs a) {
 void launch_finish(const LinearImportanceArgs& a, const LinearPlan& plan) {
     FinishArgs f;
     f.partial = a.workspace, f.plan = plan;
-    f.tile_m = plan.row_stride / plan.m_tiles;
     f.group_size = a.group_size, f.units = outer_size(a) / a.group_size;
     f.table_fine_rows = squares(a) ? kLinearFineRows : 1;
     f.first_fine = a.order == LinearOrder::Second ? 1 : a.order == LinearOrder::Mixed ? 2 : 0;
@@ -152,7 +154,7 @@ void launch_finish(const LinearImportanceArgs& a, const LinearPlan& plan) {
 int64_t linear_importance_workspace(const LinearImportanceArgs& a) {
     if (a.rows == 0 || a.columns == 0) return 0;
     const LinearPlan plan = make_plan(a);
-    return int64_t(plan.segments) * plan.cluster_n * plan.rows * plan.row_stride;
+    return int64_t(plan.share) * plan.cluster_n * plan.rows * plan.row_stride;
 }
 
 void linear_importance_cuda(const LinearImportanceArgs& a) {
@@ -183,7 +185,7 @@ void linear_importance_cuda(const LinearImportanceArgs& a) {
 
     const int blocks = kernel.cluster_m * kernel.cluster_n;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(unsigned(plan.clusters * blocks)), config.blockDim = dim3(kernel.threads);
+    config.gridDim = dim3(unsigned(plan.across * plan.share * blocks)), config.blockDim = dim3(kernel.threads);
     config.dynamicSmemBytes = kernel.shared_bytes, config.stream = stream;
     cudaLaunchAttribute cluster = {};
     cluster.id = cudaLaunchAttributeClusterDimension;

@@ -11,14 +11,17 @@ constexpr int kLinearFineRows = 3;     // first, second, mixed
 constexpr int kLinearStepTokens = 64;  // tokens of one stage
 
 // How one call is cut; depends on the sizes and the device alone.
+//
+// `across` clusters side by side have an m tile each and stay with it; `share` clusters divide the n tiles of one m
+// tile and keep separate sums. When a group of `across` m tiles is done, all go on to the next. What is being worked on
+// at one time is therefore a compact block of the weight, and its operands stay in L2.
 struct LinearPlan {
     int cluster_m = 1, cluster_n = 1;  // blocks of a cluster along m (units) and n (the other dimension)
     int m_tiles = 0, n_tiles = 0;      // of a whole cluster
-    int clusters = 0;                  // each with `run` consecutive tiles, n fastest; the last with fewer
-    int run = 0;
-    int segments = 0;        // most clusters that share one m tile
-    int64_t rows = 0;        // quantities: fine sums, then signed sums
-    int64_t row_stride = 0;  // units, padded to whole tiles
+    int across = 1, share = 1;         // clusters
+    int groups = 0;                    // of m tiles
+    int64_t rows = 0;                  // quantities: fine sums, then signed sums
+    int64_t row_stride = 0;            // units, padded to whole tiles
 };
 
 struct LinearKernelArgs {
@@ -26,10 +29,14 @@ struct LinearKernelArgs {
     int samples, length, tokens;
     LinearPlan plan;
     float scale, mean_scale, square_scale;  // of G_s, of their sum, of the sum of their squares
-    float* partial;                         // [segments · cluster_n, rows, row_stride]
+    float* partial;                         // [share · cluster_n, rows, row_stride]
 };
 
-enum class LinearVariant : int { Whole = 0, Samples = 1, Squares = 2 };
+// Which kernel: `whole` takes the mean gradient in one product and knows no samples; otherwise `squares` keeps the sum
+// of squares too, and `ragged` reads the samples' limits from memory. `columns`: units are the weight's columns.
+struct LinearVariant {
+    bool whole, squares, ragged, columns;
+};
 
 // One compiled kernel: (tensor map of the operand whose columns are the units, of the other operand, of the weight,
 // LinearKernelArgs).
@@ -37,10 +44,11 @@ struct LinearKernel {
     const void* function;
     int tile_m, tile_n, cluster_m, cluster_n, threads;
     uint32_t shared_bytes;
-    int index[3];  // of dtype, variant and axis: a small number for each kernel
+    int index;  // a small number of its own
 };
+constexpr int kLinearKernels = 20;
 
-const LinearKernel& linear_kernel_bfloat16(LinearVariant variant, bool columns);
-const LinearKernel& linear_kernel_float16(LinearVariant variant, bool columns);
+const LinearKernel& linear_kernel_bfloat16(const LinearVariant& variant);
+const LinearKernel& linear_kernel_float16(const LinearVariant& variant);
 
 }  // namespace hywia

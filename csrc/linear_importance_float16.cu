@@ -3,8 +3,6 @@
 
 namespace hywia {
 
-const LinearKernel& linear_kernel_float16(LinearVariant variant, bool columns) {
-    return columns ? kernel_for<__half, true>(variant, 1) : kernel_for<__half, false>(variant, 1);
-}
+const LinearKernel& linear_kernel_float16(const LinearVariant& variant) { return kernel_for<__half>(variant, 10); }
 
 }  // namespace hywia
