@@ -6,12 +6,12 @@
 Every time is the host clock of one whole call, device synchronised, median after a warm-up. `plain` is the floor that
 any gradient-based score stands on: forward and backward with every weight's gradient, accumulated over parts of
 `--batch` samples. Peak memory is the device allocator's, weights included (on a CPU the growth of
-the resident set). Before anything is timed, the fused engine has to agree with the reference engine on two layers of the
-same shape.
+the resident set). Before anything is timed, the fused engine has to agree with the reference engine on two layers of
+the same shape.
 
-Flows, each as `name@samples`: plain; param_first, param_mix (LLM-Pruner); fast, lean, layerwise (`calibrate` with that
-`memory`); auto (`calibrate` as called by default). LLM-Pruner's flows, fast and lean run at the smallest number of
-samples unless `--only` names others.
+Flows, each as `name@samples`: plain; param_first, param_mix (LLM-Pruner); fast, lean, layerwise, auto (`calibrate` with
+that `memory`). Unless `--only` names some, layerwise is left out, and all but plain and auto run at the smallest number
+of samples alone.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from .memory import Peak, free, resident
 from .rows import Appender
 from .timing import Environment, Reading, Timer
 
-PLAIN, AUTO = "plain", "auto"
+PLAIN = "plain"
 PEERS = ("param_first", "param_mix")
-MEMORY = ("fast", "lean", "layerwise")
-FLOWS = (PLAIN, *PEERS, *MEMORY, AUTO)
-SMALLEST_ONLY = (*PEERS, "fast", "lean")  # of `FLOWS`, what runs unasked at the smallest number of samples only
-UNASKED = (PLAIN, *SMALLEST_ONLY, AUTO)
+MEMORY = ("fast", "lean", "layerwise", "auto")  # of `calibrate`
+FLOWS = (PLAIN, *PEERS, *MEMORY)
+UNASKED = (PLAIN, *PEERS, "fast", "lean", "auto")
+UNASKED_AT_MORE_SAMPLES = (PLAIN, "auto")
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ class EngineFigure:
     peak_bytes: int | None
     weight_bytes: int
     peak_over_weights: float | None
-    engine: str  # what `calibrate` recorded
+    engine: str  # what `calibrate` recorded: these three
     memory: str
+    backend: str
     device: str
     threads: int
     python: str
@@ -90,7 +91,7 @@ def flow_call(flow: str, model, tokens: Tensor, batch: int) -> Callable[[], obje
         return lambda: plain(model, tokens, batch)
     if flow in PEERS:
         return lambda: llm_pruner.score(model, tokens, flow)
-    return lambda: hk.calibrate(model, tokens, **({} if flow == AUTO else {"memory": flow}))
+    return lambda: hk.calibrate(model, tokens, memory=flow)
 
 
 def planned(samples: Sequence[int], only: Sequence[str]) -> list[tuple[str, int]]:
@@ -98,8 +99,8 @@ def planned(samples: Sequence[int], only: Sequence[str]) -> list[tuple[str, int]
     plan = []
     for count in sorted(samples):
         for flow in FLOWS:
-            unasked = flow in UNASKED and (count == min(samples) or flow not in SMALLEST_ONLY)
-            if (flow in only or f"{flow}@{count}" in only) if only else unasked:
+            unasked = UNASKED if count == min(samples) else UNASKED_AT_MORE_SAMPLES
+            if (flow in only or f"{flow}@{count}" in only) if only else flow in unasked:
                 plan.append((flow, count))
     return plan
 
@@ -141,7 +142,8 @@ def check(shape: str, samples: int, length: int, device: torch.device) -> list[s
         fused, autograd = (hk.calibrate(model, tokens, engine=engine) for engine in ("fused", "autograd"))
         found = compare(fused, autograd)
         kept = ", ".join(f"{share:.2%} of the units kept at {ratio:.0%}" for ratio, share in found.kept.items())
-        line = f"{dtype}: fine {found.fine:.1e}, coarse {found.coarse:.1e} (allowed {bound:.0e}); same {kept}"
+        errors = f"fine {found.fine:.1e}, coarse {found.coarse:.1e} (allowed {bound:.0e})"
+        line = f"{dtype} by {fused.record['backend']}: {errors}; same {kept}"
         print(f"fused against autograd, 2 layers, {line}", flush=True)
         if not found.within(bound):
             failures.append(f"engines disagree: {line}")
@@ -174,8 +176,10 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.shape = arguments.shape or ("7b" if cuda else models.SMOLLM2)
     arguments.dtype = arguments.dtype or ("bfloat16" if cuda else "float32")
     arguments.samples = arguments.samples or ([10, 128, 512] if cuda else [10])
-    if min(arguments.runs, arguments.length) < 2 or min(arguments.batch, *arguments.samples) < 1:
-        parser.error("--runs and --length: expected at least 2; --batch and --samples: at least 1")
+    if min(arguments.runs, arguments.length) < 2:
+        parser.error("--runs, --length: expected at least 2")
+    if min(arguments.batch, *arguments.samples, 1 if arguments.layers is None else arguments.layers) < 1:
+        parser.error("--batch, --samples, --layers: expected at least 1")
     if unknown := {name.partition("@")[0] for name in arguments.only} - set(FLOWS):
         parser.error(f"--only: expected flows out of {', '.join(FLOWS)}, got {', '.join(sorted(unknown))}")
     if not planned(arguments.samples, arguments.only):
@@ -209,6 +213,7 @@ def _figure(flow: str, arguments, environment: Environment, model, count: int, m
         peak_over_weights=peak / weights if peak else None,
         engine=str(record.get("engine", "")),
         memory=str(record.get("memory", "")),
+        backend=str(record.get("backend", "")),
         device=environment.device,
         threads=environment.threads,
         python=environment.python,
@@ -222,7 +227,7 @@ def _figure(flow: str, arguments, environment: Environment, model, count: int, m
 
 
 _ROW = "{:<16} {:>10} {:>19} {:>4} {:>11} {:>8} {:>9} {:>9}  {}"
-_HEADER = _ROW.format("flow", "s", "20 %..80 %", "runs", "ms/sample", "×plain", "peak GB", "×weights", "engine, memory")
+_HEADER = _ROW.format("flow", "s", "20 %..80 %", "runs", "ms/sample", "×plain", "peak GB", "×weights", "by")
 
 
 def _line(figure: EngineFigure) -> str:
@@ -235,7 +240,7 @@ def _line(figure: EngineFigure) -> str:
         f"{figure.ratio_to_plain:.2f}" if figure.ratio_to_plain else "",
         f"{figure.peak_bytes / 1e9:.2f}" if figure.peak_bytes else "",
         f"{figure.peak_over_weights:.2f}" if figure.peak_over_weights else "",
-        ", ".join(filter(None, (figure.engine, figure.memory))),
+        ", ".join(filter(None, (figure.engine, figure.memory, figure.backend))),
     )
 
 
@@ -267,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             call = flow_call(flow, model, tokens, arguments.batch)
             measured = measure(call, device, arguments.runs, arguments.limit, base)
         except Exception as problem:  # out of memory, most likely: the other flows may still run
-            failures.append(f"{flow}@{count}: {type(problem).__name__}: {str(problem).splitlines()[0]}")
+            message = str(problem).partition("\n")[0]
+            failures.append(f"{flow}@{count}: {type(problem).__name__}: {message}")
             print(failures[-1], flush=True)
         else:
             if flow == PLAIN:
