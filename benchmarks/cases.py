@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -22,7 +21,6 @@ class TaylorCase:
     dtype: torch.dtype = torch.bfloat16
     statistics: torch.dtype | None = None  # of grad and fisher; None: the weight's
     group_size: int = 1
-    flops: ClassVar[None] = None  # no product: bytes are what it costs
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -111,7 +109,6 @@ class CompactCase:
     axis: int
     dtype: torch.dtype = torch.bfloat16
     share: float = 0.75
-    flops: ClassVar[None] = None
 
     @property
     def dtypes(self) -> str:

@@ -42,6 +42,7 @@ _BANDWIDTH: tuple[Column, ...] = (
 )
 OPS: dict[str, tuple[Column, ...]] = {
     "taylor_importance": _BANDWIDTH,
+    "taylor_importance_batch": _BANDWIDTH,
     "linear_importance": (
         _BY,
         _TIME,

@@ -41,8 +41,6 @@ def test_name_and_bytes(case, name, size):
 def test_flops():
     assert LinearCase(8, 4, 0, "first", False, samples=2, length=3).flops == 2 * 6 * 8 * 4
     assert LinearCase(11008, 4096, 0, "all").flops == 2 * 1280 * 11008 * 4096 == 115_427_246_080
-    assert TaylorCase(8, 4, 0, "first").flops is None
-    assert CompactCase(8, 4, 0).flops is None
 
 
 def test_linear_cases_are_distinct_and_cover_the_natural_axes():
