@@ -48,6 +48,40 @@ class TaylorCase:
 
 
 @dataclass(frozen=True)
+class CompactCase:
+    """One call of `ops.compact`: a random `share` of the rows (`axis=0`) or columns (`axis=1`) survives.
+
+    Columns are kept in pieces smaller than a DRAM sector, so that a column cut has to fetch nearly the whole matrix:
+    its share of the copy bandwidth, over the bytes that survive, cannot reach 1.
+    """
+
+    rows: int
+    columns: int
+    axis: int
+    dtype: torch.dtype = torch.bfloat16
+    share: float = 0.75
+
+    @property
+    def dtypes(self) -> str:
+        return SHORT[self.dtype]
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows}x{self.columns} {self.dtypes} {('rows', 'cols')[self.axis]} keep {self.share:.0%}"
+
+    @property
+    def kept(self) -> int:
+        return round((self.rows, self.columns)[self.axis] * self.share)
+
+    @property
+    def bytes(self) -> int:
+        """The kept part read and written once, and the int64 indices read once."""
+        shape = [self.rows, self.columns]
+        shape[self.axis] = self.kept
+        return 2 * math.prod(shape) * self.dtype.itemsize + 8 * self.kept
+
+
+@dataclass(frozen=True)
 class LinearCase:
     """One call of `ops.linear_importance`: `samples` samples of `length` tokens through a `rows`×`columns` layer.
 
@@ -96,40 +130,6 @@ class LinearCase:
         return 2 * self.tokens * self.rows * self.columns
 
 
-@dataclass(frozen=True)
-class CompactCase:
-    """One call of `ops.compact`: a random `share` of the rows (`axis=0`) or columns (`axis=1`) survives.
-
-    Columns are kept in pieces smaller than a DRAM sector, so that a column cut has to fetch nearly the whole matrix:
-    its share of the copy bandwidth, over the bytes that survive, cannot reach 1.
-    """
-
-    rows: int
-    columns: int
-    axis: int
-    dtype: torch.dtype = torch.bfloat16
-    share: float = 0.75
-
-    @property
-    def dtypes(self) -> str:
-        return SHORT[self.dtype]
-
-    @property
-    def name(self) -> str:
-        return f"{self.rows}x{self.columns} {self.dtypes} {('rows', 'cols')[self.axis]} keep {self.share:.0%}"
-
-    @property
-    def kept(self) -> int:
-        return round((self.rows, self.columns)[self.axis] * self.share)
-
-    @property
-    def bytes(self) -> int:
-        """The kept part read and written once, and the int64 indices read once."""
-        shape = [self.rows, self.columns]
-        shape[self.axis] = self.kept
-        return 2 * math.prod(shape) * self.dtype.itemsize + 8 * self.kept
-
-
 AXES = (0, 1)
 ORDERS = ("first", "mixed")
 
@@ -158,6 +158,16 @@ TAYLOR_CPU = (
 )
 TAYLOR_CPU_QUICK = (*_taylor(_SMALL, dtype=torch.float32), *_taylor(_SMALL))
 
+COMPACT_CUDA = tuple(CompactCase(*shape, axis) for shape in ((11008, 4096), (28672, 8192)) for axis in AXES)
+COMPACT_CUDA_QUICK = tuple(CompactCase(11008, 4096, axis) for axis in AXES)
+COMPACT_CPU = tuple(
+    CompactCase(*shape, axis, dtype)
+    for shape in (*_SMALL, (4096, 4096))
+    for dtype in (torch.float32, torch.bfloat16)
+    for axis in AXES
+)
+COMPACT_CPU_QUICK = tuple(CompactCase(*_SMALL[0], axis, torch.float32) for axis in AXES)
+
 _MODES = (("first", False), ("first", True), ("all", True))
 
 
@@ -184,13 +194,3 @@ LINEAR_CPU = (
     *_linear(_LINEAR_SMALL),
 )
 LINEAR_CPU_QUICK = _linear(_LINEAR_SMALL[:1], dtype=torch.float32, samples=2, length=64)
-
-COMPACT_CUDA = tuple(CompactCase(*shape, axis) for shape in ((11008, 4096), (28672, 8192)) for axis in AXES)
-COMPACT_CUDA_QUICK = tuple(CompactCase(11008, 4096, axis) for axis in AXES)
-COMPACT_CPU = tuple(
-    CompactCase(*shape, axis, dtype)
-    for shape in (*_SMALL, (4096, 4096))
-    for dtype in (torch.float32, torch.bfloat16)
-    for axis in AXES
-)
-COMPACT_CPU_QUICK = tuple(CompactCase(*_SMALL[0], axis, torch.float32) for axis in AXES)
