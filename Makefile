@@ -1,12 +1,13 @@
 # make demo   set everything up and prune a real pretrained model
 # make test   set everything up and pass every test
 # make lint   the checks of .pre-commit-config.yaml
-# make bench  the table of README on this machine
+# make bench  the tables of README on this machine, from fresh figures in $(BENCH)
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 DEMO := demo
+BENCH := build/bench
 
 .PHONY: setup test demo lint bench clean
 
@@ -32,9 +33,15 @@ demo: setup
 	$(BIN)/hywia prune smollm2 -o $(DEMO)/smollm2-20 --ratio 0.2 --overwrite --json $(DEMO)/report.json \
 	  --prompt "The capital of France is"
 
+# To publish: append the rows of $(BENCH)/*.csv, without their headers, to the files of that name in benchmarks/.
 bench: setup
-	$(BIN)/python -m benchmarks.bench_taylor
-	$(BIN)/python -m benchmarks.bench_compact
+	mkdir -p $(BENCH)
+	rm -f $(BENCH)/*.csv
+	$(BIN)/python -m benchmarks.bench_taylor --csv $(BENCH)/results.csv
+	$(BIN)/python -m benchmarks.bench_linear --csv $(BENCH)/results.csv
+	$(BIN)/python -m benchmarks.bench_compact --csv $(BENCH)/results.csv
+	$(BIN)/python -m benchmarks.bench_engine --csv $(BENCH)/engine.csv
+	$(BIN)/python -m benchmarks.table --results $(BENCH)/results.csv --engine $(BENCH)/engine.csv
 
 clean:
 	rm -rf $(VENV) build dist $(DEMO) *.egg-info hywia_kernels/*.so

@@ -1,4 +1,4 @@
-"""What the benchmarks run, as data: shapes, dtypes, and the fewest bytes each call has to move."""
+"""What the benchmarks run, as data: shapes, dtypes, the fewest bytes each call has to move, and its products' FLOPs."""
 
 from __future__ import annotations
 
@@ -81,6 +81,55 @@ class CompactCase:
         return 2 * math.prod(shape) * self.dtype.itemsize + 8 * self.kept
 
 
+@dataclass(frozen=True)
+class LinearCase:
+    """One call of `ops.linear_importance`: `samples` samples of `length` tokens through a `rows`×`columns` layer.
+
+    `order` and `per_sample` are the op's: ("first", False), ("first", True) or ("all", True).
+    """
+
+    rows: int
+    columns: int
+    axis: int
+    order: str
+    per_sample: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    samples: int = 10
+    length: int = 128
+    group_size: int = 1
+
+    @property
+    def dtypes(self) -> str:
+        return SHORT[self.dtype]
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.length
+
+    @property
+    def name(self) -> str:
+        units = ("rows", "cols")[self.axis] + (f"/{self.group_size}" if self.group_size > 1 else "")
+        order = self.order + ("" if self.per_sample else " mean")
+        return f"{self.rows}x{self.columns} {self.dtypes} {units} {self.samples}x{self.length} {order}"
+
+    @property
+    def units(self) -> int:
+        return (self.rows, self.columns)[self.axis] // self.group_size
+
+    @property
+    def bytes(self) -> int:
+        """Output gradients, inputs and weight read once, the float32 results written. No weight gradient."""
+        operands = self.dtype.itemsize * (self.tokens * (self.rows + self.columns) + self.rows * self.columns)
+        fine, coarse = (3 if self.order == "all" else 1), (self.samples if self.per_sample else 1)
+        return operands + 4 * self.units * (fine + coarse)
+
+    @property
+    def flops(self) -> int:
+        """Of the weight-gradient product alone, a multiplication and an addition per token and weight; telling the
+        samples apart does not add to it. Scoring adds a few operations per weight and sample, not counted."""
+        return 2 * self.tokens * self.rows * self.columns
+
+
 AXES = (0, 1)
 ORDERS = ("first", "mixed")
 
@@ -118,3 +167,30 @@ COMPACT_CPU = tuple(
     for axis in AXES
 )
 COMPACT_CPU_QUICK = tuple(CompactCase(*_SMALL[0], axis, torch.float32) for axis in AXES)
+
+_MODES = (("first", False), ("first", True), ("all", True))
+
+
+def _linear(shapes: tuple[tuple[int, int, int], ...], **options) -> tuple[LinearCase, ...]:
+    return tuple(LinearCase(*shape, *mode, **options) for shape in shapes for mode in _MODES)
+
+
+# (rows, columns, axis). Rows are the units of q, k, v, gate and up; columns those of o and down.
+_LINEAR_7B = tuple((*shape, axis) for shape in ((4096, 4096), (11008, 4096), (4096, 11008)) for axis in AXES)
+_LINEAR_70B = ((8192, 8192, 0), (8192, 8192, 1), (1024, 8192, 0), (28672, 8192, 0), (8192, 28672, 1))
+_LINEAR_SMALL = ((1536, 576, 0), (576, 1536, 1))  # SmolLM2-135M: gate and up, down
+
+LINEAR_CUDA = (
+    *_linear(_LINEAR_7B),
+    *_linear(_LINEAR_70B),
+    LinearCase(4096, 4096, 0, "all", dtype=torch.float16),
+    LinearCase(4096, 4096, 0, "all", dtype=torch.float32),
+)
+LINEAR_CUDA_QUICK = (*_linear(_LINEAR_7B[2:3]), LinearCase(4096, 11008, 1, "all"))
+LINEAR_CPU = (
+    *_linear(_LINEAR_SMALL, dtype=torch.float32),
+    LinearCase(576, 576, 1, "all", dtype=torch.float32),  # o
+    LinearCase(192, 576, 0, "all", dtype=torch.float32, group_size=64),  # k, v
+    *_linear(_LINEAR_SMALL),
+)
+LINEAR_CPU_QUICK = _linear(_LINEAR_SMALL[:1], dtype=torch.float32, samples=2, length=64)

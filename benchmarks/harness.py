@@ -1,4 +1,4 @@
-"""The frame that the runners share: arguments, correctness gate, timing, table, CSV and JSON.
+"""The frame that the runners of single ops share: arguments, correctness gate, timing, table, CSV and JSON.
 
 A runner hands over its cases and a function that turns one case into a `Job`. Nothing is timed before its result has
 passed the job's gate, on the inputs that are then timed.
@@ -7,12 +7,11 @@ passed the job's gate, on the inputs that are then timed.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -23,6 +22,7 @@ from hywia_kernels import ops
 from hywia_kernels.errors import BackendError
 from hywia_kernels.ops import registry
 
+from .rows import Appender
 from .timing import Environment, Timer
 
 EAGER, COMPILE = "eager", "torch.compile"
@@ -33,6 +33,8 @@ class Case(Protocol):
     def name(self) -> str: ...
     @property
     def bytes(self) -> int: ...
+
+    # A case that contains a matrix product has `flops: int` as well.
 
 
 AnyCase = TypeVar("AnyCase", bound=Case)
@@ -45,6 +47,9 @@ class Candidate:
     name: str
     call: Callable[[], object]  # what a user runs
     work: Callable[[], object] | None = None  # on a GPU: its device work alone, where `call` waits for it
+    # Where its result is not the job's, or not as exact: its own gate.
+    error: Callable[[Callable[[], object]], float] | None = None
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,12 @@ class Job:
     candidates: Sequence[Candidate]
     error: Callable[[Callable[[], object]], float]  # runs a candidate and holds its result against the reference
     tolerance: float
+    baseline: str | None = None  # the candidate that `share_of_baseline` holds the others against
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One row of results.csv."""
+    """One row of results.csv. New columns go to the end; earlier rows hold nothing there."""
 
     date: str
     op: str
@@ -86,9 +92,14 @@ class Figure:
     commit: str
     seed: int
     command: str
-
-
-COLUMNS = [field.name for field in fields(Figure)]
+    # Of the case's products alone (empty where it has none), and shares of a time: the baseline's over this one's.
+    flops: int | None
+    tflop_s: float | None
+    baseline: str | None
+    share_of_baseline: float | None
+    matmul_tflop_s: float
+    share_of_matmul: float | None
+    read_gb_s: float
 
 
 def backend_candidates(
@@ -128,6 +139,7 @@ def _arguments(description: str, op: str, argv: Sequence[str]) -> argparse.Names
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--quick", action="store_true", help="fewer cases and runs")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes seconds a case")
     parser.add_argument("--runs", type=int, help="readings per figure")
     parser.add_argument("--seed", type=int, help="of the inputs; default: a fresh one, which is recorded")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="append a row per figure")
@@ -148,48 +160,30 @@ def _arguments(description: str, op: str, argv: Sequence[str]) -> argparse.Names
     return arguments
 
 
-class _Csv:
-    """Appends figures; refuses a file with other columns before anything has been measured."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        if path.exists() and path.stat().st_size:
-            with path.open(newline="") as file:
-                header = next(csv.reader(file))
-            if header != COLUMNS:
-                raise SystemExit(f"--csv: {path} has other columns than this version writes; name another file")
-        else:
-            with path.open("w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow(COLUMNS)
-
-    def append(self, figures: Sequence[Figure]) -> None:
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            for figure in figures:
-                row = asdict(figure)
-                writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
 def _measure(op: str, case: Case, job: Job, timer: Timer, environment: Environment) -> tuple[list[Figure], list[str]]:
     readings, failures = {}, []
     cuda = timer.device.type == "cuda"
     for candidate in job.candidates:
         work = (candidate.work if cuda else None) or candidate.call
         try:
-            errors = [job.error(run) for run in {candidate.call, work}]
+            tolerance = job.tolerance if candidate.tolerance is None else candidate.tolerance
+            errors = [(candidate.error or job.error)(run) for run in {candidate.call, work}]
             error = max(errors)
-            if not all(e <= job.tolerance for e in errors):  # NaN fails too
-                failures.append(f"{case.name}, {candidate.name}: WRONG, errors {errors}, allowed {job.tolerance:.0e}")
+            if not all(e <= tolerance for e in errors):  # NaN fails too
+                failures.append(f"{case.name}, {candidate.name}: WRONG, errors {errors}, allowed {tolerance:.0e}")
                 continue
             device = timer.work(work)
             call = timer.call(candidate.call) if cuda else device
             readings[candidate.name] = (error, device, call)
         except Exception as problem:  # one broken candidate must not cost the run its other figures
             failures.append(f"{case.name}, {candidate.name}: {type(problem).__name__}: {problem}")
-    baseline = readings.get(COMPILE)
+    jit = readings.get(COMPILE)
+    baseline = readings.get(job.baseline) if job.baseline else None
+    flops = getattr(case, "flops", None)
     figures = []
     for name, (error, device, call) in readings.items():
         gb_s = case.bytes / device.median / 1e3
+        tflop_s = flops / device.median / 1e6 if flops else None
         figures.append(
             Figure(
                 date=environment.date,
@@ -207,7 +201,7 @@ def _measure(op: str, case: Case, job: Job, timer: Timer, environment: Environme
                 gb_s=gb_s,
                 copy_gb_s=environment.copy_gb_s,
                 share_of_copy=gb_s / environment.copy_gb_s,
-                speedup_over_compile=baseline[1].median / device.median if baseline else None,
+                speedup_over_compile=jit[1].median / device.median if jit else None,
                 error=error,
                 device=environment.device,
                 threads=environment.threads,
@@ -218,13 +212,22 @@ def _measure(op: str, case: Case, job: Job, timer: Timer, environment: Environme
                 commit=environment.commit,
                 seed=environment.seed,
                 command=environment.command,
+                flops=flops,
+                tflop_s=tflop_s,
+                baseline=job.baseline if baseline else None,
+                share_of_baseline=baseline[1].median / device.median if baseline else None,
+                matmul_tflop_s=environment.matmul_tflop_s,
+                share_of_matmul=tflop_s / environment.matmul_tflop_s if tflop_s else None,
+                read_gb_s=environment.read_gb_s,
             )
         )
     return figures, failures
 
 
-_ROW = "{:<34} {:<14} {:>9} {:>19} {:>9} {:>8} {:>6} {:>9} {:>8}"
-_HEADER = _ROW.format("case", "by", "work µs", "20 %..80 %", "call µs", "GB/s", "copy", "×compile", "error")
+_ROW = "{:<42} {:<14} {:>9} {:>19} {:>9} {:>8} {:>6} {:>8} {:>7} {:>6} {:>9} {:>8}"
+_HEADER = _ROW.format(
+    "case", "by", "work µs", "20 %..80 %", "call µs", "GB/s", "copy", "TFLOP/s", "matmul", "base", "×compile", "error"
+)
 
 
 def _line(figure: Figure) -> str:
@@ -236,6 +239,9 @@ def _line(figure: Figure) -> str:
         f"{figure.call_us:.1f}",
         f"{figure.gb_s:.0f}",
         f"{figure.share_of_copy:.0%}",
+        f"{figure.tflop_s:.2f}" if figure.tflop_s else "",
+        f"{figure.share_of_matmul:.0%}" if figure.share_of_matmul else "",
+        f"{figure.share_of_baseline:.0%}" if figure.share_of_baseline else "",
         f"{figure.speedup_over_compile:.2f}" if figure.speedup_over_compile else "",
         f"{figure.error:.0e}",
     )
@@ -252,7 +258,7 @@ def main(
     """Run one benchmark; returns the exit code: 0, or 1 when a candidate was wrong or failed."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = _arguments(description, op, argv)
-    table = _Csv(arguments.csv) if arguments.csv else None
+    table = Appender(arguments.csv, Figure) if arguments.csv else None
     torch.manual_seed(arguments.seed)
     device = arguments.device
     timer = Timer(device, arguments.runs)
@@ -266,7 +272,10 @@ def main(
         if arguments.only not in case.name:
             continue
         with torch.no_grad():
-            found, failed = _measure(op, case, prepare(case, device, arguments.backends), timer, environment)
+            job = prepare(case, device, arguments.backends)
+            if arguments.no_compile:
+                job = replace(job, candidates=[c for c in job.candidates if c.name != COMPILE])
+            found, failed = _measure(op, case, job, timer, environment)
         if device.type == "cuda":
             torch.cuda.empty_cache()
         for line in (*map(_line, found), *failed):

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: cold cache, one reading per run, medians, and a bandwidth ceiling from the same run.
+"""How the benchmarks measure: cold cache, one reading per run, medians, and the device's ceilings from the same run.
 
 Two readings per call:
 
@@ -84,15 +84,15 @@ class Timer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def work(self, call: Callable[[], object], cold: bool = True) -> Reading:
+    def work(self, call: Callable[[], object], cold: bool = True, runs: int | None = None) -> Reading:
         """Device time of `call`, which must not wait for the device itself."""
         if self.device.type != "cuda":
-            return self.call(call, cold)
+            return self.call(call, cold, runs)
         self._warm(call)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         times: list[float] = []
         delay = 2**19
-        while len(times) < self.runs:
+        while len(times) < (runs or self.runs):
             torch.cuda._sleep(delay)
             if cold:
                 self.flush()
@@ -110,11 +110,11 @@ class Timer:
                 raise RuntimeError("the call waits for the device, so its device time cannot be told from its latency")
         return Reading.of(times)
 
-    def call(self, call: Callable[[], object], cold: bool = True) -> Reading:
+    def call(self, call: Callable[[], object], cold: bool = True, runs: int | None = None) -> Reading:
         """Host time from `call` to the end of its work."""
         self._warm(call)
         times = []
-        for _ in range(self.runs):
+        for _ in range(runs or self.runs):
             if cold:
                 self.flush()
             self.synchronize()
@@ -133,16 +133,35 @@ class Timer:
         self.synchronize()
 
     def copy_bandwidth(self) -> float:
-        """GB/s of a large copy, bytes read plus bytes written: the ceiling the other figures are held against.
+        """GB/s of a large copy, bytes read plus bytes written: the ceiling that GB/s are held against.
 
         Kernels that only read can come out slightly above it.
         """
-        cuda = self.device.type == "cuda"
-        size = min(4 * GIB, torch.cuda.mem_get_info(self.device)[0] // 4) if cuda else GIB
-        source = torch.ones(size // 4, dtype=torch.float32, device=self.device)
+        source = self._large()
         target = torch.zeros_like(source)
         reading = self.work(partial(target.copy_, source), cold=False)
         return 2 * source.nbytes / reading.median / 1e3
+
+    def read_bandwidth(self) -> float:
+        """GB/s of one sum over a large buffer, which writes nothing."""
+        source = self._large()
+        return source.nbytes / self.work(source.sum, cold=False).median / 1e3
+
+    def matmul_rate(self) -> float:
+        """TFLOP/s of a large square product: the ceiling that TFLOP/s are held against, in whatever dtype they are.
+
+        8192³ in bfloat16 on a GPU, 2048³ in float32 on a CPU.
+        """
+        size, dtype = (8192, torch.bfloat16) if self.device.type == "cuda" else (2048, torch.float32)
+        a, b, out = (torch.randn((size, size), dtype=dtype, device=self.device) for _ in range(3))
+        reading = self.work(lambda: torch.mm(a, b, out=out), cold=False, runs=min(self.runs, 10))
+        return 2 * size**3 / reading.median / 1e6
+
+    def _large(self) -> torch.Tensor:
+        """Far more than any cache holds, and little enough that two fit."""
+        cuda = self.device.type == "cuda"
+        size = min(4 * GIB, torch.cuda.mem_get_info(self.device)[0] // 4) if cuda else GIB
+        return torch.ones(size // 4, dtype=torch.float32, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -161,6 +180,8 @@ class Environment:
     seed: int
     empty_us: float
     copy_gb_s: float
+    read_gb_s: float
+    matmul_tflop_s: float
 
     @classmethod
     def record(cls, timer: Timer, module: str, arguments: list[str], seed: int) -> Environment:
@@ -178,6 +199,8 @@ class Environment:
             seed=seed,
             empty_us=timer.empty_us,
             copy_gb_s=timer.copy_bandwidth(),
+            read_gb_s=timer.read_bandwidth(),
+            matmul_tflop_s=timer.matmul_rate(),
         )
 
 
@@ -199,7 +222,7 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results.csv")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/*.csv")
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -1,0 +1,61 @@
+"""Peak memory of a stretch of code, and a clean start for the next one."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from pathlib import Path
+
+import torch
+
+_PROCESS = Path("/proc/self")
+
+
+def free(device: torch.device) -> None:
+    """Give unused memory back, so that one measurement does not live in what another left."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(0)
+
+
+def _status(name: str) -> int:
+    """Bytes that /proc/self/status tells under a name; 0 where there is none."""
+    path = _PROCESS / "status"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
+
+
+def resident() -> int:
+    """Bytes of the process in memory."""
+    return _status("VmRSS")
+
+
+class Peak:
+    """From its creation on: bytes the device's allocator handed out at most. On a CPU what the process had in memory at
+    most, less `base`, so that the libraries do not count; None where the kernel does not tell."""
+
+    def __init__(self, device: torch.device, base: int = 0):
+        self.device = device
+        self.base = base
+        self._reset = device.type == "cuda"
+        if self._reset:
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        try:
+            (_PROCESS / "clear_refs").write_text("5")  # sets VmHWM back to the present size
+            self._reset = True
+        except OSError:
+            pass
+
+    def bytes(self) -> int | None:
+        if not self._reset:
+            return None
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return _status("VmHWM") - self.base
