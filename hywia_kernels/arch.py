@@ -16,16 +16,26 @@ from torch import nn
 from .errors import HywiaError
 from .types import Group, Member
 
-__all__ = ["TABLE", "Architecture", "Attention", "Mlp", "architecture", "config_widths", "groups"]
+__all__ = ["TABLE", "Architecture", "Attention", "Gated", "Mlp", "architecture", "config_widths", "groups"]
+
+
+@dataclass(frozen=True)
+class Gated:
+    """`module` computes `columns[0](activation(rows[0](x)) * rows[1](x))` and nothing else."""
+
+    module: str
+    activation: str
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """Channels: row `j` of each of `rows` and column `j` of each of `columns`, with the rows' biases."""
+    """Channels: row `j` of each of `rows` and column `j` of each of `columns`, with the rows' biases. `gated` lets
+    calibration compute the product again instead of keeping it."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     width_field: str
+    gated: Gated | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,10 @@ class Architecture:
         model_types: values of `config.model_type` it serves.
         layers: path of the decoder's list of layers.
         mlp, attention: the units' structure inside one layer.
+        norms: modules of a layer that compute `weight · x / rms(x)`, rounding `x / rms(x)` to `x`'s dtype, with
+            `variance_epsilon` or `eps` under the root: calibration does not keep their outputs.
+        residual: matrix of `mlp.columns` whose output is only added to what leaves the layer, so that calibration need
+            not multiply by it when it runs a layer again for backward (None: there is none).
         stand_in: model type whose stock config holds the same mathematics where this family's own config refuses a
             width (None: there is none).
         stand_in_needs: config fields that must have these values for the stand-in to be exact.
@@ -59,6 +73,8 @@ class Architecture:
     layers: str
     mlp: Mlp
     attention: Attention
+    norms: tuple[str, ...] = ()
+    residual: str | None = None
     stand_in: str | None = None
     stand_in_needs: Mapping[str, Any] = field(default_factory=dict)
     stand_in_sets: Mapping[str, Any] = field(default_factory=dict)
@@ -70,7 +86,12 @@ TABLE: tuple[Architecture, ...] = (
     Architecture(
         model_types=("llama", "mistral"),
         layers="model.layers",
-        mlp=Mlp(rows=("mlp.gate_proj", "mlp.up_proj"), columns=("mlp.down_proj",), width_field="intermediate_size"),
+        mlp=Mlp(
+            rows=("mlp.gate_proj", "mlp.up_proj"),
+            columns=("mlp.down_proj",),
+            width_field="intermediate_size",
+            gated=Gated(module="mlp", activation="mlp.act_fn"),
+        ),
         attention=Attention(
             query="self_attn.q_proj",
             key="self_attn.k_proj",
@@ -79,6 +100,8 @@ TABLE: tuple[Architecture, ...] = (
             heads_field="num_attention_heads",
             kv_heads_field="num_key_value_heads",
         ),
+        norms=("input_layernorm", "post_attention_layernorm"),
+        residual="mlp.down_proj",
         stand_in="mistral",
         stand_in_needs={"attention_bias": False, "mlp_bias": False},
         stand_in_sets={"sliding_window": None},

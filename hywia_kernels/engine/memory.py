@@ -1,0 +1,204 @@
+"""What each pass needs, and which one fits into the memory that is free.
+
+Bytes per token and decoder layer, with `e` bytes a value, `h` the hidden size, `q`, `k`, `v`, `o` the widths of the
+attention's matrices, `i` the MLP's width and `n` the attention heads:
+
+    kept = e·(2h + q + k + v + o + 2i) + 4n   what enters the norms; rotated q and k, v and the attention's output with
+                                              its logsumexp; gate and up. Norms' outputs and the gated product are
+                                              computed again in backward.
+    work = e·(4h + 4i)                        gradients on their way, and what is computed again
+    collected = e·(8h + 3i) or so             layerwise: every matrix's output gradient and input
+
+    fast       tokens · (Σ_layers kept + work)
+    lean       tokens · (layers·e·h + kept + work)
+    layerwise  tokens · ([layers·e·h, unless on the host] + collected) + tokens of a run · (kept + work)
+
+plus, in all of them, the results, three tensors `[tokens, h]` and what the loss makes of its chunk of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import arch
+from ..errors import HywiaError
+from ..types import Group
+from .loss import LOGIT_BYTES
+from .results import result_bytes
+from .samples import Samples
+
+__all__ = ["MODES", "MemoryPlan", "free_bytes", "plan_memory", "plan_whole"]
+
+MODES = ("fast", "lean", "layerwise")
+CHUNK_TOKENS = 4096  # of a layerwise run: enough for the matrix products to be fast
+_SHARE = 0.9  # of the free memory: the rest is for what the formulas leave out
+_SCRATCH = 64 << 20
+_RAGGED = 2.0  # padded tokens per token from which fast and lean would waste more than layerwise costs
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How to run: the mode, samples per run (layerwise), whether layer inputs go to the host, and the estimate of what
+    is needed beside the weights, in bytes, on all devices together."""
+
+    mode: str
+    chunks: tuple[Samples, ...]
+    offload: bool
+    estimate: int
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes; `kept`, `work`, `collected`, `boundary` per token of one layer (the largest, but `kept_all` of all)."""
+
+    kept_all: int
+    kept: int
+    work: int
+    collected: int
+    boundary: int
+    fixed: int
+    layers: int
+
+    def fast(self, tokens: int) -> int:
+        return tokens * (self.kept_all + self.work + 3 * self.boundary) + self.fixed
+
+    def lean(self, tokens: int) -> int:
+        return tokens * ((self.layers + 3) * self.boundary + self.kept + self.work) + self.fixed
+
+    def layerwise(self, tokens: int, run: int, offload: bool) -> int:
+        boundaries = 1 if offload else self.layers + 1
+        inside = self.kept + self.work + 3 * self.boundary
+        return tokens * (boundaries * self.boundary + self.collected) + run * inside + self.fixed
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a pass could have: on CUDA with what torch has cached and does not use."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return _free_on_host()
+
+
+def _free_on_host() -> int:
+    import os
+
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _sizes(model: Any, found: Sequence[Group], samples: Samples, widest_in_float64: bool) -> _Sizes:
+    entry = arch.architecture(model)
+    kept_by_layer: dict[int, int] = {}
+    work = collected = largest = 0
+    element = hidden = 1
+    heads = getattr(model.config, entry.attention.heads_field, 1)
+    for group in found:
+        shapes = [model.get_submodule(m.module).weight.shape for m in group.members]
+        element = model.get_submodule(group.members[0].module).weight.element_size()
+        inside = [shape[m.axis] for m, shape in zip(group.members, shapes, strict=True)]
+        outside = [shape[1 - m.axis] for m, shape in zip(group.members, shapes, strict=True)]
+        hidden = max(outside)
+        largest = max(largest, max(s.numel() for s in shapes))
+        kept = element * (hidden + sum(inside))
+        if group.kind == "mlp":
+            if entry.mlp.gated is not None:
+                kept -= element * inside[-1]  # the product is computed again
+            work = max(work, element * (4 * hidden + 4 * max(inside)))
+        else:
+            kept += 4 * heads
+            if getattr(model.config, "_attn_implementation", "sdpa") == "eager":
+                kept += heads * samples.longest * (4 + 2 * element)
+        if not entry.norms:
+            kept += hidden * (2 * element + 4)
+        kept_by_layer[group.layer] = kept_by_layer.get(group.layer, 0) + kept
+    for layer in kept_by_layer:
+        members = [(m, g) for g in found if g.layer == layer for m in g.members]
+        each = sum(sum(model.get_submodule(m.module).weight.shape) for m, _ in members)
+        # Inputs of matrices whose units are rows are shared within a group.
+        shared = sum((sum(m.axis == 0 for m in g.members) - 1) * hidden for g in found if g.layer == layer)
+        collected = max(collected, element * (each - shared))
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    logits = min(LOGIT_BYTES, 4 * samples.tokens.numel() * vocabulary)
+    scratch = 8 * 6 * largest if widest_in_float64 else _SCRATCH
+    fixed = result_bytes(found, len(samples)) + 4 * logits + min(scratch, 8 * 6 * largest)
+    kept = max(kept_by_layer.values())
+    return _Sizes(sum(kept_by_layer.values()), kept, work, collected, element * hidden, fixed, len(kept_by_layer))
+
+
+def _fits(model: Any, found: Sequence[Group], needed: int) -> bool:
+    """Whether every device has its share, by the decoder layers it holds."""
+    devices = [model.get_submodule(g.members[0].module).weight.device for g in found]
+    return all(needed * devices.count(d) / len(devices) <= _SHARE * free_bytes(d) for d in set(devices))
+
+
+def _layerwise(model: Any, found: Sequence[Group], samples: Samples, sizes: _Sizes) -> MemoryPlan:
+    """The largest runs that fit, with the layers' inputs on the device if they can be.
+
+    Raises:
+        HywiaError: not even runs of one sample fit.
+    """
+    samples = samples.sorted()
+    cuda = any(model.get_submodule(g.members[0].module).weight.device.type == "cuda" for g in found)
+    least = samples.longest
+    for offload in (False, True) if cuda else (False,):
+        run = max(CHUNK_TOKENS, least)
+        while run > least and not _fits(model, found, sizes.layerwise(samples.total, run, offload)):
+            run = max(least, run // 2)
+        needed = sizes.layerwise(samples.total, run, offload)
+        host = samples.total * sizes.layers * sizes.boundary if offload else 0
+        if _fits(model, found, needed) and host <= _SHARE * free_bytes(torch.device("cpu")):
+            return MemoryPlan("layerwise", tuple(samples.chunks(run)), offload, needed)
+    device = model.get_submodule(found[0].members[0].module).weight.device
+    free = free_bytes(device)
+    raise HywiaError(
+        f"batches: {len(samples)} samples with {samples.total} tokens need about {needed / 1e9:.2f} GB beside the "
+        f"weights even one layer at a time, got {free / 1e9:.2f} GB free on {device}; pass fewer or shorter samples, "
+        "or load the model in bfloat16"
+    )
+
+
+def plan_memory(model: Any, found: Sequence[Group], samples: Samples, requested: str, *, float64: bool) -> MemoryPlan:
+    """The mode asked for, or of fast, lean and layerwise the first that fits.
+
+    Very ragged sets are taken layerwise even where there is memory, in runs of samples of like length.
+
+    Args:
+        requested: "auto" or one of MODES.
+        float64: scoring is by the reference, which needs whole matrices in float64.
+
+    Raises:
+        HywiaError: layerwise, asked for or the last resort, does not fit.
+    """
+    sizes = _sizes(model, found, samples, float64)
+    tokens = samples.tokens.numel()
+    estimates = {"fast": sizes.fast(tokens), "lean": sizes.lean(tokens)}
+    if requested in estimates:
+        return MemoryPlan(requested, (samples,), False, estimates[requested])
+    if requested == "auto" and tokens <= _RAGGED * samples.total:
+        for mode, needed in estimates.items():
+            if _fits(model, found, needed):
+                return MemoryPlan(mode, (samples,), False, needed)
+    return _layerwise(model, found, samples, sizes)
+
+
+def plan_whole(model: Any, found: Sequence[Group], samples: Samples, requested: str) -> MemoryPlan:
+    """For a pass that computes nothing again but whole layers: fast, or lean where that does not fit."""
+    sizes = _sizes(model, found, samples, False)
+    tokens, gradients = samples.tokens.numel(), 3 * 4 * max(w.numel() for w in _weights(model, found))
+    # Norms in float32, activations and products are kept too: about as much again.
+    fast = 2 * sizes.fast(tokens) + gradients
+    mode = requested if requested != "auto" else "fast" if _fits(model, found, fast) else "lean"
+    needed = fast if mode == "fast" else sizes.lean(tokens) + tokens * sizes.kept + gradients
+    return MemoryPlan(mode, (samples,), False, needed)
+
+
+def _weights(model: Any, found: Sequence[Group]) -> list[torch.Tensor]:
+    return [model.get_submodule(m.module).weight for g in found for m in g.members]
