@@ -59,8 +59,9 @@ class Architecture:
         model_types: values of `config.model_type` it serves.
         layers: path of the decoder's list of layers.
         mlp, attention: the units' structure inside one layer.
-        norms: modules of a layer that compute `weight · x / rms(x)`, rounding `x / rms(x)` to `x`'s dtype, with
-            `variance_epsilon` or `eps` under the root: calibration does not keep their outputs.
+        norms, final_norm: modules of a layer, and of the whole model, that compute `weight · x / rms(x)`, rounding
+            `x / rms(x)` to `x`'s dtype, with `variance_epsilon` or `eps` under the root: calibration does not keep
+            their outputs.
         residual: matrix of `mlp.columns` whose output is only added to what leaves the layer, so that calibration need
             not multiply by it when it runs a layer again for backward (None: there is none).
         stand_in: model type whose stock config holds the same mathematics where this family's own config refuses a
@@ -74,6 +75,7 @@ class Architecture:
     mlp: Mlp
     attention: Attention
     norms: tuple[str, ...] = ()
+    final_norm: str | None = None
     residual: str | None = None
     stand_in: str | None = None
     stand_in_needs: Mapping[str, Any] = field(default_factory=dict)
@@ -101,6 +103,7 @@ TABLE: tuple[Architecture, ...] = (
             kv_heads_field="num_key_value_heads",
         ),
         norms=("input_layernorm", "post_attention_layernorm"),
+        final_norm="model.norm",
         residual="mlp.down_proj",
         stand_in="mistral",
         stand_in_needs={"attention_bias": False, "mlp_bias": False},

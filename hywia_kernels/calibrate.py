@@ -17,6 +17,7 @@ from torch import Tensor
 from . import arch, ops
 from .engine import autograd, layered, loss, whole
 from .engine.instrument import instrument
+from .engine.kernels import usable
 from .engine.linear import Scorer
 from .engine.memory import MODES, MemoryPlan, plan_memory, plan_whole
 from .engine.patches import forward_replaced, frozen, reproducible
@@ -178,7 +179,7 @@ def calibrate(
     engine, ran_on = _chosen_engine(engine, backend, weight.detach())
     if engine == "autograd" and memory == "layerwise":
         raise UsageError("memory: expected auto, fast or lean with engine 'autograd', got 'layerwise'")
-    plan = _plan(model, found, samples, engine, memory, ran_on)
+    plan = _plan(model, found, samples, engine, memory, ran_on, backend)
     job = _Job(model, found, samples, engine, plan, backend)
     for device in {d for d in job.devices if d.type == "cuda"}:
         torch.cuda.reset_peak_memory_stats(device)
@@ -220,8 +221,16 @@ def calibrate(
 
 
 def _plan(
-    model: Any, found: tuple[Group, ...], samples: Samples, engine: str, requested: str, backend: str
+    model: Any,
+    found: tuple[Group, ...],
+    samples: Samples,
+    engine: str,
+    requested: str,
+    ran_on: str,
+    asked: str | None,
 ) -> MemoryPlan:
     if engine == "autograd":
         return plan_whole(model, found, samples, requested)
-    return plan_memory(model, found, samples, requested, float64=backend == "reference")
+    device = model.get_submodule(found[0].members[0].module).weight.device
+    kernels = usable(device, asked)
+    return plan_memory(model, found, samples, requested, float64=ran_on == "reference", kernels=kernels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import arch
@@ -36,27 +37,32 @@ def instrument(model: Any, found: Sequence[Group], results: Results, scorer: Sco
             replacements.append((linear, scored_forward(linear, target, scorer, skippable)))
     for layer in model.get_submodule(entry.layers):
         replacements += _in_layer(layer, entry, scorer.backend)
+    if entry.final_norm is not None:
+        dtype = model.get_submodule(found[-1].members[-1].module).weight.dtype
+        replacements += _norm(model.get_submodule(entry.final_norm), dtype, scorer.backend)
     return replacements
 
 
 def _in_layer(layer: nn.Module, entry: arch.Architecture, backend: str | None) -> Replacements:
-    weight = layer.get_submodule(entry.mlp.columns[0]).weight
-    assert hasattr(weight, "device")
-    fused = usable(weight.device, backend)  # type: ignore[arg-type]
+    down: Any = layer.get_submodule(entry.mlp.columns[0])
     replacements: Replacements = []
     for name in entry.norms:
-        norm = layer.get_submodule(name)
-        if "forward" not in vars(norm):
-            replacements.append((norm, _recomputed(norm_formula(norm, weight.dtype, fused))))  # type: ignore[arg-type]
+        replacements += _norm(layer.get_submodule(name), down.weight.dtype, backend)
     gated = entry.mlp.gated
     if gated is not None:
         mlp = layer.get_submodule(gated.module)
         if "forward" not in vars(mlp):
             gate, up = (layer.get_submodule(name) for name in entry.mlp.rows)
-            down = layer.get_submodule(entry.mlp.columns[0])
-            formula = gate_formula(layer.get_submodule(gated.activation), fused)
+            formula = gate_formula(layer.get_submodule(gated.activation), usable(down.weight.device, backend))
             replacements.append((mlp, _gated(gate, up, down, formula)))
     return replacements
+
+
+def _norm(norm: nn.Module, dtype: torch.dtype, backend: str | None) -> Replacements:
+    if "forward" in vars(norm):
+        return []
+    device = next(norm.parameters()).device
+    return [(norm, _recomputed(norm_formula(norm, dtype, usable(device, backend))))]
 
 
 def _recomputed(formula: recompute.Formula) -> Callable:

@@ -96,9 +96,9 @@ def norm_formula(norm: Any, dtype: torch.dtype, fused: bool) -> Formula:
     serve."""
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     weight = getattr(norm, "weight", None)
-    plain = isinstance(weight, Tensor) and weight.dim() == 1 and weight.dtype == dtype
-    plain = plain and getattr(norm, "bias", None) is None and eps is not None
-    if fused and plain and weight.numel() <= 65536:
+    if not fused or eps is None or not isinstance(weight, Tensor) or getattr(norm, "bias", None) is not None:
+        return Rerun(norm.forward)
+    if weight.dim() == 1 and weight.dtype == dtype and weight.numel() <= 65536:
         return RmsNorm(weight.detach(), float(eps))
     return Rerun(norm.forward)
 

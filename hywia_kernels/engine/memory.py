@@ -6,14 +6,16 @@ attention's matrices, `i` the MLP's width and `n` the attention heads:
     kept = e·(2h + q + k + v + o + 2i) + 4n   what enters the norms; rotated q and k, v and the attention's output with
                                               its logsumexp; gate and up. Norms' outputs and the gated product are
                                               computed again in backward.
-    work = e·(4h + 4i)                        gradients on their way, and what is computed again
+    work = e·(3h + 2i)                        gradients on their way, and what is computed again; 6i where the gate is
+                                              not one kernel
     collected = e·(8h + 3i) or so             layerwise: every matrix's output gradient and input
 
     fast       tokens · (Σ_layers kept + work)
-    lean       tokens · (layers·e·h + kept + work)
+    lean       tokens · ((layers + 1)·e·h + kept + work)
     layerwise  tokens · ([layers·e·h, unless on the host] + collected) + tokens of a run · (kept + work)
 
-plus, in all of them, the results, three tensors `[tokens, h]` and what the loss makes of its chunk of logits.
+plus, in all of them, the results; or, in the place of the work, three tensors `[tokens, h]` and what the loss makes of
+its chunk of logits, where that is more.
 """
 
 from __future__ import annotations
@@ -60,19 +62,24 @@ class _Sizes:
     work: int
     collected: int
     boundary: int
+    logits: int
     fixed: int
     layers: int
 
+    def _loss(self, tokens: int) -> int:
+        return 3 * tokens * self.boundary + self.logits
+
     def fast(self, tokens: int) -> int:
-        return tokens * (self.kept_all + self.work + 3 * self.boundary) + self.fixed
+        return tokens * self.kept_all + max(self._loss(tokens), tokens * self.work) + self.fixed
 
     def lean(self, tokens: int) -> int:
-        return tokens * ((self.layers + 3) * self.boundary + self.kept + self.work) + self.fixed
+        inside = tokens * (self.boundary + self.kept + self.work)
+        return tokens * self.layers * self.boundary + max(self._loss(tokens), inside) + self.fixed
 
     def layerwise(self, tokens: int, run: int, offload: bool) -> int:
         boundaries = 1 if offload else self.layers + 1
-        inside = self.kept + self.work + 3 * self.boundary
-        return tokens * (boundaries * self.boundary + self.collected) + run * inside + self.fixed
+        inside = tokens * self.collected + run * (2 * self.boundary + self.kept + self.work)
+        return tokens * boundaries * self.boundary + max(self._loss(run), inside) + self.fixed
 
 
 def free_bytes(device: torch.device) -> int:
@@ -94,7 +101,7 @@ def _free_on_host() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _sizes(model: Any, found: Sequence[Group], samples: Samples, widest_in_float64: bool) -> _Sizes:
+def _sizes(model: Any, found: Sequence[Group], samples: Samples, *, float64: bool, kernels: bool) -> _Sizes:
     entry = arch.architecture(model)
     kept_by_layer: dict[int, int] = {}
     work = collected = largest = 0
@@ -111,7 +118,7 @@ def _sizes(model: Any, found: Sequence[Group], samples: Samples, widest_in_float
         if group.kind == "mlp":
             if entry.mlp.gated is not None:
                 kept -= element * inside[-1]  # the product is computed again
-            work = max(work, element * (4 * hidden + 4 * max(inside)))
+            work = max(work, element * (3 * hidden + (2 if kernels else 6) * max(inside)))
         else:
             kept += 4 * heads
             if getattr(model.config, "_attn_implementation", "sdpa") == "eager":
@@ -126,11 +133,17 @@ def _sizes(model: Any, found: Sequence[Group], samples: Samples, widest_in_float
         shared = sum((sum(m.axis == 0 for m in g.members) - 1) * hidden for g in found if g.layer == layer)
         collected = max(collected, element * (each - shared))
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    logits = min(LOGIT_BYTES, 4 * samples.tokens.numel() * vocabulary)
-    scratch = 8 * 6 * largest if widest_in_float64 else _SCRATCH
-    fixed = result_bytes(found, len(samples)) + 4 * logits + min(scratch, 8 * 6 * largest)
-    kept = max(kept_by_layer.values())
-    return _Sizes(sum(kept_by_layer.values()), kept, work, collected, element * hidden, fixed, len(kept_by_layer))
+    scratch = 8 * 6 * largest  # of a scoring in float64: the weight, a gradient and what is summed
+    return _Sizes(
+        kept_all=sum(kept_by_layer.values()),
+        kept=max(kept_by_layer.values()),
+        work=work,
+        collected=collected,
+        boundary=element * hidden,
+        logits=4 * min(LOGIT_BYTES, 4 * samples.tokens.numel() * vocabulary),
+        fixed=result_bytes(found, len(samples)) + (scratch if float64 else min(scratch, _SCRATCH)),
+        layers=len(kept_by_layer),
+    )
 
 
 def _fits(model: Any, found: Sequence[Group], needed: int) -> bool:
@@ -165,7 +178,9 @@ def _layerwise(model: Any, found: Sequence[Group], samples: Samples, sizes: _Siz
     )
 
 
-def plan_memory(model: Any, found: Sequence[Group], samples: Samples, requested: str, *, float64: bool) -> MemoryPlan:
+def plan_memory(
+    model: Any, found: Sequence[Group], samples: Samples, requested: str, *, float64: bool, kernels: bool
+) -> MemoryPlan:
     """The mode asked for, or of fast, lean and layerwise the first that fits.
 
     Very ragged sets are taken layerwise even where there is memory, in runs of samples of like length.
@@ -173,11 +188,12 @@ def plan_memory(model: Any, found: Sequence[Group], samples: Samples, requested:
     Args:
         requested: "auto" or one of MODES.
         float64: scoring is by the reference, which needs whole matrices in float64.
+        kernels: the gate is one kernel.
 
     Raises:
         HywiaError: layerwise, asked for or the last resort, does not fit.
     """
-    sizes = _sizes(model, found, samples, float64)
+    sizes = _sizes(model, found, samples, float64=float64, kernels=kernels)
     tokens = samples.tokens.numel()
     estimates = {"fast": sizes.fast(tokens), "lean": sizes.lean(tokens)}
     if requested in estimates:
@@ -191,7 +207,7 @@ def plan_memory(model: Any, found: Sequence[Group], samples: Samples, requested:
 
 def plan_whole(model: Any, found: Sequence[Group], samples: Samples, requested: str) -> MemoryPlan:
     """For a pass that computes nothing again but whole layers: fast, or lean where that does not fit."""
-    sizes = _sizes(model, found, samples, False)
+    sizes = _sizes(model, found, samples, float64=False, kernels=False)
     tokens, gradients = samples.tokens.numel(), 3 * 4 * max(w.numel() for w in _weights(model, found))
     # Norms in float32, activations and products are kept too: about as much again.
     fast = 2 * sizes.fast(tokens) + gradients

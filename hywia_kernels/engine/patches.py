@@ -53,21 +53,22 @@ def reproducible(on: bool) -> Iterator[None]:
     """torch's deterministic kernels, where they matter: attention's backward adds atomically on CUDA otherwise.
 
     The attention kernels heed the strict mode alone ("warn only" leaves them as they are), and the strict mode wants
-    cuBLAS's workspace named, which with this value is what torch gives it anyway. An op that has no deterministic
+    cuBLAS's workspace named (the value is torch's own for Hopper; a user's is kept). An op that has no deterministic
     kernel raises RuntimeError. Does nothing when `on` is False.
     """
     if not on:
         yield
         return
+    filling: Any = torch.utils.deterministic
     mode, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill, workspace = torch.utils.deterministic.fill_uninitialized_memory, os.environ.get(_CUBLAS)
+    fill, workspace = filling.fill_uninitialized_memory, os.environ.get(_CUBLAS)
     try:
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        filling.fill_uninitialized_memory = False
         os.environ.setdefault(_CUBLAS, ":4096:8")
         torch.use_deterministic_algorithms(True)
         yield
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warn)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        filling.fill_uninitialized_memory = fill
         if workspace is None:
             os.environ.pop(_CUBLAS, None)
