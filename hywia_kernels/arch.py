@@ -7,7 +7,7 @@ add one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import nn
 from .errors import HywiaError
 from .types import Group, Member
 
-__all__ = ["TABLE", "Architecture", "Attention", "Gated", "Mlp", "architecture", "config_widths", "groups"]
+__all__ = ["TABLE", "Architecture", "Attention", "Gated", "Mlp", "architecture", "config_widths", "groups", "linears"]
+
+Modules = Mapping[str, nn.Module]
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,10 @@ def architecture(model: nn.Module) -> Architecture:
     )
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise HywiaError(f"model: expected a module {name!r}, found none; its structure is not the table's") from None
+def _linear(modules: Modules, name: str) -> nn.Linear:
+    module = modules.get(name)
+    if module is None:
+        raise HywiaError(f"model: expected a module {name!r}, found none; its structure is not the table's")
     if type(module) is not nn.Linear:
         raise HywiaError(
             f"{name}: expected torch.nn.Linear, got {type(module).__name__}; "
@@ -142,24 +143,24 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _unit_parameters(model: nn.Module, members: tuple[Member, ...]) -> int:
+def _unit_parameters(modules: Modules, members: tuple[Member, ...]) -> int:
     total = 0
     for member in members:
-        linear = _linear(model, member.module)
+        linear = _linear(modules, member.module)
         total += member.group_size * linear.weight.shape[1 - member.axis]
         if member.axis == 0 and linear.bias is not None:
             total += member.group_size
     return total
 
 
-def _mlp_group(model: nn.Module, entry: Architecture, prefix: str, layer: int) -> Group:
+def _mlp_group(modules: Modules, entry: Architecture, prefix: str, layer: int) -> Group:
     members = tuple(Member(f"{prefix}.{name}", 0, 1) for name in entry.mlp.rows)
     members += tuple(Member(f"{prefix}.{name}", 1, 1) for name in entry.mlp.columns)
-    sizes = {m.module: _linear(model, m.module).weight.shape[m.axis] for m in members}
+    sizes = {m.module: _linear(modules, m.module).weight.shape[m.axis] for m in members}
     if len(set(sizes.values())) != 1:
         raise HywiaError(f"{prefix}: expected coupled matrices of one width, got {sizes}")
     units = next(iter(sizes.values()))
-    return Group(f"{prefix}.mlp", "mlp", layer, units, "channel", members, _unit_parameters(model, members))
+    return Group(f"{prefix}.mlp", "mlp", layer, units, "channel", members, _unit_parameters(modules, members))
 
 
 def _stock_head_counts(model: nn.Module, entry: Architecture, kv_heads: int, rep: int) -> tuple[int, ...]:
@@ -169,10 +170,10 @@ def _stock_head_counts(model: nn.Module, entry: Architecture, kv_heads: int, rep
     return tuple(n for n in range(1, kv_heads + 1) if config.hidden_size % (n * rep) == 0)
 
 
-def _attention_group(model: nn.Module, entry: Architecture, prefix: str, layer: int) -> Group:
+def _attention_group(model: nn.Module, modules: Modules, entry: Architecture, prefix: str, layer: int) -> Group:
     names = entry.attention
     query, key, value, output = (
-        _linear(model, f"{prefix}.{n}") for n in (names.query, names.key, names.value, names.output)
+        _linear(modules, f"{prefix}.{n}") for n in (names.query, names.key, names.value, names.output)
     )
     config: Any = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, names.heads_field)
@@ -198,7 +199,7 @@ def _attention_group(model: nn.Module, entry: Architecture, prefix: str, layer: 
         kv_heads,
         "head" if rep == 1 else "kv_group",
         members,
-        _unit_parameters(model, members),
+        _unit_parameters(modules, members),
         _stock_head_counts(model, entry, kv_heads, rep),
     )
 
@@ -212,12 +213,19 @@ def groups(model: nn.Module) -> tuple[Group, ...]:
     entry = architecture(model)
     layers = model.get_submodule(entry.layers)
     assert isinstance(layers, nn.ModuleList)
+    modules = dict(model.named_modules())
     found: list[Group] = []
     for i in range(len(layers)):
         prefix = f"{entry.layers}.{i}"
-        found.append(_attention_group(model, entry, prefix, i))
-        found.append(_mlp_group(model, entry, prefix, i))
+        found.append(_attention_group(model, modules, entry, prefix, i))
+        found.append(_mlp_group(modules, entry, prefix, i))
     return tuple(found)
+
+
+def linears(model: nn.Module, found: Sequence[Group]) -> dict[str, nn.Linear]:
+    """The matrices of groups, by name; one walk over the model."""
+    modules = dict(model.named_modules())
+    return {m.module: _linear(modules, m.module) for g in found for m in g.members}
 
 
 def config_widths(model: nn.Module, found: tuple[Group, ...]) -> dict[str, list[int]]:

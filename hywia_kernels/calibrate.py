@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import arch, ops
 from .engine import autograd, layered, loss, whole
@@ -46,6 +46,7 @@ class _Job:
 
     model: Any
     found: tuple[Group, ...]
+    linears: dict[str, nn.Linear]
     samples: Samples
     engine: str
     plan: MemoryPlan
@@ -58,7 +59,7 @@ class _Job:
 
     @property
     def devices(self) -> list[torch.device]:
-        return [self.model.get_submodule(g.members[0].module).weight.device for g in self.found]
+        return list(dict.fromkeys(linear.weight.device for linear in self.linears.values()))
 
 
 def _chosen_engine(engine: str, backend: str | None, weight: Tensor) -> tuple[str, str]:
@@ -75,16 +76,16 @@ def _chosen_engine(engine: str, backend: str | None, weight: Tensor) -> tuple[st
 def _run(job: _Job, scale: float) -> tuple[Results, Tensor]:
     """One forward and one backward; nothing here waits for the device."""
     model, samples = job.model, job.samples
-    results = Results(model, job.found, len(samples))
+    results = Results(job.linears, job.found, len(samples))
     layers: Any = model.get_submodule(arch.architecture(model).layers)
     with Bar("scoring", sum(len(g.members) for g in job.found)) as bar:
         if job.engine == "autograd":
             lean = job.plan.mode == "lean"
-            total = autograd.run(model, layers, job.found, samples, results, scale, job.backend, bar, lean)
+            total = autograd.run(model, layers, job.linears, job.found, samples, results, scale, job.backend, bar, lean)
             return results, total
         ordered = job.plan.chunks[0] if len(job.plan.chunks) == 1 else samples.sorted()
         scorer = Scorer(results, ordered, scale, job.backend, bar)
-        with forward_replaced(instrument(model, job.found, results, scorer)):
+        with forward_replaced(instrument(model, job.linears, job.found, scorer)):
             if job.plan.mode == "fast":
                 total = whole.run(model, samples, scale)
             else:
@@ -130,7 +131,7 @@ def _finite(job: _Job, meanwhile: Callable[[], None]) -> tuple[dict, dict, float
 
 
 def _peak(devices: Sequence[torch.device]) -> int | None:
-    cuda = {d for d in devices if d.type == "cuda"}
+    cuda = [d for d in devices if d.type == "cuda"]
     return sum(torch.cuda.max_memory_allocated(d) for d in cuda) if cuda else None
 
 
@@ -175,14 +176,16 @@ def calibrate(
     samples = padded(batches)
     check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
     loss.check_head(model)
-    weight = model.get_submodule(found[0].members[0].module).weight
+    linears = arch.linears(model, found)
+    weight = linears[found[0].members[0].module].weight
     engine, ran_on = _chosen_engine(engine, backend, weight.detach())
     if engine == "autograd" and memory == "layerwise":
         raise UsageError("memory: expected auto, fast or lean with engine 'autograd', got 'layerwise'")
-    plan = _plan(model, found, samples, engine, memory, ran_on, backend)
-    job = _Job(model, found, samples, engine, plan, backend)
-    for device in {d for d in job.devices if d.type == "cuda"}:
-        torch.cuda.reset_peak_memory_stats(device)
+    plan = _plan(model, linears, found, samples, engine, memory, ran_on, backend)
+    job = _Job(model, found, linears, samples, engine, plan, backend)
+    for device in job.devices:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
     record: dict[str, Any] = {}
     fingerprints: list[Callable[[], str]] = []
 
@@ -222,6 +225,7 @@ def calibrate(
 
 def _plan(
     model: Any,
+    linears: dict[str, nn.Linear],
     found: tuple[Group, ...],
     samples: Samples,
     engine: str,
@@ -230,7 +234,7 @@ def _plan(
     asked: str | None,
 ) -> MemoryPlan:
     if engine == "autograd":
-        return plan_whole(model, found, samples, requested)
-    device = model.get_submodule(found[0].members[0].module).weight.device
+        return plan_whole(model, linears, found, samples, requested)
+    device = next(iter(linears.values())).weight.device
     kernels = usable(device, asked)
-    return plan_memory(model, found, samples, requested, float64=ran_on == "reference", kernels=kernels)
+    return plan_memory(model, linears, found, samples, requested, float64=ran_on == "reference", kernels=kernels)

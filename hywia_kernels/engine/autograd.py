@@ -8,7 +8,7 @@ again but whole layers, and those by torch's own checkpointing. The fused passes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,7 @@ def _checkpointed_forward(layer: nn.Module):
 def run(
     model: Any,
     layers: nn.ModuleList,
+    linears: Mapping[str, nn.Linear],
     found: Sequence[Group],
     samples: Samples,
     results: Results,
@@ -110,7 +111,7 @@ def run(
     replacements: list[tuple[nn.Module, Any]] = []
     for group in found:
         for index, member in enumerate(group.members):
-            linear = model.get_submodule(member.module)
+            linear = linears[member.module]
             replacements.append((linear, _scored_forward(linear, Sink(group, index, results, scale, backend, bar))))
     if lean:
         replacements += [(layer, _checkpointed_forward(layer)) for layer in layers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ def usable(device: torch.device, backend: str | None) -> bool:
     """Triton is on, for tensors on a CUDA device, and no other backend but "cuda" was asked for."""
     if device.type != "cuda" or backend not in (None, "cuda", "triton"):
         return False
+    return _triton_is_on()
+
+
+@cache
+def _triton_is_on() -> bool:
     return next(state.on for state in availability() if state.name == "triton")
 
 

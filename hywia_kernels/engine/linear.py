@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import ops
+from ..ops import checks
+from ..ops.registry import implementation
 from ..progress import Bar
 from ..types import Member
 from . import recompute
@@ -34,13 +35,15 @@ class Target:
 class Scorer:
     """Takes each matrix's output gradient and input when backward brings them, and adds to the results.
 
-    No call waits for the device. When `collected` is set, tokens are kept there instead, for matrices whose samples
-    arrive in several runs: a sum of absolute values and a mean of squares over all samples cannot be added run by run.
+    No call waits for the device, and what can be checked or chosen once for all matrices of a shape is. When
+    `collected` is set, tokens are kept there instead, for matrices whose samples arrive in several runs: a sum of absolute values
+    and a mean of squares over all samples cannot be added run by run.
     """
 
     def __init__(self, results: Results, samples: Samples, scale: float, backend: str | None, bar: Bar) -> None:
         self.results, self.scale, self.backend, self.bar = results, 1.0 / scale, backend, bar
-        self.samples: int | list[int] = samples.offsets() if samples.ragged else len(samples)
+        self.offsets = samples.offsets()
+        self._runs: dict[tuple, Callable[..., None]] = {}
         self.collected: Collected | None = None
         self.replaying = False  # a layer is run again for the sake of its backward
         self._rows: dict[torch.device, Tensor] = {}
@@ -67,18 +70,31 @@ class Scorer:
         self.score(target, self._without_padding(grad_output), self._without_padding(inputs))
 
     def score(self, target: Target, grad_output: Tensor, inputs: Tensor) -> None:
-        """All samples' tokens of one matrix, without padding."""
-        ops.linear_importance(
+        """All samples' tokens of one matrix, without padding: what `ops.linear_importance` does with `out=`."""
+        weight, axis, size = target.weight, target.member.axis, target.member.group_size
+        key: tuple = (weight.shape, weight.dtype, weight.device, axis, size)
+        key += tuple((x.dtype, x.is_contiguous()) for x in (grad_output, inputs))
+        run = self._runs.get(key)
+        if run is None:
+            out = (target.fine, target.coarse)
+            checks.linear_importance(
+                grad_output, inputs, weight, self.offsets, axis, "all", size, True, self.scale, out
+            )
+            run = implementation("linear_importance", self.backend, grad_output, inputs, weight)
+            self._runs[key] = run
+        run(
             grad_output,
             inputs,
-            target.weight,
-            samples=self.samples,
-            axis=target.member.axis,
-            order="all",
-            group_size=target.member.group_size,
-            scale=self.scale,
-            out=(target.fine, target.coarse),
-            backend=self.backend,
+            weight,
+            self.offsets,
+            axis,
+            "all",
+            size,
+            True,
+            self.scale,
+            target.fine,
+            target.coarse,
+            True,
         )
         self.results.arrived(target.group)
         self.bar.step()

@@ -20,11 +20,13 @@ its chunk of logits, where that is more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import arch
 from ..errors import HywiaError
@@ -36,6 +38,7 @@ from .samples import Samples
 __all__ = ["MODES", "MemoryPlan", "free_bytes", "plan_memory", "plan_whole"]
 
 MODES = ("fast", "lean", "layerwise")
+Linears = Mapping[str, nn.Linear]
 CHUNK_TOKENS = 4096  # of a layerwise run: enough for the matrix products to be fast
 _SHARE = 0.9  # of the free memory: the rest is for what the formulas leave out
 _SCRATCH = 64 << 20
@@ -91,8 +94,6 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _free_on_host() -> int:
-    import os
-
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":", 1) for line in file)
@@ -101,15 +102,18 @@ def _free_on_host() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _sizes(model: Any, found: Sequence[Group], samples: Samples, *, float64: bool, kernels: bool) -> _Sizes:
+def _sizes(
+    model: Any, linears: Linears, found: Sequence[Group], samples: Samples, *, float64: bool, kernels: bool
+) -> _Sizes:
     entry = arch.architecture(model)
     kept_by_layer: dict[int, int] = {}
-    work = collected = largest = 0
+    collected_by_layer: dict[int, int] = {}
+    work = largest = 0
     element = hidden = 1
     heads = getattr(model.config, entry.attention.heads_field, 1)
     for group in found:
-        shapes = [model.get_submodule(m.module).weight.shape for m in group.members]
-        element = model.get_submodule(group.members[0].module).weight.element_size()
+        weights = [linears[m.module].weight for m in group.members]
+        shapes, element = [w.shape for w in weights], weights[0].element_size()
         inside = [shape[m.axis] for m, shape in zip(group.members, shapes, strict=True)]
         outside = [shape[1 - m.axis] for m, shape in zip(group.members, shapes, strict=True)]
         hidden = max(outside)
@@ -126,19 +130,16 @@ def _sizes(model: Any, found: Sequence[Group], samples: Samples, *, float64: boo
         if not entry.norms:
             kept += hidden * (2 * element + 4)
         kept_by_layer[group.layer] = kept_by_layer.get(group.layer, 0) + kept
-    for layer in kept_by_layer:
-        members = [(m, g) for g in found if g.layer == layer for m in g.members]
-        each = sum(sum(model.get_submodule(m.module).weight.shape) for m, _ in members)
-        # Inputs of matrices whose units are rows are shared within a group.
-        shared = sum((sum(m.axis == 0 for m in g.members) - 1) * hidden for g in found if g.layer == layer)
-        collected = max(collected, element * (each - shared))
+        # Matrices whose units are rows share their input.
+        both = sum(sum(shape) for shape in shapes) - (sum(m.axis == 0 for m in group.members) - 1) * hidden
+        collected_by_layer[group.layer] = collected_by_layer.get(group.layer, 0) + element * both
     vocabulary = model.get_output_embeddings().weight.shape[0]
     scratch = 8 * 6 * largest  # of a scoring in float64: the weight, a gradient and what is summed
     return _Sizes(
         kept_all=sum(kept_by_layer.values()),
         kept=max(kept_by_layer.values()),
         work=work,
-        collected=collected,
+        collected=max(collected_by_layer.values()),
         boundary=element * hidden,
         logits=4 * min(LOGIT_BYTES, 4 * samples.tokens.numel() * vocabulary),
         fixed=result_bytes(found, len(samples)) + (scratch if float64 else min(scratch, _SCRATCH)),
@@ -146,30 +147,30 @@ def _sizes(model: Any, found: Sequence[Group], samples: Samples, *, float64: boo
     )
 
 
-def _fits(model: Any, found: Sequence[Group], needed: int) -> bool:
-    """Whether every device has its share, by the decoder layers it holds."""
-    devices = [model.get_submodule(g.members[0].module).weight.device for g in found]
+def _fits(linears: Linears, needed: int) -> bool:
+    """Whether every device has its share, by the matrices it holds."""
+    devices = [linear.weight.device for linear in linears.values()]
     return all(needed * devices.count(d) / len(devices) <= _SHARE * free_bytes(d) for d in set(devices))
 
 
-def _layerwise(model: Any, found: Sequence[Group], samples: Samples, sizes: _Sizes) -> MemoryPlan:
+def _layerwise(linears: Linears, samples: Samples, sizes: _Sizes) -> MemoryPlan:
     """The largest runs that fit, with the layers' inputs on the device if they can be.
 
     Raises:
         HywiaError: not even runs of one sample fit.
     """
     samples = samples.sorted()
-    cuda = any(model.get_submodule(g.members[0].module).weight.device.type == "cuda" for g in found)
+    cuda = any(linear.weight.device.type == "cuda" for linear in linears.values())
     least = samples.longest
     for offload in (False, True) if cuda else (False,):
         run = max(CHUNK_TOKENS, least)
-        while run > least and not _fits(model, found, sizes.layerwise(samples.total, run, offload)):
+        while run > least and not _fits(linears, sizes.layerwise(samples.total, run, offload)):
             run = max(least, run // 2)
         needed = sizes.layerwise(samples.total, run, offload)
         host = samples.total * sizes.layers * sizes.boundary if offload else 0
-        if _fits(model, found, needed) and host <= _SHARE * free_bytes(torch.device("cpu")):
+        if _fits(linears, needed) and host <= _SHARE * free_bytes(torch.device("cpu")):
             return MemoryPlan("layerwise", tuple(samples.chunks(run)), offload, needed)
-    device = model.get_submodule(found[0].members[0].module).weight.device
+    device = next(iter(linears.values())).weight.device
     free = free_bytes(device)
     raise HywiaError(
         f"batches: {len(samples)} samples with {samples.total} tokens need about {needed / 1e9:.2f} GB beside the "
@@ -179,7 +180,14 @@ def _layerwise(model: Any, found: Sequence[Group], samples: Samples, sizes: _Siz
 
 
 def plan_memory(
-    model: Any, found: Sequence[Group], samples: Samples, requested: str, *, float64: bool, kernels: bool
+    model: Any,
+    linears: Linears,
+    found: Sequence[Group],
+    samples: Samples,
+    requested: str,
+    *,
+    float64: bool,
+    kernels: bool,
 ) -> MemoryPlan:
     """The mode asked for, or of fast, lean and layerwise the first that fits.
 
@@ -193,28 +201,24 @@ def plan_memory(
     Raises:
         HywiaError: layerwise, asked for or the last resort, does not fit.
     """
-    sizes = _sizes(model, found, samples, float64=float64, kernels=kernels)
+    sizes = _sizes(model, linears, found, samples, float64=float64, kernels=kernels)
     tokens = samples.tokens.numel()
     estimates = {"fast": sizes.fast(tokens), "lean": sizes.lean(tokens)}
     if requested in estimates:
         return MemoryPlan(requested, (samples,), False, estimates[requested])
     if requested == "auto" and tokens <= _RAGGED * samples.total:
         for mode, needed in estimates.items():
-            if _fits(model, found, needed):
+            if _fits(linears, needed):
                 return MemoryPlan(mode, (samples,), False, needed)
-    return _layerwise(model, found, samples, sizes)
+    return _layerwise(linears, samples, sizes)
 
 
-def plan_whole(model: Any, found: Sequence[Group], samples: Samples, requested: str) -> MemoryPlan:
+def plan_whole(model: Any, linears: Linears, found: Sequence[Group], samples: Samples, requested: str) -> MemoryPlan:
     """For a pass that computes nothing again but whole layers: fast, or lean where that does not fit."""
-    sizes = _sizes(model, found, samples, float64=False, kernels=False)
-    tokens, gradients = samples.tokens.numel(), 3 * 4 * max(w.numel() for w in _weights(model, found))
+    sizes = _sizes(model, linears, found, samples, float64=False, kernels=False)
+    tokens, gradients = samples.tokens.numel(), 3 * 4 * max(linear.weight.numel() for linear in linears.values())
     # Norms in float32, activations and products are kept too: about as much again.
     fast = 2 * sizes.fast(tokens) + gradients
-    mode = requested if requested != "auto" else "fast" if _fits(model, found, fast) else "lean"
+    mode = requested if requested != "auto" else "fast" if _fits(linears, fast) else "lean"
     needed = fast if mode == "fast" else sizes.lean(tokens) + tokens * sizes.kept + gradients
     return MemoryPlan(mode, (samples,), False, needed)
-
-
-def _weights(model: Any, found: Sequence[Group]) -> list[torch.Tensor]:
-    return [model.get_submodule(m.module).weight for g in found for m in g.members]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.checks import ORDERS
 from ..types import Group
@@ -29,14 +28,14 @@ class Results:
     """`fine[name]` float32 `[3, units]` (first, second, mixed) and `coarse[name]` `[members, samples, units]`, zero at
     first; of all groups of one device in one allocation."""
 
-    def __init__(self, model: Any, found: Sequence[Group], samples: int) -> None:
+    def __init__(self, linears: Mapping[str, nn.Linear], found: Sequence[Group], samples: int) -> None:
         self.groups, self.samples = found, samples
         self.fine: dict[str, Tensor] = {}
         self.coarse: dict[str, Tensor] = {}
         self._pieces: dict[str, Tensor] = {}
         self._remaining = {group.name: len(group.members) for group in found}
         self._ready: dict[str, torch.cuda.Event] = {}
-        device_of = {g.name: model.get_submodule(g.members[0].module).weight.device for g in found}
+        device_of = {g.name: linears[g.members[0].module].weight.device for g in found}
         for device in dict.fromkeys(device_of.values()):
             here = [g for g in found if device_of[g.name] == device]
             flat = torch.zeros(sum(sum(_sizes(g, samples)) for g in here), dtype=torch.float32, device=device)
