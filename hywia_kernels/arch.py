@@ -43,7 +43,8 @@ class Mlp:
 @dataclass(frozen=True)
 class Attention:
     """KV groups: one key and one value head with all their query heads, which are consecutive; a head when each KV
-    head serves one query head."""
+    head serves one query head. `rotary` names the function, in the Python module that defines the attention, that
+    returns queries and keys `[batch, heads, tokens, head_dim]` rotated by `(cos, sin)`, the halves of a head paired."""
 
     query: str
     key: str
@@ -51,6 +52,7 @@ class Attention:
     output: str
     heads_field: str
     kv_heads_field: str
+    rotary: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ TABLE: tuple[Architecture, ...] = (
             output="self_attn.o_proj",
             heads_field="num_attention_heads",
             kv_heads_field="num_key_value_heads",
+            rotary="apply_rotary_pos_emb",
         ),
         norms=("input_layernorm", "post_attention_layernorm"),
         final_norm="model.norm",

@@ -22,6 +22,7 @@ from .engine.linear import Scorer
 from .engine.memory import MODES, MemoryPlan, plan_memory, plan_whole
 from .engine.patches import forward_replaced, frozen, reproducible
 from .engine.results import Results
+from .engine.rotary import rotary_replaced
 from .engine.samples import Samples, padded
 from .errors import BackendError, HywiaError, UsageError
 from .progress import Bar
@@ -85,7 +86,8 @@ def _run(job: _Job, scale: float) -> tuple[Results, Tensor]:
             return results, total
         ordered = job.plan.chunks[0] if len(job.plan.chunks) == 1 else samples.sorted()
         scorer = Scorer(results, ordered, scale, job.backend, bar)
-        with forward_replaced(instrument(model, job.linears, job.found, scorer)):
+        replaced = forward_replaced(instrument(model, job.linears, job.found, scorer))
+        with replaced, rotary_replaced(model, job.backend):
             if job.plan.mode == "fast":
                 total = whole.run(model, samples, scale)
             else:

@@ -4,9 +4,9 @@
     loss        gradient at the final hidden states  results  the statistics while they grow, on the matrices' devices
     patches     a model for a while: frozen, other `forward`s, reproducible kernels
     autograd    reference pass: per-sample gradients of one matrix at a time
-    linear, recompute, instrument                     what the fused passes put in the place of modules' forwards
+    linear, recompute, gated, instrument              what the fused passes put in the place of modules' forwards
     whole, layered                                    fused passes: whole graph at once, and one decoder layer at a time
-    kernels, kernels_triton                           norm and gate in one launch each, on CUDA
+    kernels, rotary, kernels_triton                   norm, gate and rotary embedding in one launch each, on CUDA
 
 Imports go down this list, never up.
 """

@@ -1,7 +1,7 @@
 """A whole gated MLP as one node of the graph: `down(activation(gate(x)) · up(x))`.
 
-It keeps the gate's and up's outputs only. Beside the same modules one by one it spares three nodes of the graph. For MLPs
-whose modules nobody watches: hooks would not be called.
+It keeps the gate's and up's outputs only. Beside the same modules one by one it spares three nodes of the graph. For
+MLPs whose modules nobody watches: hooks would not be called.
 """
 
 from __future__ import annotations

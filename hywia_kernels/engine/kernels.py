@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops.registry import availability
 from .recompute import Formula, Rerun
 
-__all__ = ["Gate", "RmsNorm", "gate_formula", "norm_formula", "usable"]
+__all__ = ["Gate", "RmsNorm", "gate_formula", "kernels_module", "norm_formula", "on", "power_of_two", "usable"]
 
 _BLOCK = 1024
 
@@ -29,17 +29,17 @@ def _triton_is_on() -> bool:
     return next(state.on for state in availability() if state.name == "triton")
 
 
-def _kernels() -> Any:
+def kernels_module() -> Any:
     from . import kernels_triton
 
     return kernels_triton
 
 
-def _on(device: torch.device):
+def on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -48,15 +48,15 @@ class RmsNorm:
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         self.weight, self.eps = weight, eps
-        self.kernels = _kernels()
+        self.kernels = kernels_module()
         self.columns = weight.numel()
-        self.block = _power_of_two(self.columns)
+        self.block = power_of_two(self.columns)
         self.warps = min(max(self.block // 512, 1), 16)
 
     def forward(self, *xs: Tensor) -> Tensor:
         x = xs[0].contiguous()
         y = torch.empty_like(x)
-        with _on(x.device):
+        with on(x.device):
             self.kernels.norm_forward[(x.numel() // self.columns,)](
                 x, self.weight, y, self.columns, self.eps, BLOCK=self.block, num_warps=self.warps
             )
@@ -65,7 +65,7 @@ class RmsNorm:
     def backward(self, dy: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
         x, dy = xs[0].contiguous(), dy.contiguous()
         dx = torch.empty_like(x)
-        with _on(x.device):
+        with on(x.device):
             self.kernels.norm_backward[(x.numel() // self.columns,)](
                 dy, x, self.weight, dx, self.columns, self.eps, BLOCK=self.block, num_warps=self.warps
             )
@@ -76,12 +76,12 @@ class Gate:
     """`silu(gate) · up`."""
 
     def __init__(self) -> None:
-        self.kernels = _kernels()
+        self.kernels = kernels_module()
 
     def forward(self, *xs: Tensor) -> Tensor:
         gate, up = (x.contiguous() for x in xs)
         y = torch.empty_like(gate)
-        with _on(y.device):
+        with on(y.device):
             self.kernels.gate_forward[(-(-y.numel() // _BLOCK),)](gate, up, y, y.numel(), BLOCK=_BLOCK, num_warps=4)
         return y
 
@@ -89,7 +89,7 @@ class Gate:
         gate, up = (x.contiguous() for x in xs)
         dy = dy.contiguous()
         dgate = torch.empty_like(gate)
-        with _on(dy.device):
+        with on(dy.device):
             # The incoming gradient was made by the next linear layer for this product alone: dup takes its memory.
             self.kernels.gate_backward[(-(-dy.numel() // _BLOCK),)](
                 dy, gate, up, dgate, dy, dy.numel(), BLOCK=_BLOCK, num_warps=4

@@ -1,4 +1,4 @@
-"""Triton: RMS norm and the SiLU-gated product, forward and backward, one launch each.
+"""Triton: RMS norm, the SiLU-gated product and rotary embedding, forward and backward, one launch each.
 
 Values are rounded to the operands' dtype where Hugging Face's eager code rounds them, so that a model's forward differs
 from it by no more than the order of one sum.
@@ -61,3 +61,57 @@ def gate_backward(dy, gate, up, dgate, dup, count, BLOCK: tl.constexpr):
     da = (d * u).to(dgate.dtype.element_ty).to(tl.float32)
     slope = sigmoid * (1.0 + g * (1.0 - sigmoid))
     tl.store(dgate + at, (da * slope).to(dgate.dtype.element_ty), mask)
+
+
+@triton.jit
+def _rotate(
+    x, y, cos, sin, token, at_table, heads, half, BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr
+):
+    """All heads of one token; `x` and `y` are `[tokens, heads, 2·half]`."""
+    dtype = y.dtype.element_ty
+    column = tl.arange(0, HALF)
+    inside = column < half
+    at = at_table * 2 * half + column
+    c1 = tl.load(cos + at, inside, 0.0).to(tl.float32)[None, :]
+    c2 = tl.load(cos + at + half, inside, 0.0).to(tl.float32)[None, :]
+    s1 = tl.load(sin + at, inside, 0.0).to(tl.float32)[None, :]
+    s2 = tl.load(sin + at + half, inside, 0.0).to(tl.float32)[None, :]
+    for start in range(0, heads, HEADS):
+        head = start + tl.arange(0, HEADS)
+        mask = (head < heads)[:, None] & inside[None, :]
+        where = (token * heads + head)[:, None] * 2 * half + column[None, :]
+        x1 = tl.load(x + where, mask, 0.0).to(tl.float32)
+        x2 = tl.load(x + where + half, mask, 0.0).to(tl.float32)
+        if BACKWARD:
+            a, b = x2 * s2, -(x1 * s1)
+        else:
+            a, b = -x2 * s1, x1 * s2
+        y1 = (x1 * c1).to(dtype).to(tl.float32) + a.to(dtype).to(tl.float32)
+        y2 = (x2 * c2).to(dtype).to(tl.float32) + b.to(dtype).to(tl.float32)
+        tl.store(y + where, y1.to(dtype), mask)
+        tl.store(y + where + half, y2.to(dtype), mask)
+
+
+@triton.jit
+def rotary(
+    q,
+    k,
+    q_out,
+    k_out,
+    cos,
+    sin,
+    table_rows,
+    q_heads,
+    k_heads,
+    half,
+    BACKWARD: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """`x·cos + rotate_half(x)·sin` of queries (second index 0) and keys (1), or its adjoint; one program a token."""
+    token = tl.program_id(0).to(tl.int64)
+    at_table = token % table_rows
+    if tl.program_id(1) == 0:
+        _rotate(q, q_out, cos, sin, token, at_table, q_heads, half, BACKWARD, HEADS, HALF)
+    else:
+        _rotate(k, k_out, cos, sin, token, at_table, k_heads, half, BACKWARD, HEADS, HALF)

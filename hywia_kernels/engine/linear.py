@@ -36,8 +36,8 @@ class Scorer:
     """Takes each matrix's output gradient and input when backward brings them, and adds to the results.
 
     No call waits for the device, and what can be checked or chosen once for all matrices of a shape is. When
-    `collected` is set, tokens are kept there instead, for matrices whose samples arrive in several runs: a sum of absolute values
-    and a mean of squares over all samples cannot be added run by run.
+    `collected` is set, tokens are kept there instead, for matrices whose samples arrive in several runs: a sum of
+    absolute values and a mean of squares over all samples cannot be added run by run.
     """
 
     def __init__(self, results: Results, samples: Samples, scale: float, backend: str | None, bar: Bar) -> None:

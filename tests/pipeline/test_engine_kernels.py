@@ -1,4 +1,4 @@
-"""Norm and gate by Triton against Hugging Face's eager modules and autograd."""
+"""Norm, gate and rotary embedding by Triton against Hugging Face's eager code and autograd."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import os
 
 import pytest
 import torch
+from transformers.models.llama import modeling_llama
 
 import hywia_kernels as hk
-from hywia_kernels.engine import instrument, kernels
+from hywia_kernels.engine import instrument, kernels, rotary
 
 triton = pytest.importorskip("triton")
 ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
@@ -74,10 +75,44 @@ def test_other_functions_are_run_again_as_they_are():
 
 def test_statistics_with_the_kernels_in_place(gqa, tokens, monkeypatch):
     plain = hk.calibrate(gqa.to(DEVICE), tokens, engine="autograd")
-    monkeypatch.setattr(instrument, "usable", lambda device, backend: True)
+    for module in (instrument, rotary):
+        monkeypatch.setattr(module, "usable", lambda device, backend: True)
+    before = modeling_llama.apply_rotary_pos_emb
     for mode in ("fast", "lean"):
         fused = hk.calibrate(gqa, tokens, engine="fused", memory=mode, backend=None if not ON_CPU else "reference")
         for name, fine in plain.fine.items():
             for order, want in fine.items():
                 error = (fused.fine[name][order] - want).abs().max() / want.abs().max()
                 assert float(error) <= 1e-5
+    assert modeling_llama.apply_rotary_pos_emb is before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tables", [1, 2])
+def test_rotary(dtype, tables):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    q, dq = (random(s, 2, 5, 6, 12, dtype=dtype).transpose(1, 2) for s in (0, 1))
+    k, dk = (random(s, 2, 5, 3, 12, dtype=dtype).transpose(1, 2) for s in (2, 3))
+    angle = random(4, tables, 5, 12, dtype=torch.float32)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    leaves, copies = ([t.clone().requires_grad_() for t in (q, k)] for _ in range(2))
+    want = apply_rotary_pos_emb(*leaves, cos, sin)
+    got = rotary.rotated(None)(*copies, cos, sin)
+    for a, b in zip(got, want, strict=True):
+        assert_near(a.detach(), b.detach(), dtype)
+        assert a.transpose(1, 2).is_contiguous()
+    expected = torch.autograd.grad(want, leaves, (dq, dk))
+    for a, b in zip(torch.autograd.grad(got, copies, (dq, dk)), expected, strict=True):
+        assert_near(a, b, dtype)
+
+
+def test_rotary_leaves_other_rotations_to_the_model():
+    seen = []
+    apply = rotary.rotated(lambda q, k, cos, sin, unsqueeze_dim: seen.append(unsqueeze_dim) or (q, k))
+    q = torch.zeros(1, 2, 4, 8)
+    part, table = torch.zeros(1, 4, 4), torch.zeros(1, 4, 8)
+    apply(q, q, part, part)  # a part of each head
+    apply(q, q, table.half(), table.half())
+    apply(q, q, table, table, unsqueeze_dim=2)
+    assert seen == [1, 1, 2]
