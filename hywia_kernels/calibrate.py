@@ -41,6 +41,9 @@ MEMORY = ("auto", *MODES)
 _FLOAT16_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
 
 
+_Outcome = tuple[dict, dict, float, float, bool]
+
+
 @dataclass(frozen=True)
 class _Job:
     """What one pass over the set needs to know."""
@@ -107,7 +110,7 @@ def _reproducibly(job: _Job, run: Callable[[], tuple[Results, Tensor]]) -> tuple
     return *run(), False
 
 
-def _finite(job: _Job, meanwhile: Callable[[], None]) -> tuple[dict, dict, float, float, bool]:
+def _finite(job: _Job, meanwhile: Callable[[], None]) -> _Outcome:
     """`(fine, coarse, mean loss, loss scale, same bits every run)` at the largest loss scale that does not overflow.
 
     `meanwhile` is called while the device works.
@@ -130,6 +133,14 @@ def _finite(job: _Job, meanwhile: Callable[[], None]) -> tuple[dict, dict, float
         f"{bad}: expected finite gradients, got NaN or Inf; load the model in float32 or bfloat16, "
         "and look for calibration text that gives an infinite loss"
     )
+
+
+def _attempt(job: _Job, meanwhile: Callable[[], None]) -> _Outcome | None:
+    """`_finite`, or None when a device ran out of memory."""
+    try:
+        return _finite(job, meanwhile)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _peak(devices: Sequence[torch.device]) -> int | None:
@@ -159,7 +170,8 @@ def calibrate(
             per-sample gradients of one matrix at a time), or "auto": fused, unless the named backend lacks its op.
         memory: "fast" keeps what backward needs, "lean" what enters the decoder layers, and runs each again;
             "layerwise" (fused) does that for a part of the samples at a time, and collects one layer's gradients.
-            "auto" is the first that fits into the memory that is free, and layerwise for very ragged samples.
+            "auto" is the first that fits into the memory that is free (and the next when a CUDA device runs out
+            all the same), and layerwise for very ragged samples.
 
     Returns:
         Statistics, on the CPU. The record names engine, memory mode, the estimate of the bytes needed beside the
@@ -183,8 +195,18 @@ def calibrate(
     engine, ran_on = _chosen_engine(engine, backend, weight.detach())
     if engine == "autograd" and memory == "layerwise":
         raise UsageError("memory: expected auto, fast or lean with engine 'autograd', got 'layerwise'")
-    plan = _plan(model, linears, found, samples, engine, memory, ran_on, backend)
-    job = _Job(model, found, linears, samples, engine, plan, backend)
+    kernels = usable(weight.device, backend)
+
+    def job_for(requested: str) -> _Job:
+        if engine == "autograd":
+            plan = plan_whole(model, linears, found, samples, requested)
+        else:
+            plan = plan_memory(
+                model, linears, found, samples, requested, float64=ran_on == "reference", kernels=kernels
+            )
+        return _Job(model, found, linears, samples, engine, plan, backend)
+
+    job = job_for(memory)
     for device in job.devices:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -197,16 +219,27 @@ def calibrate(
             record.update(calibration_sha256=digest(samples.tokens), versions=versions())
 
     with frozen(model):
-        fine, coarse, mean_loss, scale, same = _finite(job, meanwhile)
+        outcome = _attempt(job, meanwhile)
+        while outcome is None and memory == "auto" and engine == "fused" and job.plan.mode != MODES[-1]:
+            torch.cuda.empty_cache()
+            job = job_for(MODES[MODES.index(job.plan.mode) + 1])
+            outcome = _attempt(job, meanwhile)
+    if outcome is None:
+        raise HywiaError(
+            f"batches: {len(samples)} samples do not fit into the memory of {weight.device} in mode {job.plan.mode!r}, "
+            f"which was to take about {job.plan.estimate / 1e9:.2f} GB beside the weights; pass fewer samples, or "
+            "memory='lean' or 'layerwise'"
+        )
+    fine, coarse, mean_loss, scale, same = outcome
     record |= {
         "samples": len(samples),
         "seq_len": samples.longest,
         "loss": mean_loss,
         "engine": engine,
-        "memory": plan.mode,
-        "runs": len(plan.chunks),
-        "offloaded": plan.offload,
-        "estimate_bytes": plan.estimate,
+        "memory": job.plan.mode,
+        "runs": len(job.plan.chunks),
+        "offloaded": job.plan.offload,
+        "estimate_bytes": job.plan.estimate,
         "peak_bytes": _peak(job.devices),
         "reproducible": same,
         "backend": ran_on,
@@ -223,20 +256,3 @@ def calibrate(
         fingerprint=fingerprints[0](),
         record=record,
     )
-
-
-def _plan(
-    model: Any,
-    linears: dict[str, nn.Linear],
-    found: tuple[Group, ...],
-    samples: Samples,
-    engine: str,
-    requested: str,
-    ran_on: str,
-    asked: str | None,
-) -> MemoryPlan:
-    if engine == "autograd":
-        return plan_whole(model, linears, found, samples, requested)
-    device = next(iter(linears.values())).weight.device
-    kernels = usable(device, asked)
-    return plan_memory(model, linears, found, samples, requested, float64=ran_on == "reference", kernels=kernels)

@@ -13,7 +13,7 @@ from tiny import TINY, fresh
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError, arch, ops
-from hywia_kernels.engine import memory, recompute
+from hywia_kernels.engine import memory, recompute, whole
 from hywia_kernels.engine.instrument import instrument
 from hywia_kernels.engine.linear import Scorer
 from hywia_kernels.engine.loss import hidden_gradient, targets
@@ -222,6 +222,19 @@ def test_auto_takes_the_first_mode_that_fits(gqa, tokens, monkeypatch):
     ):
         hk.calibrate(gqa, many, engine="fused")
     assert hk.calibrate(gqa, tokens, engine="fused", memory="lean").record["memory"] == "lean"  # asked for: tried
+
+
+def test_auto_goes_on_with_the_next_mode_when_memory_runs_out(gqa, tokens, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("no room")
+
+    want = hk.calibrate(gqa, tokens, memory="lean")
+    monkeypatch.setattr(whole, "run", full)
+    got = hk.calibrate(gqa, tokens)
+    assert got.record["memory"] == "lean"
+    assert worst(got, want) == 0.0
+    with pytest.raises(HywiaError, match=r"^batches: 4 samples do not fit into the memory of cpu in mode 'fast'"):
+        hk.calibrate(gqa, tokens, memory="fast")
 
 
 def test_very_ragged_samples_go_layerwise(gqa, monkeypatch):
