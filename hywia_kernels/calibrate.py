@@ -118,7 +118,7 @@ def _finite(job: _Job, meanwhile: Callable[[], None]) -> _Outcome:
     Raises:
         HywiaError: NaN or Inf in weights or gradients.
     """
-    scales = _FLOAT16_SCALES if any(p.dtype == torch.float16 for p in job.model.parameters()) else (1.0,)
+    scales = _FLOAT16_SCALES if any(m.weight.dtype == torch.float16 for m in job.linears.values()) else (1.0,)
     bad: str | None = None
     for scale in scales:
         results, total, same = _reproducibly(job, lambda scale=scale: _run(job, scale))  # type: ignore[misc]

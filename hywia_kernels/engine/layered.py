@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import HywiaError
 from .linear import Collected, Scorer
 from .loss import hidden_gradient, targets
 from .patches import forward_replaced
@@ -97,7 +98,16 @@ def run(
         layers: the decoder's.
         chunks: runs of samples, in the order of the results.
         offload: keep what enters the layers in the host's pinned memory (CUDA).
+
+    Raises:
+        HywiaError: hooks on a whole layer: backward runs `forward` alone again, so they would not count.
     """
+    for i, layer in enumerate(layers):
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            raise HywiaError(
+                f"model: expected no hooks on decoder layers, got some on layer {i}, which memory modes 'lean' and "
+                "'layerwise' cannot follow; remove them, or pass memory='fast'"
+            )
     tapes, gradients, losses = [], [], []
     for chunk in chunks:
         tape, gradient, loss = _forward(model, layers, chunk, scale, offload)

@@ -196,6 +196,16 @@ def test_hooks_of_modules_stay_in_the_graph(gqa, tokens, engine):
             assert float(error) <= 2e-5
 
 
+def test_hooks_on_a_layer_need_the_fast_mode(gqa, tokens):
+    gqa.model.layers[1].register_forward_hook(lambda module, args, output: torch.tanh(output))
+    want = plain_statistics(gqa, list(tokens))["model.layers.0.mlp"][0]["first"]
+    got = hk.calibrate(gqa, tokens, memory="fast").fine["model.layers.0.mlp"]["first"]
+    assert float((got.double() - want).abs().max() / want.abs().max()) <= 2e-5
+    for mode in ("lean", "layerwise"):
+        with pytest.raises(HywiaError, match="no hooks on decoder layers, got some on layer 1"):
+            hk.calibrate(gqa, tokens, memory=mode)
+
+
 def needs(model, tokens):
     found, samples = arch.groups(model), padded(tokens)
     float64 = ops.choose("linear_importance", None, model.lm_head.weight) == "reference"
