@@ -357,3 +357,19 @@ def test_reproducible_kernels_are_a_matter_of_the_pass(monkeypatch):
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     with reproducible(False):
         assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("blocks", ["layers", "modules"])
+def test_a_dispatched_model_keeps_its_device_hooks(gqa, tokens, way, blocks):
+    """accelerate's hooks, which move inputs between devices, replace `forward`; here every device is the CPU."""
+    accelerate = pytest.importorskip("accelerate")
+    want = hk.calibrate(gqa, tokens, **way)
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    for i in range(3):
+        parts = [""] if blocks == "layers" else [f".{name}" for name, _ in gqa.model.layers[i].named_children()]
+        device_map |= {f"model.layers.{i}{part}": "cpu" for part in parts}
+    accelerate.dispatch_model(gqa, device_map=device_map, force_hooks=True)
+    before = {name: vars(m).get("forward") for name, m in gqa.named_modules()}
+    assert before["model.norm"] is not None
+    assert worst(hk.calibrate(gqa, tokens, **way), want) <= 1e-6
+    assert {name: vars(m).get("forward") for name, m in gqa.named_modules()} == before
