@@ -63,15 +63,16 @@ def reproducible(on: bool) -> Iterator[None]:
         yield
         return
     filling: Any = torch.utils.deterministic
-    mode, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    mode = torch.get_deterministic_debug_mode()
     fill, workspace = filling.fill_uninitialized_memory, os.environ.get(_CUBLAS)
     try:
         filling.fill_uninitialized_memory = False
         os.environ.setdefault(_CUBLAS, ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        # As `use_deterministic_algorithms(True)`, which would import the compiler, for a second, to tell it too.
+        torch.set_deterministic_debug_mode("error")
         yield
     finally:
-        torch.use_deterministic_algorithms(mode, warn_only=warn)
+        torch.set_deterministic_debug_mode(mode)
         filling.fill_uninitialized_memory = fill
         if workspace is None:
             os.environ.pop(_CUBLAS, None)
