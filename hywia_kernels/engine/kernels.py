@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.registry import availability
+from ..ops.registry import ENVIRONMENT, availability
 from .recompute import Formula, Rerun
 
 __all__ = ["Gate", "RmsNorm", "gate_formula", "kernels_module", "norm_formula", "on", "power_of_two", "usable"]
@@ -19,7 +20,8 @@ _BLOCK = 1024
 
 def usable(device: torch.device, backend: str | None) -> bool:
     """Triton is on, for tensors on a CUDA device, and no other backend but "cuda" was asked for."""
-    if device.type != "cuda" or backend not in (None, "cuda", "triton"):
+    asked = backend or os.environ.get(ENVIRONMENT) or None
+    if device.type != "cuda" or asked not in (None, "cuda", "triton"):
         return False
     return _triton_is_on()
 

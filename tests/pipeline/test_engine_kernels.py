@@ -63,7 +63,7 @@ def test_gate(dtype):
     assert torch.equal(up, kept[1])
 
 
-def test_other_functions_are_run_again_as_they_are():
+def test_other_functions_are_run_again_as_they_are(monkeypatch):
     assert isinstance(kernels.gate_formula(torch.nn.GELU(), True), kernels.Rerun)
     assert isinstance(kernels.gate_formula(torch.nn.SiLU(), False), kernels.Rerun)
     assert isinstance(kernels.norm_formula(torch.nn.LayerNorm(8), torch.float32, True), kernels.Rerun)
@@ -71,6 +71,8 @@ def test_other_functions_are_run_again_as_they_are():
     assert isinstance(kernels.norm_formula(norm, torch.float32, True), kernels.Rerun)
     assert not kernels.usable(torch.device("cpu"), None)
     assert not kernels.usable(torch.device("cuda"), "reference")
+    monkeypatch.setenv("HYWIA_BACKEND", "reference")
+    assert not kernels.usable(torch.device("cuda"), None)
 
 
 def test_statistics_with_the_kernels_in_place(gqa, tokens, monkeypatch):
