@@ -7,7 +7,7 @@ add one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,22 +16,35 @@ from torch import nn
 from .errors import HywiaError
 from .types import Group, Member
 
-__all__ = ["TABLE", "Architecture", "Attention", "Mlp", "architecture", "config_widths", "groups"]
+__all__ = ["TABLE", "Architecture", "Attention", "Gated", "Mlp", "architecture", "config_widths", "groups", "linears"]
+
+Modules = Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class Gated:
+    """`module` computes `columns[0](activation(rows[0](x)) * rows[1](x))` and nothing else."""
+
+    module: str
+    activation: str
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """Channels: row `j` of each of `rows` and column `j` of each of `columns`, with the rows' biases."""
+    """Channels: row `j` of each of `rows` and column `j` of each of `columns`, with the rows' biases. `gated` lets
+    calibration compute the product again instead of keeping it."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     width_field: str
+    gated: Gated | None = None
 
 
 @dataclass(frozen=True)
 class Attention:
     """KV groups: one key and one value head with all their query heads, which are consecutive; a head when each KV
-    head serves one query head."""
+    head serves one query head. `rotary` names the function, in the Python module that defines the attention, that
+    returns queries and keys `[batch, heads, tokens, head_dim]` rotated by `(cos, sin)`, the halves of a head paired."""
 
     query: str
     key: str
@@ -39,6 +52,7 @@ class Attention:
     output: str
     heads_field: str
     kv_heads_field: str
+    rotary: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,11 @@ class Architecture:
         model_types: values of `config.model_type` it serves.
         layers: path of the decoder's list of layers.
         mlp, attention: the units' structure inside one layer.
+        norms, final_norm: modules of a layer, and of the whole model, that compute `weight · x / rms(x)`, rounding
+            `x / rms(x)` to `x`'s dtype, with `variance_epsilon` or `eps` under the root: calibration does not keep
+            their outputs.
+        residual: matrix of `mlp.columns` whose output is only added to what leaves the layer, so that calibration need
+            not multiply by it when it runs a layer again for backward (None: there is none).
         stand_in: model type whose stock config holds the same mathematics where this family's own config refuses a
             width (None: there is none).
         stand_in_needs: config fields that must have these values for the stand-in to be exact.
@@ -59,6 +78,9 @@ class Architecture:
     layers: str
     mlp: Mlp
     attention: Attention
+    norms: tuple[str, ...] = ()
+    final_norm: str | None = None
+    residual: str | None = None
     stand_in: str | None = None
     stand_in_needs: Mapping[str, Any] = field(default_factory=dict)
     stand_in_sets: Mapping[str, Any] = field(default_factory=dict)
@@ -70,7 +92,12 @@ TABLE: tuple[Architecture, ...] = (
     Architecture(
         model_types=("llama", "mistral"),
         layers="model.layers",
-        mlp=Mlp(rows=("mlp.gate_proj", "mlp.up_proj"), columns=("mlp.down_proj",), width_field="intermediate_size"),
+        mlp=Mlp(
+            rows=("mlp.gate_proj", "mlp.up_proj"),
+            columns=("mlp.down_proj",),
+            width_field="intermediate_size",
+            gated=Gated(module="mlp", activation="mlp.act_fn"),
+        ),
         attention=Attention(
             query="self_attn.q_proj",
             key="self_attn.k_proj",
@@ -78,7 +105,11 @@ TABLE: tuple[Architecture, ...] = (
             output="self_attn.o_proj",
             heads_field="num_attention_heads",
             kv_heads_field="num_key_value_heads",
+            rotary="apply_rotary_pos_emb",
         ),
+        norms=("input_layernorm", "post_attention_layernorm"),
+        final_norm="model.norm",
+        residual="mlp.down_proj",
         stand_in="mistral",
         stand_in_needs={"attention_bias": False, "mlp_bias": False},
         stand_in_sets={"sliding_window": None},
@@ -103,11 +134,10 @@ def architecture(model: nn.Module) -> Architecture:
     )
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise HywiaError(f"model: expected a module {name!r}, found none; its structure is not the table's") from None
+def _linear(modules: Modules, name: str) -> nn.Linear:
+    module = modules.get(name)
+    if module is None:
+        raise HywiaError(f"model: expected a module {name!r}, found none; its structure is not the table's")
     if type(module) is not nn.Linear:
         raise HywiaError(
             f"{name}: expected torch.nn.Linear, got {type(module).__name__}; "
@@ -116,24 +146,24 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _unit_parameters(model: nn.Module, members: tuple[Member, ...]) -> int:
+def _unit_parameters(modules: Modules, members: tuple[Member, ...]) -> int:
     total = 0
     for member in members:
-        linear = _linear(model, member.module)
+        linear = _linear(modules, member.module)
         total += member.group_size * linear.weight.shape[1 - member.axis]
         if member.axis == 0 and linear.bias is not None:
             total += member.group_size
     return total
 
 
-def _mlp_group(model: nn.Module, entry: Architecture, prefix: str, layer: int) -> Group:
+def _mlp_group(modules: Modules, entry: Architecture, prefix: str, layer: int) -> Group:
     members = tuple(Member(f"{prefix}.{name}", 0, 1) for name in entry.mlp.rows)
     members += tuple(Member(f"{prefix}.{name}", 1, 1) for name in entry.mlp.columns)
-    sizes = {m.module: _linear(model, m.module).weight.shape[m.axis] for m in members}
+    sizes = {m.module: _linear(modules, m.module).weight.shape[m.axis] for m in members}
     if len(set(sizes.values())) != 1:
         raise HywiaError(f"{prefix}: expected coupled matrices of one width, got {sizes}")
     units = next(iter(sizes.values()))
-    return Group(f"{prefix}.mlp", "mlp", layer, units, "channel", members, _unit_parameters(model, members))
+    return Group(f"{prefix}.mlp", "mlp", layer, units, "channel", members, _unit_parameters(modules, members))
 
 
 def _stock_head_counts(model: nn.Module, entry: Architecture, kv_heads: int, rep: int) -> tuple[int, ...]:
@@ -143,10 +173,10 @@ def _stock_head_counts(model: nn.Module, entry: Architecture, kv_heads: int, rep
     return tuple(n for n in range(1, kv_heads + 1) if config.hidden_size % (n * rep) == 0)
 
 
-def _attention_group(model: nn.Module, entry: Architecture, prefix: str, layer: int) -> Group:
+def _attention_group(model: nn.Module, modules: Modules, entry: Architecture, prefix: str, layer: int) -> Group:
     names = entry.attention
     query, key, value, output = (
-        _linear(model, f"{prefix}.{n}") for n in (names.query, names.key, names.value, names.output)
+        _linear(modules, f"{prefix}.{n}") for n in (names.query, names.key, names.value, names.output)
     )
     config: Any = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, names.heads_field)
@@ -172,7 +202,7 @@ def _attention_group(model: nn.Module, entry: Architecture, prefix: str, layer: 
         kv_heads,
         "head" if rep == 1 else "kv_group",
         members,
-        _unit_parameters(model, members),
+        _unit_parameters(modules, members),
         _stock_head_counts(model, entry, kv_heads, rep),
     )
 
@@ -186,12 +216,19 @@ def groups(model: nn.Module) -> tuple[Group, ...]:
     entry = architecture(model)
     layers = model.get_submodule(entry.layers)
     assert isinstance(layers, nn.ModuleList)
+    modules = dict(model.named_modules())
     found: list[Group] = []
     for i in range(len(layers)):
         prefix = f"{entry.layers}.{i}"
-        found.append(_attention_group(model, entry, prefix, i))
-        found.append(_mlp_group(model, entry, prefix, i))
+        found.append(_attention_group(model, modules, entry, prefix, i))
+        found.append(_mlp_group(modules, entry, prefix, i))
     return tuple(found)
+
+
+def linears(model: nn.Module, found: Sequence[Group]) -> dict[str, nn.Linear]:
+    """The matrices of groups, by name; one walk over the model."""
+    modules = dict(model.named_modules())
+    return {m.module: _linear(modules, m.module) for g in found for m in g.members}
 
 
 def config_widths(model: nn.Module, found: tuple[Group, ...]) -> dict[str, list[int]]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from . import commands, ops, selection
+from .calibrate import ENGINES, MEMORY
 from .errors import HywiaError, UsageError
 from .fusion import CRITERIA, FUSIONS
 from .load import DTYPES
@@ -48,6 +49,8 @@ def _add_scoring(command: argparse.ArgumentParser) -> None:
     group.add_argument("--fusion", choices=FUSIONS, help="how fine and coarse are blended; default: attention")
     group.add_argument("--order", choices=ORDERS, help="Taylor order of both grains; default: second")
     group.add_argument("--backend", choices=ops.BACKENDS, help="kernels to use; default: automatic")
+    group.add_argument("--engine", choices=ENGINES, help="how gradients are scored; default: auto")
+    group.add_argument("--memory", choices=MEMORY, help="keep activations, layers, or go layer by layer; default: auto")
     calibration = command.add_argument_group("calibration")
     calibration.add_argument(
         "--calib", metavar="SOURCE", help=".txt, .jsonl, or dataset NAME[:config[:split]]; default: the model writes it"

@@ -28,6 +28,8 @@ _DEFAULTS: dict[str, Any] = {
     "samples": 10,
     "seq_len": 128,
     "seed": 0,
+    "engine": "auto",
+    "memory": "auto",
 }
 
 
@@ -54,9 +56,11 @@ def _check_scoring(arguments: argparse.Namespace) -> None:
         if _setting(arguments, name) < least:
             raise UsageError(f"{name}: expected at least {least}, got {_setting(arguments, name)}")
     if _setting(arguments, "criterion") != "hywia":
-        for name in ("fusion", "order", "calib"):
+        for name in ("fusion", "order", "calib", "engine", "memory"):
             if getattr(arguments, name) is not None:
                 raise UsageError(f"{name}: goes with --criterion hywia, got --criterion {arguments.criterion}")
+    if _setting(arguments, "engine") == "autograd" and _setting(arguments, "memory") == "layerwise":
+        raise UsageError("memory: expected auto, fast or lean with --engine autograd, got layerwise")
     if arguments.backend is not None:
         ops.require(arguments.backend)
     if arguments.calib is not None and Path(arguments.calib).suffix in (".txt", ".jsonl"):
@@ -78,7 +82,7 @@ def _check_selection(arguments: argparse.Namespace) -> None:
     if arguments.align < 1:
         raise UsageError(f"align: expected at least 1, got {arguments.align}")
     if arguments.scores is not None:
-        for name in ("criterion", "calib", "samples", "seq_len", "seed"):
+        for name in ("criterion", "calib", "samples", "seq_len", "seed", "engine", "memory"):
             if getattr(arguments, name) is not None:
                 raise UsageError(f"{name}: does not go with --scores, which holds the outcome of an earlier scoring")
 
@@ -116,7 +120,13 @@ def _scored(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[
         seq_len=_setting(arguments, "seq_len"),
         seed=seed,
     )
-    statistics = calibrate(model, batches, backend=arguments.backend)
+    statistics = calibrate(
+        model,
+        batches,
+        backend=arguments.backend,
+        engine=_setting(arguments, "engine"),
+        memory=_setting(arguments, "memory"),
+    )
     statistics.record["calib"] = arguments.calib or "written by the model"  # type: ignore[index]
     statistics.record["seed"] = seed  # type: ignore[index]
     return fuse(statistics, _setting(arguments, "fusion"), _setting(arguments, "order")), statistics

@@ -141,6 +141,8 @@ def score(
     order: str = "second",
     seed: int = 0,
     backend: str | None = None,
+    engine: str = "auto",
+    memory: str = "auto",
 ) -> Scores:
     """Score every unit of a model in one call: `calibrate` then `fuse`, or a criterion that needs no data.
 
@@ -149,7 +151,8 @@ def score(
         batches: calibration token ids (see `calibrate`); needed by "hywia" only. `hywia_kernels.calibration` makes
             them from a file, a dataset, or the model's own writing.
         criterion: "hywia", "magnitude" or "random".
-        fusion, order: of "hywia". seed: of "random". backend: of the ops.
+        fusion, order: of "hywia". seed: of "random". backend: of the ops. engine, memory: see
+            `calibrate`.
 
     Raises:
         UsageError: an unknown criterion, fusion or order, or no batches. HywiaError: as `calibrate`.
@@ -164,4 +167,4 @@ def score(
         raise UsageError(f"fusion: expected one of {', '.join(FUSIONS)}, got {fusion!r}")
     if batches is None:
         raise UsageError("batches: expected token ids for criterion 'hywia', got None; see hywia_kernels.calibration")
-    return fuse(calibrate(model, batches, backend=backend), fusion, order)
+    return fuse(calibrate(model, batches, backend=backend, engine=engine, memory=memory), fusion, order)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from .errors import HywiaError
 
-__all__ = ["check_finite", "count_parameters", "fingerprint", "weight_bytes"]
+__all__ = ["begin_fingerprint", "check_finite", "count_parameters", "fingerprint", "weight_bytes"]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -28,14 +29,33 @@ def fingerprint(model: nn.Module, per_tensor: int = 1024) -> str:
     The values are taken as float32, so that an exact change of dtype keeps the fingerprint; reads `per_tensor` values
     a parameter, not the whole model.
     """
-    digest = hashlib.sha256()
+    return begin_fingerprint(model, per_tensor)()
+
+
+@torch.no_grad()
+def begin_fingerprint(model: nn.Module, per_tensor: int = 1024) -> Callable[[], str]:
+    """Ask the devices for the values now; the result waits for them, once a device, and gives the fingerprint."""
+    found: list[tuple[str, tuple[int, ...], torch.device, int]] = []
+    values: dict[torch.device, list[torch.Tensor]] = {}
+    indices: dict[tuple[int, torch.device], torch.Tensor] = {}
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        index = torch.linspace(0, max(flat.numel() - 1, 0), min(per_tensor, flat.numel()), dtype=torch.float64)
-        values = flat[index.long().to(flat.device)].float().cpu().contiguous()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
+        flat, key = parameter.detach().reshape(-1), (parameter.numel(), parameter.device)
+        if key not in indices:
+            even = torch.linspace(0, max(key[0] - 1, 0), min(per_tensor, key[0]), dtype=torch.float64)
+            indices[key] = even.long().to(parameter.device)
+        values.setdefault(parameter.device, []).append(flat[indices[key]].float())
+        found.append((name, tuple(parameter.shape), parameter.device, len(indices[key])))
+    joined = {device: torch.cat(parts) for device, parts in values.items()}
+
+    def finish() -> str:
+        digest = hashlib.sha256()
+        host = {device: iter(v.cpu().split([n for *_, d, n in found if d == device])) for device, v in joined.items()}
+        for name, shape, device, _ in found:
+            digest.update(f"{name}{shape}".encode())
+            digest.update(next(host[device]).contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    return finish
 
 
 def check_finite(model: nn.Module) -> None:

@@ -27,6 +27,16 @@ def tokens():
     return torch.randint(0, 256, (4, 17), generator=torch.Generator().manual_seed(7))
 
 
+WAYS = (("autograd", "fast"), ("autograd", "lean"), ("fused", "fast"), ("fused", "lean"), ("fused", "layerwise"))
+
+
+@pytest.fixture(params=WAYS, ids="-".join)
+def way(request, monkeypatch) -> dict[str, str]:
+    """Arguments of `calibrate` for each of its passes; layerwise in runs of one or two samples."""
+    monkeypatch.setattr("hywia_kernels.engine.memory.CHUNK_TOKENS", 24)
+    return {"engine": request.param[0], "memory": request.param[1]}
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """Byte-level: every byte is a token, plus begin, end and padding."""

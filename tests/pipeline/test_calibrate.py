@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from plain import plain_statistics
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
+from hywia_kernels.engine import autograd, loss
 
-engine = importlib.import_module("hywia_kernels.calibrate")  # the package exports the function of that name
 ORDERS = ("first", "second", "mixed")
 
 
@@ -29,28 +27,27 @@ def compare(statistics, plain):
         assert_close(statistics.coarse[group.name], coarse, coarse)
 
 
-def test_equals_a_plain_per_sample_loop(model, tokens):
-    compare(hk.calibrate(model, tokens), plain_statistics(model, list(tokens)))
+def test_equals_a_plain_per_sample_loop(model, tokens, way):
+    compare(hk.calibrate(model, tokens, **way), plain_statistics(model, list(tokens)))
 
 
-def test_ragged_samples_equal_the_plain_loop(gqa, tokens):
+def test_ragged_samples_equal_the_plain_loop(gqa, tokens, way):
     samples = [tokens[0], tokens[1, :9], tokens[2, :2], tokens[3, :14]]
-    compare(hk.calibrate(gqa, samples), plain_statistics(gqa, samples))
+    compare(hk.calibrate(gqa, samples, **way), plain_statistics(gqa, samples))
 
 
-def test_checkpointed_layers_give_the_same_bits(gqa, tokens, monkeypatch):
-    plain = hk.calibrate(gqa, tokens)
-    monkeypatch.setattr(engine, "_free_bytes", lambda device: 0)
-    lean = hk.calibrate(gqa, tokens)
-    assert (plain.record["checkpointed"], lean.record["checkpointed"]) == (False, True)
-    for name, coarse in plain.coarse.items():
+@pytest.mark.parametrize("engine", ["fused", "autograd"])
+def test_layers_run_again_give_the_same_bits(gqa, tokens, engine):
+    fast, lean = (hk.calibrate(gqa, tokens, engine=engine, memory=memory) for memory in ("fast", "lean"))
+    assert (fast.record["memory"], lean.record["memory"]) == ("fast", "lean")
+    for name, coarse in fast.coarse.items():
         assert torch.equal(coarse, lean.coarse[name])
-        assert all(torch.equal(plain.fine[name][o], lean.fine[name][o]) for o in ORDERS)
+        assert all(torch.equal(fast.fine[name][o], lean.fine[name][o]) for o in ORDERS)
 
 
 def test_loss_in_chunks_gives_the_same_statistics(gqa, tokens, monkeypatch):
     whole = hk.calibrate(gqa, tokens)
-    monkeypatch.setattr(engine, "_LOSS_TOKENS", 1)
+    monkeypatch.setattr(loss, "LOGIT_BYTES", 7 * 4 * gqa.config.vocab_size)
     chunked = hk.calibrate(gqa, tokens)
     for group in whole.groups:
         fine = whole.fine[group.name]["second"]
@@ -106,12 +103,12 @@ def test_identities_with_activations(gqa, tokens):
     assert_close(down, columns.detach(), columns.detach())
 
 
-def test_leaves_the_model_as_it_was(gqa, tokens):
+def test_leaves_the_model_as_it_was(gqa, tokens, way):
     before = {n: p.clone() for n, p in gqa.named_parameters()}
     gqa.train()
     gqa.model.norm.weight.requires_grad_(False)
     gqa.lm_head.weight.grad = torch.ones_like(gqa.lm_head.weight)
-    hk.calibrate(gqa, tokens)
+    hk.calibrate(gqa, tokens, **way)
     assert gqa.training
     assert [n for n, p in gqa.named_parameters() if not p.requires_grad] == ["model.norm.weight"]
     assert torch.equal(gqa.lm_head.weight.grad, torch.ones_like(gqa.lm_head.weight))
@@ -122,24 +119,24 @@ def test_leaves_the_model_as_it_was(gqa, tokens):
 
 def test_no_weight_gradient_outlives_its_turn(gqa, tokens, monkeypatch):
     """One matrix at a time: when a matrix is scored, no parameter holds a gradient."""
-    original = engine._Sink.__call__
+    original = autograd.Sink.__call__
     seen = []
 
     def spy(self, weight, grad_output, inputs):
         seen.append(sum(p.grad is not None for p in gqa.parameters()))
         return original(self, weight, grad_output, inputs)
 
-    monkeypatch.setattr(engine._Sink, "__call__", spy)
-    hk.calibrate(gqa, tokens)
+    monkeypatch.setattr(autograd.Sink, "__call__", spy)
+    hk.calibrate(gqa, tokens, engine="autograd")
     assert seen == [0] * (7 * gqa.config.num_hidden_layers)
 
 
-def test_float16_gradients_do_not_underflow(gqa, tokens):
+def test_float16_gradients_do_not_underflow(gqa, tokens, way):
     """The head is scaled down until float16 gradients without a loss scale are zero."""
     with torch.no_grad():
         gqa.model.norm.weight.mul_(2.0**-15)
-    exact = hk.calibrate(gqa, tokens)
-    half = hk.calibrate(gqa.half(), tokens)
+    exact = hk.calibrate(gqa, tokens, **way)
+    half = hk.calibrate(gqa.half(), tokens, **way)
     assert half.record["dtype"] == "float16"
     assert half.record["loss_scale"] > 1
     for group in exact.groups:
@@ -155,8 +152,8 @@ def test_bfloat16_ranks_like_float32(gqa, tokens):
         assert float(torch.corrcoef(torch.stack([want.log(), got.log()]))[0, 1]) > 0.98
 
 
-def test_same_bits_every_run(gqa, tokens):
-    one, two = hk.calibrate(gqa, tokens), hk.calibrate(gqa, tokens)
+def test_same_bits_every_run(gqa, tokens, way):
+    one, two = hk.calibrate(gqa, tokens, **way), hk.calibrate(gqa, tokens, **way)
     assert all(torch.equal(one.coarse[n], two.coarse[n]) for n in one.coarse)
     assert all(torch.equal(one.fine[n][o], two.fine[n][o]) for n in one.fine for o in ORDERS)
 
@@ -166,19 +163,23 @@ def test_record(gqa, tokens):
     assert (record["samples"], record["seq_len"], record["device"], record["dtype"]) == (4, 17, "cpu", "float32")
     assert record["backend"] in ("native", "reference")
     assert record["versions"]["torch"] == torch.__version__
+    assert (record["engine"], record["memory"], record["runs"]) == ("fused", "fast", 1)
+    assert record["peak_bytes"] is None  # only CUDA counts
+    assert record["estimate_bytes"] > 4 * 17 * 3 * 4 * (2 * 48 + 2 * 56)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_bad_weights_are_named(gqa, tokens, value):
+def test_bad_weights_are_named(gqa, tokens, value, way):
     with torch.no_grad():
         gqa.model.layers[1].mlp.up_proj.weight[3, 4] = value
     with pytest.raises(
         HywiaError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: expected finite weights, found 1 of"
     ):
-        hk.calibrate(gqa, tokens)
+        hk.calibrate(gqa, tokens, **way)
+    assert all("forward" not in vars(m) for m in gqa.modules())
 
 
-def test_bad_gradients_are_named(gqa, tokens):
+def test_bad_gradients_are_named(gqa, tokens, way):
     class Poison(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -190,7 +191,7 @@ def test_bad_gradients_are_named(gqa, tokens):
 
     gqa.model.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, output: Poison.apply(output))
     with pytest.raises(HywiaError, match=r"model\.layers\.1\.mlp\.up_proj: expected finite gradients"):
-        hk.calibrate(gqa, tokens)
+        hk.calibrate(gqa, tokens, **way)
 
 
 def test_token_ids_beyond_the_vocabulary(gqa, tokens):

@@ -70,6 +70,18 @@ def test_default_calibration_needs_no_data(here):
     assert record["plan"]["scores"]["statistics"]["calib"] == "written by the model"
 
 
+@pytest.mark.parametrize(
+    ("how", "engine", "memory"),
+    [([], "fused", "fast"), (["--memory", "lean"], "fused", "lean"), (["--engine", "autograd"], "autograd", "fast")],
+)
+def test_engine_and_memory_are_chosen_and_recorded(here, how, engine, memory):
+    assert (
+        main(["score", "model", "-o", "s", *CALIB, "--samples", "3", "--seq-len", "16", *how, "--json", "s.json"]) == 0
+    )
+    record = json.loads((here / "s.json").read_text())["scores"]["statistics"]
+    assert (record["engine"], record["memory"]) == (engine, memory)
+
+
 def test_scores_are_reused_at_another_ratio_and_fusion(here):
     assert main(["score", "model", "-o", "scores", *CALIB, "--samples", "3", "--seq-len", "16"]) == 0
     cut = ["--scores", "scores", "--align", "4", "--no-eval"]
@@ -128,6 +140,13 @@ BAD = [
     ([*PRUNE, "--ratio", "0.2", "--fusion", "sum"], 2, "invalid choice: 'sum'"),
     ([*PRUNE, "--ratio", "0.2", "--order", "third"], 2, "invalid choice: 'third'"),
     ([*PRUNE, "--ratio", "0.2", "--backend", "tpu"], 2, "invalid choice: 'tpu'"),
+    ([*PRUNE, "--ratio", "0.2", "--memory", "huge"], 2, "invalid choice: 'huge'"),
+    (
+        [*PRUNE, "--ratio", "0.2", "--memory", "layerwise", "--engine", "autograd"],
+        2,
+        "memory: expected auto, fast or lean",
+    ),
+    ([*PRUNE, "--ratio", "0.2", "--criterion", "random", "--memory", "lean"], 2, "memory: goes with --criterion hywia"),
     ([*PRUNE, "--ratio", "0.2", "--dtype", "int4"], 2, "invalid choice: 'int4'"),
     ([*PRUNE, "--ratio", "0.2", "--device", "abacus"], 2, "device: expected auto, cpu, cuda or cuda:N"),
     ([*PRUNE, "--ratio", "0.2", "--calib", "no.txt"], 1, "calib: no such file: no.txt"),

@@ -1,0 +1,81 @@
+"""A whole gated MLP as one node of the graph: `down(activation(gate(x)) · up(x))`.
+
+It keeps the gate's and up's outputs only. Beside the same modules one by one it spares three nodes of the graph. For
+MLPs whose modules nobody watches: hooks would not be called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from . import recompute
+from .linear import Scorer, Target
+
+__all__ = ["GatedMlp", "gated_forward", "watched"]
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """The matrices' targets, the modules they are of, and `activation(gate) · up`."""
+
+    gate: Target
+    up: Target
+    down: Target
+    modules: tuple[nn.Linear, nn.Linear, nn.Linear]
+    formula: recompute.Formula
+    scorer: Scorer
+    skippable: bool  # see `linear.scored_forward`
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether a module has hooks, or a `forward` of its own that somebody gave it."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any("forward" in vars(m) or any(getattr(m, name, None) for name in hooks) for m in modules)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, mlp: GatedMlp, recipe: recompute.Recipe | None, skip: bool) -> Tensor:
+        gate, up, down = mlp.modules
+        g = functional.linear(inputs, gate.weight, gate.bias)
+        u = functional.linear(inputs, up.weight, up.bias)
+        ctx.mlp, ctx.recipe = mlp, recipe
+        ctx.save_for_backward(g, u, *([] if recipe is not None else [inputs]))
+        if skip:
+            return inputs.new_zeros(()).expand(*inputs.shape[:-1], down.weight.shape[0])
+        return functional.linear(mlp.formula.forward(g, u), down.weight, down.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grads
+        mlp: GatedMlp = ctx.mlp
+        g, u, *kept = ctx.saved_tensors
+        mlp.scorer(mlp.down, grad_output, mlp.formula.forward(g, u))
+        dg, du = mlp.formula.backward(grad_output @ mlp.down.weight, g, u)
+        inputs = kept[0] if ctx.recipe is None else ctx.recipe.take()
+        mlp.scorer(mlp.up, du, inputs)
+        mlp.scorer(mlp.gate, dg, inputs)
+        del inputs, kept
+        # Each product rounded, as the modules one by one would: accumulating in the second would be no faster to speak
+        # of, and would part from the model's own backward in low precision.
+        return (dg @ mlp.gate.weight).add_(du @ mlp.up.weight), None, None, None
+
+
+def gated_forward(mlp: GatedMlp) -> Callable[[Tensor], Tensor]:
+    """`forward` for the MLP's module while its matrices are scored."""
+    gate, up, down = mlp.modules
+
+    def forward(inputs: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and inputs.requires_grad):
+            g = functional.linear(inputs, gate.weight, gate.bias)
+            u = functional.linear(inputs, up.weight, up.bias)
+            return functional.linear(mlp.formula.forward(g, u), down.weight, down.bias)
+        return _Gated.apply(inputs, mlp, recompute.recipe(inputs), mlp.skippable and mlp.scorer.replaying)
+
+    return forward

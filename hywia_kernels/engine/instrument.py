@@ -1,0 +1,88 @@
+"""What stands in for the forwards of a model's modules during the fused passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import arch
+from ..types import Group
+from . import recompute
+from .gated import GatedMlp, gated_forward, watched
+from .kernels import gate_formula, norm_formula, usable
+from .linear import Scorer, Target, scored_forward
+
+__all__ = ["instrument"]
+
+Replacements = list[tuple[nn.Module, Any]]
+
+
+def instrument(model: Any, linears: Mapping[str, nn.Linear], found: Sequence[Group], scorer: Scorer) -> Replacements:
+    """Replacements for `patches.forward_replaced`: linear layers score, norms and gates are not kept for backward.
+
+    A module whose `forward` somebody else has replaced keeps it, but for the linear layers, which must score.
+    """
+    entry = arch.architecture(model)
+    results = scorer.results
+    targets: dict[nn.Module, Target] = {}
+    for group in found:
+        for member, coarse in zip(group.members, results.coarse[group.name], strict=True):
+            linear = linears[member.module]
+            targets[linear] = Target(group.name, member, linear.weight.detach(), results.fine[group.name], coarse)
+    replacements: Replacements = []
+    for layer in model.get_submodule(entry.layers):
+        replacements += _in_layer(layer, entry, targets, scorer)
+    if entry.final_norm is not None:
+        replacements += _norm(model.get_submodule(entry.final_norm), model.dtype, scorer.backend)
+    return replacements
+
+
+def _in_layer(
+    layer: nn.Module, entry: arch.Architecture, targets: Mapping[nn.Module, Target], scorer: Scorer
+) -> Replacements:
+    names = entry.attention
+    single = [layer.get_submodule(n) for n in (names.query, names.key, names.value, names.output)]
+    rows, columns = ([layer.get_submodule(n) for n in part] for part in (entry.mlp.rows, entry.mlp.columns))
+    residual = None if entry.residual is None else layer.get_submodule(entry.residual)
+    if residual is not None and residual._forward_hooks:
+        residual = None  # what a hook makes of the output may depend on its values
+    dtype: Any = columns[0].weight.dtype
+    replacements: Replacements = []
+    for name in entry.norms:
+        replacements += _norm(layer.get_submodule(name), dtype, scorer.backend)
+    whole = False
+    if entry.mlp.gated is not None:
+        module = layer.get_submodule(entry.mlp.gated.module)
+        activation = layer.get_submodule(entry.mlp.gated.activation)
+        weight: Any = columns[0].weight
+        formula = gate_formula(activation, usable(weight.device, scorer.backend))
+        whole = not watched(module, activation, *rows, *columns)
+        if whole:
+            modules: Any = (rows[0], rows[1], columns[0])
+            gate, up, down = (targets[m] for m in modules)
+            mlp = GatedMlp(gate, up, down, modules, formula, scorer, columns[0] is residual)
+            replacements.append((module, gated_forward(mlp)))
+        elif "forward" not in vars(module):
+            replacements.append((module, _gated(rows[0], rows[1], columns[0], formula)))
+    for linear in single if whole else [*single, *rows, *columns]:
+        assert isinstance(linear, nn.Linear)
+        replacements.append((linear, scored_forward(linear, targets[linear], scorer, linear is residual)))
+    return replacements
+
+
+def _norm(norm: nn.Module, dtype: torch.dtype, backend: str | None) -> Replacements:
+    if "forward" in vars(norm):
+        return []
+    device = next(norm.parameters()).device
+    return [(norm, _recomputed(norm_formula(norm, dtype, usable(device, backend))))]
+
+
+def _recomputed(formula: recompute.Formula) -> Callable:
+    return lambda hidden: recompute.apply(formula, hidden)
+
+
+def _gated(gate: nn.Module, up: nn.Module, down: nn.Module, formula: recompute.Formula) -> Callable:
+    return lambda hidden: down(recompute.apply(formula, gate(hidden), up(hidden)))

@@ -1,0 +1,117 @@
+"""Triton: RMS norm, the SiLU-gated product and rotary embedding, forward and backward, one launch each.
+
+Values are rounded to the operands' dtype where Hugging Face's eager code rounds them, so that a model's forward differs
+from it by no more than the order of one sum.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def norm_forward(x, weight, y, columns, eps, BLOCK: tl.constexpr):
+    """`y = weight · round(x / rms(x))`; one program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < columns
+    value = tl.load(x + row * columns + at, mask, 0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / columns + eps)
+    normal = (value * scale).to(y.dtype.element_ty).to(tl.float32)
+    w = tl.load(weight + at, mask, 0.0).to(tl.float32)
+    tl.store(y + row * columns + at, (normal * w).to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def norm_backward(dy, x, weight, dx, columns, eps, BLOCK: tl.constexpr):
+    """`dx = r·g − x·r³·mean(g·x)` with `g = round(dy·weight)` and `r = 1/rms(x)`."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < columns
+    value = tl.load(x + row * columns + at, mask, 0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / columns + eps)
+    w = tl.load(weight + at, mask, 0.0).to(tl.float32)
+    g = (tl.load(dy + row * columns + at, mask, 0.0).to(tl.float32) * w).to(dx.dtype.element_ty).to(tl.float32)
+    along = tl.sum(g * value, 0) / columns
+    result = scale * g - value * (scale * scale * scale * along)
+    tl.store(dx + row * columns + at, result.to(dx.dtype.element_ty), mask)
+
+
+@triton.jit
+def gate_forward(gate, up, y, count, BLOCK: tl.constexpr):
+    """`y = round(silu(gate)) · up`."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < count
+    g = tl.load(gate + at, mask, 0.0).to(tl.float32)
+    u = tl.load(up + at, mask, 0.0).to(tl.float32)
+    activated = (g / (1.0 + tl.exp(-g))).to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + at, (activated * u).to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def gate_backward(dy, gate, up, dgate, dup, count, BLOCK: tl.constexpr):
+    """`dgate = round(dy·up)·silu'(gate)`, `dup = dy·round(silu(gate))`. `dup` may be `dy` itself."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < count
+    d = tl.load(dy + at, mask, 0.0).to(tl.float32)
+    g = tl.load(gate + at, mask, 0.0).to(tl.float32)
+    u = tl.load(up + at, mask, 0.0).to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp(-g))
+    activated = (g * sigmoid).to(dup.dtype.element_ty).to(tl.float32)
+    tl.store(dup + at, (d * activated).to(dup.dtype.element_ty), mask)
+    da = (d * u).to(dgate.dtype.element_ty).to(tl.float32)
+    slope = sigmoid * (1.0 + g * (1.0 - sigmoid))
+    tl.store(dgate + at, (da * slope).to(dgate.dtype.element_ty), mask)
+
+
+@triton.jit
+def _rotate(
+    x, y, cos, sin, token, at_table, heads, half, BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr
+):
+    """All heads of one token; `x` and `y` are `[tokens, heads, 2·half]`."""
+    dtype = y.dtype.element_ty
+    column = tl.arange(0, HALF)
+    inside = column < half
+    at = at_table * 2 * half + column
+    c1 = tl.load(cos + at, inside, 0.0).to(tl.float32)[None, :]
+    c2 = tl.load(cos + at + half, inside, 0.0).to(tl.float32)[None, :]
+    s1 = tl.load(sin + at, inside, 0.0).to(tl.float32)[None, :]
+    s2 = tl.load(sin + at + half, inside, 0.0).to(tl.float32)[None, :]
+    for start in range(0, heads, HEADS):
+        head = start + tl.arange(0, HEADS)
+        mask = (head < heads)[:, None] & inside[None, :]
+        where = (token * heads + head)[:, None] * 2 * half + column[None, :]
+        x1 = tl.load(x + where, mask, 0.0).to(tl.float32)
+        x2 = tl.load(x + where + half, mask, 0.0).to(tl.float32)
+        if BACKWARD:
+            a, b = x2 * s2, -(x1 * s1)
+        else:
+            a, b = -x2 * s1, x1 * s2
+        y1 = (x1 * c1).to(dtype).to(tl.float32) + a.to(dtype).to(tl.float32)
+        y2 = (x2 * c2).to(dtype).to(tl.float32) + b.to(dtype).to(tl.float32)
+        tl.store(y + where, y1.to(dtype), mask)
+        tl.store(y + where + half, y2.to(dtype), mask)
+
+
+@triton.jit
+def rotary(
+    q,
+    k,
+    q_out,
+    k_out,
+    cos,
+    sin,
+    table_rows,
+    q_heads,
+    k_heads,
+    half,
+    BACKWARD: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """`x·cos + rotate_half(x)·sin` of queries (second index 0) and keys (1), or its adjoint; one program a token."""
+    token = tl.program_id(0).to(tl.int64)
+    at_table = token % table_rows
+    if tl.program_id(1) == 0:
+        _rotate(q, q_out, cos, sin, token, at_table, q_heads, half, BACKWARD, HEADS, HALF)
+    else:
+        _rotate(k, k_out, cos, sin, token, at_table, k_heads, half, BACKWARD, HEADS, HALF)

@@ -1,0 +1,129 @@
+"""The lean and the layerwise pass: what enters each decoder layer is kept, and backward runs one layer at a time again.
+
+Lean is one run of all samples. Layerwise takes them in several runs, and scores a layer when its matrices' gradients
+and inputs have arrived from all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HywiaError
+from .linear import Collected, Scorer
+from .loss import hidden_gradient, targets
+from .patches import forward_replaced
+from .samples import Samples
+
+__all__ = ["run"]
+
+
+@dataclass
+class _Step:
+    """One layer's call: what entered it, and the other arguments."""
+
+    hidden: Tensor
+    device: torch.device
+    arguments: tuple
+    keywords: dict[str, Any]
+
+
+@dataclass
+class _Tape:
+    """The steps of one run of samples, and what left the last layer."""
+
+    steps: list[_Step] = field(default_factory=list)
+    last: Tensor | None = None
+
+
+def _kept(hidden: Tensor, offload: bool) -> Tensor:
+    if not offload or hidden.device.type != "cuda":
+        return hidden.detach()
+    host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+    # The copy is on the stream that makes the tensor and that will reuse its memory, so nothing has to wait.
+    return host.copy_(hidden.detach(), non_blocking=True)
+
+
+def _recording(forward: Callable, tape: _Tape, last: bool, offload: bool) -> Callable:
+    def record(hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        tape.steps.append(_Step(_kept(hidden, offload), hidden.device, arguments, keywords))
+        with torch.no_grad():
+            out = forward(hidden, *arguments, **keywords)
+        if last:
+            tape.last = out = out.detach().requires_grad_()  # the final norm's graph begins here
+        return out
+
+    return record
+
+
+def _forward(
+    model: Any, layers: nn.ModuleList, samples: Samples, scale: float, offload: bool
+) -> tuple[_Tape, Tensor, Tensor]:
+    """`(tape, gradient at what left the last layer, Σ_s L_s)` of one run of samples."""
+    tape = _Tape()
+    replacements = [(layer, _recording(layer.forward, tape, layer is layers[-1], offload)) for layer in layers]
+    wanted = targets(samples, model.get_output_embeddings().weight.device)
+    tokens = samples.tokens.to(model.get_input_embeddings().weight.device)
+    with forward_replaced(replacements), torch.enable_grad():
+        embedded = model.get_input_embeddings()(tokens).detach()
+        hidden = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        gradient, loss = hidden_gradient(model, hidden, wanted, scale)
+        assert tape.last is not None
+        (gradient,) = torch.autograd.grad(hidden, tape.last, gradient)
+    tape.last = None
+    return tape, gradient, loss
+
+
+def _backward(layer: nn.Module, step: _Step, gradient: Tensor, scorer: Scorer) -> Tensor:
+    hidden = step.hidden.to(step.device, non_blocking=True).requires_grad_()
+    scorer.replaying = True
+    try:
+        with torch.enable_grad():
+            out = layer.forward(hidden, *step.arguments, **step.keywords)
+    finally:
+        scorer.replaying = False
+    return torch.autograd.grad(out, hidden, gradient.to(out.device))[0]
+
+
+def run(
+    model: Any, layers: nn.ModuleList, chunks: Sequence[Samples], scorer: Scorer, scale: float, offload: bool
+) -> Tensor:
+    """Forward and backward of `scale · Σ_s L_s` through an instrumented model; `Σ_s L_s`, on the head's device.
+
+    Args:
+        layers: the decoder's.
+        chunks: runs of samples, in the order of the results.
+        offload: keep what enters the layers in the host's pinned memory (CUDA).
+
+    Raises:
+        HywiaError: hooks on a whole layer: backward runs `forward` alone again, so they would not count.
+    """
+    for i, layer in enumerate(layers):
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            raise HywiaError(
+                f"model: expected no hooks on decoder layers, got some on layer {i}, which memory modes 'lean' and "
+                "'layerwise' cannot follow; remove them, or pass memory='fast'"
+            )
+    tapes, gradients, losses = [], [], []
+    for chunk in chunks:
+        tape, gradient, loss = _forward(model, layers, chunk, scale, offload)
+        tapes.append(tape)
+        gradients.append(gradient)
+        losses.append(loss)
+    del tape, gradient
+    total = sum(chunk.total for chunk in chunks)
+    for layer in reversed(layers):
+        scorer.collected = Collected(total) if len(chunks) > 1 else None
+        for c, chunk in enumerate(chunks):
+            if scorer.collected is not None:
+                scorer.select(chunk)
+                scorer.collected.begin(chunk.total)
+            gradients[c] = _backward(layer, tapes[c].steps.pop(), gradients[c], scorer)
+        collected, scorer.collected = scorer.collected, None
+        if collected is not None:
+            collected.score(scorer)
+    return torch.stack(losses).sum()

@@ -1,0 +1,78 @@
+"""The next-token loss and its gradient at the final hidden states, without the logits of all tokens at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import HywiaError
+from .samples import Samples
+
+__all__ = ["LOGIT_BYTES", "Targets", "check_head", "hidden_gradient", "targets"]
+
+LOGIT_BYTES = 64 << 20  # float32 logits that exist at a time; about four times as much with what comes of them
+
+# Fields by which families change logits after the head. The table's families have none of them; a checkpoint that
+# sets one means another loss than the one below.
+_CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Per position of the flattened `[samples · longest]`, on the head's device: the next token, and its weight in
+    `Σ_s L_s`, which is one over the sample's count of next tokens, and zero where there is none."""
+
+    tokens: Tensor
+    weights: Tensor
+
+
+def check_head(model: Any) -> None:
+    """Raise HywiaError when the logits are not what the head gives."""
+    for name in _CHANGES_LOGITS:
+        value = getattr(model.config, name, None)
+        if value not in (None, 1, 1.0):
+            raise HywiaError(
+                f"model: config sets {name}={value!r}, which this loss would drop; remove it when the model "
+                "was trained without, or add it to hywia_kernels/engine/loss.py"
+            )
+
+
+def targets(samples: Samples, device: torch.device) -> Targets:
+    """Made and moved before the forward pass, so that nothing in the loss waits for the device."""
+    following = torch.zeros_like(samples.tokens)
+    following[:, :-1] = samples.tokens[:, 1:]
+    counted = torch.arange(samples.longest) < samples.lengths[:, None] - 1
+    weights = counted / (samples.lengths[:, None] - 1).float()
+    return Targets(following.reshape(-1).to(device), weights.reshape(-1).to(device))
+
+
+def hidden_gradient(model: Any, hidden: Tensor, wanted: Targets, scale: float) -> tuple[Tensor, Tensor]:
+    """Gradient of `scale · Σ_s L_s` with respect to the final hidden states, and `Σ_s L_s` on the head's device.
+
+    Args:
+        hidden: `[samples, longest, features]`.
+        wanted: of these samples.
+        scale: the loss scale.
+    """
+    head = model.get_output_embeddings()
+    gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    flat, into = hidden.detach().reshape(-1, hidden.shape[-1]), gradient.view(-1, hidden.shape[-1])
+    device = wanted.tokens.device
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    vocabulary = getattr(head, "out_features", None) or model.config.vocab_size
+    step = max(1, LOGIT_BYTES // (4 * vocabulary))
+    for start in range(0, len(flat), step):
+        part = slice(start, start + step)
+        states = flat[part].requires_grad_()
+        with torch.enable_grad():
+            logits = head(states).float()
+            loss = functional.cross_entropy(logits, wanted.tokens[part], reduction="none")
+            loss = (loss * wanted.weights[part]).sum()
+            del logits
+            (into[part],) = torch.autograd.grad(loss * scale, states)
+        total += loss.detach()
+    return gradient, total

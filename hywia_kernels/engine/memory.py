@@ -1,0 +1,230 @@
+"""What each pass needs, and which one fits into the memory that is free.
+
+Bytes per token and decoder layer, with `e` bytes a value, `h` the hidden size, `q`, `k`, `v`, `o` the widths of the
+attention's matrices, `i` the MLP's width and `n` the attention heads:
+
+    kept = e·(2h + q + k + v + o + 2i) + 4n   what enters the norms; rotated q and k, v and the attention's output with
+                                              its logsumexp; gate and up. Norms' outputs and the gated product are
+                                              computed again in backward.
+    work = e·(3h + 2i)                        gradients on their way, and what is computed again; 6i where the gate is
+                                              not one kernel
+    collected = e·(8h + 3i) or so             layerwise: every matrix's output gradient and input
+
+    fast       tokens · (Σ_layers kept + work)
+    lean       tokens · ((layers + 1)·e·h + kept + work)
+    layerwise  tokens · ([layers·e·h, unless on the host] + collected) + tokens of a run · (kept + work)
+
+plus, in all of them, the results; or, in the place of the work, three tensors `[tokens, h]` and what the loss makes of
+its chunk of logits, where that is more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import arch
+from ..errors import HywiaError
+from ..types import Group
+from .loss import LOGIT_BYTES
+from .results import result_bytes
+from .samples import Samples
+
+__all__ = ["MODES", "MemoryPlan", "free_bytes", "plan_memory", "plan_whole"]
+
+MODES = ("fast", "lean", "layerwise")
+Linears = Mapping[str, nn.Linear]
+CHUNK_TOKENS = 4096  # of a layerwise run: enough for the matrix products to be fast
+_SHARE = 0.9  # of the free memory: the rest is for what the formulas leave out
+_SCRATCH = 64 << 20
+_RAGGED = 2.0  # padded tokens per token from which fast and lean would waste more than layerwise costs
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How to run: the mode, samples per run (layerwise), whether layer inputs go to the host, and the estimate of what
+    is needed beside the weights, in bytes, on all devices together."""
+
+    mode: str
+    chunks: tuple[Samples, ...]
+    offload: bool
+    estimate: int
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes; `kept`, `work`, `collected`, `boundary` per token of one layer (the largest, but `kept_all` of all)."""
+
+    kept_all: int
+    kept: int
+    work: int
+    collected: int
+    boundary: int
+    logits: int
+    fixed: int
+    layers: int
+
+    def _loss(self, tokens: int) -> int:
+        return 3 * tokens * self.boundary + self.logits
+
+    def fast(self, tokens: int) -> int:
+        return tokens * self.kept_all + max(self._loss(tokens), tokens * self.work) + self.fixed
+
+    def lean(self, tokens: int) -> int:
+        inside = tokens * (self.boundary + self.kept + self.work)
+        return tokens * self.layers * self.boundary + max(self._loss(tokens), inside) + self.fixed
+
+    def layerwise(self, tokens: int, run: int, offload: bool) -> int:
+        boundaries = 1 if offload else self.layers + 1
+        inside = tokens * self.collected + run * (2 * self.boundary + self.kept + self.work)
+        return tokens * boundaries * self.boundary + max(self._loss(run), inside) + self.fixed
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a pass could have: on CUDA with what torch has cached and does not use."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return _free_on_host()
+
+
+def _free_on_host() -> int:
+    """What the kernel says could be had without swapping, and, in a container, what its limit leaves."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        return free if limit == "max" else min(free, max(int(limit) - int(used), 0))
+    except (OSError, ValueError):
+        return free
+
+
+def _sizes(
+    model: Any, linears: Linears, found: Sequence[Group], samples: Samples, *, float64: bool, kernels: bool
+) -> _Sizes:
+    entry = arch.architecture(model)
+    kept_by_layer: dict[int, int] = {}
+    collected_by_layer: dict[int, int] = {}
+    work = largest = 0
+    element = hidden = 1
+    heads = getattr(model.config, entry.attention.heads_field, 1)
+    for group in found:
+        weights = [linears[m.module].weight for m in group.members]
+        shapes, element = [w.shape for w in weights], weights[0].element_size()
+        inside = [shape[m.axis] for m, shape in zip(group.members, shapes, strict=True)]
+        outside = [shape[1 - m.axis] for m, shape in zip(group.members, shapes, strict=True)]
+        hidden = max(outside)
+        largest = max(largest, max(s.numel() for s in shapes))
+        kept = element * (hidden + sum(inside))
+        if group.kind == "mlp":
+            if entry.mlp.gated is not None:
+                kept -= element * inside[-1]  # the product is computed again
+            work = max(work, element * (3 * hidden + (2 if kernels else 6) * max(inside)))
+        else:
+            kept += 4 * heads
+            if getattr(model.config, "_attn_implementation", "sdpa") == "eager":
+                kept += heads * samples.longest * (4 + 2 * element)
+        if not entry.norms:
+            kept += hidden * (2 * element + 4)
+        kept_by_layer[group.layer] = kept_by_layer.get(group.layer, 0) + kept
+        # Matrices whose units are rows share their input.
+        both = sum(sum(shape) for shape in shapes) - (sum(m.axis == 0 for m in group.members) - 1) * hidden
+        collected_by_layer[group.layer] = collected_by_layer.get(group.layer, 0) + element * both
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    scratch = 8 * 6 * largest  # of a scoring in float64: the weight, a gradient and what is summed
+    return _Sizes(
+        kept_all=sum(kept_by_layer.values()),
+        kept=max(kept_by_layer.values()),
+        work=work,
+        collected=max(collected_by_layer.values()),
+        boundary=element * hidden,
+        logits=4 * min(LOGIT_BYTES, 4 * samples.tokens.numel() * vocabulary),
+        fixed=result_bytes(found, len(samples)) + (scratch if float64 else min(scratch, _SCRATCH)),
+        layers=len(kept_by_layer),
+    )
+
+
+def _fits(linears: Linears, needed: int) -> bool:
+    """Whether every device has its share, by the matrices it holds."""
+    devices = [linear.weight.device for linear in linears.values()]
+    return all(needed * devices.count(d) / len(devices) <= _SHARE * free_bytes(d) for d in set(devices))
+
+
+def _layerwise(linears: Linears, samples: Samples, sizes: _Sizes) -> MemoryPlan:
+    """The largest runs that fit, with the layers' inputs on the device if they can be.
+
+    Raises:
+        HywiaError: not even runs of one sample fit.
+    """
+    samples = samples.sorted()
+    cuda = any(linear.weight.device.type == "cuda" for linear in linears.values())
+    least = samples.longest
+    for offload in (False, True) if cuda else (False,):
+        run = max(CHUNK_TOKENS, least)
+        while run > least and not _fits(linears, sizes.layerwise(samples.total, run, offload)):
+            run = max(least, run // 2)
+        needed = sizes.layerwise(samples.total, run, offload)
+        host = samples.total * sizes.layers * sizes.boundary if offload else 0
+        if _fits(linears, needed) and host <= _SHARE * free_bytes(torch.device("cpu")):
+            return MemoryPlan("layerwise", tuple(samples.chunks(run)), offload, needed)
+    device = next(iter(linears.values())).weight.device
+    free = free_bytes(device)
+    raise HywiaError(
+        f"batches: {len(samples)} samples with {samples.total} tokens need about {needed / 1e9:.2f} GB beside the "
+        f"weights even one layer at a time, got {free / 1e9:.2f} GB free on {device}; pass fewer or shorter samples, "
+        "or load the model in bfloat16"
+    )
+
+
+def plan_memory(
+    model: Any,
+    linears: Linears,
+    found: Sequence[Group],
+    samples: Samples,
+    requested: str,
+    *,
+    float64: bool,
+    kernels: bool,
+) -> MemoryPlan:
+    """The mode asked for, or of fast, lean and layerwise the first that fits.
+
+    Very ragged sets are taken layerwise even where there is memory, in runs of samples of like length.
+
+    Args:
+        requested: "auto" or one of MODES.
+        float64: scoring is by the reference, which needs whole matrices in float64.
+        kernels: the gate is one kernel.
+
+    Raises:
+        HywiaError: layerwise, asked for or the last resort, does not fit.
+    """
+    sizes = _sizes(model, linears, found, samples, float64=float64, kernels=kernels)
+    tokens = samples.tokens.numel()
+    estimates = {"fast": sizes.fast(tokens), "lean": sizes.lean(tokens)}
+    if requested in estimates:
+        return MemoryPlan(requested, (samples,), False, estimates[requested])
+    if requested == "auto" and tokens <= _RAGGED * samples.total:
+        for mode, needed in estimates.items():
+            if _fits(linears, needed):
+                return MemoryPlan(mode, (samples,), False, needed)
+    return _layerwise(linears, samples, sizes)
+
+
+def plan_whole(model: Any, linears: Linears, found: Sequence[Group], samples: Samples, requested: str) -> MemoryPlan:
+    """For a pass that computes nothing again but whole layers: fast, or lean where that does not fit."""
+    sizes = _sizes(model, linears, found, samples, float64=False, kernels=False)
+    tokens, gradients = samples.tokens.numel(), 3 * 4 * max(linear.weight.numel() for linear in linears.values())
+    # Norms in float32, activations and products are kept too: about as much again.
+    fast = 2 * sizes.fast(tokens) + gradients
+    mode = requested if requested != "auto" else "fast" if _fits(linears, fast) else "lean"
+    needed = fast if mode == "fast" else sizes.lean(tokens) + tokens * sizes.kept + gradients
+    return MemoryPlan(mode, (samples,), False, needed)

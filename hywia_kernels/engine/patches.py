@@ -1,0 +1,78 @@
+"""A model for a while: without parameter gradients, with other `forward`s, under reproducible kernels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["forward_replaced", "frozen", "reproducible"]
+
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@contextmanager
+def forward_replaced(replacements: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
+    """Give modules another `forward` for a while."""
+    # Through the modules' dictionaries: their own attribute assignment takes longer than the launch of a kernel.
+    before = [(vars(module), vars(module).get("forward")) for module, _ in replacements]
+    try:
+        for module, forward in replacements:
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for attributes, forward in reversed(before):
+            if forward is None:
+                attributes.pop("forward", None)
+            else:
+                attributes["forward"] = forward
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no parameter gradients; both restored."""
+    modules = list(model.modules())
+    training = [m for m in modules if m.training]
+    learning = [p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad]
+    try:
+        for module in training:
+            module.training = False
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def reproducible(on: bool) -> Iterator[None]:
+    """torch's deterministic kernels, where they matter: attention's backward adds atomically on CUDA otherwise.
+
+    The attention kernels heed the strict mode alone ("warn only" leaves them as they are), and the strict mode wants
+    cuBLAS's workspace named (the value is torch's own for Hopper; a user's is kept). An op that has no deterministic
+    kernel raises RuntimeError. Does nothing when `on` is False.
+    """
+    if not on:
+        yield
+        return
+    filling: Any = torch.utils.deterministic
+    mode = torch.get_deterministic_debug_mode()
+    fill, workspace = filling.fill_uninitialized_memory, os.environ.get(_CUBLAS)
+    try:
+        filling.fill_uninitialized_memory = False
+        os.environ.setdefault(_CUBLAS, ":4096:8")
+        # As `use_deterministic_algorithms(True)`, which would import the compiler, for a second, to tell it too.
+        torch.set_deterministic_debug_mode("error")
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        filling.fill_uninitialized_memory = fill
+        if workspace is None:
+            os.environ.pop(_CUBLAS, None)

@@ -1,0 +1,106 @@
+"""The statistics while they grow, on the devices of the matrices they are about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.checks import ORDERS
+from ..types import Group
+
+__all__ = ["Results", "result_bytes"]
+
+_ALIGN = 64  # float32 numbers: every piece starts on its own 256 bytes
+
+
+def _sizes(group: Group, samples: int) -> tuple[int, int]:
+    fine, coarse = len(ORDERS) * group.units, len(group.members) * samples * group.units
+    return tuple(-(-n // _ALIGN) * _ALIGN for n in (fine, coarse))  # type: ignore[return-value]
+
+
+def result_bytes(found: Sequence[Group], samples: int) -> int:
+    return 4 * sum(sum(_sizes(group, samples)) for group in found)
+
+
+class Results:
+    """`fine[name]` float32 `[3, units]` (first, second, mixed) and `coarse[name]` `[members, samples, units]`, zero at
+    first; of all groups of one device in one allocation."""
+
+    def __init__(self, linears: Mapping[str, nn.Linear], found: Sequence[Group], samples: int) -> None:
+        self.groups, self.samples = found, samples
+        self.fine: dict[str, Tensor] = {}
+        self.coarse: dict[str, Tensor] = {}
+        self._pieces: dict[str, Tensor] = {}
+        self._remaining = {group.name: len(group.members) for group in found}
+        self._ready: dict[str, torch.cuda.Event] = {}
+        device_of = {g.name: linears[g.members[0].module].weight.device for g in found}
+        for device in dict.fromkeys(device_of.values()):
+            here = [g for g in found if device_of[g.name] == device]
+            flat = torch.zeros(sum(sum(_sizes(g, samples)) for g in here), dtype=torch.float32, device=device)
+            for group, piece in zip(here, flat.split([sum(_sizes(g, samples)) for g in here]), strict=True):
+                self._pieces[group.name] = piece
+                self.fine[group.name], self.coarse[group.name] = self._views(group, piece)
+
+    def _views(self, group: Group, piece: Tensor) -> tuple[Tensor, Tensor]:
+        start = _sizes(group, self.samples)[0]
+        shape = (len(group.members), self.samples, group.units)
+        fine = piece[: len(ORDERS) * group.units].view(len(ORDERS), group.units)
+        return fine, piece[start : start + shape[0] * shape[1] * shape[2]].view(shape)
+
+    def arrived(self, name: str) -> None:
+        """One matrix of a group has been scored. After the last, a download need not wait for the other groups."""
+        self._remaining[name] -= 1
+        device = self._pieces[name].device
+        if self._remaining[name] == 0 and device.type == "cuda":
+            self._ready[name] = torch.cuda.Event()
+            self._ready[name].record(torch.cuda.current_stream(device))
+
+    def first_bad(self) -> str | None:
+        """The module whose gradient was the first in the backward's order to be NaN or Inf; None when all is well.
+
+        NaN and Inf survive every sum, so the results tell for the gradients; one wait for the device in all.
+        """
+        sums = []
+        for group in self.groups:
+            per_member = self.coarse[group.name].sum((1, 2))
+            sums.append(torch.cat([per_member, self.fine[group.name].sum()[None]]))
+        home = sums[0].device
+        bad = (~torch.isfinite(torch.cat([s.to(home, non_blocking=True) for s in sums]))).tolist()
+        at = len(bad)
+        for group in reversed(self.groups):
+            at -= len(group.members) + 1
+            members = bad[at : at + len(group.members)]
+            if any(members):
+                return max((i, m.module) for i, m in enumerate(group.members) if members[i])[1]
+            if bad[at + len(group.members)]:  # finite gradients whose squares are not
+                return group.members[-1].module
+        return None
+
+    def download(self, order: Tensor) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+        """`(fine, coarse)` of `Statistics`, on the CPU; sample `s` of the results becomes sample `order[s]`.
+
+        On CUDA each group is copied as soon as it is complete, on a stream of its own, while the backward goes on with
+        the layers before it.
+        """
+        inverse = torch.argsort(order)
+        straight = bool((inverse == torch.arange(len(order))).all())
+        host: dict[str, Tensor] = {}
+        streams: dict[torch.device, torch.cuda.Stream] = {}
+        for group in reversed(self.groups):
+            piece, event = self._pieces[group.name], self._ready.get(group.name)
+            if event is None:
+                host[group.name] = piece.cpu()
+                continue
+            if piece.device not in streams:
+                streams[piece.device] = torch.cuda.Stream(piece.device)
+            with torch.cuda.stream(streams[piece.device]):
+                streams[piece.device].wait_event(event)
+                host[group.name] = piece.cpu()
+        fine, coarse = {}, {}
+        for group in self.groups:
+            three, signed = self._views(group, host[group.name])
+            fine[group.name] = dict(zip(ORDERS, three, strict=True))
+            coarse[group.name] = signed if straight else signed[:, inverse]
+        return fine, coarse

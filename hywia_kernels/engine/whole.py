@@ -1,0 +1,26 @@
+"""The fast pass: one forward and one backward of all samples, keeping what backward needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .loss import hidden_gradient, targets
+from .samples import Samples
+
+__all__ = ["run"]
+
+
+def run(model: Any, samples: Samples, scale: float) -> Tensor:
+    """Forward and backward of `scale · Σ_s L_s` through an instrumented model; `Σ_s L_s`, on the head's device."""
+    device = model.get_input_embeddings().weight.device
+    wanted = targets(samples, model.get_output_embeddings().weight.device)
+    tokens = samples.tokens.to(device)
+    with torch.enable_grad():
+        embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+        hidden = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        gradient, loss = hidden_gradient(model, hidden, wanted, scale)
+        torch.autograd.grad(hidden, embedded, gradient)
+    return loss

@@ -1,0 +1,85 @@
+"""The calibration engine on a CUDA device: modes, memory, reproducibility."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hywia_kernels as hk
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+ORDERS = ("first", "second", "mixed")
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        initializer_range=0.05,
+    )
+    return LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, 2048, (6, 640), generator=torch.Generator().manual_seed(1))
+
+
+def distance(one, two):
+    found = 0.0
+    for name, fine in one.fine.items():
+        pairs = [(fine[o], two.fine[name][o]) for o in ORDERS] + [(one.coarse[name], two.coarse[name])]
+        found = max(found, *(float((a - b).norm() / b.norm()) for a, b in pairs))
+    return found
+
+
+@pytest.mark.parametrize("mode", ["fast", "lean", "layerwise"])
+def test_modes_agree_with_the_reference_pass(model, tokens, mode, monkeypatch):
+    monkeypatch.setattr("hywia_kernels.engine.memory.CHUNK_TOKENS", 1280)
+    fused = hk.calibrate(model, tokens, engine="fused", memory=mode)
+    plain = hk.calibrate(model, tokens, engine="autograd")
+    assert (fused.record["memory"], fused.record["runs"]) == (mode, 3 if mode == "layerwise" else 1)
+    assert distance(fused, plain) <= 2e-2
+
+
+@pytest.mark.parametrize("mode", ["fast", "lean"])
+def test_same_bits_every_run(model, tokens, mode):
+    """640 tokens a sample: attention's backward takes more than one block of keys, whose sums are atomic by default."""
+    one, two = (hk.calibrate(model, tokens, engine="fused", memory=mode) for _ in range(2))
+    assert one.record["reproducible"]
+    assert all(torch.equal(one.coarse[n], two.coarse[n]) for n in one.coarse)
+    assert all(torch.equal(one.fine[n][o], two.fine[n][o]) for n in one.fine for o in ORDERS)
+
+
+def test_offloaded_layer_inputs_give_the_same_bits(model, tokens, monkeypatch):
+    from hywia_kernels.engine import layered, memory
+
+    monkeypatch.setattr(memory, "CHUNK_TOKENS", 1280)
+    here = hk.calibrate(model, tokens, memory="layerwise")
+    original = layered.run
+    monkeypatch.setattr(layered, "run", lambda *a: original(*a[:-1], True))
+    there = hk.calibrate(model, tokens, memory="layerwise")
+    assert all(torch.equal(here.coarse[n], there.coarse[n]) for n in here.coarse)
+
+
+def test_the_estimate_covers_the_peak(model, tokens):
+    weights = torch.cuda.memory_allocated()
+    for mode in ("fast", "lean"):
+        record = hk.calibrate(model, tokens, engine="fused", memory=mode).record
+        assert record["peak_bytes"] - weights <= 1.15 * record["estimate_bytes"]
+
+
+def test_ragged_samples(model, tokens):
+    samples = [tokens[0, :600], tokens[1, :400], tokens[2, :630]]
+    assert distance(hk.calibrate(model, samples), hk.calibrate(model, samples, engine="autograd")) <= 2e-2
