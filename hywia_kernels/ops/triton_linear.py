@@ -1,0 +1,377 @@
+"""Launches the Triton kernels of `linear_importance`: cuts the work, and picks the configuration.
+
+Bits: the same input gives the same bits for one configuration. Which one is taken depends on the call alone, unless
+HYWIA_AUTOTUNE=1 asks for measured ones (see `linear_configs`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import os
+import statistics
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from . import kernels_triton_linear as kernels
+from . import linear_configs as configs
+from .linear_configs import Config
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # pointers serve as well
+    TensorDescriptor = None
+
+# Tensor cores truncate what they add, so an accumulator loses up to 2^-23 of itself a step of 16 tokens, always in the
+# same direction. After this many tokens it is added to one that rounds.
+_LONGEST_CHAIN = 2048
+_WORKSPACE = 48 << 20  # bytes of partial sums, or those of one wave of tiles
+_WAVE = 132 * 128  # lines in the tiles of one wave. A constant, so that the cut depends on the shape alone
+_FEW_TILES = 132  # with fewer the tiles are made smaller
+
+
+PRECISION = "ieee"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one call falls into tiles, launches and rows of partial sums."""
+
+    config: Config
+    form: str
+    fine_rows: int
+    rows: int
+    u_blocks: int
+    r_blocks: int
+    tiles_per_launch: int
+    length: int  # tokens per sample; of the longest when ragged
+    ragged: bool
+    steps: int
+    segment: int
+
+    @property
+    def tiles(self) -> int:
+        return self.u_blocks * self.r_blocks
+
+    @property
+    def workspace(self) -> int:
+        """Bytes."""
+        return min(self.tiles, self.tiles_per_launch) * self.rows * self.config.block_u * 4
+
+
+def form_of(order: str, per_sample: bool, tokens: int) -> str:
+    """Which running sums a call needs: see `linear_configs.DEFAULTS`."""
+    if order == "first":
+        return "sum" if per_sample or tokens > _LONGEST_CHAIN else "total"
+    return "square" if order == "second" else "both"
+
+
+def _fit(config: Config, lines: int, reduce: int, length: int, divide: bool) -> Config:
+    """The configuration with tiles no larger than the matrix, and smaller ones where a GPU would lie idle."""
+    block_u = min(config.block_u, max(16, triton.next_power_of_2(lines)))
+    block_r = min(config.block_r, max(16, triton.next_power_of_2(reduce)))
+    while triton.cdiv(lines, block_u) * triton.cdiv(reduce, block_r) < _FEW_TILES and max(block_u, block_r) > 64:
+        if block_r >= block_u:
+            block_r //= 2
+        else:
+            block_u //= 2
+    block_k = min(config.block_k, max(16, triton.next_power_of_2(length)))
+    divisor = length & -length
+    if divide and 16 <= divisor < block_k:
+        block_k = divisor  # whole steps: no token is read in vain, and descriptors can read them
+    share = config.warps * block_u * block_r // (config.block_u * config.block_r)
+    warps = min(config.warps, max(4, share))
+    return dataclasses.replace(config, block_u=block_u, block_r=block_r, block_k=block_k, warps=warps)
+
+
+def cut(
+    config: Config, lines: int, reduce: int, offsets: list[int], order: str, per_sample: bool
+) -> Cut:
+    tokens, samples = offsets[-1], len(offsets) - 1
+    lengths = [end - begin for begin, end in itertools.pairwise(offsets)]
+    form = form_of(order, per_sample, tokens)
+    if not per_sample:
+        # Samples are not told apart: the tokens are one, or (form "sum") pieces that are rounded before they are added.
+        lengths = [min(tokens, _LONGEST_CHAIN // 2)] if form == "sum" else [tokens]
+    length = max(lengths)
+    ragged = per_sample and min(lengths) < length
+    config = _fit(config, lines, reduce, length, divide=per_sample and not ragged)
+    block_k = config.block_k
+    steps = sum(triton.cdiv(n, block_k) for n in lengths) if per_sample else triton.cdiv(tokens, block_k)
+    fine_rows = 3 if order == "all" else 1
+    rows = fine_rows + (samples if per_sample else 1)
+    wave = triton.cdiv(_WAVE, config.block_u)
+    tiles_per_launch = max(1, _WORKSPACE // (rows * config.block_u * 4 * wave)) * wave
+    return Cut(
+        config,
+        form,
+        fine_rows,
+        rows,
+        triton.cdiv(lines, config.block_u),
+        triton.cdiv(reduce, config.block_r),
+        tiles_per_launch,
+        length,
+        ragged,
+        steps,
+        _LONGEST_CHAIN // 2 // block_k if length > _LONGEST_CHAIN and form != "total" else 0,
+    )
+
+
+def _aligned(operand: Tensor) -> bool:
+    """Rows of whole 16-byte pieces: what descriptors, and wide loads, ask for."""
+    size = operand.element_size()
+    row = operand.stride(0) * size
+    return operand.stride(1) == 1 and row % 16 == 0 and 0 < row < 1 << 40 and operand.data_ptr() % 16 == 0
+
+
+def _readable(operand: Tensor) -> Tensor:
+    """The operand, or an aligned copy: tiles are read many times over, the copy is written once."""
+    if operand.device.type == "cpu":  # the interpreter's product takes bfloat16's bits for integers
+        return operand.float() if operand.dtype == torch.bfloat16 else operand
+    if _aligned(operand):
+        return operand
+    tokens, width = operand.shape
+    pitch = triton.cdiv(width, 16) * 16
+    return operand.new_empty((tokens, pitch))[:, :width].copy_(operand)
+
+
+@functools.cache
+def _descriptors(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9 and TensorDescriptor is not None
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return PRECISION if dtype == torch.float32 else "ieee"
+
+
+def launch(
+    plan: Cut,
+    a: Tensor,
+    b: Tensor,
+    weight: Tensor,
+    axis: int,
+    offsets: list[int],
+    order: str,
+    group_size: int,
+    per_sample: bool,
+    scale: float,
+    fine: Tensor,
+    coarse: Tensor,
+    accumulate: bool,
+) -> None:
+    """`a` is the operand on the units' side, [tokens, lines]; `b` the other one, [tokens, reduce]."""
+    config, device = plan.config, weight.device
+    (tokens, lines), reduce, samples = a.shape, b.shape[1], len(offsets) - 1
+    units = fine.shape[-1]
+    whole = not plan.ragged and plan.length % config.block_k == 0 and tokens % config.block_k == 0
+    # Beyond the last token a descriptor reads zeros, beyond the last of a sample it reads the next one.
+    alone = plan.length == tokens or not per_sample
+    descriptor = _descriptors(device) and not plan.ragged and (whole or alone) and _aligned(a) and _aligned(b)
+    x = TensorDescriptor.from_tensor(a, [config.block_k, config.block_u]) if descriptor else a
+    y = TensorDescriptor.from_tensor(b, [config.block_k, config.block_r]) if descriptor else b
+    stream = descriptor and config.stream and plan.form != "total" and _aligned(weight)
+    if stream:
+        block = [config.block_u, config.block_r]
+        w = TensorDescriptor.from_tensor(weight, block if axis == 0 else block[::-1])
+    else:
+        w = weight
+    limits = None
+    if plan.ragged:
+        limits = torch.tensor(offsets, dtype=torch.int32)
+        if device.type == "cuda":
+            limits = limits.pin_memory().to(device, non_blocking=True)
+    count = min(plan.tiles, plan.tiles_per_launch)
+    partial = torch.empty((count, plan.rows, config.block_u), dtype=torch.float32, device=device)
+    add = accumulate or plan.tiles > count
+    if add and not accumulate:
+        fine.zero_()
+        coarse.zero_()
+    strides = (*a.stride(), *b.stride(), weight.stride(axis), weight.stride(1 - axis))
+    common = {
+        "WHOLE": whole,
+        "DESCRIPTOR": descriptor,
+        "GROUP": config.group,
+        "PRECISION": _precision(a.dtype),
+        "STAGES": config.stages,
+        "BLOCK_U": config.block_u,
+        "BLOCK_R": config.block_r,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+    for first in range(0, plan.tiles, count):
+        last = min(first + count, plan.tiles)
+        tiles = (plan.u_blocks, plan.r_blocks, first, last, scale, 1.0 / samples)
+        if plan.form == "total":
+            programs = min(last - first, config.per_sm * _multiprocessors(device))
+            kernels.linear_total[(programs,)](
+                x, y, weight, partial, lines, reduce, tokens, plan.steps, *tiles, *strides, **common
+            )
+        else:
+            kernels.linear_samples[(last - first,)](
+                x,
+                y,
+                w,
+                partial,
+                limits,
+                lines,
+                reduce,
+                tokens,
+                samples,
+                plan.length,
+                plan.steps,
+                *tiles,
+                *strides,
+                TOTAL=plan.form != "square",
+                SQUARE=plan.form != "sum",
+                FINE=order,
+                COARSE="samples" if per_sample else "mean",
+                RAGGED=plan.ragged,
+                ONE_STEP=per_sample and plan.length <= config.block_k,
+                SEGMENT=plan.segment,
+                STREAM=stream,
+                FLIP=axis == 1,
+                **common,
+            )
+        _finish(plan, partial, fine, coarse, first, last, lines, units, group_size, add)
+
+
+def _finish(
+    plan: Cut,
+    partial: Tensor,
+    fine: Tensor,
+    coarse: Tensor,
+    first: int,
+    last: int,
+    lines: int,
+    units: int,
+    group_size: int,
+    add: bool,
+) -> None:
+    """Add the partial sums of tiles `first … last` to the units whose blocks they touch."""
+    config = plan.config
+    band = config.group * plan.r_blocks
+    line_begin = first // band * config.group * config.block_u
+    line_end = min(triton.cdiv(last, band) * config.group * config.block_u, lines)
+    fold = group_size > 1
+    block = min(triton.next_power_of_2(group_size), 128) if fold else min(config.block_u, 64)
+    span = group_size if fold else block
+    first_unit = line_begin // span
+    unit_blocks = triton.cdiv(line_end, span) - first_unit
+    kernels.linear_finish[(unit_blocks * plan.rows,)](
+        partial,
+        fine,
+        coarse,
+        plan.fine_rows,
+        plan.rows,
+        lines,
+        group_size,
+        first_unit,
+        unit_blocks,
+        units,
+        plan.u_blocks,
+        plan.r_blocks,
+        first,
+        last,
+        FOLD=fold,
+        ADD=add,
+        GROUP=config.group,
+        BLOCK_U=config.block_u,
+        BLOCK=block,
+        BLOCK_R=min(triton.next_power_of_2(plan.r_blocks), 16),
+        num_warps=4,
+    )
+
+
+def linear_importance(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offsets: list[int],
+    axis: int,
+    order: str,
+    group_size: int,
+    per_sample: bool,
+    scale: float,
+    fine: Tensor,
+    coarse: Tensor,
+    accumulate: bool,
+) -> None:
+    lines, reduce = weight.shape[axis], weight.shape[1 - axis]
+    if lines == 0 or reduce == 0:
+        if not accumulate:
+            fine.zero_()
+            coarse.zero_()
+        return
+    a, b = (_readable(x) for x in ((grad_output, input) if axis == 0 else (input, grad_output)))
+    form = form_of(order, per_sample, offsets[-1])
+    wide = weight.dtype == torch.float32
+    config = configs.default(form, wide, axis)
+    call = (offsets, order, group_size, per_sample, scale)
+    if os.environ.get(configs.AUTOTUNE) == "1" and weight.device.type == "cuda":
+        config = _tuned(form, a, b, weight, axis, *call)
+    plan = cut(config, lines, reduce, offsets, order, per_sample)
+    launch(plan, a, b, weight, axis, *call, fine, coarse, accumulate)
+
+
+_chosen: dict[str, Config] = {}
+
+
+def _tuned(form: str, a: Tensor, b: Tensor, weight: Tensor, axis: int, *call) -> Config:
+    """The measured configuration of this call's key: from this process, from the file, or measured now."""
+    offsets, order, group_size, per_sample, _ = call
+    lines, reduce = a.shape[1], b.shape[1]
+    name = configs.key(
+        torch.cuda.get_device_name(weight.device),
+        form,
+        str(weight.dtype).removeprefix("torch."),
+        axis,
+        lines,
+        reduce,
+        offsets[-1],
+        len(offsets) - 1 if per_sample else 1,
+    )
+    if name not in _chosen:
+        _chosen.update({n: c for n, c in configs.read().items() if n not in _chosen})
+    if name not in _chosen:
+        units = lines // group_size
+        fine = torch.empty((3, units) if order == "all" else (units,), dtype=torch.float32, device=weight.device)
+        coarse = torch.empty(
+            (len(offsets) - 1 if per_sample else 1, units), dtype=torch.float32, device=weight.device
+        )
+        times = {}
+        for candidate in configs.candidates(form, weight.dtype == torch.float32):
+            plan = cut(candidate, lines, reduce, offsets, order, per_sample)
+            run = functools.partial(launch, plan, a, b, weight, axis, *call, fine, coarse, False)
+            try:
+                times[candidate] = _median(run)
+            except triton.runtime.errors.OutOfResources:  # more shared memory than this device has
+                continue
+        _chosen[name] = min(times, key=times.__getitem__) if times else configs.default(
+            form, weight.dtype == torch.float32, axis
+        )
+        configs.write(name, _chosen[name])
+    return _chosen[name]
+
+
+def _median(run, count: int = 7) -> float:
+    """Milliseconds."""
+    run()
+    times = []
+    for _ in range(count):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
