@@ -61,34 +61,39 @@ def _tokens(
 @triton.jit
 def _weights(
     weight,
-    first_line,
-    first_position,
+    line,
+    position,
     lines,
     reduce,
     line_stride,
     reduce_stride,
+    DESCRIPTOR: tl.constexpr,
+    FLIP: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    line = (first_line + tl.arange(0, BLOCK_U)).to(tl.int64)
-    position = (first_position + tl.arange(0, BLOCK_R)).to(tl.int64)
-    return tl.load(
-        weight + line[:, None] * line_stride + position[None, :] * reduce_stride,
-        mask=(line < lines)[:, None] & (position < reduce)[None, :],
-        other=0.0,
-    )
+    """`[BLOCK_U, BLOCK_R]` of the weight from `[line, position]` on; a descriptor is FLIPped when units are columns.
 
-
-@triton.jit
-def _streamed(weight, line, position, FLIP: tl.constexpr):
-    if FLIP:
-        w = tl.trans(weight.load([position, line]))
+    What a descriptor brings stays in shared memory until it is used, and takes no registers meanwhile.
+    """
+    if DESCRIPTOR:
+        if FLIP:
+            w = tl.trans(weight.load([position, line]))
+        else:
+            w = weight.load([line, position])
     else:
-        w = weight.load([line, position])
+        u = (line + tl.arange(0, BLOCK_U)).to(tl.int64)
+        r = (position + tl.arange(0, BLOCK_R)).to(tl.int64)
+        offsets = u[:, None] * line_stride + r[None, :] * reduce_stride
+        w = tl.load(weight + offsets, mask=(u < lines)[:, None] & (r < reduce)[None, :], other=0.0)
     return w
 
 
-@triton.jit
+# Sizes that no address depends on: one compilation serves all.
+_COUNTS = ("tokens", "steps", "u_blocks", "r_blocks", "first_tile", "last_tile")
+
+
+@triton.jit(do_not_specialize=_COUNTS)
 def linear_total(
     a,
     b,
@@ -112,6 +117,8 @@ def linear_total(
     weight_reduce_stride,
     WHOLE: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    WEIGHT_DESCRIPTOR: tl.constexpr,
+    FLIP: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -139,7 +146,19 @@ def linear_total(
         accumulator = tl.dot(tl.trans(x), y, accumulator, input_precision=PRECISION)
         step += 1
         if step == steps:
-            w = _weights(weight, line, position, lines, reduce, weight_line_stride, weight_reduce_stride, BLOCK_U, BLOCK_R)
+            w = _weights(
+                weight,
+                line,
+                position,
+                lines,
+                reduce,
+                weight_line_stride,
+                weight_reduce_stride,
+                WEIGHT_DESCRIPTOR,
+                FLIP,
+                BLOCK_U,
+                BLOCK_R,
+            )
             t = accumulator * (w.to(tl.float32) * (scale * inverse_samples))
             out = partial + (tile - first_tile).to(tl.int64) * 2 * BLOCK_U + inside
             tl.store(out, tl.sum(tl.abs(t), axis=1))
@@ -151,7 +170,7 @@ def linear_total(
         step = tl.where(step == steps, 0, step)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*_COUNTS, "samples", "length"))
 def linear_samples(
     a,
     b,
@@ -184,9 +203,9 @@ def linear_samples(
     WHOLE: tl.constexpr,
     ONE_STEP: tl.constexpr,
     SEGMENT: tl.constexpr,
-    STREAM: tl.constexpr,
-    FLIP: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    WEIGHT_DESCRIPTOR: tl.constexpr,
+    FLIP: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -212,8 +231,19 @@ def linear_samples(
     line, position = u * BLOCK_U, r * BLOCK_R
     out = partial + tl.program_id(0).to(tl.int64) * rows * BLOCK_U + tl.arange(0, BLOCK_U)
     accumulator = tl.zeros((BLOCK_U, BLOCK_R), dtype=tl.float32)
-    if not STREAM:
-        w = _weights(weight, line, position, lines, reduce, weight_line_stride, weight_reduce_stride, BLOCK_U, BLOCK_R)
+    w = _weights(
+        weight,
+        line,
+        position,
+        lines,
+        reduce,
+        weight_line_stride,
+        weight_reduce_stride,
+        WEIGHT_DESCRIPTOR,
+        FLIP,
+        BLOCK_U,
+        BLOCK_R,
+    )
     if SEGMENT:
         gradient = tl.zeros((BLOCK_U, BLOCK_R), dtype=tl.float32)
     if TOTAL:
@@ -252,11 +282,7 @@ def linear_samples(
             if SQUARE:
                 square += g * g
             if COARSE == "samples":
-                if STREAM:
-                    wg = _streamed(weight, line, position, FLIP).to(tl.float32)
-                else:
-                    wg = w.to(tl.float32)
-                tl.store(out + (FINE_ROWS + sample) * BLOCK_U, tl.sum(g * wg, axis=1) * scale)
+                tl.store(out + (FINE_ROWS + sample) * BLOCK_U, tl.sum(g * w.to(tl.float32), axis=1) * scale)
         # What the next loads need is kept apart from the branches, whose sums come much later.
         sample = tl.where(last, sample + 1, sample)
         start = tl.where(last, end, start + BLOCK_K)
@@ -264,8 +290,6 @@ def linear_samples(
             end = tl.load(offsets + tl.minimum(sample + 1, samples))
         else:
             end = tl.where(last, tl.minimum(end + length, tokens), end)
-    if STREAM:
-        w = _streamed(weight, line, position, FLIP)
     scaled = w.to(tl.float32) * scale
     if TOTAL:
         first = total * (scaled * inverse_samples)
@@ -284,7 +308,21 @@ def linear_samples(
         tl.store(out + FINE_ROWS * BLOCK_U, tl.sum(first, axis=1))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=(
+        "fine_rows",
+        "rows",
+        "lines",
+        "group_size",
+        "first_unit",
+        "unit_blocks",
+        "units",
+        "u_blocks",
+        "r_blocks",
+        "first_tile",
+        "last_tile",
+    )
+)
 def linear_finish(
     partial,
     fine,

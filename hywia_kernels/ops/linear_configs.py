@@ -34,12 +34,11 @@ class Config:
     stages: int
     group: int = 8
     per_sm: int = 1
-    stream: bool = False
 
     def valid(self) -> bool:
         powers = (self.block_u, self.block_r, self.block_k, self.warps)
         return (
-            all(type(getattr(self, f.name)) is type(f.default if f.name == 'stream' else 0) for f in fields(self))
+            all(type(getattr(self, f.name)) is int for f in fields(self))
             and all(n > 0 and n & (n - 1) == 0 for n in powers)
             and min(self.block_u, self.block_r, self.block_k) >= 16
             and min(self.stages, self.group, self.per_sm) >= 1

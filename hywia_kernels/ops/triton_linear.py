@@ -35,6 +35,7 @@ _FEW_TILES = 132  # with fewer the tiles are made smaller
 
 
 PRECISION = "ieee"
+ONE = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,9 @@ def cut(
         lengths = [min(tokens, _LONGEST_CHAIN // 2)] if form == "sum" else [tokens]
     length = max(lengths)
     ragged = per_sample and min(lengths) < length
+    segment = _LONGEST_CHAIN // 2 if form != "total" and length > _LONGEST_CHAIN else 0
+    if segment:  # a fourth accumulator
+        config = dataclasses.replace(config, block_r=min(config.block_r, 64))
     config = _fit(config, lines, reduce, length, divide=per_sample and not ragged)
     block_k = config.block_k
     steps = sum(triton.cdiv(n, block_k) for n in lengths) if per_sample else triton.cdiv(tokens, block_k)
@@ -117,7 +121,7 @@ def cut(
         length,
         ragged,
         steps,
-        _LONGEST_CHAIN // 2 // block_k if length > _LONGEST_CHAIN and form != "total" else 0,
+        segment // block_k,
     )
 
 
@@ -125,7 +129,8 @@ def _aligned(operand: Tensor) -> bool:
     """Rows of whole 16-byte pieces: what descriptors, and wide loads, ask for."""
     size = operand.element_size()
     row = operand.stride(0) * size
-    return operand.stride(1) == 1 and row % 16 == 0 and 0 < row < 1 << 40 and operand.data_ptr() % 16 == 0
+    sizes = max(operand.shape) < 1 << 31
+    return operand.stride(1) == 1 and row % 16 == 0 and 0 < row < 1 << 40 and operand.data_ptr() % 16 == 0 and sizes
 
 
 def _readable(operand: Tensor) -> Tensor:
@@ -178,12 +183,11 @@ def launch(
     descriptor = _descriptors(device) and not plan.ragged and (whole or alone) and _aligned(a) and _aligned(b)
     x = TensorDescriptor.from_tensor(a, [config.block_k, config.block_u]) if descriptor else a
     y = TensorDescriptor.from_tensor(b, [config.block_k, config.block_r]) if descriptor else b
-    stream = descriptor and config.stream and plan.form != "total" and _aligned(weight)
-    if stream:
+    weight_descriptor = _descriptors(device) and _aligned(weight)
+    w = weight
+    if weight_descriptor:
         block = [config.block_u, config.block_r]
         w = TensorDescriptor.from_tensor(weight, block if axis == 0 else block[::-1])
-    else:
-        w = weight
     limits = None
     if plan.ragged:
         limits = torch.tensor(offsets, dtype=torch.int32)
@@ -199,6 +203,8 @@ def launch(
     common = {
         "WHOLE": whole,
         "DESCRIPTOR": descriptor,
+        "WEIGHT_DESCRIPTOR": weight_descriptor,
+        "FLIP": axis == 1,
         "GROUP": config.group,
         "PRECISION": _precision(a.dtype),
         "STAGES": config.stages,
@@ -214,7 +220,7 @@ def launch(
         if plan.form == "total":
             programs = min(last - first, config.per_sm * _multiprocessors(device))
             kernels.linear_total[(programs,)](
-                x, y, weight, partial, lines, reduce, tokens, plan.steps, *tiles, *strides, **common
+                x, y, w, partial, lines, reduce, tokens, plan.steps, *tiles, *strides, **common
             )
         else:
             kernels.linear_samples[(last - first,)](
@@ -236,10 +242,8 @@ def launch(
                 FINE=order,
                 COARSE="samples" if per_sample else "mean",
                 RAGGED=plan.ragged,
-                ONE_STEP=per_sample and plan.length <= config.block_k,
+                ONE_STEP=ONE and per_sample and plan.length <= config.block_k,
                 SEGMENT=plan.segment,
-                STREAM=stream,
-                FLIP=axis == 1,
                 **common,
             )
         _finish(plan, partial, fine, coarse, first, last, lines, units, group_size, add)
