@@ -77,10 +77,7 @@ def _weights(
     What a descriptor brings stays in shared memory until it is used, and takes no registers meanwhile.
     """
     if DESCRIPTOR:
-        if FLIP:
-            w = tl.trans(weight.load([position, line]))
-        else:
-            w = weight.load([line, position])
+        w = tl.trans(weight.load([position, line])) if FLIP else weight.load([line, position])
     else:
         u = (line + tl.arange(0, BLOCK_U)).to(tl.int64)
         r = (position + tl.arange(0, BLOCK_R)).to(tl.int64)

@@ -34,10 +34,6 @@ _WAVE = 132 * 128  # lines in the tiles of one wave. A constant, so that the cut
 _FEW_TILES = 132  # with fewer the tiles are made smaller
 
 
-PRECISION = "ieee"
-ONE = False
-
-
 @dataclass(frozen=True)
 class Cut:
     """How one call falls into tiles, launches and rows of partial sums."""
@@ -90,8 +86,15 @@ def _fit(config: Config, lines: int, reduce: int, length: int, divide: bool) -> 
 
 
 def cut(
-    config: Config, lines: int, reduce: int, offsets: list[int], order: str, per_sample: bool
+    config: Config,
+    lines: int,
+    reduce: int,
+    offsets: list[int],
+    order: str,
+    per_sample: bool,
+    descriptors: bool = False,
 ) -> Cut:
+    """The cut of a call, from its shape and the configuration alone; `descriptors` says that all operands have one."""
     tokens, samples = offsets[-1], len(offsets) - 1
     lengths = [end - begin for begin, end in itertools.pairwise(offsets)]
     form = form_of(order, per_sample, tokens)
@@ -103,6 +106,8 @@ def cut(
     segment = _LONGEST_CHAIN // 2 if form != "total" and length > _LONGEST_CHAIN else 0
     if segment:  # a fourth accumulator
         config = dataclasses.replace(config, block_r=min(config.block_r, 64))
+    if form == "total" and not descriptors:  # the weight's tile passes through registers and a buffer
+        config = dataclasses.replace(config, block_u=min(config.block_u, 128), block_r=min(config.block_r, 128))
     config = _fit(config, lines, reduce, length, divide=per_sample and not ragged)
     block_k = config.block_k
     steps = sum(triton.cdiv(n, block_k) for n in lengths) if per_sample else triton.cdiv(tokens, block_k)
@@ -145,8 +150,13 @@ def _readable(operand: Tensor) -> Tensor:
 
 
 @functools.cache
-def _descriptors(device: torch.device) -> bool:
+def _hopper(device: torch.device) -> bool:
+    """Tensor descriptors, and the shared memory that the shipped configurations take."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9 and TensorDescriptor is not None
+
+
+def _described(*operands: Tensor) -> bool:
+    return _hopper(operands[0].device) and all(_aligned(x) for x in operands)
 
 
 @functools.cache
@@ -154,8 +164,11 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _precision(dtype: torch.dtype) -> str:
-    return PRECISION if dtype == torch.float32 else "ieee"
+def _precision(operand: Tensor) -> str:
+    """How float32 tiles are multiplied. Six products of bfloat16 thirds keep float32's digits (the dropped ones are
+    under 2^-24), on tensor cores that take an operand in any order; TF32's want the tokens to lie next to each other.
+    """
+    return "bf16x6" if operand.dtype == torch.float32 and _hopper(operand.device) else "ieee"
 
 
 def launch(
@@ -180,10 +193,10 @@ def launch(
     whole = not plan.ragged and plan.length % config.block_k == 0 and tokens % config.block_k == 0
     # Beyond the last token a descriptor reads zeros, beyond the last of a sample it reads the next one.
     alone = plan.length == tokens or not per_sample
-    descriptor = _descriptors(device) and not plan.ragged and (whole or alone) and _aligned(a) and _aligned(b)
+    descriptor = not plan.ragged and (whole or alone) and _described(a, b)
     x = TensorDescriptor.from_tensor(a, [config.block_k, config.block_u]) if descriptor else a
     y = TensorDescriptor.from_tensor(b, [config.block_k, config.block_r]) if descriptor else b
-    weight_descriptor = _descriptors(device) and _aligned(weight)
+    weight_descriptor = _described(weight)
     w = weight
     if weight_descriptor:
         block = [config.block_u, config.block_r]
@@ -206,7 +219,7 @@ def launch(
         "WEIGHT_DESCRIPTOR": weight_descriptor,
         "FLIP": axis == 1,
         "GROUP": config.group,
-        "PRECISION": _precision(a.dtype),
+        "PRECISION": _precision(a),
         "STAGES": config.stages,
         "BLOCK_U": config.block_u,
         "BLOCK_R": config.block_r,
@@ -242,7 +255,7 @@ def launch(
                 FINE=order,
                 COARSE="samples" if per_sample else "mean",
                 RAGGED=plan.ragged,
-                ONE_STEP=ONE and per_sample and plan.length <= config.block_k,
+                ONE_STEP=config.single and per_sample and plan.length <= config.block_k,
                 SEGMENT=plan.segment,
                 **common,
             )
@@ -319,11 +332,11 @@ def linear_importance(
     a, b = (_readable(x) for x in ((grad_output, input) if axis == 0 else (input, grad_output)))
     form = form_of(order, per_sample, offsets[-1])
     wide = weight.dtype == torch.float32
-    config = configs.default(form, wide, axis)
+    config = configs.default(form, wide, axis, _hopper(weight.device))
     call = (offsets, order, group_size, per_sample, scale)
     if os.environ.get(configs.AUTOTUNE) == "1" and weight.device.type == "cuda":
         config = _tuned(form, a, b, weight, axis, *call)
-    plan = cut(config, lines, reduce, offsets, order, per_sample)
+    plan = cut(config, lines, reduce, offsets, order, per_sample, _described(a, b, weight))
     launch(plan, a, b, weight, axis, *call, fine, coarse, accumulate)
 
 
@@ -349,20 +362,16 @@ def _tuned(form: str, a: Tensor, b: Tensor, weight: Tensor, axis: int, *call) ->
     if name not in _chosen:
         units = lines // group_size
         fine = torch.empty((3, units) if order == "all" else (units,), dtype=torch.float32, device=weight.device)
-        coarse = torch.empty(
-            (len(offsets) - 1 if per_sample else 1, units), dtype=torch.float32, device=weight.device
-        )
+        coarse = torch.empty((len(offsets) - 1 if per_sample else 1, units), dtype=torch.float32, device=weight.device)
         times = {}
         for candidate in configs.candidates(form, weight.dtype == torch.float32):
-            plan = cut(candidate, lines, reduce, offsets, order, per_sample)
+            plan = cut(candidate, lines, reduce, offsets, order, per_sample, _described(a, b, weight))
             run = functools.partial(launch, plan, a, b, weight, axis, *call, fine, coarse, False)
             try:
                 times[candidate] = _median(run)
-            except triton.runtime.errors.OutOfResources:  # more shared memory than this device has
+            except triton.OutOfResources:  # more shared memory than this device has
                 continue
-        _chosen[name] = min(times, key=times.__getitem__) if times else configs.default(
-            form, weight.dtype == torch.float32, axis
-        )
+        _chosen[name] = min(times, key=times.__getitem__) if times else configs.PORTABLE
         configs.write(name, _chosen[name])
     return _chosen[name]
 
