@@ -62,36 +62,44 @@ DEFAULTS: dict[tuple[str, bool, int], Config] = {
     ("square", False, 1): Config(128, 128, 128, 8, 3, group=16, single=True),
     ("both", False, 0): Config(64, 128, 128, 4, 2),
     ("both", False, 1): Config(128, 128, 128, 8, 3, group=16, single=True),
-    ("total", True, 0): Config(128, 128, 32, 8, 2),
-    ("total", True, 1): Config(128, 128, 32, 8, 2),
-    ("sum", True, 0): Config(64, 64, 32, 4, 2),
-    ("sum", True, 1): Config(64, 64, 32, 4, 2),
-    ("square", True, 0): Config(64, 64, 32, 4, 2),
-    ("square", True, 1): Config(64, 64, 32, 4, 2),
-    ("both", True, 0): Config(64, 64, 32, 4, 2),
-    ("both", True, 1): Config(64, 64, 32, 4, 2),
+    ("total", True, 0): Config(128, 128, 32, 8, 3),
+    ("total", True, 1): Config(128, 128, 32, 8, 3),
+    ("sum", True, 0): Config(128, 128, 32, 8, 3),
+    ("sum", True, 1): Config(128, 64, 32, 4, 2),
+    ("square", True, 0): Config(128, 128, 32, 8, 3),
+    ("square", True, 1): Config(128, 64, 32, 4, 2),
+    ("both", True, 0): Config(64, 64, 64, 4, 2),
+    ("both", True, 1): Config(64, 64, 64, 4, 2),
 }
+SHORT = 128  # tokens: longer samples take several steps, and LONG whatever the sums and the axis
+LONG = Config(128, 128, 64, 8, 4)
 PORTABLE = Config(64, 64, 32, 4, 2)  # fits every device's registers and shared memory
 ALTERNATIVES: dict[tuple[str, bool], tuple[Config, ...]] = {
     ("total", False): (Config(128, 256, 64, 8, 3), Config(256, 128, 64, 8, 3), Config(128, 128, 32, 4, 4, per_sm=2)),
-    ("sum", False): (Config(128, 128, 64, 8, 4), Config(64, 128, 128, 4, 2), Config(64, 128, 64, 4, 3)),
-    ("square", False): (Config(128, 128, 64, 8, 4), Config(64, 128, 128, 4, 2), Config(64, 128, 64, 4, 3)),
-    ("both", False): (Config(64, 128, 64, 4, 3), Config(64, 128, 64, 4, 4), Config(128, 128, 64, 8, 4)),
-    ("total", True): (Config(64, 128, 32, 4, 2), Config(128, 128, 32, 8, 3)),
-    ("sum", True): (Config(64, 128, 32, 4, 2), Config(128, 64, 32, 4, 2)),
-    ("square", True): (Config(64, 128, 32, 4, 2), Config(128, 64, 32, 4, 2)),
-    ("both", True): (Config(64, 128, 32, 4, 2), Config(128, 64, 32, 8, 2)),
+    ("sum", False): (Config(128, 128, 64, 8, 3), Config(64, 128, 128, 4, 2), Config(64, 128, 64, 4, 3)),
+    ("square", False): (Config(128, 128, 64, 8, 3), Config(64, 128, 128, 4, 2), Config(64, 128, 64, 4, 3)),
+    ("both", False): (Config(64, 128, 64, 4, 3), Config(64, 128, 64, 4, 4), Config(128, 128, 64, 8, 3)),
+    ("total", True): (Config(128, 128, 32, 8, 2), Config(128, 128, 16, 8, 3)),
+    ("sum", True): (Config(64, 64, 64, 4, 2), Config(64, 128, 32, 4, 2)),
+    ("square", True): (Config(64, 64, 64, 4, 2), Config(64, 128, 32, 4, 2)),
+    ("both", True): (Config(64, 64, 32, 4, 3), Config(64, 128, 32, 4, 2), Config(128, 64, 32, 4, 2)),
 }
 
 
-def default(form: str, wide: bool, axis: int, hopper: bool) -> Config:
-    """Shipped configuration; `wide` is float32, `hopper` a device with the shared memory and descriptors of one."""
-    return DEFAULTS[form, wide, axis] if hopper else PORTABLE
+def default(form: str, wide: bool, axis: int, length: int, hopper: bool) -> Config:
+    """Shipped configuration.
+
+    `wide`: float32; `length`: tokens of the longest sample; `hopper`: a device with the shared memory and the
+    descriptors of one.
+    """
+    if not hopper:
+        return PORTABLE
+    return LONG if length > SHORT and form != "total" and not wide else DEFAULTS[form, wide, axis]
 
 
 def candidates(form: str, wide: bool) -> tuple[Config, ...]:
     """What HYWIA_AUTOTUNE=1 measures, every one once."""
-    shipped = (DEFAULTS[form, wide, 0], DEFAULTS[form, wide, 1], PORTABLE)
+    shipped = (DEFAULTS[form, wide, 0], DEFAULTS[form, wide, 1], LONG, PORTABLE)
     return tuple(dict.fromkeys((*shipped, *ALTERNATIVES[form, wide])))
 
 

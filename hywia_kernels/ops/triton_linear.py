@@ -1,7 +1,11 @@
 """Launches the Triton kernels of `linear_importance`: cuts the work, and picks the configuration.
 
-Bits: the same input gives the same bits for one configuration. Which one is taken depends on the call alone, unless
-HYWIA_AUTOTUNE=1 asks for measured ones (see `linear_configs`).
+Bits: the same input gives the same bits for one configuration. Which one is taken depends on the call and on whether
+the device is a Hopper's equal, never on a measurement, unless HYWIA_AUTOTUNE=1 asks for that (see `linear_configs`).
+
+Operands go through tensor descriptors where the device has them and samples are whole steps of one length; ragged or
+odd samples through pointers, about 1.4 times as slow. Rows that are not whole 16-byte pieces (an odd width, a transposed
+view) are copied into ones that are, once a call.
 """
 
 from __future__ import annotations
@@ -85,6 +89,14 @@ def _fit(config: Config, lines: int, reduce: int, length: int, divide: bool) -> 
     return dataclasses.replace(config, block_u=block_u, block_r=block_r, block_k=block_k, warps=warps)
 
 
+def _lengths(offsets: list[int], form: str, per_sample: bool) -> list[int]:
+    """Tokens of the samples. Where samples are not told apart they are one, or (form "sum") pieces of one length, the
+    last one shorter, that are rounded before they are added."""
+    if per_sample:
+        return [end - begin for begin, end in itertools.pairwise(offsets)]
+    return [min(offsets[-1], _LONGEST_CHAIN // 2) if form == "sum" else offsets[-1]]
+
+
 def cut(
     config: Config,
     lines: int,
@@ -96,11 +108,8 @@ def cut(
 ) -> Cut:
     """The cut of a call, from its shape and the configuration alone; `descriptors` says that all operands have one."""
     tokens, samples = offsets[-1], len(offsets) - 1
-    lengths = [end - begin for begin, end in itertools.pairwise(offsets)]
     form = form_of(order, per_sample, tokens)
-    if not per_sample:
-        # Samples are not told apart: the tokens are one, or (form "sum") pieces that are rounded before they are added.
-        lengths = [min(tokens, _LONGEST_CHAIN // 2)] if form == "sum" else [tokens]
+    lengths = _lengths(offsets, form, per_sample)
     length = max(lengths)
     ragged = per_sample and min(lengths) < length
     segment = _LONGEST_CHAIN // 2 if form != "total" and length > _LONGEST_CHAIN else 0
@@ -149,10 +158,16 @@ def _readable(operand: Tensor) -> Tensor:
     return operand.new_empty((tokens, pitch))[:, :width].copy_(operand)
 
 
+_HOPPER_SHARED = 232448  # bytes of shared memory that a program may take; the shipped configurations come near it
+
+
 @functools.cache
 def _hopper(device: torch.device) -> bool:
-    """Tensor descriptors, and the shared memory that the shipped configurations take."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9 and TensorDescriptor is not None
+    """Whether the device has tensor descriptors, and the shared memory that the shipped configurations take."""
+    if device.type != "cuda" or TensorDescriptor is None:
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major >= 9 and properties.shared_memory_per_block_optin >= _HOPPER_SHARED
 
 
 def _described(*operands: Tensor) -> bool:
@@ -332,7 +347,8 @@ def linear_importance(
     a, b = (_readable(x) for x in ((grad_output, input) if axis == 0 else (input, grad_output)))
     form = form_of(order, per_sample, offsets[-1])
     wide = weight.dtype == torch.float32
-    config = configs.default(form, wide, axis, _hopper(weight.device))
+    length = max(_lengths(offsets, form, per_sample))
+    config = configs.default(form, wide, axis, length, _hopper(weight.device))
     call = (offsets, order, group_size, per_sample, scale)
     if os.environ.get(configs.AUTOTUNE) == "1" and weight.device.type == "cuda":
         config = _tuned(form, a, b, weight, axis, *call)
@@ -343,9 +359,19 @@ def linear_importance(
 _chosen: dict[str, Config] = {}
 
 
-def _tuned(form: str, a: Tensor, b: Tensor, weight: Tensor, axis: int, *call) -> Config:
+def _tuned(
+    form: str,
+    a: Tensor,
+    b: Tensor,
+    weight: Tensor,
+    axis: int,
+    offsets: list[int],
+    order: str,
+    group_size: int,
+    per_sample: bool,
+    scale: float,
+) -> Config:
     """The measured configuration of this call's key: from this process, from the file, or measured now."""
-    offsets, order, group_size, per_sample, _ = call
     lines, reduce = a.shape[1], b.shape[1]
     name = configs.key(
         torch.cuda.get_device_name(weight.device),
@@ -366,7 +392,8 @@ def _tuned(form: str, a: Tensor, b: Tensor, weight: Tensor, axis: int, *call) ->
         times = {}
         for candidate in configs.candidates(form, weight.dtype == torch.float32):
             plan = cut(candidate, lines, reduce, offsets, order, per_sample, _described(a, b, weight))
-            run = functools.partial(launch, plan, a, b, weight, axis, *call, fine, coarse, False)
+            call = (offsets, order, group_size, per_sample, scale, fine, coarse, False)
+            run = functools.partial(launch, plan, a, b, weight, axis, *call)
             try:
                 times[candidate] = _median(run)
             except triton.OutOfResources:  # more shared memory than this device has
