@@ -16,7 +16,7 @@ from hywia_kernels.ops import reference
 pytest.importorskip("triton")
 
 from hywia_kernels.ops import linear_configs as configs
-from hywia_kernels.ops import triton_linear
+from hywia_kernels.ops import linear_cut, triton_linear
 from hywia_kernels.ops.linear_configs import Config
 
 LLAMA_7B = [(4096, 4096), (11008, 4096), (4096, 11008)]
@@ -47,7 +47,7 @@ def run(device_operands, offsets, axis, order, **options):
 def tiny_tiles(monkeypatch):
     """Tiles of 16x16, on every device, so that a small matrix has many."""
     monkeypatch.setattr(configs, "default", lambda *_: TINY)
-    monkeypatch.setattr(triton_linear, "_FEW_TILES", 0)
+    monkeypatch.setattr(linear_cut, "_FEW_TILES", 0)
 
 
 @pytest.mark.parametrize("shape", LLAMA_7B, ids=str)
@@ -58,9 +58,9 @@ def test_workspace_stays_below_64_mib(shape, axis):
         for samples in (1, 10, 128, 512):
             for wide in (False, True):
                 for hopper in (False, True):
-                    form = triton_linear.form_of(order, True, samples * 128)
+                    form = linear_cut.form_of(order, True, samples * 128)
                     config = configs.default(form, wide, axis, 128, hopper)
-                    plan = triton_linear.cut(config, lines, reduce, equal(samples, 128), order, True, hopper)
+                    plan = linear_cut.cut(config, lines, reduce, equal(samples, 128), order, True, hopper)
                     assert plan.workspace <= 64 << 20
                     assert plan.form == form
                     assert plan.u_blocks * plan.config.block_u >= lines
@@ -71,7 +71,7 @@ def test_workspace_stays_below_64_mib(shape, axis):
 
 def test_cut_of_ten_samples():
     config = Config(128, 128, 64, 8, 3)
-    plan = triton_linear.cut(config, 11008, 4096, equal(10, 128), "all", True, True)
+    plan = linear_cut.cut(config, 11008, 4096, equal(10, 128), "all", True, True)
     assert (plan.form, plan.fine_rows, plan.rows) == ("both", 3, 13)
     assert (plan.u_blocks, plan.r_blocks, plan.tiles) == (86, 32, 2752)
     assert (plan.length, plan.steps, plan.ragged, plan.segment) == (128, 20, False, 0)
@@ -80,32 +80,32 @@ def test_cut_of_ten_samples():
 
 
 def test_cut_of_ragged_samples():
-    plan = triton_linear.cut(Config(128, 128, 64, 8, 3), 4096, 4096, [0, 1, 65, 194], "second", True)
+    plan = linear_cut.cut(Config(128, 128, 64, 8, 3), 4096, 4096, [0, 1, 65, 194], "second", True)
     assert (plan.form, plan.rows, plan.ragged, plan.length) == ("square", 4, True, 129)
     assert plan.steps == 1 + 1 + 3
 
 
 def test_steps_divide_samples_where_they_can():
     for length, block_k in ((128, 64), (96, 32), (80, 16), (100, 64), (16, 16), (3, 16)):
-        plan = triton_linear.cut(Config(128, 128, 64, 8, 3), 4096, 4096, equal(4, length), "first", True)
+        plan = linear_cut.cut(Config(128, 128, 64, 8, 3), 4096, 4096, equal(4, length), "first", True)
         assert plan.config.block_k == block_k
 
 
 def test_small_matrices_get_small_tiles():
-    plan = triton_linear.cut(Config(128, 256, 64, 8, 3), 576, 1536, [0, 128], "first", False, True)
+    plan = linear_cut.cut(Config(128, 256, 64, 8, 3), 576, 1536, [0, 128], "first", False, True)
     assert (plan.config.block_u, plan.config.block_r, plan.config.warps) == (64, 64, 4)
-    plan = triton_linear.cut(Config(128, 256, 64, 8, 3), 3, 5, [0, 128], "first", False, True)
+    plan = linear_cut.cut(Config(128, 256, 64, 8, 3), 3, 5, [0, 128], "first", False, True)
     assert (plan.config.block_u, plan.config.block_r) == (16, 16)
 
 
 def test_long_chains_are_rounded():
     """The tensor cores' truncation is cut off after 2048 tokens, with samples and without."""
     config = Config(128, 128, 64, 8, 3)
-    assert triton_linear.form_of("first", False, 2048) == "total"
-    assert triton_linear.form_of("first", False, 2049) == "sum"
-    pieces = triton_linear.cut(config, 4096, 4096, [0, 5000], "first", False)
+    assert linear_cut.form_of("first", False, 2048) == "total"
+    assert linear_cut.form_of("first", False, 2049) == "sum"
+    pieces = linear_cut.cut(config, 4096, 4096, [0, 5000], "first", False)
     assert (pieces.length, pieces.steps, pieces.ragged, pieces.segment, pieces.rows) == (1024, 79, False, 0, 2)
-    samples = triton_linear.cut(config, 4096, 4096, [0, 5000, 6000], "all", True)
+    samples = linear_cut.cut(config, 4096, 4096, [0, 5000, 6000], "all", True)
     assert samples.segment * samples.config.block_k == 1024
     assert samples.config.block_r == 64
 
@@ -118,9 +118,9 @@ def test_many_launches_are_one_result(monkeypatch, tiny_tiles, axis, order, per_
     made = operands((72, 40), 40, device)
     options = {"per_sample": per_sample, "group_size": 8}
     once = run(made, [0, 9, 40], axis, order, **options)
-    monkeypatch.setattr(triton_linear, "_WORKSPACE", 0)
-    monkeypatch.setattr(triton_linear, "_WAVE", 32)
-    plan = triton_linear.cut(TINY, *((72, 40) if axis == 0 else (40, 72)), [0, 9, 40], order, per_sample)
+    monkeypatch.setattr(linear_cut, "_WORKSPACE", 0)
+    monkeypatch.setattr(linear_cut, "_WAVE", 32)
+    plan = linear_cut.cut(TINY, *((72, 40) if axis == 0 else (40, 72)), [0, 9, 40], order, per_sample)
     assert (plan.tiles, plan.tiles_per_launch) == (15, 2)
     chunks = run(made, [0, 9, 40], axis, order, **options)
     for a, b in zip(chunks, once, strict=True):
@@ -141,9 +141,9 @@ def test_groups_straddle_tiles(tiny_tiles, group_size):
 def test_segments(monkeypatch, tiny_tiles, axis):
     """Samples longer than a chain, and a chain that ends within a sample; samples not told apart, in pieces."""
     device = need("triton", "linear_importance")
-    monkeypatch.setattr(triton_linear, "_LONGEST_CHAIN", 64)
+    monkeypatch.setattr(linear_cut, "_LONGEST_CHAIN", 64)
     made = operands((20, 33), 200, device)
-    assert triton_linear.cut(TINY, 20, 33, [0, 90, 200], "all", True).segment == 2
+    assert linear_cut.cut(TINY, 20, 33, [0, 90, 200], "all", True).segment == 2
     run(made, [0, 90, 200], axis, "all")
     run(made, [0, 100, 200], axis, "all")
     run(made, [0, 200], axis, "first", per_sample=False)
