@@ -12,12 +12,13 @@ try:
     import triton
 
     from . import kernels_triton as kernels
+    from . import triton_linear
 
     _import_error: str | None = None
 except ImportError as error:
     _import_error = f"triton cannot be imported ({error}); pip install 'hywia_kernels[triton]'"
 
-OPS = ("taylor_importance", "compact", "attention_fusion")
+OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion")
 
 # Enough programs for eight on each of 132 multiprocessors. A constant, so that the cut of the work, and with it the
 # bits of the result, depends on the shape alone.
@@ -137,6 +138,11 @@ def taylor_importance(
                 BLOCK=block,
                 num_warps=4,
             )
+
+
+def linear_importance(grad_output: Tensor, input: Tensor, weight: Tensor, *call) -> None:
+    with _on(weight.device):
+        triton_linear.linear_importance(grad_output, input, weight, *call)
 
 
 def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor) -> None:
