@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include <string>
+#include <vector>
 
 #include "bindings.h"
 
@@ -36,6 +37,40 @@ void taylor_importance(const py::tuple& weight, const py::tuple& grad, const py:
     taylor_importance_cuda(args);
 }
 
+// `matrices`: (weight, grad, fisher, reduce, group_size) in the order of the results; `results`: (fine, signed_sum,
+// units, matrices, accumulate). Returns the results that it did not take, because of the layout of a matrix.
+py::list taylor_importance_batch(const py::list& matrices, const py::list& results, int order, int64_t stream) {
+    std::vector<TaylorBatchMatrix> matrix;
+    for (const auto& item : matrices) {
+        const auto fields = item.cast<py::tuple>();
+        matrix.push_back({operand(fields[0]), operand(fields[1]), operand(fields[2]), fields[3].cast<int64_t>(),
+                          fields[4].cast<int64_t>()});
+    }
+    std::vector<TaylorBatchResult> taken;
+    py::list left;
+    int64_t first = 0;
+    for (size_t i = 0; i < results.size(); ++i) {
+        const auto fields = results[i].cast<py::tuple>();
+        TaylorBatchResult result;
+        result.fine = pointer<float>(fields[0].cast<int64_t>());
+        result.signed_sum = pointer<float>(fields[1].cast<int64_t>());
+        result.units = fields[2].cast<int64_t>();
+        result.first_matrix = first, result.matrices = fields[3].cast<int64_t>();
+        result.accumulate = fields[4].cast<bool>();
+        first += result.matrices;
+        if (taylor_batch_takes(matrix.data(), result))
+            taken.push_back(result);
+        else
+            left.append(i);
+    }
+    {
+        py::gil_scoped_release release;
+        taylor_batch_cuda(matrix.data(), taken.data(), int64_t(taken.size()), static_cast<Order>(order),
+                          pointer<void>(stream));
+    }
+    return left;
+}
+
 void compact(int64_t weight, int64_t out, int64_t keep, int64_t rows, int64_t columns, int64_t row_stride,
              int64_t column_stride, int axis, int element_size, int64_t stream) {
     CompactArgs args;
@@ -64,6 +99,8 @@ PYBIND11_MODULE(_cuda, m) {
           "reduce"_a, "group_size"_a, "order"_a);
     m.def("taylor_importance", &taylor_importance, py::kw_only(), "weight"_a, "grad"_a, "fisher"_a, "units"_a,
           "reduce"_a, "group_size"_a, "order"_a, "fine"_a, "signed_sum"_a, "accumulate"_a, "workspace"_a, "stream"_a);
+    m.def("taylor_importance_batch", &taylor_importance_batch, py::kw_only(), "matrices"_a, "results"_a, "order"_a,
+          "stream"_a);
     m.def("compact", &compact, py::kw_only(), "weight"_a, "out"_a, "keep"_a, "rows"_a, "columns"_a, "row_stride"_a,
           "column_stride"_a, "axis"_a, "element_size"_a, "stream"_a);
 }

@@ -38,6 +38,28 @@ void taylor_importance_cpu(const TaylorImportanceArgs& args);
 void taylor_importance_cuda(const TaylorImportanceArgs& args);
 int64_t taylor_importance_workspace(const TaylorImportanceArgs& args);  // floats; of the current CUDA device
 
+// Many matrices at once, CUDA only. `results[r].first_matrix` on, `matrices` of them count towards result r.
+struct TaylorBatchMatrix {
+    Operand weight, grad, fisher;
+    int64_t reduce = 0;
+    int64_t group_size = 1;
+};
+struct TaylorBatchResult {
+    float* fine = nullptr;        // [units]
+    float* signed_sum = nullptr;  // [units]
+    int64_t units = 0;
+    int64_t first_matrix = 0, matrices = 0;
+    bool accumulate = false;
+};
+
+// Whether one launch can take the result: its matrices must be readable in 16-byte words along rows or columns.
+bool taylor_batch_takes(const TaylorBatchMatrix* matrices, const TaylorBatchResult& result);
+// Blocks with which taylor_batch_cuda would run this one matrix; 0 where it should not (layout, GPU).
+int64_t taylor_batch_blocks(const TaylorBatchMatrix& matrix, const TaylorBatchResult& result, Order order);
+// As many launches as the matrices need at kBatchMembers (taylor_batch.cuh) each.
+void taylor_batch_cuda(const TaylorBatchMatrix* matrices, const TaylorBatchResult* results, int64_t count, Order order,
+                       void* stream);
+
 // out = weight.index_select(axis, keep), contiguous. A vector is a matrix of one row with axis 1.
 struct CompactArgs {
     const void* weight = nullptr;

@@ -7,18 +7,6 @@
 namespace hywia {
 namespace {
 
-template <typename Predicate>
-bool all_operands(const TaylorImportanceArgs& a, Predicate predicate) {
-    for (const Operand* x : {&a.weight, &a.grad, &a.fisher})
-        if (x->data && !predicate(*x)) return false;
-    return true;
-}
-
-bool aligned(const Operand& x, int64_t stride) {
-    const int64_t size = x.dtype == DType::Float32 ? 4 : 2;
-    return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && stride * size % 16 == 0;
-}
-
 int64_t power_of_two_up_to(int64_t n, int64_t most) {
     int64_t p = 1;
     while (p * 2 <= n && p * 2 <= most) p *= 2;
@@ -35,9 +23,21 @@ TaylorPlan make_plan(const TaylorImportanceArgs& a) {
                              return x.unit_stride == 1 && aligned(x, x.reduce_stride);
                          });
     plan.vectors = rows || columns;
+    if (plan.vectors && (columns || a.group_size > 1)) {
+        const TaylorBatchMatrix matrix = {a.weight, a.grad, a.fisher, a.reduce, a.group_size};
+        TaylorBatchResult result;
+        result.units = a.units / a.group_size, result.matrices = 1;
+        plan.chunks = taylor_batch_blocks(matrix, result, a.order) >= multiprocessors() / 2;
+        if (plan.chunks) return plan;
+    }
     plan.rows = rows || (!columns && a.weight.reduce_stride <= a.weight.unit_stride);
     const int64_t count = plan.vectors ? width : 1, sms = multiprocessors();
-    if (plan.rows) {
+    const int64_t row_words = a.reduce / count;
+    plan.whole_rows = plan.rows && plan.vectors && a.group_size == 1 && a.units >= 4 * sms &&
+                      row_words >= kRowThreads * 3 / 4 && row_words <= kRowThreads * kLongestChain;
+    if (plan.whole_rows) {
+        plan.blocks = a.units;
+    } else if (plan.rows) {
         // A warp per row; a short row takes a smaller team. Rows are cut when there are too few of them to fill the
         // GPU (16 warps per SM keep 65 KB in flight), or when a float32 sum would run too long.
         plan.lanes = int(power_of_two_up_to(std::max<int64_t>(1, a.reduce / count), 32));
@@ -62,7 +62,9 @@ TaylorPlan make_plan(const TaylorImportanceArgs& a) {
     return plan;
 }
 
-bool needs_finish(const TaylorImportanceArgs& a, const TaylorPlan& plan) { return plan.pieces > 1 || a.group_size > 1; }
+bool needs_finish(const TaylorImportanceArgs& a, const TaylorPlan& plan) {
+    return !plan.chunks && (plan.pieces > 1 || a.group_size > 1);
+}
 
 struct FinishArgs {
     const float* partial;         // fine, then signed at `+ units * pieces`
@@ -177,6 +179,11 @@ void taylor_importance_cuda(const TaylorImportanceArgs& args) {
         return;
     }
     const TaylorPlan plan = make_plan(a);
+    if (plan.chunks) {
+        const TaylorBatchMatrix matrix = {a.weight, a.grad, a.fisher, a.reduce, a.group_size};
+        const TaylorBatchResult result = {a.fine, a.signed_sum, a.units / a.group_size, 0, 1, a.accumulate};
+        return taylor_batch_cuda(&matrix, &result, 1, a.order, a.stream);
+    }
     TaylorKernelArgs kernel = {a, plan, a.fine, a.signed_sum, a.accumulate};
     if (needs_finish(a, plan)) {
         kernel.fine = a.workspace, kernel.signed_sum = a.workspace + a.units * plan.pieces;

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .native import ORDER_CODES, compact_sizes, operand
 
-OPS = ("taylor_importance", "compact")
+OPS = ("taylor_importance", "compact", "taylor_importance_batch")
 
 
 @cache
@@ -80,6 +80,12 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
     if device.type != "cuda":
         return f"it takes tensors on a GPU, got {device}"
     uncovered = _uncovered(device.index)
+    if uncovered is None and op == "taylor_importance_batch":
+        # Weight, gradient and Fisher information of each matrix in turn.
+        for i, weight in enumerate(tensors[::3]):
+            reason = _dtypes(weight, *tensors[3 * i + 1 : 3 * i + 3]) if weight is not None else None
+            if reason is not None:
+                return f"matrix {i}: {reason}"
     if uncovered is not None or op != "taylor_importance":
         return uncovered
     return _dtypes(present[0], *tensors[1:])
@@ -140,3 +146,42 @@ def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor) -> None:
             stream=torch.cuda.current_stream().cuda_stream,
             **compact_sizes(weight, axis, out),
         )
+
+
+def taylor_importance_batch(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    fishers: list[Tensor],
+    axes: list[int],
+    order: str,
+    group_sizes: list[int],
+    into: list[int],
+    fine: list[Tensor],
+    signed: list[Tensor],
+    accumulate: bool,
+) -> None:
+    members: list[list[int]] = [[] for _ in fine]
+    for i, result in enumerate(into):
+        members[result].append(i)
+
+    def operands(i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return weights[i], grads[i] if grads else None, fishers[i] if fishers else None
+
+    with torch.cuda.device(weights[0].device):
+        left = _extension().taylor_importance_batch(
+            matrices=[
+                (*(operand(x, axes[i]) for x in operands(i)), weights[i].shape[1 - axes[i]], group_sizes[i])
+                for listed in members
+                for i in listed
+            ],
+            results=[
+                (f.data_ptr(), s.data_ptr(), f.numel(), len(listed), accumulate)
+                for f, s, listed in zip(fine, signed, members, strict=True)
+            ],
+            order=ORDER_CODES[order],
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    for result in left:  # layouts that the kernel cannot read in 16-byte words
+        for number, i in enumerate(members[result]):
+            add = accumulate or number > 0
+            taylor_importance(*operands(i), axes[i], order, group_sizes[i], fine[result], signed[result], add)
