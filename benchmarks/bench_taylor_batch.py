@@ -1,4 +1,4 @@
-"""`ops.taylor_importance_batch` against torch.compile and separate calls: `python -m benchmarks.bench_taylor_batch --help`."""
+"""`ops.taylor_importance_batch` against torch.compile and a call per matrix; see `--help`."""
 
 from __future__ import annotations
 

@@ -28,11 +28,12 @@ int64_t workspace(const py::tuple& weight, const py::tuple& grad, const py::tupl
 
 void taylor_importance(const py::tuple& weight, const py::tuple& grad, const py::tuple& fisher, int64_t units,
                        int64_t reduce, int64_t group_size, int order, int64_t fine, int64_t signed_sum, bool accumulate,
-                       int64_t workspace, int64_t stream) {
+                       int64_t workspace, int64_t counters, int64_t stream) {
     TaylorImportanceArgs args = taylor_args(weight, grad, fisher, units, reduce, group_size, order);
     args.fine = pointer<float>(fine), args.signed_sum = pointer<float>(signed_sum);
     args.accumulate = accumulate;
-    args.workspace = pointer<float>(workspace), args.stream = pointer<void>(stream);
+    args.workspace = pointer<float>(workspace), args.counters = pointer<unsigned>(counters);
+    args.stream = pointer<void>(stream);
     py::gil_scoped_release release;
     taylor_importance_cuda(args);
 }
@@ -93,12 +94,14 @@ std::string probe() {
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "CUDA kernels of hywia_kernels; call them through hywia_kernels.ops.";
+    m.attr("taylor_counters") = kTaylorCounters;
     m.attr("architectures") = HYWIA_CUDA_ARCHITECTURES;  // as given to CMake, separated by spaces
     m.def("probe", &probe);
     m.def("taylor_importance_workspace", &workspace, py::kw_only(), "weight"_a, "grad"_a, "fisher"_a, "units"_a,
           "reduce"_a, "group_size"_a, "order"_a);
     m.def("taylor_importance", &taylor_importance, py::kw_only(), "weight"_a, "grad"_a, "fisher"_a, "units"_a,
-          "reduce"_a, "group_size"_a, "order"_a, "fine"_a, "signed_sum"_a, "accumulate"_a, "workspace"_a, "stream"_a);
+          "reduce"_a, "group_size"_a, "order"_a, "fine"_a, "signed_sum"_a, "accumulate"_a, "workspace"_a, "counters"_a,
+          "stream"_a);
     m.def("taylor_importance_batch", &taylor_importance_batch, py::kw_only(), "matrices"_a, "results"_a, "order"_a,
           "stream"_a);
     m.def("compact", &compact, py::kw_only(), "weight"_a, "out"_a, "keep"_a, "rows"_a, "columns"_a, "row_stride"_a,

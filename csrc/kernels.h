@@ -26,13 +26,15 @@ struct TaylorImportanceArgs {
     int64_t reduce = 0;
     int64_t group_size = 1;
     Order order = Order::First;
-    float* fine = nullptr;        // [units / group_size]
-    float* signed_sum = nullptr;  // [units / group_size]
-    bool accumulate = false;      // add to the outputs instead of overwriting them
-    int threads = 1;              // CPU only
-    float* workspace = nullptr;   // CUDA only: taylor_importance_workspace() floats
-    void* stream = nullptr;       // CUDA only: cudaStream_t
+    float* fine = nullptr;         // [units / group_size]
+    float* signed_sum = nullptr;   // [units / group_size]
+    bool accumulate = false;       // add to the outputs instead of overwriting them
+    int threads = 1;               // CPU only
+    float* workspace = nullptr;    // CUDA only: taylor_importance_workspace() floats
+    unsigned* counters = nullptr;  // CUDA only: kTaylorCounters zeros that no other stream uses; zeros again afterwards
+    void* stream = nullptr;        // CUDA only: cudaStream_t
 };
+constexpr int64_t kTaylorCounters = 4096;
 
 void taylor_importance_cpu(const TaylorImportanceArgs& args);
 void taylor_importance_cuda(const TaylorImportanceArgs& args);
@@ -54,8 +56,6 @@ struct TaylorBatchResult {
 
 // Whether one launch can take the result: its matrices must be readable in 16-byte words along rows or columns.
 bool taylor_batch_takes(const TaylorBatchMatrix* matrices, const TaylorBatchResult& result);
-// Blocks with which taylor_batch_cuda would run this one matrix; 0 where it should not (layout, GPU).
-int64_t taylor_batch_blocks(const TaylorBatchMatrix& matrix, const TaylorBatchResult& result, Order order);
 // As many launches as the matrices need at kBatchMembers (taylor_batch.cuh) each.
 void taylor_batch_cuda(const TaylorBatchMatrix* matrices, const TaylorBatchResult* results, int64_t count, Order order,
                        void* stream);

@@ -1,7 +1,6 @@
 // Taylor importance of many matrices on the GPU: which matrices one launch takes, and how it is cut.
 // The kernel itself is in taylor_batch.cuh.
 #include <algorithm>
-#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <numeric>
@@ -52,7 +51,6 @@ int resident_clusters(Order order, int cluster) {
 // The largest cluster with which all chunks run at once: blocks that start together share the memory evenly and end
 // together, while a second wave would leave most of the GPU idle. More chunks than that do without clusters.
 int cluster_for(Order order, int64_t chunks) {
-    if (const char* forced = std::getenv("HYWIA_CLUSTER")) return std::atoi(forced);
     for (int cluster = kMaxCluster; cluster > 1; --cluster)
         if (chunks <= resident_clusters(order, cluster)) return cluster;
     return 1;
@@ -61,7 +59,6 @@ int cluster_for(Order order, int64_t chunks) {
 // Units of a chunk: columns are read in 256 bytes side by side, and start where a 16-byte word does.
 int64_t chunk_units(const TaylorBatchMatrix* matrices, const TaylorBatchResult& result) {
     int64_t lines = kChunkUnits, group = 1, step = 1;
-    if (const char* forced = std::getenv("HYWIA_LINES")) lines = std::atoi(forced);
     for (int64_t i = 0; i < result.matrices; ++i) {
         const TaylorBatchMatrix& m = matrices[result.first_matrix + i];
         group = std::max(group, m.group_size);
@@ -157,12 +154,6 @@ bool taylor_batch_takes(const TaylorBatchMatrix* matrices, const TaylorBatchResu
         if (!along_rows(m) && !along_columns(m, result.units)) return false;
     }
     return chunks_of(matrices, result) * kMaxCluster <= 0x7fffffff;
-}
-
-int64_t taylor_batch_blocks(const TaylorBatchMatrix& matrix, const TaylorBatchResult& result, Order order) {
-    if (!clusters_compiled(order) || !taylor_batch_takes(&matrix, result)) return 0;
-    const int64_t chunks = chunks_of(&matrix, result);
-    return chunks * cluster_for(order, chunks);
 }
 
 void taylor_batch_cuda(const TaylorBatchMatrix* matrices, const TaylorBatchResult* results, int64_t count, Order order,

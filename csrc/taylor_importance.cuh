@@ -1,4 +1,4 @@
-// Taylor importance on the GPU: the two kernels, and how the work is cut. Instantiated in taylor_importance_*.cu.
+// Taylor importance on the GPU: the kernels, and how the work is cut. Instantiated through taylor_launch.cuh.
 //
 // The op reads each operand once and does a handful of flops per element, so it runs at the memory's speed or it is
 // wrong. An H200 SM must have some 40 KB of loads outstanding to hide 700 ns at 4.8 TB/s; each thread here asks for
@@ -28,7 +28,8 @@ constexpr int64_t kLongestChain = 128;  // float32 additions in a row, so that a
 struct TaylorPlan {
     bool rows = true;         // the row kernel, else the column kernel
     bool whole_rows = false;  // a block per row
-    bool chunks = false;      // the kernel of taylor_batch.cuh, with this matrix alone
+    bool strips = false;      // the kernel of taylor_strips.cuh
+    int fold = 1;             // columns that `strips` adds up to one output
     bool vectors = false;     // 16-byte words
     int lanes = 32;           // lanes along the contiguous dimension
     int64_t pieces = 1;       // of the reduction
@@ -56,6 +57,7 @@ struct TaylorKernelArgs {
     TaylorPlan plan;
     float* fine;        // partial sums: [units, pieces] from rows, [pieces, units] from columns,
     float* signed_sum;  // or the outputs themselves
+    float* partial;     // what the blocks of `strips` leave: [strips, pieces, 2, columns of a strip]
     bool accumulate;    // only where these are the outputs
 };
 
@@ -175,6 +177,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) taylor_rows(const __gr
 template <Order order, typename W, typename G, typename F, int count, int unroll>
 __global__ void __launch_bounds__(kRowThreads, RowBlocks<W, G, F, count, unroll>::kPerSM)
     taylor_whole_rows(const __grid_constant__ TaylorKernelArgs a) {
+    allow_finish_launch();
     const int64_t unit = blockIdx.x;
     constexpr int kStride = kRowThreads * count;
     float fine = 0.0f, signed_sum = 0.0f;
@@ -257,49 +260,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) taylor_columns(const _
         const int64_t slot = piece * a.op.units + first + threadIdx.x;
         a.fine[slot] = a.accumulate ? a.fine[slot] + f : f;
         a.signed_sum[slot] = a.accumulate ? a.signed_sum[slot] + s : s;
-    }
-}
-
-template <Order order, typename W, typename G, typename F, int count>
-void launch_taylor(const TaylorKernelArgs& a) {
-    const auto stream = static_cast<cudaStream_t>(a.op.stream);
-    if constexpr (count > 1) {
-        if (a.plan.whole_rows) {
-            const auto kernel = a.op.reduce <= kRowThreads * count * 3 / 2
-                                    ? taylor_whole_rows<order, W, G, F, count, 1>
-                                    : taylor_whole_rows<order, W, G, F, count, 2>;
-            kernel<<<unsigned(a.plan.blocks), kRowThreads, 0, stream>>>(a);
-            HYWIA_CHECK_CUDA(cudaGetLastError());
-            return;
-        }
-    }
-    const auto kernel = a.plan.rows ? taylor_rows<order, W, G, F, count> : taylor_columns<order, W, G, F, count>;
-    kernel<<<unsigned(a.plan.blocks), kThreads, 0, stream>>>(a);
-    HYWIA_CHECK_CUDA(cudaGetLastError());
-}
-
-// One instantiation per dtype of the weight, each in its own file so that they compile in parallel. The dtypes of
-// the other operands: `Other` is the weight's own.
-void launch_taylor_float32(const TaylorKernelArgs& a);
-void launch_taylor_bfloat16(const TaylorKernelArgs& a);
-void launch_taylor_float16(const TaylorKernelArgs& a);
-
-// Gradient and Fisher information in the weight's type or in float32; a Fisher of the weight's type needs a gradient
-// of it too. ops/cuda.py turns the rest away.
-template <typename W>
-void launch_taylor_half(const TaylorKernelArgs& a) {
-    const bool g32 = a.op.grad.dtype == DType::Float32, f32 = a.op.fisher.dtype == DType::Float32;
-    switch (a.op.order) {
-        case Order::First:
-            return g32 ? launch_taylor<Order::First, W, float, void, 8>(a)
-                       : launch_taylor<Order::First, W, W, void, 8>(a);
-        case Order::Second:
-            return f32 ? launch_taylor<Order::Second, W, void, float, 8>(a)
-                       : launch_taylor<Order::Second, W, void, W, 8>(a);
-        case Order::Mixed:
-            return g32   ? launch_taylor<Order::Mixed, W, float, float, 8>(a)
-                   : f32 ? launch_taylor<Order::Mixed, W, W, float, 8>(a)
-                         : launch_taylor<Order::Mixed, W, W, W, 8>(a);
     }
 }
 

@@ -2,7 +2,7 @@
 // The kernels themselves are in taylor_importance.cuh.
 #include <algorithm>
 
-#include "taylor_importance.cuh"
+#include "taylor_launch.cuh"
 
 namespace hywia {
 namespace {
@@ -23,20 +23,21 @@ TaylorPlan make_plan(const TaylorImportanceArgs& a) {
                              return x.unit_stride == 1 && aligned(x, x.reduce_stride);
                          });
     plan.vectors = rows || columns;
-    if (plan.vectors && (columns || a.group_size > 1)) {
-        const TaylorBatchMatrix matrix = {a.weight, a.grad, a.fisher, a.reduce, a.group_size};
-        TaylorBatchResult result;
-        result.units = a.units / a.group_size, result.matrices = 1;
-        plan.chunks = taylor_batch_blocks(matrix, result, a.order) >= multiprocessors() / 2;
-        if (plan.chunks) return plan;
-    }
     plan.rows = rows || (!columns && a.weight.reduce_stride <= a.weight.unit_stride);
     const int64_t count = plan.vectors ? width : 1, sms = multiprocessors();
     const int64_t row_words = a.reduce / count;
-    plan.whole_rows = plan.rows && plan.vectors && a.group_size == 1 && a.units >= 4 * sms &&
-                      row_words >= kRowThreads * 3 / 4 && row_words <= kRowThreads * kLongestChain;
+    plan.whole_rows = plan.rows && plan.vectors && a.units >= 4 * sms && row_words >= kRowThreads * 3 / 4 &&
+                      row_words <= kRowThreads * kLongestChain;
+    const int64_t strips = divide_up(a.units, kStripLanes * count);
+    plan.strips = !plan.rows && plan.vectors && strips <= kTaylorCounters;
     if (plan.whole_rows) {
         plan.blocks = a.units;
+    } else if (plan.strips) {
+        // One wave of equal blocks, as many as the GPU holds; more where a float32 sum would run too long.
+        plan.pieces =
+            std::max({int64_t(1), sms * kStripBlocksPerSM / strips, divide_up(a.reduce, kStripRows * kLongestChain)});
+        plan.blocks = strips * plan.pieces;
+        plan.fold = kStripLanes * count % a.group_size == 0 ? int(a.group_size) : 1;
     } else if (plan.rows) {
         // A warp per row; a short row takes a smaller team. Rows are cut when there are too few of them to fill the
         // GPU (16 warps per SM keep 65 KB in flight), or when a float32 sum would run too long.
@@ -63,7 +64,13 @@ TaylorPlan make_plan(const TaylorImportanceArgs& a) {
 }
 
 bool needs_finish(const TaylorImportanceArgs& a, const TaylorPlan& plan) {
-    return !plan.chunks && (plan.pieces > 1 || a.group_size > 1);
+    return plan.strips ? plan.fold != a.group_size : plan.pieces > 1 || a.group_size > 1;
+}
+
+// Sums that the first kernel leaves for `finish`, of each kind.
+int64_t partial_sums(const TaylorImportanceArgs& a, const TaylorPlan& plan) {
+    if (!needs_finish(a, plan)) return 0;
+    return plan.strips ? a.units : a.units * plan.pieces;
 }
 
 struct FinishArgs {
@@ -115,10 +122,10 @@ __global__ void __launch_bounds__(kThreads) finish(const FinishArgs a) {
 void launch_finish(const TaylorImportanceArgs& a, const TaylorPlan& plan) {
     FinishArgs f;
     f.partial = a.workspace;
-    f.outer = plan.rows ? 1 : plan.pieces;
+    f.outer = plan.rows || plan.strips ? 1 : plan.pieces;
     f.outer_stride = a.units;
     f.inner = plan.rows ? a.group_size * plan.pieces : a.group_size;
-    f.total = a.units * plan.pieces;
+    f.total = partial_sums(a, plan);
     f.units = a.units / a.group_size;
     f.lanes = int(power_of_two_up_to(divide_up(f.outer * f.inner, 4), kThreads));
     f.units_fastest = f.inner < 8;
@@ -165,7 +172,8 @@ int64_t taylor_importance_workspace(const TaylorImportanceArgs& args) {
     const TaylorImportanceArgs a = normalised(args);
     if (a.units == 0 || a.reduce == 0) return 0;
     const TaylorPlan plan = make_plan(a);
-    return needs_finish(a, plan) ? 2 * a.units * plan.pieces : 0;
+    const int64_t columns = kStripLanes * (a.weight.dtype == DType::Float32 ? 4 : 8);
+    return 2 * partial_sums(a, plan) + (plan.strips && plan.pieces > 1 ? plan.blocks * 2 * columns : 0);
 }
 
 void taylor_importance_cuda(const TaylorImportanceArgs& args) {
@@ -179,14 +187,10 @@ void taylor_importance_cuda(const TaylorImportanceArgs& args) {
         return;
     }
     const TaylorPlan plan = make_plan(a);
-    if (plan.chunks) {
-        const TaylorBatchMatrix matrix = {a.weight, a.grad, a.fisher, a.reduce, a.group_size};
-        const TaylorBatchResult result = {a.fine, a.signed_sum, a.units / a.group_size, 0, 1, a.accumulate};
-        return taylor_batch_cuda(&matrix, &result, 1, a.order, a.stream);
-    }
-    TaylorKernelArgs kernel = {a, plan, a.fine, a.signed_sum, a.accumulate};
+    const int64_t sums = partial_sums(a, plan);
+    TaylorKernelArgs kernel = {a, plan, a.fine, a.signed_sum, a.workspace + 2 * sums, a.accumulate};
     if (needs_finish(a, plan)) {
-        kernel.fine = a.workspace, kernel.signed_sum = a.workspace + a.units * plan.pieces;
+        kernel.fine = a.workspace, kernel.signed_sum = a.workspace + sums;
         kernel.accumulate = false;
     }
     if (!plan.vectors)

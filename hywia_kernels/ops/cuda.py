@@ -102,6 +102,24 @@ def _dtypes(weight: Tensor, grad: Tensor | None = None, fisher: Tensor | None = 
     return None
 
 
+_kept_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def _counters(device: int) -> Tensor:
+    """Zeros in which the blocks of a launch count themselves; the kernels leave zeros behind.
+
+    Kept per stream, whose launches follow each other. A graph under capture gets its own, so that its replays do not
+    meet the launches of another stream; it is zeroed on every replay.
+    """
+    count = _extension().taylor_counters
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _kept_counters:
+        _kept_counters[key] = torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")
+    return _kept_counters[key]
+
+
 def taylor_importance(
     weight: Tensor,
     grad: Tensor | None,
@@ -127,12 +145,14 @@ def taylor_importance(
         # The caching allocator ties the workspace to the current stream, so it may be freed when this returns.
         floats = extension.taylor_importance_workspace(**call)
         workspace = torch.empty(floats, dtype=torch.float32, device=weight.device)
+        counters = _counters(weight.device.index)
         extension.taylor_importance(
             **call,
             fine=fine.data_ptr(),
             signed_sum=signed.data_ptr(),
             accumulate=accumulate,
             workspace=workspace.data_ptr(),
+            counters=counters.data_ptr(),
             stream=torch.cuda.current_stream().cuda_stream,
         )
 

@@ -11,10 +11,16 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_as(address, code, offsets, mask):
-    """A tile of an operand whose dtype is known at run time only, as float32. `code` as in `native.DTYPE_CODES`."""
+def _load_as(address, code, offsets, mask, COMMON: tl.constexpr):
+    """A tile of an operand as float32. `code` as in `native.DTYPE_CODES`; COMMON is the code of all matrices, or -1."""
     value = tl.zeros(offsets.shape, dtype=tl.float32)
-    if code == 0:
+    if COMMON == 0:
+        value = tl.load(address.to(tl.pointer_type(tl.float32)) + offsets, mask=mask, other=0.0)
+    elif COMMON == 1:
+        value = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + offsets, mask=mask, other=0.0).to(tl.float32)
+    elif COMMON == 2:
+        value = tl.load(address.to(tl.pointer_type(tl.float16)) + offsets, mask=mask, other=0.0).to(tl.float32)
+    elif code == 0:
         value = tl.load(address.to(tl.pointer_type(tl.float32)) + offsets, mask=mask, other=0.0)
     elif code == 1:
         value = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -31,6 +37,10 @@ def taylor_batch(
     partial,
     counters,
     ORDER: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
+    FISHER: tl.constexpr,
+    WIDE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_U: tl.constexpr,
@@ -43,7 +53,7 @@ def taylor_batch(
 
     `tables` (int64) holds the results, from `members_at` the matrices, from `blocks_at` each block's result. The
     `group_size * reduce` elements of a unit are walked in the order in which they lie. Partial sums are
-    `[blocks, SPLIT, 2, BLOCK_U]`.
+    `[blocks, SPLIT, 2, BLOCK_U]`. WEIGHT, GRAD and FISHER: see `_load_as`. WIDE: units of 2^31 elements or more.
     """
     block, piece = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
     result = tables + tl.load(tables + blocks_at + block) * RESULT_FIELDS
@@ -73,22 +83,23 @@ def taylor_batch(
         signed = tl.zeros((BLOCK_U, BLOCK_R), dtype=tl.float32)
         for start in range(begin, end, BLOCK_R):
             element = start + tl.arange(0, BLOCK_R)
-            slow = element // fast
+            # A 64-bit division costs more than the loads.
+            slow = element // fast if WIDE else (element.to(tl.int32) // fast.to(tl.int32)).to(tl.int64)
             position = tl.where(positions_first != 0, element - slow * fast, slow)
             inside = tl.where(positions_first != 0, slow, element - slow * fast)
             line = unit[:, None] * group_size + inside[None, :]
             mask = valid[:, None] & (element < end)[None, :]
             at = line * weight_line + position[None, :] * weight_position
-            w = _load_as(weight, weight_code, at, mask)
+            w = _load_as(weight, weight_code, at, mask, WEIGHT)
             if ORDER == "first":
                 at = line * grad_line + position[None, :] * grad_position
-                t = _load_as(grad, grad_code, at, mask) * w
+                t = _load_as(grad, grad_code, at, mask, GRAD) * w
             else:
                 at = line * fisher_line + position[None, :] * fisher_position
-                t = 0.5 * _load_as(fisher, fisher_code, at, mask) * w * w
+                t = 0.5 * _load_as(fisher, fisher_code, at, mask, FISHER) * w * w
                 if ORDER == "mixed":
                     at = line * grad_line + position[None, :] * grad_position
-                    t = _load_as(grad, grad_code, at, mask) * w - t
+                    t = _load_as(grad, grad_code, at, mask, GRAD) * w - t
             fine += tl.abs(t)
             signed += t
         fine_sum += tl.sum(fine, axis=1)

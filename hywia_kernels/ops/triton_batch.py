@@ -46,6 +46,11 @@ def _tile(members: list[list[int]], units: int) -> tuple[int, int]:
     return _power_of_two(units, max(1, min(_TILE // block_r, 128))), block_r
 
 
+def _common(members: list[list[int]], field: int) -> int:
+    codes = {m[field] for m in members}
+    return codes.pop() if len(codes) == 1 else -1
+
+
 def taylor_importance_batch(
     weights: list[Tensor],
     grads: list[Tensor],
@@ -95,6 +100,8 @@ def taylor_importance_batch(
             torch.empty(shares, dtype=torch.float32, device=device),
             counters,
             ORDER=order,
+            **{name: _common(members, field) for name, field in (("WEIGHT", 12), ("GRAD", 13), ("FISHER", 14))},
+            WIDE=any(m[9] * m[10] + _TILE >= 1 << 31 for m in members),
             ACCUMULATE=accumulate,
             SPLIT=split,
             BLOCK_U=block_u,
