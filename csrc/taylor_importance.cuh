@@ -29,11 +29,13 @@ struct TaylorPlan {
     bool rows = true;         // the row kernel, else the column kernel
     bool whole_rows = false;  // a block per row
     bool strips = false;      // the kernel of taylor_strips.cuh
-    int fold = 1;             // columns that `strips` adds up to one output
-    bool vectors = false;     // 16-byte words
-    int lanes = 32;           // lanes along the contiguous dimension
-    int64_t pieces = 1;       // of the reduction
-    int64_t length = 0;       // of a piece
+    int64_t strip_count = 0;
+    int64_t longer = 0;    // pieces of `strips` that are one longer than `length`
+    int fold = 1;          // columns that `strips` adds up to one output
+    bool vectors = false;  // 16-byte words
+    int lanes = 32;        // lanes along the contiguous dimension
+    int64_t pieces = 1;    // of the reduction
+    int64_t length = 0;    // of a piece
     int64_t blocks = 0;
     bool direct() const { return pieces == 1; }
 };

@@ -13,6 +13,22 @@ int64_t power_of_two_up_to(int64_t n, int64_t most) {
     return p;
 }
 
+// Pieces of a strip's reduction. One wave of equal blocks, as many as the GPU holds, ends at once. Where a float32 sum
+// would run too long in it: some waves of shorter blocks, of which the last one is nearly full.
+int64_t strip_pieces(int64_t reduce, int64_t strips, int64_t resident) {
+    const int64_t longest = kStripRows * kLongestChain, one_wave = std::max<int64_t>(1, resident / strips);
+    if (divide_up(reduce, one_wave) <= longest) return one_wave;
+    int64_t best = divide_up(reduce, longest);
+    double fullest = 0.0;
+    for (int64_t waves = 4; waves <= 8; ++waves) {
+        const int64_t pieces = resident * waves / strips;
+        const double full = double(strips * pieces) / double(resident * waves);
+        if (divide_up(reduce, std::max<int64_t>(pieces, 1)) <= longest && full > fullest + 0.02)
+            best = pieces, fullest = full;
+    }
+    return best;
+}
+
 TaylorPlan make_plan(const TaylorImportanceArgs& a) {
     TaylorPlan plan;
     const int64_t width = a.weight.dtype == DType::Float32 ? 4 : 8;  // elements per 16-byte word of the weight
@@ -33,9 +49,8 @@ TaylorPlan make_plan(const TaylorImportanceArgs& a) {
     if (plan.whole_rows) {
         plan.blocks = a.units;
     } else if (plan.strips) {
-        // One wave of equal blocks, as many as the GPU holds; more where a float32 sum would run too long.
-        plan.pieces =
-            std::max({int64_t(1), sms * kStripBlocksPerSM / strips, divide_up(a.reduce, kStripRows * kLongestChain)});
+        plan.strip_count = strips, plan.pieces = strip_pieces(a.reduce, strips, sms * kStripBlocksPerSM);
+        plan.length = a.reduce / plan.pieces, plan.longer = a.reduce % plan.pieces;
         plan.blocks = strips * plan.pieces;
         plan.fold = kStripLanes * count % a.group_size == 0 ? int(a.group_size) : 1;
     } else if (plan.rows) {

@@ -16,6 +16,14 @@ constexpr int kStripLanes = 16;  // 16-byte words side by side
 constexpr int kStripRows = kStripThreads / kStripLanes;
 constexpr int kStripBlocksPerSM = 2;
 
+// Adds one and returns what was there. Releases what the block wrote before its last barrier, and acquires what the
+// blocks counted before wrote: both reach the block's other threads through its barriers.
+__device__ __forceinline__ unsigned count_block(unsigned* counter) {
+    unsigned before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
 template <Order order, typename W, typename G, typename F, int count>
 __global__ void __launch_bounds__(kStripThreads, kStripBlocksPerSM)
     taylor_strips(const __grid_constant__ TaylorKernelArgs a) {
@@ -23,10 +31,11 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocksPerSM)
     allow_finish_launch();
     const int pieces = int(a.plan.pieces), lane = threadIdx.x % kStripLanes, row = threadIdx.x / kStripLanes;
     // Neighbouring blocks take neighbouring strips of the same rows: they read lines of memory that lie together.
-    const int64_t strips = a.plan.blocks / pieces, strip = blockIdx.x % strips, piece = blockIdx.x / strips;
+    const unsigned strips = unsigned(a.plan.strip_count);
+    const int64_t strip = blockIdx.x % strips, piece = blockIdx.x / strips;
     const int64_t unit = strip * kColumns + lane * count;
-    const int64_t begin = a.op.reduce * piece / pieces, stop = a.op.reduce * (piece + 1) / pieces;
-    const int64_t end = unit < a.op.units ? stop : begin;
+    const int64_t begin = piece * a.plan.length + min(piece, a.plan.longer);
+    const int64_t end = unit < a.op.units ? begin + a.plan.length + (piece < a.plan.longer) : begin;
 
     float fine[count] = {}, signed_sum[count] = {};
     for (int64_t at = begin + row; at < end; at += kStripRows * kUnroll) {
@@ -78,15 +87,13 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocksPerSM)
         float* partial = a.partial + strip * pieces * 2 * kColumns;
         if (threadIdx.x < 2 * kColumns) __stcg(partial + piece * 2 * kColumns + threadIdx.x, total);
         __shared__ bool last;
-        __threadfence();  // this thread's sums are visible to the GPU before the block counts itself
         __syncthreads();
         if (threadIdx.x == 0) {
-            last = atomicAdd(a.op.counters + strip, 1u) == unsigned(pieces) - 1;
+            last = count_block(a.op.counters + strip) == unsigned(pieces) - 1;
             if (last) a.op.counters[strip] = 0;  // for the next launch
         }
         __syncthreads();
         if (!last) return;
-        __threadfence();
         constexpr int kQuads = 2 * kColumns / 4, kParts = kStripThreads / kQuads;
         const int quad = threadIdx.x % kQuads, part = threadIdx.x / kQuads;
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);

@@ -30,6 +30,33 @@ def _load_as(address, code, offsets, mask, COMMON: tl.constexpr):
 
 
 @triton.jit
+def _terms(
+    weight,
+    grad,
+    fisher,
+    weight_code,
+    grad_code,
+    fisher_code,
+    weight_at,
+    grad_at,
+    fisher_at,
+    mask,
+    ORDER: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
+    FISHER: tl.constexpr,
+):
+    w = _load_as(weight, weight_code, weight_at, mask, WEIGHT)
+    if ORDER == "first":
+        t = _load_as(grad, grad_code, grad_at, mask, GRAD) * w
+    else:
+        t = 0.5 * _load_as(fisher, fisher_code, fisher_at, mask, FISHER) * w * w
+        if ORDER == "mixed":
+            t = _load_as(grad, grad_code, grad_at, mask, GRAD) * w - t
+    return t
+
+
+@triton.jit
 def taylor_batch(
     tables,
     members_at,
@@ -41,6 +68,7 @@ def taylor_batch(
     GRAD: tl.constexpr,
     FISHER: tl.constexpr,
     WIDE: tl.constexpr,
+    FLAT: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_U: tl.constexpr,
@@ -54,6 +82,7 @@ def taylor_batch(
     `tables` (int64) holds the results, from `members_at` the matrices, from `blocks_at` each block's result. The
     `group_size * reduce` elements of a unit are walked in the order in which they lie. Partial sums are
     `[blocks, SPLIT, 2, BLOCK_U]`. WEIGHT, GRAD and FISHER: see `_load_as`. WIDE: units of 2^31 elements or more.
+    FLAT: every matrix is contiguous, in whole 16-byte words, and of the common dtypes.
     """
     block, piece = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
     result = tables + tl.load(tables + blocks_at + block) * RESULT_FIELDS
@@ -81,27 +110,56 @@ def taylor_batch(
         weight_code, grad_code, fisher_code = tl.load(member + 12), tl.load(member + 13), tl.load(member + 14)
         fine = tl.zeros((BLOCK_U, BLOCK_R), dtype=tl.float32)
         signed = tl.zeros((BLOCK_U, BLOCK_R), dtype=tl.float32)
-        for start in range(begin, end, BLOCK_R):
-            element = start + tl.arange(0, BLOCK_R)
-            # A 64-bit division costs more than the loads.
-            slow = element // fast if WIDE else (element.to(tl.int32) // fast.to(tl.int32)).to(tl.int64)
-            position = tl.where(positions_first != 0, element - slow * fast, slow)
-            inside = tl.where(positions_first != 0, slow, element - slow * fast)
-            line = unit[:, None] * group_size + inside[None, :]
-            mask = valid[:, None] & (element < end)[None, :]
-            at = line * weight_line + position[None, :] * weight_position
-            w = _load_as(weight, weight_code, at, mask, WEIGHT)
-            if ORDER == "first":
-                at = line * grad_line + position[None, :] * grad_position
-                t = _load_as(grad, grad_code, at, mask, GRAD) * w
+        if FLAT:
+            # Said once more in words that the compiler sees: 16-byte loads. Rows are one run of elements per unit;
+            # columns (of single ones) lie side by side.
+            weight, grad, fisher = tl.multiple_of(weight, 16), tl.multiple_of(grad, 16), tl.multiple_of(fisher, 16)
+            end = tl.multiple_of(end, 16)
+            run, step = tl.multiple_of(total, 16), tl.multiple_of(weight_position, 16)
+            some = tl.multiple_of(units, 16)
+            if positions_first != 0:
+                for start in range(begin, end, BLOCK_R):
+                    element = start + tl.arange(0, BLOCK_R)
+                    mask = (unit < units)[:, None] & (element < end)[None, :]
+                    at = (unit * run)[:, None] + element[None, :]
+                    t = _terms(weight, grad, fisher, 0, 0, 0, at, at, at, mask, ORDER, WEIGHT, GRAD, FISHER)
+                    fine += tl.abs(t)
+                    signed += t
             else:
-                at = line * fisher_line + position[None, :] * fisher_position
-                t = 0.5 * _load_as(fisher, fisher_code, at, mask, FISHER) * w * w
-                if ORDER == "mixed":
-                    at = line * grad_line + position[None, :] * grad_position
-                    t = _load_as(grad, grad_code, at, mask, GRAD) * w - t
-            fine += tl.abs(t)
-            signed += t
+                for start in range(begin, end, BLOCK_R):
+                    element = start + tl.arange(0, BLOCK_R)
+                    mask = (unit < some)[:, None] & (element < end)[None, :]
+                    at = unit[:, None] + (element * step)[None, :]
+                    t = _terms(weight, grad, fisher, 0, 0, 0, at, at, at, mask, ORDER, WEIGHT, GRAD, FISHER)
+                    fine += tl.abs(t)
+                    signed += t
+        else:
+            for start in range(begin, end, BLOCK_R):
+                element = start + tl.arange(0, BLOCK_R)
+                # A 64-bit division costs more than the loads.
+                slow = element // fast if WIDE else (element.to(tl.int32) // fast.to(tl.int32)).to(tl.int64)
+                position = tl.where(positions_first != 0, element - slow * fast, slow)
+                inside = tl.where(positions_first != 0, slow, element - slow * fast)
+                mask = valid[:, None] & (element < end)[None, :]
+                line = unit * group_size
+                t = _terms(
+                    weight,
+                    grad,
+                    fisher,
+                    weight_code,
+                    grad_code,
+                    fisher_code,
+                    (line * weight_line)[:, None] + (inside * weight_line + position * weight_position)[None, :],
+                    (line * grad_line)[:, None] + (inside * grad_line + position * grad_position)[None, :],
+                    (line * fisher_line)[:, None] + (inside * fisher_line + position * fisher_position)[None, :],
+                    mask,
+                    ORDER,
+                    WEIGHT,
+                    GRAD,
+                    FISHER,
+                )
+                fine += tl.abs(t)
+                signed += t
         fine_sum += tl.sum(fine, axis=1)
         signed_sum += tl.sum(signed, axis=1)
         member += MEMBER_FIELDS

@@ -46,6 +46,17 @@ def _tile(members: list[list[int]], units: int) -> tuple[int, int]:
     return _power_of_two(units, max(1, min(_TILE // block_r, 128))), block_r
 
 
+def _flat(m: list[int], units: int) -> bool:
+    """Whether the matrix is, in every operand, one run of elements per unit, or rows of single units side by side."""
+    operands = [i for i in range(3) if m[i]]
+    if any(m[i] % 16 for i in operands):
+        return False
+    strides = {(m[3 + 2 * i], m[4 + 2 * i]) for i in operands}
+    if m[11]:
+        return strides == {(m[9], 1)} and m[9] * m[10] % 16 == 0
+    return len(strides) == 1 and m[10] == 1 and m[3] == 1 and m[4] % 16 == 0 and units % 16 == 0 and m[9] % 16 == 0
+
+
 def _common(members: list[list[int]], field: int) -> int:
     codes = {m[field] for m in members}
     return codes.pop() if len(codes) == 1 else -1
@@ -85,8 +96,12 @@ def taylor_importance_batch(
         return
     steps = max(triton.cdiv(m[9] * m[10], block_r) for m in members)
     split = max(1, min(steps, max(_PROGRAMS // len(blocks), triton.cdiv(steps, _LONGEST_CHAIN))))
-    flat = [field for row in (*results, *members) for field in row] + blocks
-    tables = torch.tensor(flat, dtype=torch.int64)
+    codes = {name: _common(members, field) for name, field in (("WEIGHT", 12), ("GRAD", 13), ("FISHER", 14))}
+    flat = all(code >= 0 for code in codes.values()) and all(
+        _flat(m, fine[result].numel()) for m, result in zip(members, sorted(into), strict=True)
+    )
+    fields = [field for row in (*results, *members) for field in row] + blocks
+    tables = torch.tensor(fields, dtype=torch.int64)
     on_gpu = device.type == "cuda"
     if on_gpu:
         tables = tables.pin_memory().to(device, non_blocking=True)
@@ -100,7 +115,8 @@ def taylor_importance_batch(
             torch.empty(shares, dtype=torch.float32, device=device),
             counters,
             ORDER=order,
-            **{name: _common(members, field) for name, field in (("WEIGHT", 12), ("GRAD", 13), ("FISHER", 14))},
+            **codes,
+            FLAT=flat,
             WIDE=any(m[9] * m[10] + _TILE >= 1 << 31 for m in members),
             ACCUMULATE=accumulate,
             SPLIT=split,

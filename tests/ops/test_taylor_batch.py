@@ -25,6 +25,7 @@ COUPLED = [  # rows, columns, axis, group size, result: grouped-query attention,
     (32, 16, 1, 1, 1),
     (7, 5, 1, 5, 2),
 ]
+WORDS = [(48, 32, 0, 1, 0), (32, 48, 1, 1, 0), (32, 64, 0, 4, 1), (16, 48, 0, 1, 0), (16, 16, 1, 1, 2)]  # in whole words
 
 
 def made(matrices, order, device, dtypes=(torch.float32,) * 3, layout="contiguous", seed=0):
@@ -123,9 +124,10 @@ def test_random_batches(backend):
 
 @every_backend
 @pytest.mark.parametrize("order", ORDERS)
-def test_whole_numbers_are_exact(backend, order):
+@pytest.mark.parametrize("matrices", [COUPLED, WORDS], ids=["coupled", "words"])
+def test_whole_numbers_are_exact(backend, matrices, order):
     device = need(backend, OP)
-    call = made(COUPLED, order, device)
+    call = made(matrices, order, device)
     exact = call._replace(
         weights=[whole_numbers(w.shape, torch.bfloat16, i, device) for i, w in enumerate(call.weights)],
         grads=[whole_numbers(g.shape, torch.float32, 50 + i, device) for i, g in enumerate(call.grads)],
