@@ -5,11 +5,13 @@
 // about eight 16-byte words before it uses the first, 128 bytes x 1024 threads = 131 KB per SM.
 //
 // The operands are views [units, reduce].
-//   rows     `reduce` is contiguous: a team of up to 32 lanes owns a piece of one row.
-//   columns  `units` is contiguous: a block owns a strip of units and a piece of the reduction.
-// Each piece leaves one partial sum per row or column; `finish` adds the pieces and the group's members in a fixed
-// order, so there are no atomics and the same input gives the same bits. When one team covers a unit, it writes the
-// result itself.
+//   rows     `reduce` is contiguous: a block per row (taylor_whole_rows); where rows are short, few or very long, a
+//   team
+//            of up to 32 lanes owns a piece of one row (taylor_rows).
+//   columns  `units` is contiguous: blocks own a strip of units and a piece of the reduction, and the last block of a
+//            strip adds the pieces (taylor_strips.cuh); taylor_columns leaves that to `finish`.
+// `finish` adds what pieces are left, and the group's members, in a fixed order. No float is added atomically, so the
+// same input gives the same bits. When one team covers a unit, it writes the result itself.
 //
 // Layouts that cannot be read in 16-byte words run the same kernels with vectors of one element of type AnyType.
 #pragma once

@@ -322,7 +322,8 @@ def taylor_importance_batch(
                 _pair(pair, ("fine", "signed"), ([units[result]],) * 2, weights[0].device)
             except UsageError as error:
                 raise UsageError(f"result {result}: {error}") from None
-        if len({id(tensor) for pair in out for tensor in pair}) != 2 * len(out):
+        # Compiled graphs do not know identities; eager calls are where a tensor could be passed twice by mistake.
+        if not torch.compiler.is_compiling() and len({id(x) for pair in out for x in pair}) != 2 * len(out):
             raise UsageError(
                 "out: expected a tensor of its own for every sum, got one twice; share results with `into`"
             )

@@ -82,7 +82,7 @@ def taylor_batch(
     `tables` (int64) holds the results, from `members_at` the matrices, from `blocks_at` each block's result. The
     `group_size * reduce` elements of a unit are walked in the order in which they lie. Partial sums are
     `[blocks, SPLIT, 2, BLOCK_U]`. WEIGHT, GRAD and FISHER: see `_load_as`. WIDE: units of 2^31 elements or more.
-    FLAT: every matrix is contiguous, in whole 16-byte words, and of the common dtypes.
+    FLAT: every matrix is as `triton_batch._flat` says, and of the common dtypes.
     """
     block, piece = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
     result = tables + tl.load(tables + blocks_at + block) * RESULT_FIELDS
@@ -111,8 +111,8 @@ def taylor_batch(
         fine = tl.zeros((BLOCK_U, BLOCK_R), dtype=tl.float32)
         signed = tl.zeros((BLOCK_U, BLOCK_R), dtype=tl.float32)
         if FLAT:
-            # Said once more in words that the compiler sees: 16-byte loads. Rows are one run of elements per unit;
-            # columns (of single ones) lie side by side.
+            # Said once more in words that the compiler sees: 16-byte loads. Rows are one run of elements per unit,
+            # columns lie side by side.
             weight, grad, fisher = tl.multiple_of(weight, 16), tl.multiple_of(grad, 16), tl.multiple_of(fisher, 16)
             end = tl.multiple_of(end, 16)
             run, step = tl.multiple_of(total, 16), tl.multiple_of(weight_position, 16)
@@ -122,6 +122,17 @@ def taylor_batch(
                     element = start + tl.arange(0, BLOCK_R)
                     mask = (unit < units)[:, None] & (element < end)[None, :]
                     at = (unit * run)[:, None] + element[None, :]
+                    t = _terms(weight, grad, fisher, 0, 0, 0, at, at, at, mask, ORDER, WEIGHT, GRAD, FISHER)
+                    fine += tl.abs(t)
+                    signed += t
+            elif group_size != 1:
+                # A tile's elements lie in one row: BLOCK_R divides the group.
+                across = tl.multiple_of(group_size, 16)
+                for start in range(begin, end, BLOCK_R):
+                    slow = start // across
+                    base = tl.multiple_of(start - slow * across + slow * step, 16)
+                    mask = (unit < units)[:, None] & (start + tl.arange(0, BLOCK_R) < end)[None, :]
+                    at = (unit * across)[:, None] + (base + tl.arange(0, BLOCK_R))[None, :]
                     t = _terms(weight, grad, fisher, 0, 0, 0, at, at, at, mask, ORDER, WEIGHT, GRAD, FISHER)
                     fine += tl.abs(t)
                     signed += t

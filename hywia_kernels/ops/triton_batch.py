@@ -46,15 +46,15 @@ def _tile(members: list[list[int]], units: int) -> tuple[int, int]:
     return _power_of_two(units, max(1, min(_TILE // block_r, 128))), block_r
 
 
-def _flat(m: list[int], units: int) -> bool:
-    """Whether the matrix is, in every operand, one run of elements per unit, or rows of single units side by side."""
+def _flat(m: list[int], units: int, block_r: int) -> bool:
+    """Whether every operand is one run of elements per unit, or columns of which a tile's lie side by side."""
     operands = [i for i in range(3) if m[i]]
-    if any(m[i] % 16 for i in operands):
-        return False
     strides = {(m[3 + 2 * i], m[4 + 2 * i]) for i in operands}
+    if any(m[i] % 16 for i in operands) or len(strides) > 1 or m[9] * m[10] % 16:
+        return False
     if m[11]:
-        return strides == {(m[9], 1)} and m[9] * m[10] % 16 == 0
-    return len(strides) == 1 and m[10] == 1 and m[3] == 1 and m[4] % 16 == 0 and units % 16 == 0 and m[9] % 16 == 0
+        return strides == {(m[9], 1)}
+    return m[3] == 1 and m[4] % 16 == 0 and (units % 16 == 0 if m[10] == 1 else m[10] % block_r == 0 and block_r >= 16)
 
 
 def _common(members: list[list[int]], field: int) -> int:
@@ -98,7 +98,7 @@ def taylor_importance_batch(
     split = max(1, min(steps, max(_PROGRAMS // len(blocks), triton.cdiv(steps, _LONGEST_CHAIN))))
     codes = {name: _common(members, field) for name, field in (("WEIGHT", 12), ("GRAD", 13), ("FISHER", 14))}
     flat = all(code >= 0 for code in codes.values()) and all(
-        _flat(m, fine[result].numel()) for m, result in zip(members, sorted(into), strict=True)
+        _flat(m, fine[result].numel(), block_r) for m, result in zip(members, sorted(into), strict=True)
     )
     fields = [field for row in (*results, *members) for field in row] + blocks
     tables = torch.tensor(fields, dtype=torch.int64)

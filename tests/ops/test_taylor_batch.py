@@ -25,7 +25,14 @@ COUPLED = [  # rows, columns, axis, group size, result: grouped-query attention,
     (32, 16, 1, 1, 1),
     (7, 5, 1, 5, 2),
 ]
-WORDS = [(48, 32, 0, 1, 0), (32, 48, 1, 1, 0), (32, 64, 0, 4, 1), (48, 16, 0, 1, 0), (16, 16, 1, 1, 2)]  # in whole words
+WORDS = [
+    (48, 32, 0, 1, 0),
+    (32, 48, 1, 1, 0),
+    (32, 64, 0, 4, 1),
+    (48, 16, 0, 1, 0),
+    (16, 16, 1, 1, 2),
+    (32, 128, 1, 64, 3),
+]  # in whole words
 
 
 def made(matrices, order, device, dtypes=(torch.float32,) * 3, layout="contiguous", seed=0):
