@@ -48,6 +48,45 @@ class TaylorCase:
 
 
 @dataclass(frozen=True)
+class TaylorBatchCase:
+    """One call of `ops.taylor_importance_batch`: the coupled matrices of some decoder layers, the layers all alike."""
+
+    model: str
+    matrices: tuple[tuple[int, int, int, int, int], ...]  # rows, columns, axis, group size, result; of one layer
+    order: str
+    layers: int = 1
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def name(self) -> str:
+        layers = f"{self.layers} layers" if self.layers > 1 else "layer"
+        return f"{self.model} {layers} {SHORT[self.dtype]} {self.order}"
+
+    @property
+    def calls(self) -> list[TaylorCase]:
+        """The same as separate calls."""
+        one = [
+            TaylorCase(rows, columns, axis, self.order, self.dtype, group_size=group_size)
+            for rows, columns, axis, group_size, _ in self.matrices
+        ]
+        return one * self.layers
+
+    @property
+    def into(self) -> list[int]:
+        results = 1 + max(result for *_, result in self.matrices)
+        return [layer * results + result for layer in range(self.layers) for *_, result in self.matrices]
+
+    @property
+    def bytes(self) -> int:
+        """Each operand read once, two float32 vectors written per result."""
+        calls = self.calls
+        operands = sum(call.bytes - 2 * call.units * 4 for call in calls)
+        return operands + sum(
+            2 * 4 * units for units in dict(zip(self.into, (c.units for c in calls), strict=True)).values()
+        )
+
+
+@dataclass(frozen=True)
 class CompactCase:
     """One call of `ops.compact`: a random `share` of the rows (`axis=0`) or columns (`axis=1`) survives.
 
@@ -157,6 +196,25 @@ TAYLOR_CPU = (
     *_taylor(_SQUARE, statistics=torch.float32),
 )
 TAYLOR_CPU_QUICK = (*_taylor(_SMALL, dtype=torch.float32), *_taylor(_SMALL))
+
+_LLAMA_7B = (  # heads of q, k, v rows and o columns; channels of gate, up rows and down columns
+    *((4096, 4096, 0, 128, 0),) * 3,
+    (4096, 4096, 1, 128, 0),
+    *((11008, 4096, 0, 1, 1),) * 2,
+    (4096, 11008, 1, 1, 1),
+)
+_SMOLLM2 = (  # 3 KV groups of 3 query heads of 64
+    (576, 576, 0, 192, 0),
+    *((192, 576, 0, 64, 0),) * 2,
+    (576, 576, 1, 192, 0),
+    *((1536, 576, 0, 1, 1),) * 2,
+    (576, 1536, 1, 1, 1),
+)
+TAYLOR_BATCH_CUDA = (
+    *(TaylorBatchCase("LLaMA-7B", _LLAMA_7B, order) for order in ORDERS),
+    *(TaylorBatchCase("SmolLM2-135M", _SMOLLM2, order, layers=3) for order in ORDERS),
+)
+TAYLOR_BATCH_CPU = (TaylorBatchCase("SmolLM2-135M", _SMOLLM2, "first"),)
 
 COMPACT_CUDA = tuple(CompactCase(*shape, axis) for shape in ((11008, 4096), (28672, 8192)) for axis in AXES)
 COMPACT_CUDA_QUICK = tuple(CompactCase(11008, 4096, axis) for axis in AXES)

@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include <string>
+#include <vector>
 
 #include "bindings.h"
 
@@ -27,11 +28,12 @@ int64_t workspace(const py::tuple& weight, const py::tuple& grad, const py::tupl
 
 void taylor_importance(const py::tuple& weight, const py::tuple& grad, const py::tuple& fisher, int64_t units,
                        int64_t reduce, int64_t group_size, int order, int64_t fine, int64_t signed_sum, bool accumulate,
-                       int64_t workspace, int64_t stream) {
+                       int64_t workspace, int64_t counters, int64_t stream) {
     TaylorImportanceArgs args = taylor_args(weight, grad, fisher, units, reduce, group_size, order);
     args.fine = pointer<float>(fine), args.signed_sum = pointer<float>(signed_sum);
     args.accumulate = accumulate;
-    args.workspace = pointer<float>(workspace), args.stream = pointer<void>(stream);
+    args.workspace = pointer<float>(workspace), args.counters = pointer<unsigned>(counters);
+    args.stream = pointer<void>(stream);
     py::gil_scoped_release release;
     taylor_importance_cuda(args);
 }
@@ -63,6 +65,40 @@ void linear_importance(LinearImportanceArgs args, int64_t fine, int64_t coarse, 
     linear_importance_cuda(args);
 }
 
+// `matrices`: (weight, grad, fisher, reduce, group_size) in the order of the results; `results`: (fine, signed_sum,
+// units, matrices, accumulate). Returns the results that it did not take, because of the layout of a matrix.
+py::list taylor_importance_batch(const py::list& matrices, const py::list& results, int order, int64_t stream) {
+    std::vector<TaylorBatchMatrix> matrix;
+    for (const auto& item : matrices) {
+        const auto fields = item.cast<py::tuple>();
+        matrix.push_back({operand(fields[0]), operand(fields[1]), operand(fields[2]), fields[3].cast<int64_t>(),
+                          fields[4].cast<int64_t>()});
+    }
+    std::vector<TaylorBatchResult> taken;
+    py::list left;
+    int64_t first = 0;
+    for (size_t i = 0; i < results.size(); ++i) {
+        const auto fields = results[i].cast<py::tuple>();
+        TaylorBatchResult result;
+        result.fine = pointer<float>(fields[0].cast<int64_t>());
+        result.signed_sum = pointer<float>(fields[1].cast<int64_t>());
+        result.units = fields[2].cast<int64_t>();
+        result.first_matrix = first, result.matrices = fields[3].cast<int64_t>();
+        result.accumulate = fields[4].cast<bool>();
+        first += result.matrices;
+        if (taylor_batch_takes(matrix.data(), result))
+            taken.push_back(result);
+        else
+            left.append(i);
+    }
+    {
+        py::gil_scoped_release release;
+        taylor_batch_cuda(matrix.data(), taken.data(), int64_t(taken.size()), static_cast<Order>(order),
+                          pointer<void>(stream));
+    }
+    return left;
+}
+
 void compact(int64_t weight, int64_t out, int64_t keep, int64_t rows, int64_t columns, int64_t row_stride,
              int64_t column_stride, int axis, int element_size, int64_t stream) {
     CompactArgs args;
@@ -85,12 +121,16 @@ std::string probe() {
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "CUDA kernels of hywia_kernels; call them through hywia_kernels.ops.";
+    m.attr("taylor_counters") = kTaylorCounters;
     m.attr("architectures") = HYWIA_CUDA_ARCHITECTURES;  // as given to CMake, separated by spaces
     m.def("probe", &probe);
     m.def("taylor_importance_workspace", &workspace, py::kw_only(), "weight"_a, "grad"_a, "fisher"_a, "units"_a,
           "reduce"_a, "group_size"_a, "order"_a);
     m.def("taylor_importance", &taylor_importance, py::kw_only(), "weight"_a, "grad"_a, "fisher"_a, "units"_a,
-          "reduce"_a, "group_size"_a, "order"_a, "fine"_a, "signed_sum"_a, "accumulate"_a, "workspace"_a, "stream"_a);
+          "reduce"_a, "group_size"_a, "order"_a, "fine"_a, "signed_sum"_a, "accumulate"_a, "workspace"_a, "counters"_a,
+          "stream"_a);
+    m.def("taylor_importance_batch", &taylor_importance_batch, py::kw_only(), "matrices"_a, "results"_a, "order"_a,
+          "stream"_a);
     py::class_<LinearImportanceArgs>(m, "LinearImportanceArgs")
         .def(py::init(&linear_args), py::kw_only(), "grad_output"_a, "input"_a, "weight"_a, "dtype"_a, "tokens"_a,
              "rows"_a, "columns"_a, "offsets"_a, "samples"_a, "axis"_a, "order"_a, "group_size"_a, "per_sample"_a,

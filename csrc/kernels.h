@@ -26,13 +26,15 @@ struct TaylorImportanceArgs {
     int64_t reduce = 0;
     int64_t group_size = 1;
     Order order = Order::First;
-    float* fine = nullptr;        // [units / group_size]
-    float* signed_sum = nullptr;  // [units / group_size]
-    bool accumulate = false;      // add to the outputs instead of overwriting them
-    int threads = 1;              // CPU only
-    float* workspace = nullptr;   // CUDA only: taylor_importance_workspace() floats
-    void* stream = nullptr;       // CUDA only: cudaStream_t
+    float* fine = nullptr;         // [units / group_size]
+    float* signed_sum = nullptr;   // [units / group_size]
+    bool accumulate = false;       // add to the outputs instead of overwriting them
+    int threads = 1;               // CPU only
+    float* workspace = nullptr;    // CUDA only: taylor_importance_workspace() floats
+    unsigned* counters = nullptr;  // CUDA only: kTaylorCounters zeros that no other stream uses; zeros again afterwards
+    void* stream = nullptr;        // CUDA only: cudaStream_t
 };
+constexpr int64_t kTaylorCounters = 4096;
 
 void taylor_importance_cpu(const TaylorImportanceArgs& args);
 void taylor_importance_cuda(const TaylorImportanceArgs& args);
@@ -64,6 +66,26 @@ struct LinearImportanceArgs {
 
 void linear_importance_cuda(const LinearImportanceArgs& args);          // compute capability 9.0 only
 int64_t linear_importance_workspace(const LinearImportanceArgs& args);  // floats; of the current CUDA device
+
+// Many matrices at once, CUDA only. `results[r].first_matrix` on, `matrices` of them count towards result r.
+struct TaylorBatchMatrix {
+    Operand weight, grad, fisher;
+    int64_t reduce = 0;
+    int64_t group_size = 1;
+};
+struct TaylorBatchResult {
+    float* fine = nullptr;        // [units]
+    float* signed_sum = nullptr;  // [units]
+    int64_t units = 0;
+    int64_t first_matrix = 0, matrices = 0;
+    bool accumulate = false;
+};
+
+// Whether one launch can take the result: its matrices must be readable in 16-byte words along rows or columns.
+bool taylor_batch_takes(const TaylorBatchMatrix* matrices, const TaylorBatchResult& result);
+// As many launches as the matrices need at kBatchMembers (taylor_batch.cuh) each.
+void taylor_batch_cuda(const TaylorBatchMatrix* matrices, const TaylorBatchResult* results, int64_t count, Order order,
+                       void* stream);
 
 // out = weight.index_select(axis, keep), contiguous. A vector is a matrix of one row with axis 1.
 struct CompactArgs {

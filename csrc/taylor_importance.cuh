@@ -1,15 +1,17 @@
-// Taylor importance on the GPU: the two kernels, and how the work is cut. Instantiated in taylor_importance_*.cu.
+// Taylor importance on the GPU: the kernels, and how the work is cut. Instantiated through taylor_launch.cuh.
 //
 // The op reads each operand once and does a handful of flops per element, so it runs at the memory's speed or it is
 // wrong. An H200 SM must have some 40 KB of loads outstanding to hide 700 ns at 4.8 TB/s; each thread here asks for
 // about eight 16-byte words before it uses the first, 128 bytes x 1024 threads = 131 KB per SM.
 //
 // The operands are views [units, reduce].
-//   rows     `reduce` is contiguous: a team of up to 32 lanes owns a piece of one row.
-//   columns  `units` is contiguous: a block owns a strip of units and a piece of the reduction.
-// Each piece leaves one partial sum per row or column; `finish` adds the pieces and the group's members in a fixed
-// order, so there are no atomics and the same input gives the same bits. When one team covers a unit, it writes the
-// result itself.
+//   rows     `reduce` is contiguous: a block per row (taylor_whole_rows); where rows are short, few or very long, a
+//   team
+//            of up to 32 lanes owns a piece of one row (taylor_rows).
+//   columns  `units` is contiguous: blocks own a strip of units and a piece of the reduction, and the last block of a
+//            strip adds the pieces (taylor_strips.cuh); taylor_columns leaves that to `finish`.
+// `finish` adds what pieces are left, and the group's members, in a fixed order. No float is added atomically, so the
+// same input gives the same bits. When one team covers a unit, it writes the result itself.
 //
 // Layouts that cannot be read in 16-byte words run the same kernels with vectors of one element of type AnyType.
 #pragma once
@@ -26,7 +28,12 @@ constexpr int64_t kLongestChain = 128;  // float32 additions in a row, so that a
 
 // How one call is cut; depends on the sizes and the device alone.
 struct TaylorPlan {
-    bool rows = true;      // the row kernel, else the column kernel
+    bool rows = true;         // the row kernel, else the column kernel
+    bool whole_rows = false;  // a block per row
+    bool strips = false;      // the kernel of taylor_strips.cuh
+    int64_t strip_count = 0;
+    int64_t longer = 0;    // pieces of `strips` that are one longer than `length`
+    int fold = 1;          // columns that `strips` adds up to one output
     bool vectors = false;  // 16-byte words
     int lanes = 32;        // lanes along the contiguous dimension
     int64_t pieces = 1;    // of the reduction
@@ -35,11 +42,26 @@ struct TaylorPlan {
     bool direct() const { return pieces == 1; }
 };
 
+// Of anything with the operands `weight`, `grad` and `fisher`.
+template <typename Args, typename Predicate>
+bool all_operands(const Args& a, Predicate predicate) {
+    for (const Operand* x : {&a.weight, &a.grad, &a.fisher})
+        if (x->data && !predicate(*x)) return false;
+    return true;
+}
+
+// Whether every line of an operand starts at a 16-byte word.
+inline bool aligned(const Operand& x, int64_t stride) {
+    const int64_t size = x.dtype == DType::Float32 ? 4 : 2;
+    return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && stride * size % 16 == 0;
+}
+
 struct TaylorKernelArgs {
     TaylorImportanceArgs op;
     TaylorPlan plan;
     float* fine;        // partial sums: [units, pieces] from rows, [pieces, units] from columns,
     float* signed_sum;  // or the outputs themselves
+    float* partial;     // what the blocks of `strips` leave: [strips, pieces, 2, columns of a strip]
     bool accumulate;    // only where these are the outputs
 };
 
@@ -49,6 +71,8 @@ __device__ __forceinline__ float term(float w, float g, float f) {
     if constexpr (order == Order::Second) return 0.5f * f * w * w;
     return g * w - 0.5f * f * w * w;
 }
+
+constexpr int kRowThreads = 512;  // of a block that sums one whole row
 
 enum class Along { Reduce, Units };  // the dimension in which a vector's elements follow each other
 
@@ -67,14 +91,28 @@ struct Step {
     Vector<G, count> g;
     Vector<F, count> f;
 
-    __device__ __forceinline__ void load(const TaylorImportanceArgs& op, int64_t unit, int64_t position) {
+    template <typename Op>  // anything with the operands `weight`, `grad` and `fisher`
+    __device__ __forceinline__ void load(const Op& op, int64_t unit, int64_t position) {
         w.load(op.weight.data, offset_of<along, count>(op.weight, unit, position), op.weight.dtype);
         g.load(op.grad.data, offset_of<along, count>(op.grad, unit, position), op.grad.dtype);
         f.load(op.fisher.data, offset_of<along, count>(op.fisher, unit, position), op.fisher.dtype);
     }
     __device__ __forceinline__ void clear() { w.clear(), g.clear(), f.clear(); }
-    __device__ __forceinline__ float get(const TaylorImportanceArgs& op, int i) const {
+    template <typename Op>
+    __device__ __forceinline__ float get(const Op& op, int i) const {
         return term<order>(w.get(i, op.weight.dtype), g.get(i, op.grad.dtype), f.get(i, op.fisher.dtype));
+    }
+    template <typename Op>
+    __device__ __forceinline__ void add_to(const Op& op, float& fine, float& signed_sum) const {
+        float step_fine = 0.0f, step_signed = 0.0f;
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+            const float t = get(op, i);
+            step_fine += fabsf(t);
+            step_signed += t;
+        }
+        fine += step_fine;
+        signed_sum += step_signed;
     }
 };
 
@@ -87,6 +125,13 @@ struct Unroll {
 template <typename W, typename G, typename F>
 struct Unroll<W, G, F, 1> {
     static constexpr int kSteps = kWordsInFlight;
+};
+
+// Blocks of taylor_whole_rows on an SM: as many as the registers of the loads in flight leave room for.
+template <typename W, typename G, typename F, int count, int unroll>
+struct RowBlocks {
+    static constexpr int kWords = unroll * Unroll<W, G, F, count>::kWords;
+    static constexpr int kPerSM = kWords <= 3 ? 4 : kWords <= 5 ? 3 : 2;
 };
 
 // Lets a dependent `finish` be launched while the last blocks run; it still waits for their writes.
@@ -120,17 +165,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) taylor_rows(const __gr
                 step[u].clear();
         }
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            float step_fine = 0.0f, step_signed = 0.0f;
-#pragma unroll
-            for (int i = 0; i < count; ++i) {
-                const float t = step[u].get(a.op, i);
-                step_fine += fabsf(t);
-                step_signed += t;
-            }
-            fine += step_fine;
-            signed_sum += step_signed;
-        }
+        for (int u = 0; u < kUnroll; ++u) step[u].add_to(a.op, fine, signed_sum);
     }
     fine = warp_sum(fine, 1, lanes);
     signed_sum = warp_sum(signed_sum, 1, lanes);
@@ -138,6 +173,40 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) taylor_rows(const __gr
         const int64_t slot = unit * a.plan.pieces + piece;
         a.fine[slot] = a.accumulate ? a.fine[slot] + fine : fine;
         a.signed_sum[slot] = a.accumulate ? a.signed_sum[slot] + signed_sum : signed_sum;
+    }
+}
+
+// One block per row, for rows long enough to keep it busy. Rows are read in the order in which they lie, and the last
+// blocks to run are as short as the first: a warp per row leaves most of the GPU idle at the end.
+template <Order order, typename W, typename G, typename F, int count, int unroll>
+__global__ void __launch_bounds__(kRowThreads, RowBlocks<W, G, F, count, unroll>::kPerSM)
+    taylor_whole_rows(const __grid_constant__ TaylorKernelArgs a) {
+    allow_finish_launch();
+    const int64_t unit = blockIdx.x;
+    constexpr int kStride = kRowThreads * count;
+    float fine = 0.0f, signed_sum = 0.0f;
+    for (int64_t at = threadIdx.x * count; at < a.op.reduce; at += unroll * kStride) {
+        Step<order, Along::Reduce, W, G, F, count> step[unroll];
+#pragma unroll
+        for (int u = 0; u < unroll; ++u) {
+            if (at + u * kStride < a.op.reduce)
+                step[u].load(a.op, unit, at + u * kStride);
+            else
+                step[u].clear();
+        }
+#pragma unroll
+        for (int u = 0; u < unroll; ++u) step[u].add_to(a.op, fine, signed_sum);
+    }
+    __shared__ float shared[2][kRowThreads / 32];
+    fine = warp_sum(fine, 1, 32), signed_sum = warp_sum(signed_sum, 1, 32);
+    if (threadIdx.x % 32 == 0) shared[0][threadIdx.x / 32] = fine, shared[1][threadIdx.x / 32] = signed_sum;
+    __syncthreads();
+    if (threadIdx.x < 2) {
+        float total = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kRowThreads / 32; ++w) total += shared[threadIdx.x][w];
+        float* out = (threadIdx.x ? a.signed_sum : a.fine) + unit;
+        *out = a.accumulate ? *out + total : total;
     }
 }
 
@@ -195,38 +264,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) taylor_columns(const _
         const int64_t slot = piece * a.op.units + first + threadIdx.x;
         a.fine[slot] = a.accumulate ? a.fine[slot] + f : f;
         a.signed_sum[slot] = a.accumulate ? a.signed_sum[slot] + s : s;
-    }
-}
-
-template <Order order, typename W, typename G, typename F, int count>
-void launch_taylor(const TaylorKernelArgs& a) {
-    const auto kernel = a.plan.rows ? taylor_rows<order, W, G, F, count> : taylor_columns<order, W, G, F, count>;
-    kernel<<<unsigned(a.plan.blocks), kThreads, 0, static_cast<cudaStream_t>(a.op.stream)>>>(a);
-    HYWIA_CHECK_CUDA(cudaGetLastError());
-}
-
-// One instantiation per dtype of the weight, each in its own file so that they compile in parallel. The dtypes of
-// the other operands: `Other` is the weight's own.
-void launch_taylor_float32(const TaylorKernelArgs& a);
-void launch_taylor_bfloat16(const TaylorKernelArgs& a);
-void launch_taylor_float16(const TaylorKernelArgs& a);
-
-// Gradient and Fisher information in the weight's type or in float32; a Fisher of the weight's type needs a gradient
-// of it too. ops/cuda.py turns the rest away.
-template <typename W>
-void launch_taylor_half(const TaylorKernelArgs& a) {
-    const bool g32 = a.op.grad.dtype == DType::Float32, f32 = a.op.fisher.dtype == DType::Float32;
-    switch (a.op.order) {
-        case Order::First:
-            return g32 ? launch_taylor<Order::First, W, float, void, 8>(a)
-                       : launch_taylor<Order::First, W, W, void, 8>(a);
-        case Order::Second:
-            return f32 ? launch_taylor<Order::Second, W, void, float, 8>(a)
-                       : launch_taylor<Order::Second, W, void, W, 8>(a);
-        case Order::Mixed:
-            return g32   ? launch_taylor<Order::Mixed, W, float, float, 8>(a)
-                   : f32 ? launch_taylor<Order::Mixed, W, W, float, 8>(a)
-                         : launch_taylor<Order::Mixed, W, W, W, 8>(a);
     }
 }
 

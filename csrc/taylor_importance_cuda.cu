@@ -2,27 +2,31 @@
 // The kernels themselves are in taylor_importance.cuh.
 #include <algorithm>
 
-#include "taylor_importance.cuh"
+#include "taylor_launch.cuh"
 
 namespace hywia {
 namespace {
-
-template <typename Predicate>
-bool all_operands(const TaylorImportanceArgs& a, Predicate predicate) {
-    for (const Operand* x : {&a.weight, &a.grad, &a.fisher})
-        if (x->data && !predicate(*x)) return false;
-    return true;
-}
-
-bool aligned(const Operand& x, int64_t stride) {
-    const int64_t size = x.dtype == DType::Float32 ? 4 : 2;
-    return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && stride * size % 16 == 0;
-}
 
 int64_t power_of_two_up_to(int64_t n, int64_t most) {
     int64_t p = 1;
     while (p * 2 <= n && p * 2 <= most) p *= 2;
     return p;
+}
+
+// Pieces of a strip's reduction. One wave of equal blocks, as many as the GPU holds, ends at once. Where a float32 sum
+// would run too long in it: some waves of shorter blocks, of which the last one is nearly full.
+int64_t strip_pieces(int64_t reduce, int64_t strips, int64_t resident) {
+    const int64_t longest = kStripRows * kLongestChain, one_wave = std::max<int64_t>(1, resident / strips);
+    if (divide_up(reduce, one_wave) <= longest) return one_wave;
+    int64_t best = divide_up(reduce, longest);
+    double fullest = 0.0;
+    for (int64_t waves = 4; waves <= 8; ++waves) {
+        const int64_t pieces = resident * waves / strips;
+        const double full = double(strips * pieces) / double(resident * waves);
+        if (divide_up(reduce, std::max<int64_t>(pieces, 1)) <= longest && full > fullest + 0.02)
+            best = pieces, fullest = full;
+    }
+    return best;
 }
 
 TaylorPlan make_plan(const TaylorImportanceArgs& a) {
@@ -37,7 +41,19 @@ TaylorPlan make_plan(const TaylorImportanceArgs& a) {
     plan.vectors = rows || columns;
     plan.rows = rows || (!columns && a.weight.reduce_stride <= a.weight.unit_stride);
     const int64_t count = plan.vectors ? width : 1, sms = multiprocessors();
-    if (plan.rows) {
+    const int64_t row_words = a.reduce / count;
+    plan.whole_rows = plan.rows && plan.vectors && a.units >= 4 * sms && row_words >= kRowThreads * 3 / 4 &&
+                      row_words <= kRowThreads * kLongestChain;
+    const int64_t strips = divide_up(a.units, kStripLanes * count);
+    plan.strips = !plan.rows && plan.vectors && strips <= kTaylorCounters;
+    if (plan.whole_rows) {
+        plan.blocks = a.units;
+    } else if (plan.strips) {
+        plan.strip_count = strips, plan.pieces = strip_pieces(a.reduce, strips, sms * kStripBlocksPerSM);
+        plan.length = a.reduce / plan.pieces, plan.longer = a.reduce % plan.pieces;
+        plan.blocks = strips * plan.pieces;
+        plan.fold = kStripLanes * count % a.group_size == 0 ? int(a.group_size) : 1;
+    } else if (plan.rows) {
         // A warp per row; a short row takes a smaller team. Rows are cut when there are too few of them to fill the
         // GPU (16 warps per SM keep 65 KB in flight), or when a float32 sum would run too long.
         plan.lanes = int(power_of_two_up_to(std::max<int64_t>(1, a.reduce / count), 32));
@@ -62,7 +78,15 @@ TaylorPlan make_plan(const TaylorImportanceArgs& a) {
     return plan;
 }
 
-bool needs_finish(const TaylorImportanceArgs& a, const TaylorPlan& plan) { return plan.pieces > 1 || a.group_size > 1; }
+bool needs_finish(const TaylorImportanceArgs& a, const TaylorPlan& plan) {
+    return plan.strips ? plan.fold != a.group_size : plan.pieces > 1 || a.group_size > 1;
+}
+
+// Sums that the first kernel leaves for `finish`, of each kind.
+int64_t partial_sums(const TaylorImportanceArgs& a, const TaylorPlan& plan) {
+    if (!needs_finish(a, plan)) return 0;
+    return plan.strips ? a.units : a.units * plan.pieces;
+}
 
 struct FinishArgs {
     const float* partial;         // fine, then signed at `+ units * pieces`
@@ -113,10 +137,10 @@ __global__ void __launch_bounds__(kThreads) finish(const FinishArgs a) {
 void launch_finish(const TaylorImportanceArgs& a, const TaylorPlan& plan) {
     FinishArgs f;
     f.partial = a.workspace;
-    f.outer = plan.rows ? 1 : plan.pieces;
+    f.outer = plan.rows || plan.strips ? 1 : plan.pieces;
     f.outer_stride = a.units;
     f.inner = plan.rows ? a.group_size * plan.pieces : a.group_size;
-    f.total = a.units * plan.pieces;
+    f.total = partial_sums(a, plan);
     f.units = a.units / a.group_size;
     f.lanes = int(power_of_two_up_to(divide_up(f.outer * f.inner, 4), kThreads));
     f.units_fastest = f.inner < 8;
@@ -163,7 +187,8 @@ int64_t taylor_importance_workspace(const TaylorImportanceArgs& args) {
     const TaylorImportanceArgs a = normalised(args);
     if (a.units == 0 || a.reduce == 0) return 0;
     const TaylorPlan plan = make_plan(a);
-    return needs_finish(a, plan) ? 2 * a.units * plan.pieces : 0;
+    const int64_t columns = kStripLanes * (a.weight.dtype == DType::Float32 ? 4 : 8);
+    return 2 * partial_sums(a, plan) + (plan.strips && plan.pieces > 1 ? plan.blocks * 2 * columns : 0);
 }
 
 void taylor_importance_cuda(const TaylorImportanceArgs& args) {
@@ -177,9 +202,10 @@ void taylor_importance_cuda(const TaylorImportanceArgs& args) {
         return;
     }
     const TaylorPlan plan = make_plan(a);
-    TaylorKernelArgs kernel = {a, plan, a.fine, a.signed_sum, a.accumulate};
+    const int64_t sums = partial_sums(a, plan);
+    TaylorKernelArgs kernel = {a, plan, a.fine, a.signed_sum, a.workspace + 2 * sums, a.accumulate};
     if (needs_finish(a, plan)) {
-        kernel.fine = a.workspace, kernel.signed_sum = a.workspace + a.units * plan.pieces;
+        kernel.fine = a.workspace, kernel.signed_sum = a.workspace + sums;
         kernel.accumulate = false;
     }
     if (!plan.vectors)

@@ -1,5 +1,5 @@
 // Taylor importance of float32 weights read in 16-byte words.
-#include "taylor_importance.cuh"
+#include "taylor_launch.cuh"
 
 namespace hywia {
 

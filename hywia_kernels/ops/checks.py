@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -227,3 +228,103 @@ def keep_values(keep: Tensor, size: int) -> None:
             + ("indices out of order" if bad_order else f"a range of [{low}, {high}]")
             + "; sort and deduplicate them"
         )
+
+
+class TaylorBatch(NamedTuple):
+    """A checked call of `taylor_importance_batch`, its defaults filled in; [] for what `order` does not read."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    fishers: list[Tensor]
+    axes: list[int]
+    order: str
+    group_sizes: list[int]
+    into: list[int]
+
+
+def _per_matrix(name: str, value: object, count: int) -> list:
+    if not isinstance(value, (list, tuple)):
+        raise UsageError(f"{name}: expected a list or tuple of one per matrix, got {type(value).__name__}")
+    if len(value) != count:
+        raise UsageError(f"{name}: expected one per matrix, {count}, got {len(value)}")
+    return list(value)
+
+
+def _into(into: Sequence[int] | None, count: int) -> list[int]:
+    if into is None:
+        return list(range(count))
+    into = _per_matrix("into", into, count)
+    for index in into:
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < count:
+            raise UsageError(f"into: expected indices of results within [0, {count}), got {index!r}")
+    unused = set(range(max(into))) - set(into)
+    if unused:
+        raise UsageError(
+            f"into: expected every result up to the largest, {max(into)}, got none for {min(unused)}; number them "
+            "without gaps"
+        )
+    return into
+
+
+def taylor_importance_batch(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
+    fishers: Sequence[Tensor] | None,
+    axes: int | Sequence[int],
+    order: str,
+    group_sizes: int | Sequence[int] | None,
+    into: Sequence[int] | None,
+    out: Sequence[tuple[Tensor, Tensor]] | None,
+) -> TaylorBatch:
+    if not isinstance(weights, (list, tuple)) or not weights:
+        raise UsageError(
+            f"weights: expected a list or tuple of at least one matrix, got {type(weights).__name__}"
+            + (" of none" if isinstance(weights, (list, tuple)) else "")
+        )
+    count = len(weights)
+    if order not in ORDERS:
+        raise UsageError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
+    given = {"grads": grads if order != "second" else None, "fishers": fishers if order != "first" else None}
+    for name, unread in (("grads", "second"), ("fishers", "first")):
+        if given[name] is None and order != unread:
+            raise UsageError(
+                f"{name}: expected tensors for order={order!r}, got None; only {unread!r} does without them"
+            )
+    gradients, squares = ([] if v is None else _per_matrix(name, v, count) for name, v in given.items())
+    axes = [axes] * count if isinstance(axes, int) else _per_matrix("axes", axes, count)
+    group_sizes = 1 if group_sizes is None else group_sizes
+    sizes = [group_sizes] * count if isinstance(group_sizes, int) else _per_matrix("group_sizes", group_sizes, count)
+    results = _into(into, count)
+    units: dict[int, int] = {}
+    for i, weight in enumerate(weights):
+        grad, fisher = (x[i] if x else None for x in (gradients, squares))
+        try:
+            taylor_importance(weight, grad, fisher, axes[i], order, sizes[i], None)
+        except UsageError as error:
+            raise UsageError(f"matrix {i}: {error}") from None
+        if weight.device != weights[0].device:
+            raise UsageError(
+                f"weights: expected one device, got {weights[0].device} and, for matrix {i}, {weight.device}; "
+                "call once per device"
+            )
+        mine = weight.shape[axes[i]] // sizes[i]
+        if units.setdefault(results[i], mine) != mine:
+            raise UsageError(
+                f"into: expected matrices of equally many units in result {results[i]}, "
+                f"got {units[results[i]]} and, for matrix {i}, {mine}"
+            )
+    if out is not None:
+        if not isinstance(out, (list, tuple)) or len(out) != len(units):
+            got = f"{len(out)}" if isinstance(out, (list, tuple)) else type(out).__name__
+            raise UsageError(f"out: expected a pair (fine, signed) per result, {len(units)}, got {got}")
+        for result, pair in enumerate(out):
+            try:
+                _pair(pair, ("fine", "signed"), ([units[result]],) * 2, weights[0].device)
+            except UsageError as error:
+                raise UsageError(f"result {result}: {error}") from None
+        # Compiled graphs do not know identities; eager calls are where a tensor could be passed twice by mistake.
+        if not torch.compiler.is_compiling() and len({id(x) for pair in out for x in pair}) != 2 * len(out):
+            raise UsageError(
+                "out: expected a tensor of its own for every sum, got one twice; share results with `into`"
+            )
+    return TaylorBatch(list(weights), gradients, squares, axes, order, sizes, results)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .native import DTYPE_CODES, ORDER_CODES, compact_sizes, operand
 
-OPS = ("taylor_importance", "linear_importance", "compact")
+OPS = ("taylor_importance", "linear_importance", "compact", "taylor_importance_batch")
 
 LINEAR_ORDER_CODES = {**ORDER_CODES, "all": 3}
 
@@ -82,6 +82,12 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
     if device.type != "cuda":
         return f"it takes tensors on a GPU, got {device}"
     uncovered = _uncovered(device.index)
+    if uncovered is None and op == "taylor_importance_batch":
+        # Weight, gradient and Fisher information of each matrix in turn.
+        for i, weight in enumerate(tensors[::3]):
+            reason = _dtypes(weight, *tensors[3 * i + 1 : 3 * i + 3]) if weight is not None else None
+            if reason is not None:
+                return f"matrix {i}: {reason}"
     if uncovered is not None:
         return uncovered
     if op == "taylor_importance":
@@ -121,6 +127,24 @@ def _linear(grad_output: Tensor, input: Tensor, weight: Tensor) -> str | None:
     return None
 
 
+_kept_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def _counters(device: int) -> Tensor:
+    """Zeros in which the blocks of a launch count themselves; the kernels leave zeros behind.
+
+    Kept per stream, whose launches follow each other. A graph under capture gets its own, so that its replays do not
+    meet the launches of another stream; it is zeroed on every replay.
+    """
+    count = _extension().taylor_counters
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _kept_counters:
+        _kept_counters[key] = torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")
+    return _kept_counters[key]
+
+
 def taylor_importance(
     weight: Tensor,
     grad: Tensor | None,
@@ -146,12 +170,14 @@ def taylor_importance(
         # The caching allocator ties the workspace to the current stream, so it may be freed when this returns.
         floats = extension.taylor_importance_workspace(**call)
         workspace = torch.empty(floats, dtype=torch.float32, device=weight.device)
+        counters = _counters(weight.device.index)
         extension.taylor_importance(
             **call,
             fine=fine.data_ptr(),
             signed_sum=signed.data_ptr(),
             accumulate=accumulate,
             workspace=workspace.data_ptr(),
+            counters=counters.data_ptr(),
             stream=torch.cuda.current_stream().cuda_stream,
         )
 
@@ -216,3 +242,42 @@ def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor) -> None:
             stream=torch.cuda.current_stream().cuda_stream,
             **compact_sizes(weight, axis, out),
         )
+
+
+def taylor_importance_batch(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    fishers: list[Tensor],
+    axes: list[int],
+    order: str,
+    group_sizes: list[int],
+    into: list[int],
+    fine: list[Tensor],
+    signed: list[Tensor],
+    accumulate: bool,
+) -> None:
+    members: list[list[int]] = [[] for _ in fine]
+    for i, result in enumerate(into):
+        members[result].append(i)
+
+    def operands(i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return weights[i], grads[i] if grads else None, fishers[i] if fishers else None
+
+    with torch.cuda.device(weights[0].device):
+        left = _extension().taylor_importance_batch(
+            matrices=[
+                (*(operand(x, axes[i]) for x in operands(i)), weights[i].shape[1 - axes[i]], group_sizes[i])
+                for listed in members
+                for i in listed
+            ],
+            results=[
+                (f.data_ptr(), s.data_ptr(), f.numel(), len(listed), accumulate)
+                for f, s, listed in zip(fine, signed, members, strict=True)
+            ],
+            order=ORDER_CODES[order],
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    for result in left:  # layouts that the kernel cannot read in 16-byte words
+        for number, i in enumerate(members[result]):
+            add = accumulate or number > 0
+            taylor_importance(*operands(i), axes[i], order, group_sizes[i], fine[result], signed[result], add)

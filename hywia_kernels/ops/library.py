@@ -188,3 +188,72 @@ _register(
     _fake_inplace,
     ("score", "weight"),
 )
+
+
+def _batch_operands(weights: list[Tensor], grads: list[Tensor], fishers: list[Tensor]) -> list[Tensor | None]:
+    """Weight, gradient and Fisher information of each matrix in turn, as the backends' `unsupported` looks at them."""
+    operands: list[Tensor | None] = []
+    for i, weight in enumerate(weights):
+        operands += [weight, grads[i] if grads else None, fishers[i] if fishers else None]
+    return operands
+
+
+def _batch_units(weights: list[Tensor], axes: list[int], group_sizes: list[int], into: list[int]) -> list[int]:
+    """Units of each result."""
+    of = {result: _units(weights[i], axes[i], group_sizes[i]) for i, result in enumerate(into)}
+    return [of[result] for result in range(len(of))]
+
+
+def taylor_importance_batch(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    fishers: list[Tensor],
+    axes: list[int],
+    order: str,
+    group_sizes: list[int],
+    into: list[int],
+    backend: str | None = None,
+) -> list[Tensor]:
+    """Fine and signed sums of each result in turn."""
+    run = implementation("taylor_importance_batch", backend, *_batch_operands(weights, grads, fishers))
+    units = _batch_units(weights, axes, group_sizes, into)
+    flat = [torch.empty(n, dtype=torch.float32, device=weights[0].device) for n in units for _ in range(2)]
+    run(weights, grads, fishers, axes, order, group_sizes, into, flat[::2], flat[1::2], False)
+    return flat
+
+
+def taylor_importance_batch_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    fishers: list[Tensor],
+    axes: list[int],
+    order: str,
+    group_sizes: list[int],
+    into: list[int],
+    fine: list[Tensor],
+    signed: list[Tensor],
+    backend: str | None = None,
+) -> None:
+    run = implementation("taylor_importance_batch", backend, *_batch_operands(weights, grads, fishers))
+    run(weights, grads, fishers, axes, order, group_sizes, into, fine, signed, True)
+
+
+def _fake_taylor_batch(weights, grads, fishers, axes, order, group_sizes, into, backend=None):
+    units = _batch_units(weights, axes, group_sizes, into)
+    return [weights[0].new_empty(n, dtype=torch.float32) for n in units for _ in range(2)]
+
+
+_BATCH = "Tensor[] weights, Tensor[] grads, Tensor[] fishers, int[] axes, str order, SymInt[] group_sizes, int[] into, "
+_register(
+    "taylor_importance_batch",
+    f"({_BATCH}str? backend=None) -> Tensor[]",
+    taylor_importance_batch,
+    _fake_taylor_batch,
+)
+_register(
+    "taylor_importance_batch_",
+    f"({_BATCH}Tensor(a!)[] fine, Tensor(b!)[] signed, str? backend=None) -> ()",
+    taylor_importance_batch_,
+    _fake_inplace,
+    ("fine", "signed"),
+)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = ("taylor_importance", "compact", "attention_fusion")
+OPS = ("taylor_importance", "compact", "attention_fusion", "taylor_importance_batch")
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ORDER_CODES = {"first": 0, "second": 1, "mixed": 2}
@@ -103,3 +103,24 @@ def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, score: Te
         weight=weight.data_ptr(),
         threads=torch.get_num_threads(),
     )
+
+
+def taylor_importance_batch(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    fishers: list[Tensor],
+    axes: list[int],
+    order: str,
+    group_sizes: list[int],
+    into: list[int],
+    fine: list[Tensor],
+    signed: list[Tensor],
+    accumulate: bool,
+) -> None:
+    """One matrix after the other: a call costs nothing here."""
+    seen: set[int] = set()
+    for i, (weight, result) in enumerate(zip(weights, into, strict=True)):
+        grad, fisher = (x[i] if x else None for x in (grads, fishers))
+        add = accumulate or result in seen
+        taylor_importance(weight, grad, fisher, axes[i], order, group_sizes[i], fine[result], signed[result], add)
+        seen.add(result)

@@ -10,7 +10,7 @@ import itertools
 import torch
 from torch import Tensor
 
-OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion")
+OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion", "taylor_importance_batch")
 
 
 def unavailable() -> str | None:
@@ -150,3 +150,41 @@ def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, score: Te
     score64, weight64 = attention_fusion_fp64(fine, coarse, temperature)
     score.copy_(score64)
     weight.copy_(weight64)
+
+
+def taylor_importance_batch_fp64(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    fishers: list[Tensor],
+    axes: list[int],
+    order: str,
+    group_sizes: list[int],
+    into: list[int],
+) -> list[tuple[Tensor, Tensor]]:
+    """`(fine, signed)` of each result: the sums of its matrices, added in the order in which they are listed."""
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    for i, weight in enumerate(weights):
+        grad, fisher = (x[i] if x else None for x in (grads, fishers))
+        fine, signed = taylor_importance_fp64(weight, grad, fisher, axes[i], order, group_sizes[i])
+        before = results.get(into[i])
+        results[into[i]] = (fine, signed) if before is None else (before[0] + fine, before[1] + signed)
+    return [results[result] for result in range(len(results))]
+
+
+@torch.no_grad()
+def taylor_importance_batch(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    fishers: list[Tensor],
+    axes: list[int],
+    order: str,
+    group_sizes: list[int],
+    into: list[int],
+    fine: list[Tensor],
+    signed: list[Tensor],
+    accumulate: bool,
+) -> None:
+    sums = taylor_importance_batch_fp64(weights, grads, fishers, axes, order, group_sizes, into)
+    for (fine64, signed64), fine32, signed32 in zip(sums, fine, signed, strict=True):
+        fine32.copy_(fine64 + fine32 if accumulate else fine64)
+        signed32.copy_(signed64 + signed32 if accumulate else signed64)

@@ -33,12 +33,14 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "linear_importance": ("native", "reference"),
         "compact": ("native", "reference"),
         "attention_fusion": ("native", "reference"),
+        "taylor_importance_batch": ("native", "reference"),
     },
     "cuda": {
         "taylor_importance": ("cuda", "triton", "reference"),
         "linear_importance": ("cuda", "triton", "reference"),
         "compact": ("cuda", "triton", "reference"),
         "attention_fusion": ("triton", "reference"),
+        "taylor_importance_batch": ("cuda", "triton", "reference"),
     },
 }
 _ELSEWHERE = ("reference",)  # mps, xpu, ...: plain torch runs there

@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     _import_error = f"triton cannot be imported ({error}); pip install 'hywia_kernels[triton]'"
 
-OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion")
+OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion", "taylor_importance_batch")
 
 # Enough programs for eight on each of 132 multiprocessors. A constant, so that the cut of the work, and with it the
 # bits of the result, depends on the shape alone.
@@ -187,3 +187,9 @@ def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, score: Te
             SPREAD=1e-6,
             num_warps=4,
         )
+
+
+def taylor_importance_batch(*arguments) -> None:
+    from . import triton_batch  # imports triton, which may be absent
+
+    triton_batch.taylor_importance_batch(*arguments)

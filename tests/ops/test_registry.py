@@ -227,11 +227,15 @@ def test_availability():
     states = ops.availability()
     assert tuple(s.name for s in states) == BACKENDS
     by_name = {s.name: s for s in states}
-    assert by_name["reference"] == ops.Availability(
-        "reference", True, "", ("taylor_importance", "compact", "attention_fusion")
-    )
-    assert by_name["native"].ops == by_name["triton"].ops == by_name["reference"].ops
-    assert by_name["cuda"].ops == ("taylor_importance", "compact")
+    reference = by_name["reference"]
+    assert (reference.on, reference.reason) == (True, "")
+    assert set(reference.ops) == set(registry.PREFERENCE["cpu"]) == set(registry.PREFERENCE["cuda"])
+    for device, preferred in registry.PREFERENCE.items():
+        for op, names in preferred.items():
+            assert names[-1] == "reference", (device, op)
+    assert {"taylor_importance", "taylor_importance_batch", "compact"} <= set(by_name["cuda"].ops) < set(reference.ops)
+    for name in ("native", "triton"):
+        assert {"taylor_importance", "taylor_importance_batch"} <= set(by_name[name].ops) <= set(reference.ops)
     for state in states:
         assert state.on == (state.reason == "")
     if not torch.cuda.is_available():
