@@ -40,14 +40,15 @@ void taylor_importance(const py::tuple& weight, const py::tuple& grad, const py:
 
 // An operand here is (address, row stride); columns follow each other.
 LinearImportanceArgs linear_args(const py::tuple& grad_output, const py::tuple& input, const py::tuple& weight,
-                                 int dtype, int64_t tokens, int64_t rows, int64_t columns, int64_t offsets,
-                                 int64_t samples, int axis, int order, int64_t group_size, bool per_sample,
-                                 float scale) {
+                                 const py::tuple& mapped, int dtype, int64_t tokens, int64_t rows, int64_t columns,
+                                 int64_t offsets, int64_t samples, int axis, int order, int64_t group_size,
+                                 bool per_sample, float scale) {
     LinearImportanceArgs args;
     const auto address = [](const py::tuple& x) { return pointer<const void>(x[0].cast<int64_t>()); };
     args.grad_output = address(grad_output), args.grad_output_stride = grad_output[1].cast<int64_t>();
     args.input = address(input), args.input_stride = input[1].cast<int64_t>();
     args.weight = address(weight), args.weight_stride = weight[1].cast<int64_t>();
+    args.mapped = address(mapped), args.mapped_stride = mapped[1].cast<int64_t>();
     args.dtype = static_cast<DType>(dtype), args.tokens = tokens, args.rows = rows, args.columns = columns;
     args.offsets = pointer<const int32_t>(offsets), args.samples = samples;
     args.axis = axis, args.order = static_cast<LinearOrder>(order), args.group_size = group_size;
@@ -132,9 +133,9 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("taylor_importance_batch", &taylor_importance_batch, py::kw_only(), "matrices"_a, "results"_a, "order"_a,
           "stream"_a);
     py::class_<LinearImportanceArgs>(m, "LinearImportanceArgs")
-        .def(py::init(&linear_args), py::kw_only(), "grad_output"_a, "input"_a, "weight"_a, "dtype"_a, "tokens"_a,
-             "rows"_a, "columns"_a, "offsets"_a, "samples"_a, "axis"_a, "order"_a, "group_size"_a, "per_sample"_a,
-             "scale"_a);
+        .def(py::init(&linear_args), py::kw_only(), "grad_output"_a, "input"_a, "weight"_a, "mapped"_a, "dtype"_a,
+             "tokens"_a, "rows"_a, "columns"_a, "offsets"_a, "samples"_a, "axis"_a, "order"_a, "group_size"_a,
+             "per_sample"_a, "scale"_a);
     m.def("linear_importance_workspace", &linear_workspace, "args"_a);
     m.def("linear_importance", &linear_importance, "args"_a, py::kw_only(), "fine"_a, "coarse"_a, "accumulate"_a,
           "workspace"_a, "stream"_a);

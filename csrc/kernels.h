@@ -44,11 +44,15 @@ enum class LinearOrder : int32_t { First = 0, Second = 1, Mixed = 2, All = 3 };
 
 // Scores of a linear layer's units from its backward: G_s = scale · grad_outputᵀ·input over the tokens of sample s.
 struct LinearImportanceArgs {
-    const void* grad_output = nullptr;                                    // [tokens, rows]
-    const void* input = nullptr;                                          // [tokens, columns]
-    const void* weight = nullptr;                                         // [rows, columns]
+    const void* grad_output = nullptr;  // [tokens, rows]
+    const void* input = nullptr;        // [tokens, columns]
+    const void* weight = nullptr;       // [rows, columns]
+    // input·weightᵀ [tokens, rows] for axis 0, grad_output·weight [tokens, columns] for axis 1, or null: with it the
+    // signed sums of a sample are sums of products of activations, and the weight gradient is not asked for them.
+    const void* mapped = nullptr;
     int64_t grad_output_stride = 0, input_stride = 0, weight_stride = 0;  // from row to row; columns follow each other
-    DType dtype = DType::BFloat16;                                        // of all three
+    int64_t mapped_stride = 0;
+    DType dtype = DType::BFloat16;  // of all three
     int64_t tokens = 0, rows = 0, columns = 0;
     const int32_t* offsets = nullptr;  // [samples + 1] on the device; null: equally long samples
     int64_t samples = 1;

@@ -17,189 +17,13 @@
 // additions is fixed, no two blocks touch one address, and the table stays small however many samples there are.
 #pragma once
 
-#include "hopper.cuh"
-#include "linear_importance_cuda.h"
+#include "linear_tiles.cuh"
 
 namespace hywia {
-
-#ifdef HYWIA_EVICT_LAST
-constexpr uint64_t kOperands = hopper::kEvictLast;
-#else
-constexpr uint64_t kOperands = hopper::kEvictNormal;
-#endif
-constexpr int kTileM = 128, kStepK = kLinearStepTokens;
-constexpr int kConsumers = 2;  // warpgroups
-constexpr int kLinearThreads = 128 * (kConsumers + 1);
-constexpr uint32_t kChunkBytes = kStepK * 128;    // 64 elements by 64 tokens
-constexpr uint32_t kWeightBytes = 128 * 128 * 2;  // a 128 x 128 tile: two boxes of 64 x 128
-constexpr uint32_t kWeightBoxBytes = kWeightBytes / 2;
-
-template <bool whole>
-struct LinearTile {
-    static constexpr int kN = whole ? 256 : 128;
-#ifdef HYWIA_W1
-    static constexpr int kStages = whole ? 4 : 6;
-    static constexpr int kWeights = whole ? 0 : 1;
-#else
-    static constexpr int kStages = whole ? 4 : 5;
-    static constexpr int kWeights = whole ? 0 : 2;
-#endif
-    // buffers of weight tiles; `whole` sends them through the stages
-    static constexpr int kAccumulators = kN / 2;
-    static constexpr uint32_t kABytes = kTileM * kStepK * 2, kBBytes = kN * kStepK * 2;
-    static constexpr uint32_t kStageBytes = kABytes + kBBytes;
-    static constexpr uint32_t kBarriers = 2 * kStages + 2 * (kWeights ? kWeights : 1);
-    static constexpr uint32_t kSharedBytes = kStages * kStageBytes + kWeights * kWeightBytes + kBarriers * 8 + 1024;
-};
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 namespace linear {
-
-using namespace hopper;
-
-// A position in a ring of `size` slots: which slot, and the parity of its phase.
-template <int size>
-struct Ring {
-    int slot = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++slot == size) slot = 0, parity ^= 1;
-    }
-};
-
-// Shared-memory addresses of one block.
-template <bool whole>
-struct Shared {
-    using Tile = LinearTile<whole>;
-    uint32_t base, barriers;
-    __device__ __forceinline__ explicit Shared(uint32_t dynamic)
-        : base((dynamic + 1023) & ~1023u),
-          barriers(base + Tile::kStages * Tile::kStageBytes + Tile::kWeights * kWeightBytes) {}
-    __device__ __forceinline__ uint32_t a(int slot) const { return base + slot * Tile::kStageBytes; }
-    __device__ __forceinline__ uint32_t b(int slot) const { return a(slot) + Tile::kABytes; }
-    __device__ __forceinline__ uint32_t weight(int buffer) const {
-        return base + Tile::kStages * Tile::kStageBytes + buffer * kWeightBytes;
-    }
-    __device__ __forceinline__ uint32_t full(int slot) const { return barriers + 8 * slot; }
-    __device__ __forceinline__ uint32_t empty(int slot) const { return barriers + 8 * (Tile::kStages + slot); }
-    __device__ __forceinline__ uint32_t weight_full(int buffer) const {
-        return barriers + 8 * (2 * Tile::kStages + buffer);
-    }
-    __device__ __forceinline__ uint32_t weight_empty(int buffer) const {
-        return barriers + 8 * (2 * Tile::kStages + Tile::kWeights + buffer);
-    }
-};
-
-// This block's place in its cluster, and whom it shares operands with.
-template <int CM, int CN>
-struct Place {
-    int m, n;
-    __device__ __forceinline__ explicit Place(int rank) : m(rank % CM), n(rank / CM) {}
-    __device__ __forceinline__ uint16_t same_m() const {  // blocks that read the same grad_output columns
-        uint16_t mask = 0;
-        for (int i = 0; i < CN; ++i) mask |= uint16_t(1) << (i * CM + m);
-        return mask;
-    }
-    __device__ __forceinline__ uint16_t same_n() const {
-        uint16_t mask = 0;
-        for (int i = 0; i < CM; ++i) mask |= uint16_t(1) << (n * CM + i);
-        return mask;
-    }
-    // Blocks whose copies land in this block's stages: itself, those of one m and those of one n.
-    static constexpr int kSharers = CM + CN - 1;
-    __device__ __forceinline__ int sharer(int i) const { return i < CN ? i * CM + m : n * CM + (m + i - CN + 1) % CM; }
-};
-
-// The tiles of one cluster, in order.
-struct Walk {
-    const LinearPlan& plan;
-    int lane_m, lane_n, step;  // `step` counts n tiles over all groups
-
-    __device__ __forceinline__ Walk(const LinearPlan& p, int cluster)
-        : plan(p), lane_m(cluster % p.across), lane_n(cluster / p.across), step(lane_n) {}
-    __device__ __forceinline__ int m() const { return step / plan.n_tiles * plan.across + lane_m; }
-    __device__ __forceinline__ int n() const { return step % plan.n_tiles; }
-    // Only the last group may be short of m tiles.
-    __device__ __forceinline__ bool more() const { return step < plan.groups * plan.n_tiles && m() < plan.m_tiles; }
-    __device__ __forceinline__ bool fresh() const { return n() < plan.share; }                 // first of its m tile
-    __device__ __forceinline__ bool last() const { return n() + plan.share >= plan.n_tiles; }  // and last
-    __device__ __forceinline__ void advance() { step += plan.share; }
-};
-
-// Tokens of sample `s`.
-template <bool ragged>
-__device__ __forceinline__ void sample_range(const LinearKernelArgs& p, int s, int& begin, int& end) {
-    if constexpr (ragged) {
-        begin = __ldg(p.offsets + s), end = __ldg(p.offsets + s + 1);
-    } else {
-        begin = s * p.length, end = begin + p.length;
-    }
-}
-
-// A 128 x 128 piece of the weight as two boxes: [128 m][64 n] twice, or [128 n][64 m] twice when units are columns.
-template <bool columns>
-__device__ __forceinline__ void copy_weight(uint32_t to, const CUtensorMap* map, int m, int n, uint32_t barrier) {
-    for (int i = 0; i < 2; ++i) {
-        if constexpr (columns)
-            copy_box(to + i * kWeightBoxBytes, map, m + i * 64, n, barrier, kEvictFirst);
-        else
-            copy_box(to + i * kWeightBoxBytes, map, n + i * 64, m, barrier, kEvictFirst);
-    }
-}
-
-template <bool whole, bool ragged, bool columns, int CM, int CN>
-__device__ void produce(const LinearKernelArgs& p, const CUtensorMap* map_a, const CUtensorMap* map_b,
-                        const CUtensorMap* map_w, const Shared<whole>& shared, Place<CM, CN> place, Walk walk) {
-    using Tile = LinearTile<whole>;
-    constexpr int kAChunks = kTileM / 64 / CN, kBChunks = Tile::kN / 64 / CM;  // this block's part of each operand
-    Ring<Tile::kStages> ring;
-    Ring<Tile::kWeights ? Tile::kWeights : 1> buffer;
-    const uint16_t same_m = place.same_m(), same_n = place.same_n();
-    for (; walk.more(); walk.advance()) {
-        const int m = (walk.m() * CM + place.m) * kTileM, n = (walk.n() * CN + place.n) * Tile::kN;
-        if constexpr (!whole) {
-            barrier_wait(shared.weight_empty(buffer.slot), buffer.parity ^ 1);
-            barrier_expect(shared.weight_full(buffer.slot), kWeightBytes);
-            copy_weight<columns>(shared.weight(buffer.slot), map_w, m, n, shared.weight_full(buffer.slot));
-            buffer.advance();
-        }
-        for (int s = 0; s < (whole ? 1 : p.samples); ++s) {
-            int begin = 0, end = p.tokens;
-            if constexpr (!whole) sample_range<ragged>(p, s, begin, end);
-            for (int token = begin; token < end; token += kStepK) {
-                barrier_wait(shared.empty(ring.slot), ring.parity ^ 1);
-                const uint32_t full = shared.full(ring.slot);
-                barrier_expect(full, Tile::kStageBytes);
-                for (int i = 0; i < kAChunks; ++i) {
-                    const int chunk = CN == 1 ? i : place.n * kAChunks + i;
-                    const uint32_t to = shared.a(ring.slot) + chunk * kChunkBytes;
-                    if constexpr (CN == 1)
-                        copy_box(to, map_a, m + chunk * 64, token, full, kOperands);
-                    else
-                        copy_box_multicast(to, map_a, m + chunk * 64, token, full, same_m, kOperands);
-                }
-                for (int i = 0; i < kBChunks; ++i) {
-                    const int chunk = CM == 1 ? i : place.m * kBChunks + i;
-                    const uint32_t to = shared.b(ring.slot) + chunk * kChunkBytes;
-                    if constexpr (CM == 1)
-                        copy_box(to, map_b, n + chunk * 64, token, full, kOperands);
-                    else
-                        copy_box_multicast(to, map_b, n + chunk * 64, token, full, same_n, kOperands);
-                }
-                ring.advance();
-            }
-        }
-        if constexpr (whole) {  // the weight's tile follows in two stages
-            for (int half = 0; half < 2; ++half) {
-                barrier_wait(shared.empty(ring.slot), ring.parity ^ 1);
-                barrier_expect(shared.full(ring.slot), kWeightBytes);
-                copy_weight<columns>(shared.a(ring.slot), map_w, m, n + half * 128, shared.full(ring.slot));
-                ring.advance();
-            }
-        }
-    }
-}
 
 // Where this lane's row of four 8x8 matrices of a 128 x 128 weight tile lies, for load_matrices: the warp's 16 rows and
 // the 16 columns that go with the accumulator registers 8·j .. 8·j + 7. The swizzle is an exclusive or, so one address
@@ -229,11 +53,11 @@ __device__ __forceinline__ float quad_sum(float value) {
 }
 
 // One warpgroup. `Ring`s run exactly as the producer's.
-template <typename T, bool whole, bool squares, bool ragged, bool columns, int CM, int CN>
+template <typename T, bool whole, bool squares, bool signed_sums, bool ragged, bool columns, int CM, int CN>
 struct Consumer {
-    using Tile = LinearTile<whole>;
+    using Tile = LinearTile<whole, signed_sums>;
     const LinearKernelArgs& p;
-    const Shared<whole>& shared;
+    const Shared<Tile>& shared;
     Place<CM, CN> place;
     int group, warp, lane;
     Ring<Tile::kStages> ring;
@@ -363,6 +187,59 @@ struct Consumer {
         }
     }
 
+    // One sample's gradient: into the sums over samples and, against the weight, into signed sums of two rows.
+    __device__ __forceinline__ void add_sample(const float (&d)[64], [[maybe_unused]] WeightAddress<columns> weight,
+                                               float (&sum)[64], float (&square)[squares ? 64 : 1],
+                                               float (&h)[2]) const {
+        uint32_t w[2][4];
+        if constexpr (signed_sums) load_matrices<columns>(w[0], weight.at(0));
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            if constexpr (signed_sums)
+                if (j < 7) load_matrices<columns>(w[(j + 1) % 2], weight.at(j + 1));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int e = j * 8 + i * 2;
+                if constexpr (signed_sums) {
+                    const float2 pair = unpack<T>(w[j % 2][i]);
+                    h[i & 1] += d[e] * pair.x;
+                    h[i & 1] += d[e + 1] * pair.y;
+                }
+                sum[e] += d[e], sum[e + 1] += d[e + 1];
+                if constexpr (squares) square[e] += d[e] * d[e], square[e + 1] += d[e + 1] * d[e + 1];
+            }
+        }
+    }
+
+    // The fine sums of a tile, once all samples are in.
+    __device__ __forceinline__ void finish_tile(WeightAddress<columns> weight, const float (&sum)[64],
+                                                const float (&square)[squares ? 64 : 1],
+                                                float (&fine)[kLinearFineRows][2]) const {
+        const float half_square = 0.5f * p.square_scale;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            uint32_t w[4];
+            load_matrices<columns>(w, weight.at(j));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float2 pair = unpack<T>(w[i]);
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+                    const float value = k ? pair.y : pair.x;
+                    const float t = sum[j * 8 + i * 2 + k] * value;
+                    fine[0][i & 1] += fabsf(t);
+                    if constexpr (squares) {
+                        const float u = square[j * 8 + i * 2 + k] * (value * value);
+                        fine[1][i & 1] += u;
+                        fine[2][i & 1] += fabsf(t * p.mean_scale - u * half_square);
+                    }
+                }
+            }
+        }
+        fine[0][0] *= p.mean_scale, fine[0][1] *= p.mean_scale;
+        fine[1][0] *= half_square, fine[1][1] *= half_square;
+    }
+
     __device__ __forceinline__ void run_samples(Walk walk) {
         if (group == 1) pass_turn();  // the first turn is the other's
         constexpr int kFirstSigned = squares ? kLinearFineRows : 1;
@@ -375,72 +252,45 @@ struct Consumer {
                 sum[i] = 0.0f;
                 if constexpr (squares) square[i] = 0.0f;
             }
-            const WeightAddress<columns> weight(shared.weight(buffer.slot), group, warp, lane);
-            barrier_wait(shared.weight_full(buffer.slot), buffer.parity);
+            uint32_t tile = 0;
+            if constexpr (signed_sums) {
+                tile = shared.weight(buffer.slot);
+                barrier_wait(shared.weight_full(buffer.slot), buffer.parity);
+            }
             float* at = slot + kFirstSigned * p.plan.row_stride;
             for (int s = 0; s < p.samples; ++s, at += p.plan.row_stride) {
                 int begin, end;
                 sample_range<ragged>(p, s, begin, end);
-                const float before = fresh || !writes() ? 0.0f : *at;  // on its way while the product runs
-                float d[64];
+                float before = 0.0f;  // on its way while the product runs
+                if constexpr (signed_sums)
+                    if (!fresh && writes()) before = *at;
+                float d[64], h[2] = {};
                 multiply(d, begin, end);
-                float h[2] = {};
-                uint32_t w[2][4];
-                load_matrices<columns>(w[0], weight.at(0));
-#ifdef HYWIA_NO_EPILOGUE
-                h[0] += d[0], h[1] += d[63], sum[0] += d[0];
-#pragma unroll
-                for (int j = 0; j < 0; ++j) {
-#else
-#pragma unroll
-                for (int j = 0; j < 8; ++j) {
-#endif
-                    if (j < 7) load_matrices<columns>(w[(j + 1) % 2], weight.at(j + 1));
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const float2 pair = unpack<T>(w[j % 2][i]);
-                        const int e = j * 8 + i * 2;
-                        h[i & 1] += d[e] * pair.x;
-                        h[i & 1] += d[e + 1] * pair.y;
-                        sum[e] += d[e], sum[e + 1] += d[e + 1];
-                        if constexpr (squares) square[e] += d[e] * d[e], square[e + 1] += d[e + 1] * d[e + 1];
-                    }
+                add_sample(d, WeightAddress<columns>(tile, group, warp, lane), sum, square, h);
+                if constexpr (signed_sums) {
+                    const float total = pick(h[0], h[1]);
+                    if (writes()) *at = before + total * p.scale;
                 }
-                const float total = pick(h[0], h[1]);
-                if (writes()) *at = before + total * p.scale;
+            }
+            if constexpr (!signed_sums) {
+                tile = shared.a(ring.slot);
+                barrier_wait(shared.full(ring.slot), ring.parity);
             }
             float fine[kLinearFineRows][2] = {};
-            const float half_square = 0.5f * p.square_scale;
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                uint32_t w[4];
-                load_matrices<columns>(w, weight.at(j));
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float2 pair = unpack<T>(w[i]);
-#pragma unroll
-                    for (int k = 0; k < 2; ++k) {
-                        const float value = k ? pair.y : pair.x;
-                        const float t = sum[j * 8 + i * 2 + k] * value;
-                        fine[0][i & 1] += fabsf(t);
-                        if constexpr (squares) {
-                            const float u = square[j * 8 + i * 2 + k] * (value * value);
-                            fine[1][i & 1] += u;
-                            fine[2][i & 1] += fabsf(t * p.mean_scale - u * half_square);
-                        }
-                    }
-                }
+            finish_tile(WeightAddress<columns>(tile, group, warp, lane), sum, square, fine);
+            if constexpr (signed_sums) {
+                __syncwarp();
+                if (lane == 0) barrier_arrive(shared.weight_empty(buffer.slot));
+                buffer.advance();
+            } else {
+                release(ring.slot);
+                ring.advance();
             }
-            fine[0][0] *= p.mean_scale, fine[0][1] *= p.mean_scale;
-            fine[1][0] *= half_square, fine[1][1] *= half_square;
-            __syncwarp();
-            if (lane == 0) barrier_arrive(shared.weight_empty(buffer.slot));
-            buffer.advance();
 #pragma unroll
             for (int q = 0; q < (squares ? kLinearFineRows : 1); ++q) {
                 const float total = pick(fine[q][0], fine[q][1]);
-                float* const at = slot + q * p.plan.row_stride;
-                if (writes()) *at = (fresh ? 0.0f : *at) + total;
+                float* const to = slot + q * p.plan.row_stride;
+                if (writes()) *to = (fresh ? 0.0f : *to) + total;
             }
         }
         if (group == 0) take_turn();  // the other's last pass
@@ -451,15 +301,15 @@ struct Consumer {
 
 #endif
 
-template <typename T, bool whole, bool squares, bool ragged, bool columns, int CM, int CN>
+template <typename T, bool whole, bool squares, bool signed_sums, bool ragged, bool columns, int CM, int CN>
 __global__ void __launch_bounds__(kLinearThreads, 1)
     linear_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
                   const __grid_constant__ CUtensorMap map_w, const __grid_constant__ LinearKernelArgs p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using namespace linear;
-    using Tile = LinearTile<whole>;
+    using Tile = LinearTile<whole, signed_sums>;
     extern __shared__ uint8_t dynamic[];
-    const Shared<whole> shared(shared_address(dynamic));
+    const Shared<Tile> shared(shared_address(dynamic));
     const Place<CM, CN> place(CM * CN == 1 ? 0 : int(cluster_rank()));
     if (threadIdx.x == 0) {
         prefetch_map(&map_a), prefetch_map(&map_b), prefetch_map(&map_w);
@@ -480,11 +330,12 @@ __global__ void __launch_bounds__(kLinearThreads, 1)
     const Walk walk(p.plan, blockIdx.x / (CM * CN));
     if (threadIdx.x < 128) {
         give_registers_up<40>();
-        if (threadIdx.x == 0) produce<whole, ragged, columns, CM, CN>(p, &map_a, &map_b, &map_w, shared, place, walk);
+        if (threadIdx.x == 0)
+            produce<whole, signed_sums, ragged, columns, CM, CN>(p, &map_a, &map_b, &map_w, shared, place, walk);
     } else {
         take_registers<232>();
         const int group = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128 - 1, 0);  // known to be one for the warp
-        Consumer<T, whole, squares, ragged, columns, CM, CN> consumer{
+        Consumer<T, whole, squares, signed_sums, ragged, columns, CM, CN> consumer{
             p, shared, place, group, int(threadIdx.x) / 32 % 4, int(threadIdx.x) % 32, {}, {}, group == 0};
         consumer.run(walk);
     }
@@ -493,16 +344,11 @@ __global__ void __launch_bounds__(kLinearThreads, 1)
 #endif
 }
 
-// The shape of clusters that measured best on an H100.
-#ifndef HYWIA_CM
-#define HYWIA_CM 2
-#define HYWIA_CN 1
-#endif
-
-template <typename T, bool whole, bool squares, bool ragged, bool columns, int CM, int CN>
+template <typename T, bool whole, bool squares, bool signed_sums, bool ragged, bool columns>
 LinearKernel describe_kernel(int index) {
-    using Tile = LinearTile<whole>;
-    return {reinterpret_cast<const void*>(linear_kernel<T, whole, squares, ragged, columns, CM, CN>),
+    using Tile = LinearTile<whole, signed_sums>;
+    constexpr int CM = 2, CN = 1;  // of 1x1, 2x1, 1x2 and 2x2 blocks, the fastest or level on an H100
+    return {reinterpret_cast<const void*>(linear_kernel<T, whole, squares, signed_sums, ragged, columns, CM, CN>),
             kTileM,
             Tile::kN,
             CM,
@@ -512,22 +358,18 @@ LinearKernel describe_kernel(int index) {
             index};
 }
 
-// `index`: of the first of this type's ten kernels.
-template <typename T>
-const LinearKernel& kernel_for(const LinearVariant& v, int index) {
-    static const LinearKernel whole[] = {describe_kernel<T, true, false, false, false, 2, 1>(index),
-                                         describe_kernel<T, true, false, false, true, 2, 1>(index + 1)};
-    static const LinearKernel samples[] = {
-        describe_kernel<T, false, false, false, false, HYWIA_CM, HYWIA_CN>(index + 2),
-        describe_kernel<T, false, false, false, true, HYWIA_CM, HYWIA_CN>(index + 3),
-        describe_kernel<T, false, false, true, false, HYWIA_CM, HYWIA_CN>(index + 4),
-        describe_kernel<T, false, false, true, true, HYWIA_CM, HYWIA_CN>(index + 5),
-        describe_kernel<T, false, true, false, false, HYWIA_CM, HYWIA_CN>(index + 6),
-        describe_kernel<T, false, true, false, true, HYWIA_CM, HYWIA_CN>(index + 7),
-        describe_kernel<T, false, true, true, false, HYWIA_CM, HYWIA_CN>(index + 8),
-        describe_kernel<T, false, true, true, true, HYWIA_CM, HYWIA_CN>(index + 9),
+template <typename T, bool columns>
+const LinearKernel& kernel_for(LinearMode mode, bool ragged, int index) {
+    static const LinearKernel kernels[] = {
+        describe_kernel<T, true, false, false, false, columns>(index),
+        describe_kernel<T, false, false, true, false, columns>(index + 1),
+        describe_kernel<T, false, false, true, true, columns>(index + 2),
+        describe_kernel<T, false, true, true, false, columns>(index + 3),
+        describe_kernel<T, false, true, true, true, columns>(index + 4),
+        describe_kernel<T, false, true, false, false, columns>(index + 5),
+        describe_kernel<T, false, true, false, true, columns>(index + 6),
     };
-    return v.whole ? whole[v.columns] : samples[4 * v.squares + 2 * v.ragged + v.columns];
+    return mode == LinearMode::Whole ? kernels[0] : kernels[2 * int(mode) - 1 + ragged];
 }
 
 }  // namespace hywia

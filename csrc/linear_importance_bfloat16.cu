@@ -3,8 +3,9 @@
 
 namespace hywia {
 
-const LinearKernel& linear_kernel_bfloat16(const LinearVariant& variant) {
-    return kernel_for<__nv_bfloat16>(variant, 0);
+const LinearKernel& linear_kernel_bfloat16(LinearMode mode, bool ragged, bool columns) {
+    return columns ? kernel_for<__nv_bfloat16, true>(mode, ragged, 0)
+                   : kernel_for<__nv_bfloat16, false>(mode, ragged, 7);
 }
 
 }  // namespace hywia

@@ -21,6 +21,8 @@ struct LinearPlan {
     int across = 1, share = 1;         // clusters
     int groups = 0;                    // of m tiles
     int64_t rows = 0;                  // quantities: fine sums, then signed sums
+    int64_t first_signed = 0;          // row of the first signed sum
+    int signed_slots = 1;              // tables that hold parts of the signed sums
     int64_t row_stride = 0;            // units, padded to whole tiles
 };
 
@@ -32,11 +34,9 @@ struct LinearKernelArgs {
     float* partial;                         // [share · cluster_n, rows, row_stride]
 };
 
-// Which kernel: `whole` takes the mean gradient in one product and knows no samples; otherwise `squares` keeps the sum
-// of squares too, and `ragged` reads the samples' limits from memory. `columns`: units are the weight's columns.
-struct LinearVariant {
-    bool whole, squares, ragged, columns;
-};
+// Which kernel. Whole: the mean gradient in one product, no sample told from the next. Samples: one product per sample,
+// for signed sums of each. Squares: the sum of squares too. Fine: that without signed sums, which come from elsewhere.
+enum class LinearMode : int { Whole = 0, Samples = 1, Squares = 2, Fine = 3 };
 
 // One compiled kernel: (tensor map of the operand whose columns are the units, of the other operand, of the weight,
 // LinearKernelArgs).
@@ -46,9 +46,10 @@ struct LinearKernel {
     uint32_t shared_bytes;
     int index;  // a small number of its own
 };
-constexpr int kLinearKernels = 20;
+constexpr int kLinearKernels = 28;
 
-const LinearKernel& linear_kernel_bfloat16(const LinearVariant& variant);
-const LinearKernel& linear_kernel_float16(const LinearVariant& variant);
+// `ragged`: the samples' limits are read from memory. `columns`: units are the weight's columns.
+const LinearKernel& linear_kernel_bfloat16(LinearMode mode, bool ragged, bool columns);
+const LinearKernel& linear_kernel_float16(LinearMode mode, bool ragged, bool columns);
 
 }  // namespace hywia

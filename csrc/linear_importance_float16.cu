@@ -3,6 +3,8 @@
 
 namespace hywia {
 
-const LinearKernel& linear_kernel_float16(const LinearVariant& variant) { return kernel_for<__half>(variant, 10); }
+const LinearKernel& linear_kernel_float16(LinearMode mode, bool ragged, bool columns) {
+    return columns ? kernel_for<__half, true>(mode, ragged, 14) : kernel_for<__half, false>(mode, ragged, 21);
+}
 
 }  // namespace hywia

@@ -56,11 +56,14 @@ class _Gated(torch.autograd.Function):
         (grad_output,) = grads
         mlp: GatedMlp = ctx.mlp
         g, u, *kept = ctx.saved_tensors
-        mlp.scorer(mlp.down, grad_output, mlp.formula.forward(g, u))
-        dg, du = mlp.formula.backward(grad_output @ mlp.down.weight, g, u)
+        dh = grad_output @ mlp.down.weight
+        mlp.scorer(mlp.down, grad_output, mlp.formula.forward(g, u), dh)
+        dg, du = mlp.formula.backward(dh, g, u)
+        del dh
         inputs = kept[0] if ctx.recipe is None else ctx.recipe.take()
-        mlp.scorer(mlp.up, du, inputs)
-        mlp.scorer(mlp.gate, dg, inputs)
+        gate, up, _ = mlp.modules
+        mlp.scorer(mlp.up, du, inputs, u if up.bias is None else None)
+        mlp.scorer(mlp.gate, dg, inputs, g if gate.bias is None else None)
         del inputs, kept
         # Each product rounded, as the modules one by one would: accumulating in the second would be no faster to speak
         # of, and would part from the model's own backward in low precision.

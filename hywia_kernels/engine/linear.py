@@ -63,24 +63,27 @@ class Scorer:
             self._rows[flat.device] = self._cpu_rows.to(flat.device)
         return flat.index_select(0, self._rows[flat.device])
 
-    def __call__(self, target: Target, grad_output: Tensor, inputs: Tensor) -> None:
+    def __call__(self, target: Target, grad_output: Tensor, inputs: Tensor, mapped: Tensor | None = None) -> None:
+        """`mapped` as in `ops.linear_importance`: what the weight made of the operand that has not the units."""
         if self.collected is not None:
             self.collected.add(target, self._without_padding(grad_output), inputs, self._without_padding)
             return
-        self.score(target, self._without_padding(grad_output), self._without_padding(inputs))
+        if mapped is not None:
+            mapped = self._without_padding(mapped)
+        self.score(target, self._without_padding(grad_output), self._without_padding(inputs), mapped)
 
-    def score(self, target: Target, grad_output: Tensor, inputs: Tensor) -> None:
+    def score(self, target: Target, grad_output: Tensor, inputs: Tensor, mapped: Tensor | None = None) -> None:
         """All samples' tokens of one matrix, without padding: what `ops.linear_importance` does with `out=`."""
         weight, axis, size = target.weight, target.member.axis, target.member.group_size
         key: tuple = (weight.shape, weight.dtype, weight.device, axis, size)
-        key += tuple((x.dtype, x.is_contiguous()) for x in (grad_output, inputs))
+        key += tuple((x.dtype, x.is_contiguous()) for x in (grad_output, inputs, mapped) if x is not None)
         run = self._runs.get(key)
         if run is None:
             out = (target.fine, target.coarse)
             checks.linear_importance(
-                grad_output, inputs, weight, self.offsets, axis, "all", size, True, self.scale, out
+                grad_output, inputs, weight, self.offsets, axis, "all", size, True, self.scale, mapped, out
             )
-            run = implementation("linear_importance", self.backend, grad_output, inputs, weight)
+            run = implementation("linear_importance", self.backend, grad_output, inputs, weight, mapped)
             self._runs[key] = run
         run(
             grad_output,
@@ -95,6 +98,7 @@ class Scorer:
             target.fine,
             target.coarse,
             True,
+            mapped,
         )
         self.results.arrived(target.group)
         self.bar.step()
@@ -166,6 +170,10 @@ class _ScoredLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grads
         inputs = ctx.recipe.take() if ctx.recipe is not None else ctx.saved_tensors[0]
+        if ctx.target.member.axis == 1:
+            grad_input = grad_output @ ctx.target.weight
+            ctx.scorer(ctx.target, grad_output, inputs, grad_input)
+            return grad_input, None, None, None, None, None
         ctx.scorer(ctx.target, grad_output, inputs)
         del inputs  # a recomputed input goes before its gradient comes
         return grad_output @ ctx.target.weight, None, None, None, None, None

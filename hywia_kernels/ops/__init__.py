@@ -128,6 +128,7 @@ def linear_importance(
     group_size: int = 1,
     per_sample: bool = True,
     scale: float = 1.0,
+    mapped: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> LinearImportance:
@@ -154,6 +155,12 @@ def linear_importance(
         per_sample: False gives `mean_s` of the signed sums as one row `[1, units]`, and no sample is told from the
             next: cheaper, and for order "first" only.
         scale: multiplies every `G_s`: the inverse of a loss scale.
+        mapped: what the weight makes of the operand whose columns are not the units, where the caller has it already:
+            `input @ weight.T` `[tokens, out]` for axis 0 (the layer's output without its bias), `grad_output @ weight`
+            `[tokens, in]` for axis 1 (its input's gradient); dtype and device of `weight`. `coarse[s]` is then a sum
+            over tokens of products of activations, by the identity `Σ_w G_s·w = Σ_t y·dy = Σ_t x·dx`, rounded as
+            `mapped` is. Backend "cuda" uses it, since no gradient has to be told from the next for it; the others
+            take the gradients they make anyway.
         out: `(fine, coarse)` of an earlier call, contiguous float32 on the same device: *added* to, and returned.
         backend: "reference", "native", "triton", "cuda", or None for the automatic choice.
 
@@ -166,9 +173,9 @@ def linear_importance(
         UsageError: an argument outside the above. BackendError: a named backend that is off or cannot do this.
     """
     offsets = checks.linear_importance(
-        grad_output, input, weight, samples, axis, order, group_size, per_sample, scale, out
+        grad_output, input, weight, samples, axis, order, group_size, per_sample, scale, mapped, out
     )
-    call = (grad_output, input, weight, offsets, axis, order, group_size, per_sample, float(scale))
+    call = (grad_output, input, weight, offsets, axis, order, group_size, per_sample, float(scale), mapped)
     if out is None:
         functional = torch.ops.hywia.linear_importance if torch.compiler.is_compiling() else library.linear_importance
         return LinearImportance(*functional(*call, backend))

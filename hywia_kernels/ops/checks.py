@@ -138,6 +138,7 @@ def linear_importance(
     group_size: int,
     per_sample: bool,
     scale: float,
+    mapped: Tensor | None,
     out: tuple[Tensor, Tensor] | None,
 ) -> list[int]:
     """Returns the samples' offsets."""
@@ -169,6 +170,14 @@ def linear_importance(
         raise UsageError(f"per_sample: expected True, or False with order='first', got {per_sample!r} with {order!r}")
     if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale) or scale <= 0:
         raise UsageError(f"scale: expected a positive finite number, got {scale!r}")
+    if mapped is not None:
+        _tensor("mapped", mapped)
+        shape = [tokens, weight.shape[axis]]
+        if list(mapped.shape) != shape or mapped.dtype != weight.dtype or mapped.device != weight.device:
+            raise UsageError(
+                f"mapped: expected {_name(weight.dtype)} {shape} on {weight.device}, "
+                f"got {_name(mapped.dtype)} {list(mapped.shape)} on {mapped.device}; leave it out"
+            )
     if out is not None:
         units = weight.shape[axis] // group_size
         fine = [3, units] if order == "all" else [units]

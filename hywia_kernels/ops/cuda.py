@@ -106,7 +106,7 @@ def _dtypes(weight: Tensor, grad: Tensor | None = None, fisher: Tensor | None = 
     return None
 
 
-def _linear(grad_output: Tensor, input: Tensor, weight: Tensor) -> str | None:
+def _linear(grad_output: Tensor, input: Tensor, weight: Tensor, mapped: Tensor | None = None) -> str | None:
     """The tensor cores and the copy engine of Hopper, and the layouts that the engine takes."""
     capability = torch.cuda.get_device_capability(weight.device)
     if capability != (9, 0):
@@ -115,7 +115,10 @@ def _linear(grad_output: Tensor, input: Tensor, weight: Tensor) -> str | None:
         )
     if weight.dtype == torch.float32:
         return "it takes torch.bfloat16 and torch.float16, got torch.float32"
-    for name, tensor in {"grad_output": grad_output, "input": input, "weight": weight}.items():
+    named = {"grad_output": grad_output, "input": input, "weight": weight, "mapped": mapped}
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
         row, column = tensor.stride()
         aligned = tensor.data_ptr() % 16 == 0 and (row % 8 == 0 or tensor.shape[0] == 1)
         if tensor.numel() and not ((column == 1 or tensor.shape[1] == 1) and row >= tensor.shape[1] and aligned):
@@ -200,6 +203,7 @@ def linear_importance(
     fine: Tensor,
     coarse: Tensor,
     accumulate: bool,
+    mapped: Tensor | None = None,
 ) -> None:
     extension = _extension()
     samples, tokens = len(offsets) - 1, offsets[-1]
@@ -209,6 +213,7 @@ def linear_importance(
         grad_output=(grad_output.data_ptr(), _pitch(grad_output)),
         input=(input.data_ptr(), _pitch(input)),
         weight=(weight.data_ptr(), _pitch(weight)),
+        mapped=(0, 0) if mapped is None else (mapped.data_ptr(), _pitch(mapped)),
         dtype=DTYPE_CODES[weight.dtype],
         tokens=tokens,
         rows=weight.shape[0],

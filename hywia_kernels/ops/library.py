@@ -61,12 +61,13 @@ def linear_importance(
     group_size: int,
     per_sample: bool,
     scale: float,
+    mapped: Tensor | None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    run = implementation("linear_importance", backend, grad_output, input, weight)
+    run = implementation("linear_importance", backend, grad_output, input, weight, mapped)
     shapes = _linear_shapes(weight, offsets, axis, order, group_size, per_sample)
     fine, coarse = (torch.empty(shape, dtype=torch.float32, device=weight.device) for shape in shapes)
-    run(grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, fine, coarse, False)
+    run(grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, fine, coarse, False, mapped)
     return fine, coarse
 
 
@@ -80,12 +81,13 @@ def linear_importance_(
     group_size: int,
     per_sample: bool,
     scale: float,
+    mapped: Tensor | None,
     fine: Tensor,
     coarse: Tensor,
     backend: str | None = None,
 ) -> None:
-    run = implementation("linear_importance", backend, grad_output, input, weight)
-    run(grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, fine, coarse, True)
+    run = implementation("linear_importance", backend, grad_output, input, weight, mapped)
+    run(grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, fine, coarse, True, mapped)
 
 
 def compact(weight: Tensor, keep: Tensor, axis: int, backend: str | None = None) -> Tensor:
@@ -127,7 +129,7 @@ def _fake_taylor(weight, grad, fisher, axis, order, group_size, backend=None):
     return tuple(weight.new_empty(units, dtype=torch.float32) for _ in range(2))
 
 
-def _fake_linear(grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, backend=None):
+def _fake_linear(grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, mapped, backend=None):
     shapes = _linear_shapes(weight, offsets, axis, order, group_size, per_sample)
     return tuple(weight.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
@@ -157,7 +159,7 @@ _register(
 )
 _LINEAR = (
     "Tensor grad_output, Tensor input, Tensor weight, int[] offsets, int axis, str order, SymInt group_size, "
-    "bool per_sample, float scale, "
+    "bool per_sample, float scale, Tensor? mapped, "
 )
 _register("linear_importance", f"({_LINEAR}str? backend=None) -> (Tensor, Tensor)", linear_importance, _fake_linear)
 _register(

@@ -109,6 +109,7 @@ def linear_importance(
     fine: Tensor,
     coarse: Tensor,
     accumulate: bool,
+    mapped: Tensor | None = None,
 ) -> None:
     fine64, coarse64 = linear_importance_fp64(
         grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale

@@ -228,6 +228,7 @@ def linear_importance(
     fine: Tensor,
     coarse: Tensor,
     accumulate: bool,
+    mapped: Tensor | None = None,
 ) -> None:
     lines, reduce = weight.shape[axis], weight.shape[1 - axis]
     if lines == 0 or reduce == 0:
