@@ -223,11 +223,11 @@ def _measure(op: str, case: Case, job: Job, timer: Timer, environment: Environme
     return figures, failures
 
 
-_ROW = "{:<34} {:<14} {:>9} {:>19} {:>9} {:>8} {:>6} {:>9} {:>8}"
-_HEADER = _ROW.format("case", "by", "work µs", "20 %..80 %", "call µs", "GB/s", "copy", "×compile", "error")
+_ROW = "{:<34} {:<14} {:>9} {:>19} {:>9} {:>8} {:>6} {:>6} {:>9} {:>8}"
+_HEADER = _ROW.format("case", "by", "work µs", "20 %..80 %", "call µs", "GB/s", "copy", "read", "×compile", "error")
 
 
-def _line(figure: Figure) -> str:
+def _line(figure: Figure, environment: Environment) -> str:
     return _ROW.format(
         figure.case,
         figure.implementation,
@@ -236,6 +236,7 @@ def _line(figure: Figure) -> str:
         f"{figure.call_us:.1f}",
         f"{figure.gb_s:.0f}",
         f"{figure.share_of_copy:.0%}",
+        f"{figure.gb_s / environment.read_gb_s:.0%}",
         f"{figure.speedup_over_compile:.2f}" if figure.speedup_over_compile else "",
         f"{figure.error:.0e}",
     )
@@ -269,7 +270,7 @@ def main(
             found, failed = _measure(op, case, prepare(case, device, arguments.backends), timer, environment)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        for line in (*map(_line, found), *failed):
+        for line in (*(_line(figure, environment) for figure in found), *failed):
             print(line, flush=True)
         if table:
             table.append(found)

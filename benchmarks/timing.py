@@ -144,6 +144,14 @@ class Timer:
         reading = self.work(partial(target.copy_, source), cold=False)
         return 2 * source.nbytes / reading.median / 1e3
 
+    def read_bandwidth(self) -> float:
+        """GB/s of a large vectorised sum, bytes read: the ceiling of kernels that write next to nothing."""
+        cuda = self.device.type == "cuda"
+        size = min(4 * GIB, torch.cuda.mem_get_info(self.device)[0] // 4) if cuda else GIB
+        source = torch.ones((1024, size // 4096), dtype=torch.float32, device=self.device)
+        reading = self.work(partial(source.sum, 1), cold=False)
+        return source.nbytes / reading.median / 1e3
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -161,6 +169,7 @@ class Environment:
     seed: int
     empty_us: float
     copy_gb_s: float
+    read_gb_s: float
 
     @classmethod
     def record(cls, timer: Timer, module: str, arguments: list[str], seed: int) -> Environment:
@@ -178,6 +187,7 @@ class Environment:
             seed=seed,
             empty_us=timer.empty_us,
             copy_gb_s=timer.copy_bandwidth(),
+            read_gb_s=timer.read_bandwidth(),
         )
 
 
