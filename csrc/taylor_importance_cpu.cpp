@@ -23,24 +23,18 @@
 namespace hywia {
 namespace {
 
-constexpr int64_t kLanes = 32;   // independent float32 sums of a row kernel
-constexpr int64_t kTile = 1024;  // elements converted at once: 4 KiB per operand
-constexpr int64_t kFlush = 32;   // float32 additions per sum before it is added in double
-#ifndef AHEAD
-#define AHEAD 1024
-#define STRIP 2048
-#define CTASK 20
-#define CROWS 4
-#endif
-constexpr int64_t kTask = 1 << 19;           // elements per row task, about
-constexpr int64_t kAhead = AHEAD;            // bytes of each operand asked for before they are needed
-constexpr int64_t kStrip = STRIP;            // units of a column task: its float32 sums take half of an L1 cache
-constexpr int64_t kColumnTask = 1 << CTASK;  // elements per column task, about: few tables of sums to add up
-constexpr int64_t kColumnRows = CROWS;       // rows that a column task adds at once
-constexpr int64_t kColumnTile = 256;         // columns of each that it converts at once, where it must
-constexpr int64_t kNarrow = 32;              // fewer contiguous units than this: not worth a strip, gather instead
-constexpr int64_t kGatherRows = 16;   // units gathered together, so that a cache line read once serves all of them
-constexpr int64_t kGatherTile = 256;  // and elements of each of them
+constexpr int64_t kLanes = 32;            // independent float32 sums of a row kernel
+constexpr int64_t kTile = 1024;           // elements converted at once: 4 KiB per operand
+constexpr int64_t kFlush = 32;            // float32 additions per sum before it is added in double
+constexpr int64_t kTask = 1 << 19;        // elements per row task, about
+constexpr int64_t kAhead = 512;           // bytes of each operand asked for before they are needed
+constexpr int64_t kStrip = 2048;          // units of a column task: its float32 sums take half of an L1 cache
+constexpr int64_t kColumnTask = 1 << 20;  // elements per column task, about: few tables of sums to add up
+constexpr int64_t kColumnRows = 4;        // rows that a column task adds at once
+constexpr int64_t kColumnTile = 256;      // columns of each that it converts at once, where it must
+constexpr int64_t kNarrow = 32;           // fewer contiguous units than this: not worth a strip, gather instead
+constexpr int64_t kGatherRows = 16;       // units gathered together, so that a cache line read once serves all of them
+constexpr int64_t kGatherTile = 256;      // and elements of each of them
 
 static_assert(kTile <= kLanes * kFlush, "a row tile must not outgrow the float32 sums");
 
@@ -142,7 +136,7 @@ struct Sums {
 
 // Sums of n contiguous terms. Lane j always takes the elements j, j + 32, ..., is moved into its double every kTile
 // elements, and the lanes are always added in the same order, whatever the width of the vector unit.
-template <Order order, DType W, DType S>
+template <Order order, DType W, DType S, bool memory>
 HYWIA_INLINE void row_sums(const void* w, const void* g, const void* f, int64_t n, Sums& sums) {
     constexpr int64_t ahead_w = kAhead / element_size(W), ahead_s = kAhead / element_size(S);
     double fine[kLanes] = {}, signed_sum[kLanes] = {};
@@ -150,9 +144,9 @@ HYWIA_INLINE void row_sums(const void* w, const void* g, const void* f, int64_t 
         float tile_fine[kLanes] = {}, tile_signed[kLanes] = {};
         const int64_t end = std::min(n, at + kTile), whole = at + (end - at) / kLanes * kLanes;
         for (int64_t i = at; i < whole; i += kLanes) {
-            prefetch<W>(w, i + ahead_w);
-            if constexpr (order != Order::Second) prefetch<S>(g, i + ahead_s);
-            if constexpr (order != Order::First) prefetch<S>(f, i + ahead_s);
+            if constexpr (memory) prefetch<W>(w, i + ahead_w);
+            if constexpr (memory && order != Order::Second) prefetch<S>(g, i + ahead_s);
+            if constexpr (memory && order != Order::First) prefetch<S>(f, i + ahead_s);
             for (int64_t j = 0; j < kLanes; ++j) {
                 const float t = term<order, W, S>(w, g, f, i + j);
                 tile_fine[j] += std::fabs(t);
@@ -195,7 +189,7 @@ HYWIA_INLINE void prefetch_rows(Rows x, int64_t i, int64_t n) {
 }
 
 // Adds `rows` rows of n terms to n sums: a sum is loaded and stored once for all of them.
-template <Order order, DType W, DType S, int64_t rows>
+template <Order order, DType W, DType S, bool memory, int64_t rows>
 HYWIA_INLINE void column_sums(Rows w, Rows g, Rows f, int64_t n, float* __restrict fine, float* __restrict signed_sum) {
     const auto add = [&](int64_t i) __attribute__((always_inline)) {
         float sum = signed_sum[i], magnitude = fine[i];
@@ -209,55 +203,56 @@ HYWIA_INLINE void column_sums(Rows w, Rows g, Rows f, int64_t n, float* __restri
     };
     const int64_t whole = n / kLanes * kLanes;
     for (int64_t i = 0; i < whole; i += kLanes) {
-        prefetch_rows<W, rows>(w, i, n);
-        if constexpr (order != Order::Second) prefetch_rows<S, rows>(g, i, n);
-        if constexpr (order != Order::First) prefetch_rows<S, rows>(f, i, n);
+        if constexpr (memory) prefetch_rows<W, rows>(w, i, n);
+        if constexpr (memory && order != Order::Second) prefetch_rows<S, rows>(g, i, n);
+        if constexpr (memory && order != Order::First) prefetch_rows<S, rows>(f, i, n);
         for (int64_t j = 0; j < kLanes; ++j) add(i + j);
     }
     for (int64_t i = whole; i < n; ++i) add(i);
 }
 
-template <Order order, DType W, DType S>
+template <Order order, DType W, DType S, bool memory>
 HYWIA_INLINE void column_rows(Rows w, Rows g, Rows f, int64_t rows, int64_t n, float* fine, float* signed_sum) {
-    if (rows == kColumnRows) return column_sums<order, W, S, kColumnRows>(w, g, f, n, fine, signed_sum);
+    if (rows == kColumnRows) return column_sums<order, W, S, memory, kColumnRows>(w, g, f, n, fine, signed_sum);
     for (int64_t r = 0; r < rows; ++r)
-        column_sums<order, W, S, 1>({row<W>(w, r), w.pitch}, {row<S>(g, r), g.pitch}, {row<S>(f, r), f.pitch}, n, fine,
-                                    signed_sum);
+        column_sums<order, W, S, memory, 1>({row<W>(w, r), w.pitch}, {row<S>(g, r), g.pitch}, {row<S>(f, r), f.pitch},
+                                            n, fine, signed_sum);
 }
 
 using RowKernel = void (*)(Order, const void* w, const void* g, const void* f, int64_t n, Sums*);
 using ColumnKernel = void (*)(Order, const Rows* wgf, int64_t rows, int64_t n, float* fine, float* signed_sum);
 
-// Templates cannot be cloned per instruction set, hence a function of its own for each pair of dtypes.
-#define HYWIA_KERNELS(NAME, W, S)                                                                                   \
+// Templates cannot be cloned per instruction set, hence functions of its own for each pair of dtypes, and for tiles.
+#define HYWIA_KERNELS(NAME, W, S, MEMORY)                                                                           \
     HYWIA_CLONES void row_##NAME(Order order, const void* w, const void* g, const void* f, int64_t n, Sums* sums) { \
-        if (order == Order::First) row_sums<Order::First, W, S>(w, g, f, n, *sums);                                 \
-        if (order == Order::Second) row_sums<Order::Second, W, S>(w, g, f, n, *sums);                               \
-        if (order == Order::Mixed) row_sums<Order::Mixed, W, S>(w, g, f, n, *sums);                                 \
+        if (order == Order::First) row_sums<Order::First, W, S, MEMORY>(w, g, f, n, *sums);                         \
+        if (order == Order::Second) row_sums<Order::Second, W, S, MEMORY>(w, g, f, n, *sums);                       \
+        if (order == Order::Mixed) row_sums<Order::Mixed, W, S, MEMORY>(w, g, f, n, *sums);                         \
     }                                                                                                               \
-    HYWIA_CLONES void column_##NAME(Order order, const Rows* x, int64_t rows, int64_t n, float* fine,               \
+    HYWIA_CLONES void column_##NAME(Order order, const Rows* wgf, int64_t rows, int64_t n, float* fine,             \
                                     float* signed_sum) {                                                            \
-        if (order == Order::First) column_rows<Order::First, W, S>(x[0], x[1], x[2], rows, n, fine, signed_sum);    \
-        if (order == Order::Second) column_rows<Order::Second, W, S>(x[0], x[1], x[2], rows, n, fine, signed_sum);  \
-        if (order == Order::Mixed) column_rows<Order::Mixed, W, S>(x[0], x[1], x[2], rows, n, fine, signed_sum);    \
+        const Rows w = wgf[0], g = wgf[1], f = wgf[2];                                                              \
+        if (order == Order::First) column_rows<Order::First, W, S, MEMORY>(w, g, f, rows, n, fine, signed_sum);     \
+        if (order == Order::Second) column_rows<Order::Second, W, S, MEMORY>(w, g, f, rows, n, fine, signed_sum);   \
+        if (order == Order::Mixed) column_rows<Order::Mixed, W, S, MEMORY>(w, g, f, rows, n, fine, signed_sum);     \
     }
 
-HYWIA_KERNELS(float32, DType::Float32, DType::Float32)
-HYWIA_KERNELS(bfloat16, DType::BFloat16, DType::BFloat16)
-HYWIA_KERNELS(bfloat16_float32, DType::BFloat16, DType::Float32)
+HYWIA_KERNELS(float32, DType::Float32, DType::Float32, true)
+HYWIA_KERNELS(bfloat16, DType::BFloat16, DType::BFloat16, true)
+HYWIA_KERNELS(bfloat16_float32, DType::BFloat16, DType::Float32, true)
+HYWIA_KERNELS(tile, DType::Float32, DType::Float32, false)
 #undef HYWIA_KERNELS
 
 struct Kernels {
     RowKernel row = nullptr;
     ColumnKernel column = nullptr;
 };
-constexpr Kernels kFloat32 = {row_float32, column_float32};
 
 // The kernels that read these operands as they are; null where there are none.
 Kernels fused(const TaylorImportanceArgs& a) {
     const DType w = a.weight.dtype, s = a.grad.data ? a.grad.dtype : a.fisher.dtype;
     if (a.grad.data && a.fisher.data && a.grad.dtype != a.fisher.dtype) return {};
-    if (w == DType::Float32 && s == DType::Float32) return kFloat32;
+    if (w == DType::Float32 && s == DType::Float32) return {row_float32, column_float32};
     if (w == DType::BFloat16 && s == DType::BFloat16) return {row_bfloat16, column_bfloat16};
     if (w == DType::BFloat16 && s == DType::Float32) return {row_bfloat16_float32, column_bfloat16_float32};
     return {};
@@ -306,7 +301,7 @@ void contiguous_row(const TaylorImportanceArgs& a, RowKernel kernel, int64_t uni
             return x.data ? contiguous_tile(x, offset_of(x, unit, at), offset_of(x, unit, at + kTile), n, buffer)
                           : nullptr;
         };
-        row_float32(a.order, tile(a.weight, b.weight), tile(a.grad, b.grad), tile(a.fisher, b.fisher), n, &sums);
+        row_tile(a.order, tile(a.weight, b.weight), tile(a.grad, b.grad), tile(a.fisher, b.fisher), n, &sums);
     }
 }
 
@@ -320,7 +315,7 @@ void gathered_rows(const TaylorImportanceArgs& a, int64_t unit, int64_t rows, in
         };
         tile(a.weight, b.weight), tile(a.grad, b.grad), tile(a.fisher, b.fisher);
         for (int64_t r = 0; r < rows; ++r)
-            row_float32(a.order, b.weight + r * n, b.grad + r * n, b.fisher + r * n, n, sums + r);
+            row_tile(a.order, b.weight + r * n, b.grad + r * n, b.fisher + r * n, n, sums + r);
     }
 }
 
@@ -381,7 +376,7 @@ void tiled_rows(const TaylorImportanceArgs& a, int64_t unit, int64_t width, int6
             return view;
         };
         const Rows operands[3] = {tile(a.weight, b.weight), tile(a.grad, b.grad), tile(a.fisher, b.fisher)};
-        column_float32(a.order, operands, rows, n, fine + first, signed_sum + first);
+        column_tile(a.order, operands, rows, n, fine + first, signed_sum + first);
     }
 }
 
