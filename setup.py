@@ -104,9 +104,16 @@ class CMakeBuild(build_ext):
         shutil.rmtree(build, ignore_errors=True)
         configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *options]
         compile_ = ["cmake", "--build", str(build), "--parallel", jobs]
-        install = ["cmake", "--install", str(build), "--prefix", str(target)]
+        fresh = build / "installed"
+        install = ["cmake", "--install", str(build), "--prefix", str(fresh)]
         for command in (configure, compile_, install):
             subprocess.run(command, check=True, env=tools_environment(os.environ))
+        # By renaming: a file rewritten in place pulls the code from under every process that has it mapped.
+        target.mkdir(parents=True, exist_ok=True)
+        for made in fresh.iterdir():
+            beside = target / f".{made.name}.new"
+            shutil.copy2(made, beside)
+            os.replace(beside, target / made.name)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]  # less what `auto` left out

@@ -193,6 +193,7 @@ TAYLOR_CPU = (
     *_taylor(_SMALL, dtype=torch.float32),
     *_taylor(_SQUARE, dtype=torch.float32),
     *_taylor(_SQUARE),
+    *_taylor(_SQUARE, dtype=torch.float16),
     *_taylor(_SQUARE, statistics=torch.float32),
 )
 TAYLOR_CPU_QUICK = (*_taylor(_SMALL, dtype=torch.float32), *_taylor(_SMALL))

@@ -224,13 +224,14 @@ def _measure(op: str, case: Case, job: Job, timer: Timer, environment: Environme
     return figures, failures
 
 
-_ROW = "{:<42} {:<14} {:>9} {:>19} {:>9} {:>8} {:>6} {:>8} {:>7} {:>6} {:>9} {:>8}"
+_ROW = "{:<42} {:<14} {:>9} {:>19} {:>9} {:>8} {:>6} {:>6} {:>8} {:>7} {:>6} {:>9} {:>8}"
 _HEADER = _ROW.format(
-    "case", "by", "work µs", "20 %..80 %", "call µs", "GB/s", "copy", "TFLOP/s", "matmul", "base", "×compile", "error"
+    *("case", "by", "work µs", "20 %..80 %", "call µs", "GB/s", "copy", "read"),
+    *("TFLOP/s", "matmul", "base", "×compile", "error"),
 )
 
 
-def _line(figure: Figure) -> str:
+def _line(figure: Figure, environment: Environment) -> str:
     return _ROW.format(
         figure.case,
         figure.implementation,
@@ -239,6 +240,7 @@ def _line(figure: Figure) -> str:
         f"{figure.call_us:.1f}",
         f"{figure.gb_s:.0f}",
         f"{figure.share_of_copy:.0%}",
+        f"{figure.gb_s / environment.read_gb_s:.0%}",
         f"{figure.tflop_s:.2f}" if figure.tflop_s else "",
         f"{figure.share_of_matmul:.0%}" if figure.share_of_matmul else "",
         f"{figure.share_of_baseline:.0%}" if figure.share_of_baseline else "",
@@ -278,7 +280,7 @@ def main(
             found, failed = _measure(op, case, job, timer, environment)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        for line in (*map(_line, found), *failed):
+        for line in (*(_line(figure, environment) for figure in found), *failed):
             print(line, flush=True)
         if table:
             table.append(found)

@@ -20,6 +20,20 @@ void taylor_importance(const py::tuple& weight, const py::tuple& grad, const py:
     taylor_importance_cpu(args);
 }
 
+void sample_importance(int64_t gradients, const py::tuple& weight, int64_t samples, int64_t rows, int64_t columns,
+                       int axis, bool squares, double share, bool first, bool last, int64_t mean, int64_t square,
+                       int64_t fine, int64_t coarse, int64_t pitch, int threads) {
+    SampleImportanceArgs args;
+    args.gradients = pointer<const float>(gradients), args.weight = operand(weight);
+    args.samples = samples, args.rows = rows, args.columns = columns, args.axis = axis;
+    args.squares = squares, args.share = float(share), args.first = first, args.last = last;
+    args.mean = pointer<float>(mean), args.square = pointer<float>(square);
+    args.fine = pointer<double>(fine), args.coarse = pointer<double>(coarse), args.pitch = pitch;
+    args.threads = threads;
+    py::gil_scoped_release release;
+    sample_importance_cpu(args);
+}
+
 void compact(int64_t weight, int64_t out, int64_t keep, int64_t rows, int64_t columns, int64_t row_stride,
              int64_t column_stride, int axis, int element_size, int threads) {
     CompactArgs args;
@@ -46,6 +60,9 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "CPU kernels of hywia_kernels; call them through hywia_kernels.ops.";
     m.def("taylor_importance", &taylor_importance, py::kw_only(), "weight"_a, "grad"_a, "fisher"_a, "units"_a,
           "reduce"_a, "group_size"_a, "order"_a, "fine"_a, "signed_sum"_a, "accumulate"_a, "threads"_a);
+    m.def("sample_importance", &sample_importance, py::kw_only(), "gradients"_a, "weight"_a, "samples"_a, "rows"_a,
+          "columns"_a, "axis"_a, "squares"_a, "share"_a, "first"_a, "last"_a, "mean"_a, "square"_a, "fine"_a,
+          "coarse"_a, "pitch"_a, "threads"_a);
     m.def("compact", &compact, py::kw_only(), "weight"_a, "out"_a, "keep"_a, "rows"_a, "columns"_a, "row_stride"_a,
           "column_stride"_a, "axis"_a, "element_size"_a, "threads"_a);
     m.def("attention_fusion", &attention_fusion, py::kw_only(), "fine"_a, "coarse"_a, "units"_a, "temperature"_a,

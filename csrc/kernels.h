@@ -91,6 +91,27 @@ bool taylor_batch_takes(const TaylorBatchMatrix* matrices, const TaylorBatchResu
 void taylor_batch_cuda(const TaylorBatchMatrix* matrices, const TaylorBatchResult* results, int64_t count, Order order,
                        void* stream);
 
+// One block of linear_importance on the CPU: what its per-sample gradients [samples, rows, columns] add to the sums.
+// Blocks, and chunks of samples of one block, come one after another; a block's chunks share `mean` and `square`.
+struct SampleImportanceArgs {
+    const float* gradients = nullptr;  // dense
+    Operand weight;                    // this block's, as [rows, columns]: unit_stride between rows
+    int64_t samples = 0, rows = 0, columns = 0;
+    int axis = 0;              // 0: a sum per row, 1: per column
+    bool squares = false;      // second and mixed sums as well as first
+    float share = 1.0f;        // one over the number of samples
+    bool first = true;         // this chunk begins the block's samples,
+    bool last = true;          // and this one ends them
+    float* mean = nullptr;     // [rows, columns], between chunks: sums of gradients
+    float* square = nullptr;   // and of their squares
+    double* fine = nullptr;    // [3, ...] added to: first, second, mixed; this block's units at the front
+    double* coarse = nullptr;  // [samples, ...] added to
+    int64_t pitch = 0;         // between rows of `fine`, and of `coarse`
+    int threads = 1;
+};
+
+void sample_importance_cpu(const SampleImportanceArgs& args);
+
 // out = weight.index_select(axis, keep), contiguous. A vector is a matrix of one row with axis 1.
 struct CompactArgs {
     const void* weight = nullptr;

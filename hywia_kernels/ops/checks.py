@@ -148,6 +148,7 @@ def linear_importance(
     named = {"grad_output": grad_output, "input": input, "weight": weight}
     for name, tensor in named.items():
         _tensor(name, tensor)
+    for name, tensor in named.items():
         if tensor.dim() != 2:
             raise UsageError(f"{name}: expected a matrix, got {tensor.dim()} dimensions; pass .flatten(0, -2)")
         _dtype(name, tensor)

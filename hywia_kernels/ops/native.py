@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-OPS = ("taylor_importance", "compact", "attention_fusion", "taylor_importance_batch")
+OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion", "taylor_importance_batch")
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ORDER_CODES = {"first": 0, "second": 1, "mixed": 2}
+
+# linear_importance: a block of per-sample gradients, [samples, rows, columns], is formed and reduced before the next.
+BLOCK_BYTES = 8 << 20  # of gradients: they are read from the last-level cache, not from memory
+CHUNK = 64  # samples formed at once; of more, running sums are kept per block
+WIDEST = 1024  # columns of a block: short rows of gradients make slow products
 
 
 @cache
@@ -81,6 +89,106 @@ def taylor_importance(
         accumulate=accumulate,
         threads=torch.get_num_threads(),
     )
+
+
+def _pieces(size: int, most: int) -> list[tuple[int, int]]:
+    """[0, size) in equal pieces of at most `most`, rounded up to whole cache lines of float32."""
+    if size == 0:
+        return []
+    step = -(-size // -(-size // max(16, most)))
+    step = -(-step // 16) * 16
+    return [(at, min(size, at + step)) for at in range(0, size, step)]
+
+
+@contextmanager
+def _float32_products() -> Iterator[None]:
+    """Products of float32 matrices in float32, whatever torch.set_float32_matmul_precision allows."""
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    if before in ("none", "ieee"):
+        yield
+        return
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _products(dy: Tensor, x: Tensor, limits: list[int], scale: float, out: Tensor) -> None:
+    """out[s] = scale · dy_sᵀ · x_s for the samples between `limits` (the alpha of BLAS costs nothing)."""
+    lengths = {b - a for a, b in itertools.pairwise(limits)}
+    if len(lengths) == 1 and len(limits) > 2:
+        left, right = (t[limits[0] : limits[-1]].view(len(limits) - 1, -1, t.shape[1]) for t in (dy, x))
+        torch.baddbmm(out, left.transpose(1, 2), right, beta=0, alpha=scale, out=out)
+        return
+    for s, (a, b) in enumerate(itertools.pairwise(limits)):
+        torch.addmm(out[s], dy[a:b].t(), x[a:b], beta=0, alpha=scale, out=out[s])
+
+
+@torch.no_grad()
+def linear_importance(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offsets: list[int],
+    axis: int,
+    order: str,
+    group_size: int,
+    per_sample: bool,
+    scale: float,
+    fine: Tensor,
+    coarse: Tensor,
+    accumulate: bool,
+    mapped: Tensor | None = None,
+) -> None:
+    run, threads = _extension().sample_importance, torch.get_num_threads()
+    if not per_sample:  # first order alone: one product over all tokens, as if of one sample
+        scale, offsets = scale / (len(offsets) - 1), [0, offsets[-1]]
+    samples, squares = len(offsets) - 1, order != "first"
+    chunk = min(samples, CHUNK)
+    limits = [offsets[at : at + chunk + 1] for at in range(0, samples, chunk)]
+    rows, columns = weight.shape
+    across = _pieces(columns, min(WIDEST, BLOCK_BYTES // (4 * chunk * 16)))
+    widest = across[0][1] if across else 1
+    down = _pieces(rows, BLOCK_BYTES // (4 * chunk * widest))
+    size = weight.shape[axis]
+    sums = torch.zeros(3 + samples, size, dtype=torch.float64)
+    tallest = down[0][1] if down else 1
+    store = torch.empty(chunk * tallest * widest)
+    running = torch.empty(2, tallest * widest) if len(limits) > 1 else store.view(1, -1).expand(2, -1)
+    with _float32_products():
+        for left, right in across:
+            x = input[:, left:right].to(torch.float32, memory_format=torch.contiguous_format)
+            for top, bottom in down:
+                dy = grad_output[:, top:bottom].to(torch.float32, memory_format=torch.contiguous_format)
+                block, unit = weight[top:bottom, left:right], left if axis else top
+                for number, part in enumerate(limits):
+                    shape = (len(part) - 1, bottom - top, right - left)
+                    gradients = store[: shape[0] * shape[1] * shape[2]].view(shape)
+                    _products(dy, x, part, scale, gradients)
+                    run(
+                        gradients=gradients.data_ptr(),
+                        weight=operand(block, 0),
+                        samples=shape[0],
+                        rows=shape[1],
+                        columns=shape[2],
+                        axis=axis,
+                        squares=squares,
+                        share=1.0 / samples,
+                        first=number == 0,
+                        last=number == len(limits) - 1,
+                        mean=running[0].data_ptr(),
+                        square=running[1].data_ptr(),
+                        fine=sums[0, unit:].data_ptr(),
+                        coarse=sums[3 + number * chunk, unit:].data_ptr(),
+                        pitch=size,
+                        threads=threads,
+                    )
+    sums = sums.view(3 + samples, -1, group_size).sum(2)
+    kept = sums[:3] if order == "all" else sums[ORDER_CODES[order]]
+    for out, total in ((fine, kept), (coarse, sums[3:])):
+        out.copy_(total + out if accumulate else total)
 
 
 def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor) -> None:

@@ -19,6 +19,14 @@ def taylor(weight=W, grad=W, fisher=None, **options):
     return lambda: ops.taylor_importance(weight, grad, fisher, **options)
 
 
+DY, X = torch.ones(12, 4), torch.ones(12, 6)
+
+
+def linear(grad_output=DY, input=X, weight=W, **options):
+    options.setdefault("axis", 0)
+    return lambda: ops.linear_importance(grad_output, input, weight, **options)
+
+
 def compact(weight=W, keep=I64, *args, **options):
     return lambda: ops.compact(weight, keep, *args, **options)
 
@@ -29,6 +37,11 @@ def fuse(fine=V, coarse=V, **options):
 
 DTYPE = "expected dtype float32, bfloat16, float16, got {}; convert it with .to(...)"
 AXIS = "axis: expected 0 (units are rows) or 1 (units are columns), got {}"
+SAMPLES = "samples: expected a positive divisor of the 12 tokens, or offsets, got {}"
+OFFSETS = "samples: expected offsets that increase from 0 to the 12 tokens, got {}"
+KIND = "samples: expected a number or offsets [samples + 1], got {}"
+TENSOR = "samples: expected int64 offsets [samples + 1] on the CPU, got {}"
+SCALE = "scale: expected a positive finite number, got {}"
 TEMPERATURE = "temperature: expected a positive finite number, got {}"
 
 WRONG = {
@@ -129,6 +142,103 @@ WRONG = {
     "out with a step": (
         taylor(out=(V, torch.ones(8)[::2])),
         "out (signed): expected a contiguous vector, got strides (2,); pass .contiguous()",
+    ),
+    "linear: axis": (linear(axis=2), AXIS.format("2")),
+    "linear: axis of True": (linear(axis=True), AXIS.format("True")),
+    "linear: order": (linear(order="third"), "order: expected one of first, second, mixed, all, got 'third'"),
+    "linear: no grad_output": (linear(None), "grad_output: expected a torch.Tensor, got NoneType"),
+    "linear: input as a list": (linear(input=[1.0]), "input: expected a torch.Tensor, got list"),
+    "linear: weight as a list": (linear(weight=[[1.0]]), "weight: expected a torch.Tensor, got list"),
+    "linear: grad_output of three dimensions": (
+        linear(DY.view(3, 4, 4)),
+        "grad_output: expected a matrix, got 3 dimensions; pass .flatten(0, -2)",
+    ),
+    "linear: input of one dimension": (
+        linear(input=V),
+        "input: expected a matrix, got 1 dimensions; pass .flatten(0, -2)",
+    ),
+    "linear: weight of one dimension": (
+        linear(weight=V),
+        "weight: expected a matrix, got 1 dimensions; pass .flatten(0, -2)",
+    ),
+    "linear: weight of float64": (
+        linear(DY.double(), X.double(), F64),
+        "grad_output: " + DTYPE.format("float64"),
+    ),
+    "linear: grad_output of another dtype": (
+        linear(DY.bfloat16()),
+        "grad_output: expected the weight's float32 on cpu, got bfloat16 on cpu; convert it with .to(weight)",
+    ),
+    "linear: input of another dtype": (
+        linear(input=X.half()),
+        "input: expected the weight's float32 on cpu, got float16 on cpu; convert it with .to(weight)",
+    ),
+    "linear: input elsewhere": (
+        linear(input=X.to("meta")),
+        "input: expected the weight's float32 on cpu, got float32 on meta; convert it with .to(weight)",
+    ),
+    "linear: grad_output of another width": (
+        linear(X),
+        "grad_output: expected [tokens, 4], one column per output, got [12, 6]",
+    ),
+    "linear: input of another width": (linear(input=DY), "input: expected [12, 6], got [12, 4]"),
+    "linear: input of other tokens": (linear(input=X[:8]), "input: expected [12, 6], got [8, 6]"),
+    "linear: samples of 0": (linear(samples=0), SAMPLES.format("0")),
+    "linear: samples that do not divide": (linear(samples=5), SAMPLES.format("5")),
+    "linear: no tokens": (
+        linear(DY[:0], X[:0]),
+        "samples: expected a positive divisor of the 0 tokens, or offsets, got 1",
+    ),
+    "linear: samples of True": (linear(samples=True), KIND.format("True")),
+    "linear: samples as a string": (linear(samples="3"), KIND.format("'3'")),
+    "linear: samples of None": (linear(samples=None), KIND.format("None")),
+    "linear: offsets of floats": (linear(samples=[0, 12.0]), KIND.format("[0, 12.0]")),
+    "linear: offsets of one": (linear(samples=[0]), OFFSETS.format("[0]")),
+    "linear: offsets from 1": (linear(samples=[1, 12]), OFFSETS.format("[1, 12]")),
+    "linear: offsets too short": (linear(samples=[0, 4, 8]), OFFSETS.format("[0, 4, 8]")),
+    "linear: an empty sample": (linear(samples=[0, 4, 4, 12]), OFFSETS.format("[0, 4, 4, 12]")),
+    "linear: offsets of int32": (linear(samples=torch.tensor([0, 12]).int()), TENSOR.format("int32 [2] on cpu")),
+    "linear: offsets of two dimensions": (
+        linear(samples=torch.tensor([[0, 12]])),
+        TENSOR.format("int64 [1, 2] on cpu"),
+    ),
+    "linear: offsets elsewhere": (
+        linear(samples=torch.tensor([0, 12]).to("meta")),
+        TENSOR.format("int64 [2] on meta"),
+    ),
+    "linear: group size that does not divide": (
+        linear(group_size=4, axis=1),
+        "group_size: expected a positive divisor of the weight's size 6 along axis 1, got 4",
+    ),
+    "linear: per_sample of 1": (
+        linear(per_sample=1),
+        "per_sample: expected True, or False with order='first', got 1 with 'first'",
+    ),
+    "linear: no samples apart for the second order": (
+        linear(per_sample=False, order="all"),
+        "per_sample: expected True, or False with order='first', got False with 'all'",
+    ),
+    "linear: scale of 0": (linear(scale=0.0), SCALE.format("0.0")),
+    "linear: scale of infinity": (linear(scale=float("inf")), SCALE.format("inf")),
+    "linear: scale of NaN": (linear(scale=float("nan")), SCALE.format("nan")),
+    "linear: scale of True": (linear(scale=True), SCALE.format("True")),
+    "linear: scale as a string": (linear(scale="1"), SCALE.format("'1'")),
+    "linear: out of one tensor": (linear(out=V), "out: expected a pair (fine, coarse) of tensors, got Tensor"),
+    "linear: fine of one order": (
+        linear(order="all", out=(V, V[None])),
+        "out (fine): expected float32 [3, 4] on cpu, got float32 [4] on cpu",
+    ),
+    "linear: coarse of one sample": (
+        linear(samples=3, out=(V, V[None])),
+        "out (coarse): expected float32 [3, 4] on cpu, got float32 [1, 4] on cpu",
+    ),
+    "linear: coarse of float64": (
+        linear(out=(V, V[None].double())),
+        "out (coarse): expected float32 [1, 4] on cpu, got float64 [1, 4] on cpu",
+    ),
+    "linear: coarse transposed": (
+        linear(samples=3, out=(V, torch.ones(4, 3).t())),
+        "out (coarse): expected a contiguous matrix, got strides (1, 3); pass .contiguous()",
     ),
     "compact: axis": (compact(W, I64, 2), AXIS.format("2")),
     "compact: axis of False": (compact(W, I64, False), AXIS.format("False")),

@@ -8,6 +8,8 @@ from operands import generator
 
 from hywia_kernels import ops
 
+OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion")
+
 # `opcheck` runs: the schema tells the truth about mutation and aliasing, autograd is registered soundly, the fake
 # implementation agrees with the real one, also with dynamic shapes.
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -39,6 +41,14 @@ def samples(device):
         yield "taylor_importance", (narrow, narrow, f, 1, "mixed", 4, backend)
         yield "taylor_importance_", (w, g, None, 0, "first", 3, zeros(4), zeros(4), backend)
         yield "taylor_importance_", (w, g, f, 1, "mixed", 1, zeros(20), zeros(20), backend)
+        linear = (random(8, 12, seed=8, device=device), random(8, 20, seed=9, device=device), w)
+        yield "linear_importance", (*linear, [0, 4, 8], 0, "all", 1, True, 1.0, backend)
+        yield "linear_importance", (*linear, [0, 3, 8], 1, "first", 4, False, 0.5, backend)
+        yield "linear_importance_", (*linear, [0, 8], 0, "mixed", 3, True, 1.0, zeros(4), zeros(4)[None], backend)
+        yield (
+            "linear_importance_",
+            (*linear, [0, 2, 8], 1, "all", 2, True, 2.0, zeros(30).view(3, 10), zeros(20).view(2, 10), backend),
+        )
         yield "compact", (w, keep, 0, backend)
         yield "compact", (narrow.t(), keep.to(device), 0, backend)
         yield "compact", (w, keep, 1, backend)
@@ -48,18 +58,15 @@ def samples(device):
         yield "attention_fusion_", (fine, coarse, 1.5, zeros(9), zeros(9), backend)
 
 
-def test_all_six_ops_are_registered():
+def test_all_eight_ops_are_registered():
     names = {name for device in ["cpu"] for name, _ in samples(device)}
-    assert names == {a + b for a in ("taylor_importance", "compact", "attention_fusion") for b in ("", "_")}
+    assert names == {a + b for a in OPS for b in ("", "_")}
     for name in names:
         assert getattr(torch.ops.hywia, name).default._schema.name == f"hywia::{name}"
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "op",
-    ["taylor_importance", "taylor_importance_", "compact", "compact_", "attention_fusion", "attention_fusion_"],
-)
+@pytest.mark.parametrize("op", [name + suffix for name in OPS for suffix in ("", "_")])
 def test_opcheck(op, device):
     checked = 0
     for name, arguments in samples(device):
@@ -103,6 +110,17 @@ def taylor_out(w, g, f):
     return fine.sqrt(), signed
 
 
+def linear(w, g, f):
+    result = ops.linear_importance(g.t(), w.t() * 2.0, f[:, :1] @ f[:1, :12], samples=4, axis=0, order="all")
+    return result.fine + 1.0, result.coarse
+
+
+def linear_out(w, g, f):
+    pair = torch.ones(6, device=w.device), torch.zeros(1, 6, device=w.device)
+    ops.linear_importance(g.t(), w.t(), f[:, :12], samples=[0, 7, 20], axis=1, group_size=2, per_sample=False, out=pair)
+    return pair[0].sqrt(), pair[1]
+
+
 def compact(w, g, f):
     keep = torch.tensor([0, 3, 8])
     return ops.compact(w, keep) + 1.0, ops.compact(g.t(), keep, 1), ops.compact(f[0], keep)
@@ -125,7 +143,7 @@ def fusion_out(w, g, f):
     return pair[0] + 1.0, weight, score
 
 
-FUNCTIONS = [taylor, taylor_out, compact, compact_out, fusion, fusion_out]
+FUNCTIONS = [taylor, taylor_out, linear, linear_out, compact, compact_out, fusion, fusion_out]
 
 
 def inputs(device, rows=12):
