@@ -20,7 +20,7 @@ from .engine.instrument import instrument
 from .engine.kernels import usable
 from .engine.linear import Scorer
 from .engine.memory import MODES, MemoryPlan, plan_memory, plan_whole
-from .engine.patches import forward_replaced, frozen, reproducible
+from .engine.patches import forward_replaced, frozen, reproducible, without_collections
 from .engine.results import Results
 from .engine.rotary import rotary_replaced
 from .engine.samples import Samples, padded
@@ -218,7 +218,7 @@ def calibrate(
             fingerprints.append(begin_fingerprint(model))
             record.update(calibration_sha256=digest(samples.tokens), versions=versions())
 
-    with frozen(model):
+    with frozen(model), without_collections():
         outcome = _attempt(job, meanwhile)
         while outcome is None and memory == "auto" and engine == "fused" and job.plan.mode != MODES[-1]:
             torch.cuda.empty_cache()

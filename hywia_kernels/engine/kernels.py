@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from functools import cache
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.devices import on
 from ..ops.registry import ENVIRONMENT, availability
 from .recompute import Formula, Rerun
 
-__all__ = ["Gate", "RmsNorm", "gate_formula", "kernels_module", "norm_formula", "on", "power_of_two", "usable"]
+__all__ = ["Gate", "RmsNorm", "gate_formula", "kernels_module", "norm_formula", "power_of_two", "usable"]
 
 _BLOCK = 1024
 
@@ -35,10 +35,6 @@ def kernels_module() -> Any:
     from . import kernels_triton
 
     return kernels_triton
-
-
-def on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def power_of_two(n: int) -> int:

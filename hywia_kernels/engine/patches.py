@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["forward_replaced", "frozen", "reproducible"]
+__all__ = ["forward_replaced", "frozen", "reproducible", "without_collections"]
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -76,3 +77,16 @@ def reproducible(on: bool) -> Iterator[None]:
         filling.fill_uninitialized_memory = fill
         if workspace is None:
             os.environ.pop(_CUBLAS, None)
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """No cyclic garbage collection: one in the middle of a pass goes through everything that is imported, for up to a
+    tenth of a second, and what a pass leaves is freed by reference counts."""
+    enabled = gc.isenabled()
+    try:
+        gc.disable()
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,15 @@ class Results:
         self.coarse: dict[str, Tensor] = {}
         self._pieces: dict[str, Tensor] = {}
         self._remaining = {group.name: len(group.members) for group in found}
-        self._ready: dict[str, torch.cuda.Event] = {}
+        self._flat: list[Tensor] = []
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._copies: dict[str, Future[Tensor]] = {}
+        self._copier: ThreadPoolExecutor | None = None
         device_of = {g.name: linears[g.members[0].module].weight.device for g in found}
         for device in dict.fromkeys(device_of.values()):
             here = [g for g in found if device_of[g.name] == device]
             flat = torch.zeros(sum(sum(_sizes(g, samples)) for g in here), dtype=torch.float32, device=device)
+            self._flat.append(flat)
             for group, piece in zip(here, flat.split([sum(_sizes(g, samples)) for g in here]), strict=True):
                 self._pieces[group.name] = piece
                 self.fine[group.name], self.coarse[group.name] = self._views(group, piece)
@@ -50,18 +55,36 @@ class Results:
         return fine, piece[start : start + shape[0] * shape[1] * shape[2]].view(shape)
 
     def arrived(self, name: str) -> None:
-        """One matrix of a group has been scored. After the last, a download need not wait for the other groups."""
+        """One matrix of a group has been scored.
+
+        After the last, on CUDA, the group is copied to the host by a thread and on a stream of their own, while the
+        backward goes on with the groups before it: the copies and the pages they land on take longer than the
+        backward's own use of the host leaves.
+        """
         self._remaining[name] -= 1
         device = self._pieces[name].device
-        if self._remaining[name] == 0 and device.type == "cuda":
-            self._ready[name] = torch.cuda.Event()
-            self._ready[name].record(torch.cuda.current_stream(device))
+        if self._remaining[name] or device.type != "cuda":
+            return
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(device))
+        if self._copier is None:
+            self._copier = ThreadPoolExecutor(1, "hywia-results")
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        self._copies[name] = self._copier.submit(self._copy, name, self._streams[device], ready)
+
+    def _copy(self, name: str, stream: torch.cuda.Stream, ready: torch.cuda.Event) -> Tensor:
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            return self._pieces[name].cpu()
 
     def first_bad(self) -> str | None:
         """The module whose gradient was the first in the backward's order to be NaN or Inf; None when all is well.
 
-        NaN and Inf survive every sum, so the results tell for the gradients; one wait for the device in all.
+        NaN and Inf survive every sum, so the results tell for the gradients; one wait a device where all is well.
         """
+        if all(bool(torch.isfinite(flat.sum(dtype=torch.float64))) for flat in self._flat):
+            return None
         sums = []
         for group in self.groups:
             per_member = self.coarse[group.name].sum((1, 2))
@@ -79,25 +102,17 @@ class Results:
         return None
 
     def download(self, order: Tensor) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-        """`(fine, coarse)` of `Statistics`, on the CPU; sample `s` of the results becomes sample `order[s]`.
-
-        On CUDA each group is copied as soon as it is complete, on a stream of its own, while the backward goes on with
-        the layers before it.
-        """
+        """`(fine, coarse)` of `Statistics`, on the CPU; sample `s` of the results becomes sample `order[s]`."""
         inverse = torch.argsort(order)
         straight = bool((inverse == torch.arange(len(order))).all())
-        host: dict[str, Tensor] = {}
-        streams: dict[torch.device, torch.cuda.Stream] = {}
-        for group in reversed(self.groups):
-            piece, event = self._pieces[group.name], self._ready.get(group.name)
-            if event is None:
-                host[group.name] = piece.cpu()
-                continue
-            if piece.device not in streams:
-                streams[piece.device] = torch.cuda.Stream(piece.device)
-            with torch.cuda.stream(streams[piece.device]):
-                streams[piece.device].wait_event(event)
-                host[group.name] = piece.cpu()
+        host = {
+            group.name: self._copies[group.name].result()
+            if group.name in self._copies
+            else self._pieces[group.name].cpu()
+            for group in self.groups
+        }
+        if self._copier is not None:
+            self._copier.shutdown()
         fine, coarse = {}, {}
         for group in self.groups:
             three, signed = self._views(group, host[group.name])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import arch
-from .kernels import kernels_module, on, power_of_two, usable
+from ..ops.devices import on
+from .kernels import kernels_module, power_of_two, usable
 
 __all__ = ["rotary_replaced", "rotated"]
 

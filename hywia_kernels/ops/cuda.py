@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .devices import on
 from .native import DTYPE_CODES, ORDER_CODES, compact_sizes, operand
 
 OPS = ("taylor_importance", "linear_importance", "compact", "taylor_importance_batch")
@@ -169,7 +170,7 @@ def taylor_importance(
         "group_size": group_size,
         "order": ORDER_CODES[order],
     }
-    with torch.cuda.device(weight.device):
+    with on(weight.device):
         # The caching allocator ties the workspace to the current stream, so it may be freed when this returns.
         floats = extension.taylor_importance_workspace(**call)
         workspace = torch.empty(floats, dtype=torch.float32, device=weight.device)
@@ -207,7 +208,7 @@ def linear_importance(
 ) -> None:
     extension = _extension()
     samples, tokens = len(offsets) - 1, offsets[-1]
-    equal = all(o * samples == i * tokens for i, o in enumerate(offsets))
+    equal = tokens % samples == 0 and offsets == list(range(0, tokens + 1, tokens // samples))
     limits = None if equal else torch.tensor(offsets, dtype=torch.int32).to(weight.device, non_blocking=True)
     call = extension.LinearImportanceArgs(
         grad_output=(grad_output.data_ptr(), _pitch(grad_output)),
@@ -226,7 +227,7 @@ def linear_importance(
         per_sample=per_sample,
         scale=scale,
     )
-    with torch.cuda.device(weight.device):
+    with on(weight.device):
         workspace = torch.empty(extension.linear_importance_workspace(call), dtype=torch.float32, device=weight.device)
         extension.linear_importance(
             call,
@@ -239,7 +240,7 @@ def linear_importance(
 
 
 def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor) -> None:
-    with torch.cuda.device(weight.device):
+    with on(weight.device):
         _extension().compact(
             weight=weight.data_ptr(),
             out=out.data_ptr(),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 import torch
 from torch import Tensor
+
+from .devices import on
 
 try:
     import triton
@@ -47,10 +48,6 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
         return None
     mode = "under TRITON_INTERPRET=1" if _interpreted() else "without TRITON_INTERPRET=1"
     return f"{mode} it takes tensors on {wanted}, got {elsewhere}"
-
-
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _power_of_two(n: int, most: int) -> int:
@@ -105,7 +102,7 @@ def taylor_importance(
     strides = [
         s for x in (weight, grad, fisher) for s in ((x.stride(axis), x.stride(1 - axis)) if x is not None else (0, 0))
     ]
-    with _on(weight.device):
+    with on(weight.device):
         kernels.taylor_partial[(blocks, pieces)](
             weight,
             weight if grad is None else grad,
@@ -141,7 +138,7 @@ def taylor_importance(
 
 
 def linear_importance(grad_output: Tensor, input: Tensor, weight: Tensor, *call) -> None:
-    with _on(weight.device):
+    with on(weight.device):
         triton_linear.linear_importance(grad_output, input, weight, *call)
 
 
@@ -154,7 +151,7 @@ def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor) -> None:
     block_columns = _power_of_two(columns, 512)
     block_rows = _power_of_two(rows, max(1, _TILE // block_columns))
     grid = (triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns),)
-    with _on(weight.device):
+    with on(weight.device):
         kernels.gather[grid](
             weight,
             keep,
@@ -174,7 +171,7 @@ def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, score: Te
     count = fine.numel()
     if count == 0:
         return
-    with _on(fine.device):
+    with on(fine.device):
         kernels.attention[(1,)](
             fine,
             coarse,
