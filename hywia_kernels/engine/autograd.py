@@ -64,7 +64,6 @@ class Sink:
                 out=(fine, torch.zeros_like(fine)),
                 backend=self.backend,
             )
-        self.results.arrived(self.group)
         self.bar.step()
 
 

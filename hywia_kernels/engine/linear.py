@@ -100,7 +100,6 @@ class Scorer:
             True,
             mapped,
         )
-        self.results.arrived(target.group)
         self.bar.step()
 
 

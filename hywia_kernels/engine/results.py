@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,12 @@ def _sizes(group: Group, samples: int) -> tuple[int, int]:
     return tuple(-(-n // _ALIGN) * _ALIGN for n in (fine, coarse))  # type: ignore[return-value]
 
 
+def _pieces(groups: Sequence[Group], samples: int) -> list[int]:
+    return [sum(_sizes(group, samples)) for group in groups]
+
+
 def result_bytes(found: Sequence[Group], samples: int) -> int:
-    return 4 * sum(sum(_sizes(group, samples)) for group in found)
+    return 4 * sum(_pieces(found, samples))
 
 
 class Results:
@@ -33,19 +36,13 @@ class Results:
         self.groups, self.samples = found, samples
         self.fine: dict[str, Tensor] = {}
         self.coarse: dict[str, Tensor] = {}
-        self._pieces: dict[str, Tensor] = {}
-        self._remaining = {group.name: len(group.members) for group in found}
-        self._flat: list[Tensor] = []
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._copies: dict[str, Future[Tensor]] = {}
-        self._copier: ThreadPoolExecutor | None = None
+        self._flat: list[tuple[Tensor, list[Group]]] = []
         device_of = {g.name: linears[g.members[0].module].weight.device for g in found}
         for device in dict.fromkeys(device_of.values()):
             here = [g for g in found if device_of[g.name] == device]
-            flat = torch.zeros(sum(sum(_sizes(g, samples)) for g in here), dtype=torch.float32, device=device)
-            self._flat.append(flat)
-            for group, piece in zip(here, flat.split([sum(_sizes(g, samples)) for g in here]), strict=True):
-                self._pieces[group.name] = piece
+            flat = torch.zeros(sum(_pieces(here, samples)), dtype=torch.float32, device=device)
+            self._flat.append((flat, here))
+            for group, piece in zip(here, flat.split(_pieces(here, samples)), strict=True):
                 self.fine[group.name], self.coarse[group.name] = self._views(group, piece)
 
     def _views(self, group: Group, piece: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,36 +51,12 @@ class Results:
         fine = piece[: len(ORDERS) * group.units].view(len(ORDERS), group.units)
         return fine, piece[start : start + shape[0] * shape[1] * shape[2]].view(shape)
 
-    def arrived(self, name: str) -> None:
-        """One matrix of a group has been scored.
-
-        After the last, on CUDA, the group is copied to the host by a thread and on a stream of their own, while the
-        backward goes on with the groups before it: the copies and the pages they land on take longer than the
-        backward's own use of the host leaves.
-        """
-        self._remaining[name] -= 1
-        device = self._pieces[name].device
-        if self._remaining[name] or device.type != "cuda":
-            return
-        ready = torch.cuda.Event()
-        ready.record(torch.cuda.current_stream(device))
-        if self._copier is None:
-            self._copier = ThreadPoolExecutor(1, "hywia-results")
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        self._copies[name] = self._copier.submit(self._copy, name, self._streams[device], ready)
-
-    def _copy(self, name: str, stream: torch.cuda.Stream, ready: torch.cuda.Event) -> Tensor:
-        with torch.cuda.stream(stream):
-            stream.wait_event(ready)
-            return self._pieces[name].cpu()
-
     def first_bad(self) -> str | None:
         """The module whose gradient was the first in the backward's order to be NaN or Inf; None when all is well.
 
         NaN and Inf survive every sum, so the results tell for the gradients; one wait a device where all is well.
         """
-        if all(bool(torch.isfinite(flat.sum(dtype=torch.float64))) for flat in self._flat):
+        if all(bool(torch.isfinite(flat.sum(dtype=torch.float64))) for flat, _ in self._flat):
             return None
         sums = []
         for group in self.groups:
@@ -105,14 +78,12 @@ class Results:
         """`(fine, coarse)` of `Statistics`, on the CPU; sample `s` of the results becomes sample `order[s]`."""
         inverse = torch.argsort(order)
         straight = bool((inverse == torch.arange(len(order))).all())
-        host = {
-            group.name: self._copies[group.name].result()
-            if group.name in self._copies
-            else self._pieces[group.name].cpu()
-            for group in self.groups
-        }
-        if self._copier is not None:
-            self._copier.shutdown()
+        host: dict[str, Tensor] = {}
+        for (
+            flat,
+            here,
+        ) in self._flat:  # one copy a device: many small ones, or a thread's beside the backward, took longer
+            host |= zip((g.name for g in here), flat.cpu().split(_pieces(here, self.samples)), strict=True)
         fine, coarse = {}, {}
         for group in self.groups:
             three, signed = self._views(group, host[group.name])
