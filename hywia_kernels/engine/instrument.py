@@ -31,7 +31,7 @@ def instrument(model: Any, linears: Mapping[str, nn.Linear], found: Sequence[Gro
     for group in found:
         for member, coarse in zip(group.members, results.coarse[group.name], strict=True):
             linear = linears[member.module]
-            targets[linear] = Target(group.name, member, linear.weight.detach(), results.fine[group.name], coarse)
+            targets[linear] = Target(member, linear.weight.detach(), results.fine[group.name], coarse)
     replacements: Replacements = []
     for layer in model.get_submodule(entry.layers):
         replacements += _in_layer(layer, entry, targets, scorer)

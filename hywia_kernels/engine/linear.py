@@ -25,7 +25,6 @@ __all__ = ["Collected", "Scorer", "Target", "scored_forward"]
 class Target:
     """One matrix and where its results go."""
 
-    group: str
     member: Member
     weight: Tensor
     fine: Tensor  # float32 [3, units], shared with the group's other matrices

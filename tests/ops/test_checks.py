@@ -143,6 +143,15 @@ WRONG = {
         taylor(out=(V, torch.ones(8)[::2])),
         "out (signed): expected a contiguous vector, got strides (2,); pass .contiguous()",
     ),
+    "linear: mapped as a list": (linear(mapped=[1.0], axis=0), "mapped: expected a torch.Tensor, got list"),
+    "linear: mapped of the other axis": (
+        linear(mapped=X, axis=0),
+        "mapped: expected float32 [12, 4] on cpu, got float32 [12, 6] on cpu; leave it out",
+    ),
+    "linear: mapped of another dtype": (
+        linear(mapped=X.half(), axis=1),
+        "mapped: expected float32 [12, 6] on cpu, got float16 [12, 6] on cpu; leave it out",
+    ),
     "linear: axis": (linear(axis=2), AXIS.format("2")),
     "linear: axis of True": (linear(axis=True), AXIS.format("True")),
     "linear: order": (linear(order="third"), "order: expected one of first, second, mixed, all, got 'third'"),

@@ -42,12 +42,12 @@ def samples(device):
         yield "taylor_importance_", (w, g, None, 0, "first", 3, zeros(4), zeros(4), backend)
         yield "taylor_importance_", (w, g, f, 1, "mixed", 1, zeros(20), zeros(20), backend)
         linear = (random(8, 12, seed=8, device=device), random(8, 20, seed=9, device=device), w)
-        yield "linear_importance", (*linear, [0, 4, 8], 0, "all", 1, True, 1.0, backend)
-        yield "linear_importance", (*linear, [0, 3, 8], 1, "first", 4, False, 0.5, backend)
-        yield "linear_importance_", (*linear, [0, 8], 0, "mixed", 3, True, 1.0, zeros(4), zeros(4)[None], backend)
+        yield "linear_importance", (*linear, [0, 4, 8], 0, "all", 1, True, 1.0, None, backend)
+        yield "linear_importance", (*linear, [0, 3, 8], 1, "first", 4, False, 0.5, None, backend)
+        yield "linear_importance_", (*linear, [0, 8], 0, "mixed", 3, True, 1.0, None, zeros(4), zeros(4)[None], backend)
         yield (
             "linear_importance_",
-            (*linear, [0, 2, 8], 1, "all", 2, True, 2.0, zeros(30).view(3, 10), zeros(20).view(2, 10), backend),
+            (*linear, [0, 2, 8], 1, "all", 2, True, 2.0, None, zeros(30).view(3, 10), zeros(20).view(2, 10), backend),
         )
         yield "compact", (w, keep, 0, backend)
         yield "compact", (narrow.t(), keep.to(device), 0, backend)

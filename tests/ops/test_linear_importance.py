@@ -297,6 +297,23 @@ def test_two_runs_give_the_same_bits(backend, axis):
 
 
 @every_backend
+@pytest.mark.parametrize("axis", [0, 1])
+def test_what_the_weight_made_changes_nothing_but_rounding(backend, axis):
+    """`mapped` spares work where a backend uses it; the result is what it is without."""
+    device = need(backend, "linear_importance")
+    dy, x, w = operands(12, (16, 24), device=device, seed=21)
+    mapped = x @ w.t() if axis == 0 else dy @ w
+    if backend == "cuda":
+        dy, x, w, mapped = (t.half() for t in (dy, x, w, mapped))
+    options = {"samples": [0, 5, 12], "axis": axis, "order": "all", "group_size": 4, "backend": backend}
+    plain, got = ops.linear_importance(dy, x, w, **options), ops.linear_importance(dy, x, w, mapped=mapped, **options)
+    torch.testing.assert_close(got.fine, plain.fine, rtol=1e-5, atol=0.0)
+    scale = float(plain.coarse.abs().max())
+    assert float((got.coarse - plain.coarse).abs().max()) <= (2e-3 if backend == "cuda" else 1e-6) * scale
+
+
+
+@every_backend
 def test_inputs_stay_and_nothing_is_differentiable(backend):
     device = need(backend, OP)
     made = operands(8, (6, 10), device=device)
