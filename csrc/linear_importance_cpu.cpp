@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kLanes = 32;    // columns taken at once
 constexpr int64_t kFlush = 32;    // float32 additions per sum before it is added in double
-constexpr int64_t kStrip = 128;   // columns of a task when the units are columns
+constexpr int64_t kStrip = 128;   // columns of a task, at most, when the units are columns
 constexpr int64_t kRowTask = 4;   // rows of a task when the units are rows
 constexpr int64_t kAhead = 1024;  // bytes of each sample's gradient asked for before they are needed
 constexpr int64_t kOrders = 3;    // first, second, mixed
@@ -148,7 +148,9 @@ void column_task(const SampleImportanceArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void sample_importance_cpu(const SampleImportanceArgs& a) {
-    const int64_t size = a.axis == 0 ? a.rows : a.columns, step = a.axis == 0 ? kRowTask : kStrip;
+    const int64_t size = a.axis == 0 ? a.rows : a.columns;
+    const int64_t eighth = (size / 8 + kLanes - 1) / kLanes * kLanes;  // an even number of strips, where it can be
+    const int64_t step = a.axis == 0 ? kRowTask : std::clamp(eighth, kLanes, kStrip);
     const int threads = useful_threads(a.threads, a.rows * a.columns * a.samples);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t begin = 0; begin < size; begin += step) {
