@@ -309,7 +309,6 @@ def test_what_the_weight_made_changes_nothing_but_rounding(backend, axis):
     assert float((got.coarse - plain.coarse).abs().max()) <= (2e-3 if backend == "cuda" else 1e-6) * scale
 
 
-
 @every_backend
 def test_inputs_stay_and_nothing_is_differentiable(backend):
     device = need(backend, OP)

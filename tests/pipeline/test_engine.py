@@ -112,9 +112,10 @@ def test_padding_is_not_scored(gqa, tokens, monkeypatch):
     seen = []
     original = Scorer.score
 
-    def spy(self, target, grad_output, inputs):
+    def spy(self, target, grad_output, inputs, mapped=None):
+        assert mapped is None or mapped.shape[0] == grad_output.shape[0]
         seen.append((grad_output.shape[0], self.offsets))
-        original(self, target, grad_output, inputs)
+        original(self, target, grad_output, inputs, mapped)
 
     monkeypatch.setattr(Scorer, "score", spy)
     hk.calibrate(gqa, [tokens[0], tokens[1, :14]], memory="fast")
