@@ -38,6 +38,7 @@ bench: setup
 	mkdir -p $(BENCH)
 	rm -f $(BENCH)/*.csv
 	$(BIN)/python -m benchmarks.bench_taylor --csv $(BENCH)/results.csv
+	$(BIN)/python -m benchmarks.bench_taylor_batch --csv $(BENCH)/results.csv
 	$(BIN)/python -m benchmarks.bench_linear --csv $(BENCH)/results.csv
 	$(BIN)/python -m benchmarks.bench_compact --csv $(BENCH)/results.csv
 	$(BIN)/python -m benchmarks.bench_engine --csv $(BENCH)/engine.csv
