@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import types
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from hywia_kernels.ops import cuda
 
@@ -127,6 +129,43 @@ def test_architectures_without_a_driver(build, monkeypatch):
 )
 def test_covered_gpus(built, capability, runs):
     assert cuda.covers(built, capability) is runs
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "dtype", "reason"),
+    [
+        ((9, 0), "80-real 90a-real 90-virtual", torch.bfloat16, None),
+        ((9, 0), "90a", torch.float16, None),
+        ((9, 0), "90a-real", torch.float32, "it takes torch.bfloat16 and torch.float16, got torch.float32"),
+        ((9, 0), "80-real 90-virtual", torch.bfloat16, "built for 80-real 90-virtual, without 90a; reinstall"),
+        ((9, 0), "90", torch.bfloat16, "built for 90, without 90a; reinstall"),
+        ((8, 0), "80-real 90a-real", torch.bfloat16, "run on compute capability 9.0, got 8.0"),
+        ((10, 0), "90a-real 90-virtual", torch.bfloat16, "run on compute capability 9.0, got 10.0"),
+    ],
+)
+def test_kernels_that_need_hopper(monkeypatch, capability, built, dtype, reason):
+    """Code compiled without Hopper's own instructions has nothing in those kernels: it must not be taken."""
+    monkeypatch.setattr(cuda, "_extension", lambda: types.SimpleNamespace(architectures=built))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    operands = (torch.zeros(8, 16, dtype=dtype), torch.zeros(8, 24, dtype=dtype), torch.zeros(16, 24, dtype=dtype))
+    refused = cuda._linear(*operands)
+    assert refused is None if reason is None else reason in str(refused)
+
+
+@pytest.mark.parametrize("name", ["grad_output", "input", "weight", "mapped"])
+def test_layouts_that_the_copy_engine_does_not_take(monkeypatch, name):
+    monkeypatch.setattr(cuda, "_extension", lambda: types.SimpleNamespace(architectures="90a"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    shapes = {"grad_output": (8, 16), "input": (8, 24), "weight": (16, 24), "mapped": (8, 16)}
+    made = {n: torch.zeros(shape).bfloat16() for n, shape in shapes.items()}
+    assert cuda._linear(**made) is None
+    rows, columns = shapes[name]
+    whole = torch.zeros(rows, columns + 16).bfloat16()
+    odd = (whole[:, 4 : 4 + columns], torch.zeros(rows, columns + 4).bfloat16()[:, :columns])
+    assert cuda._linear(**{**made, name: whole[:, 8 : 8 + columns]}) is None
+    for tensor in odd:
+        refused = cuda._linear(**{**made, name: tensor})
+        assert str(refused).startswith(f"{name}: it takes contiguous rows that begin at multiples of 16 bytes, got")
 
 
 def test_a_failing_compiler_is_left_out_or_refused(build, monkeypatch, capsys):

@@ -44,6 +44,11 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+def has_hopper_code(architectures: str) -> bool:
+    """Whether code with Hopper's own instructions was compiled: plain sm_90 code and PTX leave those kernels empty."""
+    return any(name.startswith("90a") for name in re.split(r"[;\s]+", architectures))
+
+
 @cache
 def _uncovered(device: int) -> str | None:
     capability = torch.cuda.get_device_capability(device)
@@ -114,6 +119,9 @@ def _linear(grad_output: Tensor, input: Tensor, weight: Tensor, mapped: Tensor |
         return "its kernels use Hopper's own instructions and run on compute capability 9.0, got {}.{}".format(
             *capability
         )
+    built = _extension().architectures
+    if not has_hopper_code(built):
+        return f"the CUDA extension was built for {built}, without 90a; reinstall with HYWIA_CUDA_ARCHITECTURES=90a"
     if weight.dtype == torch.float32:
         return "it takes torch.bfloat16 and torch.float16, got torch.float32"
     named = {"grad_output": grad_output, "input": input, "weight": weight, "mapped": mapped}
