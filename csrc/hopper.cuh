@@ -77,7 +77,6 @@ __device__ __forceinline__ void cluster_sync() {
 
 constexpr uint64_t kEvictNormal = 0x1000000000000000;
 constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // L2 policy of createpolicy.fractional.L2::evict_first, whole
-constexpr uint64_t kEvictLast = 0x14F0000000000000;
 
 __device__ __forceinline__ void prefetch_map(const void* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

@@ -6,11 +6,6 @@
 
 namespace hywia {
 
-#ifdef HYWIA_EVICT_LAST
-constexpr uint64_t kOperands = hopper::kEvictLast;
-#else
-constexpr uint64_t kOperands = hopper::kEvictNormal;
-#endif
 constexpr int kTileM = 128, kStepK = kLinearStepTokens;
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kLinearThreads = 128 * (kConsumers + 1);
@@ -155,17 +150,17 @@ __device__ void produce(const LinearKernelArgs& p, const CUtensorMap* map_a, con
                     const int chunk = CN == 1 ? i : place.n * kAChunks + i;
                     const uint32_t to = shared.a(ring.slot) + chunk * kChunkBytes;
                     if constexpr (CN == 1)
-                        copy_box(to, map_a, m + chunk * 64, token, full, kOperands);
+                        copy_box(to, map_a, m + chunk * 64, token, full, kEvictNormal);
                     else
-                        copy_box_multicast(to, map_a, m + chunk * 64, token, full, same_m, kOperands);
+                        copy_box_multicast(to, map_a, m + chunk * 64, token, full, same_m, kEvictNormal);
                 }
                 for (int i = 0; i < kBChunks; ++i) {
                     const int chunk = CM == 1 ? i : place.m * kBChunks + i;
                     const uint32_t to = shared.b(ring.slot) + chunk * kChunkBytes;
                     if constexpr (CM == 1)
-                        copy_box(to, map_b, n + chunk * 64, token, full, kOperands);
+                        copy_box(to, map_b, n + chunk * 64, token, full, kEvictNormal);
                     else
-                        copy_box_multicast(to, map_b, n + chunk * 64, token, full, same_n, kOperands);
+                        copy_box_multicast(to, map_b, n + chunk * 64, token, full, same_n, kEvictNormal);
                 }
                 ring.advance();
             }

@@ -128,6 +128,14 @@ def _offsets(samples: object, tokens: int) -> list[int]:
     return list(samples)
 
 
+def linear_shapes(
+    weight: Tensor, offsets: list[int], axis: int, order: str, group_size: int, per_sample: bool
+) -> tuple[list[int], list[int]]:
+    """Of `linear_importance`'s fine and coarse sums."""
+    units = weight.shape[axis] // group_size
+    return [3, units] if order == "all" else [units], [len(offsets) - 1 if per_sample else 1, units]
+
+
 def linear_importance(
     grad_output: Tensor,
     input: Tensor,
@@ -180,10 +188,8 @@ def linear_importance(
                 f"got {_name(mapped.dtype)} {list(mapped.shape)} on {mapped.device}; leave it out"
             )
     if out is not None:
-        units = weight.shape[axis] // group_size
-        fine = [3, units] if order == "all" else [units]
-        coarse = [len(offsets) - 1 if per_sample else 1, units]
-        _pair(out, ("fine", "coarse"), (fine, coarse), weight.device)
+        shapes = linear_shapes(weight, offsets, axis, order, group_size, per_sample)
+        _pair(out, ("fine", "coarse"), shapes, weight.device)
     return offsets
 
 

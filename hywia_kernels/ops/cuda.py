@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch import by_result, triples
 from .devices import on
 from .native import DTYPE_CODES, ORDER_CODES, compact_sizes, operand
 
@@ -270,17 +271,11 @@ def taylor_importance_batch(
     signed: list[Tensor],
     accumulate: bool,
 ) -> None:
-    members: list[list[int]] = [[] for _ in fine]
-    for i, result in enumerate(into):
-        members[result].append(i)
-
-    def operands(i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return weights[i], grads[i] if grads else None, fishers[i] if fishers else None
-
-    with torch.cuda.device(weights[0].device):
-        left = _extension().taylor_importance_batch(
+    members, operands = by_result(into, len(fine)), triples(weights, grads, fishers)
+    with on(weights[0].device):
+        left: list[int] = _extension().taylor_importance_batch(
             matrices=[
-                (*(operand(x, axes[i]) for x in operands(i)), weights[i].shape[1 - axes[i]], group_sizes[i])
+                (*(operand(x, axes[i]) for x in operands[i]), weights[i].shape[1 - axes[i]], group_sizes[i])
                 for listed in members
                 for i in listed
             ],
@@ -294,4 +289,4 @@ def taylor_importance_batch(
     for result in left:  # layouts that the kernel cannot read in 16-byte words
         for number, i in enumerate(members[result]):
             add = accumulate or number > 0
-            taylor_importance(*operands(i), axes[i], order, group_sizes[i], fine[result], signed[result], add)
+            taylor_importance(*operands[i], axes[i], order, group_sizes[i], fine[result], signed[result], add)

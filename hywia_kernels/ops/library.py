@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .batch import triples
 from .registry import implementation
 
 
@@ -44,13 +45,6 @@ def taylor_importance_(
     run(weight, grad, fisher, axis, order, group_size, fine, signed, True)
 
 
-def _linear_shapes(
-    weight: Tensor, offsets: list[int], axis: int, order: str, group_size: int, per_sample: bool
-) -> tuple[tuple[int, ...], tuple[int, int]]:
-    units = _units(weight, axis, group_size)
-    return (3, units) if order == "all" else (units,), (len(offsets) - 1 if per_sample else 1, units)
-
-
 def linear_importance(
     grad_output: Tensor,
     input: Tensor,
@@ -65,7 +59,7 @@ def linear_importance(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     run = implementation("linear_importance", backend, grad_output, input, weight, mapped)
-    shapes = _linear_shapes(weight, offsets, axis, order, group_size, per_sample)
+    shapes = checks.linear_shapes(weight, offsets, axis, order, group_size, per_sample)
     fine, coarse = (torch.empty(shape, dtype=torch.float32, device=weight.device) for shape in shapes)
     run(grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, fine, coarse, False, mapped)
     return fine, coarse
@@ -130,7 +124,7 @@ def _fake_taylor(weight, grad, fisher, axis, order, group_size, backend=None):
 
 
 def _fake_linear(grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, mapped, backend=None):
-    shapes = _linear_shapes(weight, offsets, axis, order, group_size, per_sample)
+    shapes = checks.linear_shapes(weight, offsets, axis, order, group_size, per_sample)
     return tuple(weight.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
@@ -193,11 +187,8 @@ _register(
 
 
 def _batch_operands(weights: list[Tensor], grads: list[Tensor], fishers: list[Tensor]) -> list[Tensor | None]:
-    """Weight, gradient and Fisher information of each matrix in turn, as the backends' `unsupported` looks at them."""
-    operands: list[Tensor | None] = []
-    for i, weight in enumerate(weights):
-        operands += [weight, grads[i] if grads else None, fishers[i] if fishers else None]
-    return operands
+    """The operands of all matrices in turn, as the backends' `unsupported` looks at them."""
+    return [operand for operands in triples(weights, grads, fishers) for operand in operands]
 
 
 def _batch_units(weights: list[Tensor], axes: list[int], group_sizes: list[int], into: list[int]) -> list[int]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch import triples
+
 OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion", "taylor_importance_batch")
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -227,8 +229,7 @@ def taylor_importance_batch(
 ) -> None:
     """One matrix after the other: a call costs nothing here."""
     seen: set[int] = set()
-    for i, (weight, result) in enumerate(zip(weights, into, strict=True)):
-        grad, fisher = (x[i] if x else None for x in (grads, fishers))
+    for i, (operands, result) in enumerate(zip(triples(weights, grads, fishers), into, strict=True)):
         add = accumulate or result in seen
-        taylor_importance(weight, grad, fisher, axes[i], order, group_sizes[i], fine[result], signed[result], add)
+        taylor_importance(*operands, axes[i], order, group_sizes[i], fine[result], signed[result], add)
         seen.add(result)

@@ -10,6 +10,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from .batch import triples
+
 OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion", "taylor_importance_batch")
 
 
@@ -164,9 +166,8 @@ def taylor_importance_batch_fp64(
 ) -> list[tuple[Tensor, Tensor]]:
     """`(fine, signed)` of each result: the sums of its matrices, added in the order in which they are listed."""
     results: dict[int, tuple[Tensor, Tensor]] = {}
-    for i, weight in enumerate(weights):
-        grad, fisher = (x[i] if x else None for x in (grads, fishers))
-        fine, signed = taylor_importance_fp64(weight, grad, fisher, axes[i], order, group_sizes[i])
+    for i, operands in enumerate(triples(weights, grads, fishers)):
+        fine, signed = taylor_importance_fp64(*operands, axes[i], order, group_sizes[i])
         before = results.get(into[i])
         results[into[i]] = (fine, signed) if before is None else (before[0] + fine, before[1] + signed)
     return [results[result] for result in range(len(results))]

@@ -24,8 +24,8 @@ OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion", 
 # Enough programs for eight on each of 132 multiprocessors. A constant, so that the cut of the work, and with it the
 # bits of the result, depends on the shape alone.
 _PROGRAMS = 1056
-_TILE = 2048  # elements of each operand a program holds: 16 a thread, 32 bytes of bf16 a load
-_LONGEST_CHAIN = 128  # float32 additions in a row, so that a sum keeps six digits
+TILE = 2048  # elements of each operand a program holds: 16 a thread, 32 bytes of bf16 a load
+LONGEST_CHAIN = 128  # float32 additions in a row, so that a sum keeps six digits
 _TEMPERATURES = (1e-37, 1e37)  # Triton hands a float over as float32; beyond these the blend is 0, 1 or 1/2 already
 
 
@@ -50,7 +50,7 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
     return f"{mode} it takes tensors on {wanted}, got {elsewhere}"
 
 
-def _power_of_two(n: int, most: int) -> int:
+def power_of_two(n: int, most: int) -> int:
     return min(triton.next_power_of_2(max(n, 1)), most)
 
 
@@ -64,14 +64,14 @@ def _cut(lines: int, reduce: int, group_size: int, reduce_contiguous: bool) -> t
     fold = group_size > 1
     span = group_size if fold else lines
     if reduce_contiguous:
-        block_r = _power_of_two(reduce, 512)
-        block_u = _power_of_two(span, max(1, min(_TILE // block_r, 64)))
+        block_r = power_of_two(reduce, 512)
+        block_u = power_of_two(span, max(1, min(TILE // block_r, 64)))
     else:
-        block_u = _power_of_two(span, 128)
-        block_r = _power_of_two(reduce, max(1, min(_TILE // block_u, 64)))
+        block_u = power_of_two(span, 128)
+        block_r = power_of_two(reduce, max(1, min(TILE // block_u, 64)))
     blocks = (lines // group_size) * triton.cdiv(group_size, block_u) if fold else triton.cdiv(lines, block_u)
     steps = triton.cdiv(reduce, block_r)
-    pieces = max(_PROGRAMS // blocks, triton.cdiv(steps, _LONGEST_CHAIN))
+    pieces = max(_PROGRAMS // blocks, triton.cdiv(steps, LONGEST_CHAIN))
     return block_u, block_r, blocks, max(1, min(pieces, steps, 65535))
 
 
@@ -123,7 +123,7 @@ def taylor_importance(
             num_warps=4,
         )
         if into is not None:
-            block = _power_of_two(units, 32)
+            block = power_of_two(units, 32)
             kernels.finish[(triton.cdiv(units, block),)](
                 into,
                 fine,
@@ -131,7 +131,7 @@ def taylor_importance(
                 slots,
                 units,
                 ACCUMULATE=accumulate,
-                BLOCK_P=_power_of_two(slots, 64),
+                BLOCK_P=power_of_two(slots, 64),
                 BLOCK=block,
                 num_warps=4,
             )
@@ -148,8 +148,8 @@ def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor) -> None:
     vector = weight.dim() == 1  # one row whose columns are kept
     rows, columns = (1, out.shape[0]) if vector else out.shape
     row_stride, column_stride = (0, weight.stride(0)) if vector else weight.stride()
-    block_columns = _power_of_two(columns, 512)
-    block_rows = _power_of_two(rows, max(1, _TILE // block_columns))
+    block_columns = power_of_two(columns, 512)
+    block_rows = power_of_two(rows, max(1, TILE // block_columns))
     grid = (triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns),)
     with on(weight.device):
         kernels.gather[grid](
@@ -180,7 +180,7 @@ def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, score: Te
             count,
             min(max(temperature, _TEMPERATURES[0]), _TEMPERATURES[1]),
             torch.finfo(torch.float32).tiny,
-            BLOCK=_power_of_two(count, 1024),
+            BLOCK=power_of_two(count, 1024),
             SPREAD=1e-6,
             num_warps=4,
         )

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 from torch import Tensor
 
 from . import kernels_triton_batch as kernels
+from .batch import Operands, by_result, triples
+from .devices import on
 from .native import DTYPE_CODES
+from .triton import LONGEST_CHAIN, TILE, power_of_two
 
 _PROGRAMS = 2112  # sixteen on each of 132 multiprocessors; a constant, so that the bits depend on the call alone
-_TILE = 2048  # elements of each operand a program holds
-_LONGEST_CHAIN = 128  # float32 additions in a row, so that a sum keeps six digits
 _RESULT_FIELDS, _MEMBER_FIELDS = 6, 15
-
-
-def _power_of_two(n: int, most: int) -> int:
-    return min(triton.next_power_of_2(max(n, 1)), most)
 
 
 def _strides(tensor: Tensor | None, axis: int) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.stride(axis), tensor.stride(1 - axis))
 
 
-def _member(operands: tuple[Tensor, Tensor | None, Tensor | None], axis: int, group_size: int) -> list[int]:
+def _member(operands: Operands, axis: int, group_size: int) -> list[int]:
     """A row of the table of matrices, as the kernel reads it."""
     weight = operands[0]
     return [
@@ -42,8 +37,8 @@ def _tile(members: list[list[int]], units: int) -> tuple[int, int]:
     """`(BLOCK_U, BLOCK_R)`, long along what lies together in the matrices; where they disagree, some of both."""
     across = [m for m in members if not m[11] and m[10] == 1]  # neighbouring units lie together
     block_r = 512 if not across else 16 if len(across) == len(members) else 64
-    block_r = _power_of_two(max(m[9] * m[10] for m in members), block_r)
-    return _power_of_two(units, max(1, min(_TILE // block_r, 128))), block_r
+    block_r = power_of_two(max(m[9] * m[10] for m in members), block_r)
+    return power_of_two(units, max(1, min(TILE // block_r, 128))), block_r
 
 
 def _flat(m: list[int], units: int, block_r: int) -> bool:
@@ -75,14 +70,8 @@ def taylor_importance_batch(
     accumulate: bool,
 ) -> None:
     device = weights[0].device
-    of_result: list[list[int]] = [[] for _ in fine]
-    for i, result in enumerate(into):
-        of_result[result].append(i)
-    members = [
-        _member((weights[i], grads[i] if grads else None, fishers[i] if fishers else None), axes[i], group_sizes[i])
-        for listed in of_result
-        for i in listed
-    ]
+    of_result, operands = by_result(into, len(fine)), triples(weights, grads, fishers)
+    members = [_member(operands[i], axes[i], group_sizes[i]) for listed in of_result for i in listed]
     block_u, block_r = _tile(members, max(f.numel() for f in fine))
     results: list[list[int]] = []
     blocks: list[int] = []
@@ -95,19 +84,18 @@ def taylor_importance_batch(
     if not blocks:
         return
     steps = max(triton.cdiv(m[9] * m[10], block_r) for m in members)
-    split = max(1, min(steps, max(_PROGRAMS // len(blocks), triton.cdiv(steps, _LONGEST_CHAIN))))
+    split = max(1, min(steps, max(_PROGRAMS // len(blocks), triton.cdiv(steps, LONGEST_CHAIN))))
     codes = {name: _common(members, field) for name, field in (("WEIGHT", 12), ("GRAD", 13), ("FISHER", 14))}
     flat = all(code >= 0 for code in codes.values()) and all(
         _flat(m, fine[result].numel(), block_r) for m, result in zip(members, sorted(into), strict=True)
     )
     fields = [field for row in (*results, *members) for field in row] + blocks
     tables = torch.tensor(fields, dtype=torch.int64)
-    on_gpu = device.type == "cuda"
-    if on_gpu:
+    if device.type == "cuda":
         tables = tables.pin_memory().to(device, non_blocking=True)
     counters = torch.zeros(len(blocks) if split > 1 else 1, dtype=torch.int32, device=device)
     shares = len(blocks) * split * 2 * block_u if split > 1 else 1
-    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+    with on(device):
         kernels.taylor_batch[(len(blocks) * split,)](
             tables,
             len(results) * _RESULT_FIELDS,
@@ -117,12 +105,12 @@ def taylor_importance_batch(
             ORDER=order,
             **codes,
             FLAT=flat,
-            WIDE=any(m[9] * m[10] + _TILE >= 1 << 31 for m in members),
+            WIDE=any(m[9] * m[10] + TILE >= 1 << 31 for m in members),
             ACCUMULATE=accumulate,
             SPLIT=split,
             BLOCK_U=block_u,
             BLOCK_R=block_r,
-            BLOCK_P=_power_of_two(split, 16),
+            BLOCK_P=power_of_two(split, 16),
             RESULT_FIELDS=_RESULT_FIELDS,
             MEMBER_FIELDS=_MEMBER_FIELDS,
             num_warps=4,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import kernels_triton_linear as kernels
 from . import linear_configs as configs
+from .checks import linear_shapes
 from .linear_configs import Config
 from .linear_cut import Cut, cut, form_of, longest
 
@@ -278,9 +279,8 @@ def _tuned(
     if name not in _chosen:
         _chosen.update({n: c for n, c in configs.read().items() if n not in _chosen})
     if name not in _chosen:
-        units = lines // group_size
-        fine = torch.empty((3, units) if order == "all" else (units,), dtype=torch.float32, device=weight.device)
-        coarse = torch.empty((len(offsets) - 1 if per_sample else 1, units), dtype=torch.float32, device=weight.device)
+        shapes = linear_shapes(weight, offsets, axis, order, group_size, per_sample)
+        fine, coarse = (torch.empty(shape, dtype=torch.float32, device=weight.device) for shape in shapes)
         times = {}
         for candidate in configs.candidates(form, weight.dtype == torch.float32):
             plan = cut(candidate, lines, reduce, offsets, order, per_sample, _described(a, b, weight))
