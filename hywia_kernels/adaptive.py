@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import arch
+from . import arch, surgery
 from .errors import HywiaError
 from .load import ADAPTIVE
 
@@ -57,7 +57,7 @@ def load_adaptive(folder: Path, dtype: Any) -> Any:
     config = AutoConfig.for_model(base, **values)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    _resize(model, widths)
+    surgery.resize(model, _counts(model, widths))
     # Parameters only: rotary frequencies stay float32 in every dtype.
     state = {k: v.to(getattr(torch, saved_dtype) if dtype == "auto" else dtype) for k, v in _read(folder).items()}
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
@@ -73,20 +73,10 @@ def load_adaptive(folder: Path, dtype: Any) -> Any:
     return model
 
 
-def _resize(model: nn.Module, widths: Mapping[str, Sequence[int]]) -> None:
+def _counts(model: nn.Module, widths: Mapping[str, Sequence[int]]) -> dict[str, int]:
     entry = arch.architecture(model)
-    for group in arch.groups(model):
-        field = entry.mlp.width_field if group.kind == "mlp" else entry.attention.kv_heads_field
-        units = widths[field][group.layer]
-        for member in group.members:
-            linear = model.get_submodule(member.module)
-            assert isinstance(linear, nn.Linear)
-            shape = list(linear.weight.shape)
-            shape[member.axis] = units * member.group_size
-            linear.out_features, linear.in_features = shape
-            linear.weight = nn.Parameter(linear.weight.new_empty(shape))
-            if linear.bias is not None and member.axis == 0:
-                linear.bias = nn.Parameter(linear.bias.new_empty(shape[0]))
+    fields = {"mlp": entry.mlp.width_field, "attention": entry.attention.kv_heads_field}
+    return {g.name: widths[fields[g.kind]][g.layer] for g in arch.groups(model)}
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:

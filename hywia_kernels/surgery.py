@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .errors import HywiaError
 from .types import Group, Plan
 from .weights import fingerprint
 
-__all__ = ["mask", "prune"]
+__all__ = ["mask", "prune", "resize"]
 
 
 def _entries(units: Tensor, group_size: int) -> Tensor:
@@ -79,6 +80,36 @@ def prune(model: Any, plan: Plan, *, backend: str | None = None) -> None:
     for field, widths in arch.config_widths(model, arch.groups(model)).items():
         if len(set(widths)) == 1:
             setattr(model.config, field, widths[0])
+
+
+def resize(model: nn.Module, counts: Mapping[str, int]) -> None:
+    """Give groups other widths, in place: each member's parameters are replaced by uninitialised ones of the new shape,
+    on their device (meta included) and in their dtype. For models whose weights are about to be loaded.
+
+    Args:
+        model: of a known architecture. counts: group name -> units; groups that it leaves out keep their width.
+
+    Raises:
+        HywiaError: an unknown group, or fewer units than one.
+    """
+    found = {g.name: g for g in arch.groups(model)}
+    for name, units in counts.items():
+        group = found.get(name)
+        if group is None:
+            raise HywiaError(f"resize: expected groups of the model, got {name!r}; groups(model) lists them")
+        if units < 1:
+            raise HywiaError(f"resize: expected at least one {group.unit} in {name}, got {units}")
+        if units == group.units:
+            continue
+        for member in group.members:
+            linear = model.get_submodule(member.module)
+            assert isinstance(linear, nn.Linear)
+            shape = list(linear.weight.shape)
+            shape[member.axis] = units * member.group_size
+            linear.out_features, linear.in_features = shape
+            linear.weight = _replace(linear.weight, linear.weight.new_empty(shape))
+            if member.axis == 0 and linear.bias is not None:
+                linear.bias = _replace(linear.bias, linear.bias.new_empty(shape[0]))
 
 
 @torch.no_grad()

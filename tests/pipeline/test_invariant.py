@@ -182,3 +182,21 @@ def test_only_one_extra_matrix_at_a_time(gqa, monkeypatch):
     hk.prune(gqa, plan)
     total = len(dead)
     assert alive_at_cut == [total - i for i in range(total)]
+
+
+@pytest.mark.parametrize("name", ["both", "adaptive"])
+def test_resize_gives_the_shapes_of_a_cut(model, name):
+    plan = make_plan(model, name)
+    empty = copy.deepcopy(model)
+    surgery.resize(empty, {n: keep.numel() for n, keep in plan.keep.items()})
+    hk.prune(model, plan)
+    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert [g.units for g in hk.groups(empty)] == [g.units for g in hk.groups(model)]
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"), [({"x": 1}, "got 'x'"), ({"model.layers.0.mlp": 0}, "at least one channel")]
+)
+def test_resize_refuses_what_is_no_width(gqa, counts, message):
+    with pytest.raises(HywiaError, match=message):
+        surgery.resize(gqa, counts)
