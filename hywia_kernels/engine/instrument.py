@@ -20,18 +20,24 @@ __all__ = ["instrument"]
 Replacements = list[tuple[nn.Module, Any]]
 
 
-def instrument(model: Any, linears: Mapping[str, nn.Linear], found: Sequence[Group], scorer: Scorer) -> Replacements:
+def instrument(model: Any, linears: Mapping[str, Any], found: Sequence[Group], scorer: Scorer) -> Replacements:
     """Replacements for `patches.forward_replaced`: linear layers score, norms and gates are not kept for backward.
 
     A module whose `forward` somebody else has replaced keeps it, but for the linear layers, which must score.
     """
     entry = arch.architecture(model)
     results = scorer.results
-    targets: dict[nn.Module, Target] = {}
+    targets: dict[nn.Module, tuple[Target, ...]] = {}
     for group in found:
         for member, coarse in zip(group.members, results.coarse[group.name], strict=True):
             linear = linears[member.module]
-            targets[linear] = Target(member, linear.weight.detach(), results.fine[group.name], coarse)
+            weight, rows = linear.weight.detach(), group.units * member.group_size
+            outputs = None
+            if member.axis == 0 and rows < len(weight):
+                outputs = slice(member.start, member.start + rows)
+                weight = weight[outputs]
+            target = Target(member, weight, results.fine[group.name], coarse, outputs)
+            targets[linear] = (*targets.get(linear, ()), target)
     replacements: Replacements = []
     for layer in model.get_submodule(entry.layers):
         replacements += _in_layer(layer, entry, targets, scorer)
@@ -41,11 +47,14 @@ def instrument(model: Any, linears: Mapping[str, nn.Linear], found: Sequence[Gro
 
 
 def _in_layer(
-    layer: nn.Module, entry: arch.Architecture, targets: Mapping[nn.Module, Target], scorer: Scorer
+    layer: nn.Module, entry: arch.Architecture, targets: Mapping[nn.Module, tuple[Target, ...]], scorer: Scorer
 ) -> Replacements:
     names = entry.attention
-    single = [layer.get_submodule(n) for n in (names.query, names.key, names.value, names.output)]
-    rows, columns = ([layer.get_submodule(n) for n in part] for part in (entry.mlp.rows, entry.mlp.columns))
+    # A module that holds several matrices is named several times.
+    attention = (names.query, names.key, names.value, names.output)
+    single, rows, columns = (
+        [layer.get_submodule(n) for n in dict.fromkeys(part)] for part in (attention, entry.mlp.rows, entry.mlp.columns)
+    )
     residual = None if entry.residual is None else layer.get_submodule(entry.residual)
     if residual is not None and residual._forward_hooks:
         residual = None  # what a hook makes of the output may depend on its values
@@ -62,7 +71,7 @@ def _in_layer(
         whole = not watched(module, activation, *rows, *columns)
         if whole:
             modules: Any = (rows[0], rows[1], columns[0])
-            gate, up, down = (targets[m] for m in modules)
+            gate, up, down = (targets[m][0] for m in modules)
             mlp = GatedMlp(gate, up, down, modules, formula, scorer, columns[0] is residual)
             replacements.append((module, gated_forward(mlp)))
         elif "forward" not in vars(module):

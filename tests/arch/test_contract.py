@@ -1,0 +1,116 @@
+"""What every entry of the table must keep, on a tiny model of its family."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from families import FAMILIES, Family, fresh, token_ids
+
+import hywia_kernels as hk
+
+ORDERS = ("first", "second", "mixed")
+CUTS = ("mlp", "attention", "both", "adaptive")
+
+
+def make_plan(model, cut: str) -> hk.Plan:
+    """What its name says, ranked by seeded random scores; adaptive leaves the first layer alone."""
+    scores = hk.score(model, criterion="random", seed=5)
+    if cut == "adaptive":
+        return hk.plan(scores, group_ratio=0.4, layers=(1, 3), align=4)
+    units = ("mlp", "attention") if cut == "both" else (cut,)
+    return hk.plan(scores, group_ratio=0.4, units=units, align=4)
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def relative(got, want) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def cuts(family: Family) -> tuple[str, ...]:
+    return (*CUTS, "experts") if family.experts else CUTS
+
+
+CASES = [pytest.param(family, cut, id=f"{family.name}-{cut}") for family in FAMILIES for cut in cuts(family)]
+
+
+def plain_statistics(family: Family, model, samples):
+    """`group name -> (order -> fine, coarse [members, samples, units])` in float64: one backward a sample, all
+    gradients kept; from the family's own list of parts, without the table."""
+    gradients: dict[str, list[torch.Tensor]] = {}
+    for sample in samples:
+        model.zero_grad(set_to_none=True)
+        out = model(sample[None]).logits[0, :-1].float()
+        torch.nn.functional.cross_entropy(out, sample[1:]).backward()
+        for name, parameter in model.named_parameters():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.setdefault(name, []).append(gradient.double())
+    model.zero_grad(set_to_none=True)
+    weights = dict(model.named_parameters())
+
+    def of(prefix, parts, units, expert=None):
+        fine, coarse = {order: torch.zeros(units, dtype=torch.float64) for order in ORDERS}, []
+        for name, part in parts:
+            w, g = weights[prefix + name].detach().double(), torch.stack(gradients[prefix + name])
+            w, g = (w, g) if expert is None else (w[expert], g[:, expert])
+            mean, fisher = g.mean(0), g.square().mean(0)
+            terms = dict(first=mean * w, second=0.5 * fisher * w * w, mixed=mean * w - 0.5 * fisher * w * w)
+            for order, t in terms.items():
+                fine[order] += torch.stack([part(t, u).abs().sum() for u in range(units)])
+            coarse.append(torch.stack([torch.stack([part(s * w, u).sum() for u in range(units)]) for s in g]))
+        return fine, torch.stack(coarse)
+
+    found = {}
+    for group in hk.groups(model):
+        prefix = f"{family.layers}.{group.layer}."
+        if group.kind == "attention":
+            found[group.name] = of(prefix, family.attention, group.units)
+        elif group.kind == "experts":
+            whole = [(name, lambda w, u: w[u]) for name in ("mlp.gate.weight", "mlp.experts.gate_up_proj")]
+            whole.append(("mlp.experts.down_proj", lambda w, u: w[u]))
+            found[group.name] = of(prefix, whole, family.experts)
+        elif family.experts and group.layer not in family.dense_layers:
+            found[group.name] = of(prefix, family.mlp, group.units, int(group.name.rpartition(".")[2]))
+        else:
+            found[group.name] = of(prefix, family.dense or family.mlp, group.units)
+    return found
+
+
+class TestContract:
+    """A new entry passes by adding a `Family`."""
+
+    @pytest.mark.parametrize(("family", "cut"), CASES)
+    def test_pruned_equals_masked(self, family, cut):
+        model, tokens = fresh(family), token_ids()
+        plan = make_plan(model, cut)
+        masked = copy.deepcopy(model)
+        hk.mask(masked, plan)
+        want = logits(masked, tokens)
+        assert relative(want, logits(model, tokens)) > 1e-2, "the mask must matter for the comparison to mean anything"
+        hk.prune(model, plan)
+        assert relative(logits(model, tokens), want) <= 1e-5
+        assert sum(p.numel() for p in model.parameters()) == plan.parameters_after
+        counts = {g.name: g.units for g in hk.groups(model)}
+        gone = cut == "experts"  # with the groups of their channels
+        assert counts == {g.name: plan.keep[g.name].numel() for g in plan.groups if not gone or g.name in counts}
+
+    @pytest.mark.parametrize("engine", ["autograd", "auto"])
+    @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+    def test_statistics_equal_a_plain_loop(self, family, engine):
+        model, tokens = fresh(family), token_ids()
+        statistics = hk.calibrate(model, tokens, engine=engine)
+        if engine == "auto":
+            assert (statistics.record["engine"] == "fused") == (statistics.record["not_fused"] is None)
+        plain = plain_statistics(family, model, list(tokens))
+        for group in statistics.groups:
+            fine, coarse = plain[group.name]
+            for order in ORDERS:
+                error = (statistics.fine[group.name][order].double() - fine[order]).abs().max() / fine[order].max()
+                assert float(error) <= 2e-5, (group.name, order)
+            error = (statistics.coarse[group.name].double() - coarse).abs().max() / coarse.abs().max()
+            assert float(error) <= 2e-5, group.name
