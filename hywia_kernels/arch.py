@@ -123,7 +123,9 @@ def architecture(model: nn.Module) -> Architecture:
     Raises:
         HywiaError: the model type is not in the table; the message lists those that are.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    config = getattr(model, "config", None)
+    # A checkpoint whose layers differ in width names its family beside its own type.
+    model_type = getattr(config, "base_model_type", None) or getattr(config, "model_type", None)
     for entry in TABLE:
         if model_type in entry.model_types:
             return entry
