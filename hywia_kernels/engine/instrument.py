@@ -11,6 +11,7 @@ from torch import nn
 from .. import arch
 from ..types import Group
 from . import recompute
+from .block import Block, block_forward, handed_out
 from .gated import GatedMlp, gated_forward, watched
 from .kernels import gate_formula, norm_formula, usable
 from .linear import Scorer, Target, scored_forward
@@ -51,8 +52,6 @@ def _in_layer(
         residual = None  # what a hook makes of the output may depend on its values
     dtype: Any = columns[0].weight.dtype
     replacements: Replacements = []
-    for name in entry.norms:
-        replacements += _norm(layer.get_submodule(name), dtype, scorer.backend)
     whole = False
     if entry.mlp.gated is not None:
         module = layer.get_submodule(entry.mlp.gated.module)
@@ -64,13 +63,35 @@ def _in_layer(
             modules: Any = (rows[0], rows[1], columns[0])
             gate, up, down = (targets[m] for m in modules)
             mlp = GatedMlp(gate, up, down, modules, formula, scorer, columns[0] is residual)
+            block = _block(layer, entry, single, targets, mlp)
+            if block is not None:
+                return [(layer, block_forward(block)), *((m, handed_out(block, m)) for m in block.projections)]
             replacements.append((module, gated_forward(mlp)))
         elif "forward" not in vars(module):
             replacements.append((module, _gated(rows[0], rows[1], columns[0], formula)))
+    for name in entry.norms:
+        replacements += _norm(layer.get_submodule(name), dtype, scorer.backend)
     for linear in single if whole else [*single, *rows, *columns]:
         assert isinstance(linear, nn.Linear)
         replacements.append((linear, scored_forward(linear, targets[linear], scorer, linear is residual)))
     return replacements
+
+
+def _block(
+    layer: nn.Module, entry: arch.Architecture, single: Sequence[Any], targets: Mapping[nn.Module, Target], mlp: GatedMlp
+) -> Block | None:
+    """The layer as one node, where it is of a class known to be built so, and nobody watches its parts."""
+    if f"{type(layer).__module__}.{type(layer).__name__}" not in entry.blocks:
+        return None
+    attention: Any = layer.get_submodule(entry.attention.query.rpartition(".")[0])
+    norms: Any = [layer.get_submodule(name) for name in entry.norms]
+    if len(norms) != 2 or watched(layer, attention, *norms, *attention.children()):
+        return None
+    weight = single[0].weight
+    on_device = usable(weight.device, mlp.scorer.backend)
+    first, second = (norm_formula(norm, weight.dtype, on_device) for norm in norms)
+    found: Any = tuple(targets[m] for m in single)
+    return Block(attention, tuple(single), found, (first, second), mlp, mlp.scorer)  # type: ignore[arg-type]
 
 
 def _norm(norm: nn.Module, dtype: torch.dtype, backend: str | None) -> Replacements:
