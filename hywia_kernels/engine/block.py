@@ -19,6 +19,7 @@ from torch.nn import functional
 from . import recompute
 from .gated import GatedMlp, mlp_backward, mlp_forward
 from .linear import Scorer, Target
+from .patches import reproducible
 
 __all__ = ["Block", "block_forward", "handed_out"]
 
@@ -42,6 +43,17 @@ class _Core:
     out: Tensor
     edges: tuple[GradientEdge, ...]
     value: Tensor | None
+
+
+@dataclass
+class _Kept:
+    """What a layer keeps for its backward: the attention's graph, what the norms are computed from again, gate and
+    up."""
+
+    core: _Core
+    first: tuple[Tensor, ...]
+    second: tuple[Tensor, ...]
+    gates: tuple[Tensor, ...]
 
 
 @dataclass
@@ -78,51 +90,57 @@ class Block:
             self.slots.clear()
             self.captured = None
 
-    def forward(self, x: Tensor, keywords: dict[str, Any], differentiable: bool, skip: bool) -> tuple[Tensor, ...]:
-        """`(y, core, h, gate, up)`."""
-        core = self.attend(self.norms[0].forward(x), keywords, differentiable)
+    def forward(self, x: Tensor, keywords: dict[str, Any], differentiable: bool, skip: bool) -> tuple[Tensor, _Kept]:
+        """`y`, and what backward needs."""
+        small = self.norms[0].small(x)
+        core = self.attend(self.norms[0].forward(x, *small), keywords, differentiable)
         output = self.projections[3]
         h = x + functional.linear(core.out.detach(), output.weight, output.bias)
-        down, g, u = mlp_forward(self.mlp, self.norms[1].forward(h), skip)
-        return (x.new_zeros(()).expand(h.shape) if down is None else h + down), core, h, g, u  # type: ignore[return-value]
+        second = self.norms[1].small(h)
+        down, g, u = mlp_forward(self.mlp, self.norms[1].forward(h, *second), skip)
+        y = x.new_zeros(()).expand(h.shape) if down is None else h + down
+        return y, _Kept(core, (x, *small), (h, *second), (g, u))
 
-    def backward(self, dy: Tensor, x: Tensor, core: _Core, h: Tensor, g: Tensor, u: Tensor) -> Tensor:
+    def backward(self, dy: Tensor, kept: _Kept) -> Tensor:
         """The gradient at `x`; every matrix scored on the way. Sums are made in the order in which autograd would."""
-        dn = mlp_backward(self.mlp, dy, g, u, lambda: self.norms[1].forward(h))
-        del g, u
-        (dh,) = self.norms[1].backward(dn, h)
-        dh = dh.add_(dy)
-        output = self.projections[3]
-        da = dh @ output.weight
+        gate, up = kept.gates
+        dn = mlp_backward(self.mlp, dy, gate, up, lambda: self.norms[1].forward(*kept.second))
+        dh = self.norms[1].backward(dn, *kept.second)[0].add_(dy)
+        core = kept.core
+        da = dh @ self.projections[3].weight
         self.scorer(self.targets[3], dh, core.out.detach(), da)
-        grads = torch.autograd.grad(core.out, core.edges, da)
-        normed = self.norms[0].forward(x)
+        # Attention's backward is what has atomic additions; all else here gives the same bits anyway.
+        with reproducible(self.scorer.strict):
+            grads = torch.autograd.grad(core.out, core.edges, da)
+        normed = self.norms[0].forward(*kept.first)
         mapped = (None, None, core.value)
-        core.value = None
+        del da, core
+        kept.core = None  # type: ignore[assignment]
         total: Tensor | None = None
         for i in (2, 1, 0):
             self.scorer(self.targets[i], grads[i], normed, mapped[i])
             part = grads[i] @ self.projections[i].weight
             total = part if total is None else total.add_(part)
         assert total is not None
-        del grads, normed, core
-        (dx,) = self.norms[0].backward(total, x)
-        return dx.add_(dh)
+        del grads, normed, mapped
+        return self.norms[0].backward(total, *kept.first)[0].add_(dh)
 
 
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, keywords: dict[str, Any], skip: bool) -> Tensor:
-        y, core, h, g, u = block.forward(x, keywords, True, skip)
-        ctx.block, ctx.core = block, core
-        ctx.save_for_backward(x, h, g, u)
+        y, kept = block.forward(x, keywords, True, skip)
+        ctx.block, ctx.core, ctx.sizes = block, kept.core, (len(kept.first), len(kept.second))
+        ctx.save_for_backward(*kept.first, *kept.second, *kept.gates)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         core, ctx.core = ctx.core, None
-        x, h, g, u = ctx.saved_tensors
-        return ctx.block.backward(grads[0], x, core, h, g, u), None, None, None
+        first, second = ctx.sizes
+        saved = ctx.saved_tensors
+        kept = _Kept(core, saved[:first], saved[first : first + second], saved[first + second :])
+        return ctx.block.backward(grads[0], kept), None, None, None
 
 
 def block_forward(block: Block) -> Callable[..., Tensor]:

@@ -21,8 +21,11 @@ __all__ = ["instrument"]
 Replacements = list[tuple[nn.Module, Any]]
 
 
-def instrument(model: Any, linears: Mapping[str, nn.Linear], found: Sequence[Group], scorer: Scorer) -> Replacements:
-    """Replacements for `patches.forward_replaced`: linear layers score, norms and gates are not kept for backward.
+def instrument(
+    model: Any, linears: Mapping[str, nn.Linear], found: Sequence[Group], scorer: Scorer
+) -> tuple[Replacements, bool]:
+    """Replacements for `patches.forward_replaced`: linear layers score, norms and gates are not kept for backward; and
+    whether every decoder layer runs as one node.
 
     A module whose `forward` somebody else has replaced keeps it, but for the linear layers, which must score.
     """
@@ -34,11 +37,14 @@ def instrument(model: Any, linears: Mapping[str, nn.Linear], found: Sequence[Gro
             linear = linears[member.module]
             targets[linear] = Target(member, linear.weight.detach(), results.fine[group.name], coarse)
     replacements: Replacements = []
+    blocks = True
     for layer in model.get_submodule(entry.layers):
-        replacements += _in_layer(layer, entry, targets, scorer)
+        made = _in_layer(layer, entry, targets, scorer)
+        blocks = blocks and made[0][0] is layer
+        replacements += made
     if entry.final_norm is not None:
         replacements += _norm(model.get_submodule(entry.final_norm), model.dtype, scorer.backend)
-    return replacements
+    return replacements, blocks
 
 
 def _in_layer(
@@ -78,7 +84,11 @@ def _in_layer(
 
 
 def _block(
-    layer: nn.Module, entry: arch.Architecture, single: Sequence[Any], targets: Mapping[nn.Module, Target], mlp: GatedMlp
+    layer: nn.Module,
+    entry: arch.Architecture,
+    single: Sequence[Any],
+    targets: Mapping[nn.Module, Target],
+    mlp: GatedMlp,
 ) -> Block | None:
     """The layer as one node, where it is of a class known to be built so, and nobody watches its parts."""
     if f"{type(layer).__module__}.{type(layer).__name__}" not in entry.blocks:
