@@ -84,8 +84,9 @@ class RmsNorm:
 class Gate:
     """`silu(gate) · up`."""
 
-    def __init__(self) -> None:
+    def __init__(self, exact: bool = True) -> None:
         self.kernels = kernels_module()
+        self.options = {"BLOCK": _BLOCK, "EXACT": exact, "num_warps": 4, "enable_fp_fusion": False}
 
     def small(self, *xs: Tensor) -> tuple[Tensor, ...]:
         return ()
@@ -94,7 +95,7 @@ class Gate:
         gate, up = (x.contiguous() for x in xs)
         y = torch.empty_like(gate)
         with on(y.device):
-            self.kernels.gate_forward[(-(-y.numel() // _BLOCK),)](gate, up, y, y.numel(), BLOCK=_BLOCK, num_warps=4)
+            self.kernels.gate_forward[(-(-y.numel() // _BLOCK),)](gate, up, y, y.numel(), **self.options)
         return y
 
     def backward(self, dy: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
@@ -103,9 +104,7 @@ class Gate:
         dgate = torch.empty_like(gate)
         with on(dy.device):
             # The incoming gradient was made by the next linear layer for this product alone: dup takes its memory.
-            self.kernels.gate_backward[(-(-dy.numel() // _BLOCK),)](
-                dy, gate, up, dgate, dy, dy.numel(), BLOCK=_BLOCK, num_warps=4
-            )
+            self.kernels.gate_backward[(-(-dy.numel() // _BLOCK),)](dy, gate, up, dgate, dy, dy.numel(), **self.options)
         return dgate, dy
 
 
@@ -124,5 +123,5 @@ def norm_formula(norm: Any, dtype: torch.dtype, fused: bool) -> Formula:
 def gate_formula(activation: nn.Module, fused: bool) -> Formula:
     """For `activation(gate) · up`."""
     if fused and type(activation).__name__ in ("SiLU", "SiLUActivation"):
-        return Gate()
+        return Gate(exact=os.environ.get("TRITON_INTERPRET") != "1")
     return Rerun(lambda gate, up: activation(gate) * up)

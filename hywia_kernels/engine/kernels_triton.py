@@ -7,6 +7,7 @@ their order is; multiplications and additions must not be contracted (`enable_fp
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 
 @triton.jit
@@ -59,30 +60,39 @@ def norm_backward(dy, x, scale, along, weight, dx, columns, share, BLOCK: tl.con
 
 
 @triton.jit
-def gate_forward(gate, up, y, count, BLOCK: tl.constexpr):
+def _one_plus_exp(x, EXACT: tl.constexpr):
+    """`1 + exp(−x)`, with CUDA's own `expf` where it can be had (EXACT): the interpreter has it not."""
+    if EXACT:
+        return 1.0 + libdevice.exp(-x)
+    else:
+        return 1.0 + tl.exp(-x)
+
+
+@triton.jit
+def gate_forward(gate, up, y, count, BLOCK: tl.constexpr, EXACT: tl.constexpr):
     """`y = round(silu(gate)) · up`."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     g = tl.load(gate + at, mask, 0.0).to(tl.float32)
     u = tl.load(up + at, mask, 0.0).to(tl.float32)
-    activated = (g / (1.0 + tl.exp(-g))).to(y.dtype.element_ty).to(tl.float32)
+    activated = tl.div_rn(g, _one_plus_exp(g, EXACT)).to(y.dtype.element_ty).to(tl.float32)
     tl.store(y + at, (activated * u).to(y.dtype.element_ty), mask)
 
 
 @triton.jit
-def gate_backward(dy, gate, up, dgate, dup, count, BLOCK: tl.constexpr):
+def gate_backward(dy, gate, up, dgate, dup, count, BLOCK: tl.constexpr, EXACT: tl.constexpr):
     """`dgate = round(dy·up)·silu'(gate)`, `dup = dy·round(silu(gate))`. `dup` may be `dy` itself."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     d = tl.load(dy + at, mask, 0.0).to(tl.float32)
     g = tl.load(gate + at, mask, 0.0).to(tl.float32)
     u = tl.load(up + at, mask, 0.0).to(tl.float32)
-    sigmoid = 1.0 / (1.0 + tl.exp(-g))
-    activated = (g * sigmoid).to(dup.dtype.element_ty).to(tl.float32)
+    below = _one_plus_exp(g, EXACT)
+    activated = tl.div_rn(g, below).to(dup.dtype.element_ty).to(tl.float32)
     tl.store(dup + at, (d * activated).to(dup.dtype.element_ty), mask)
     da = (d * u).to(dgate.dtype.element_ty).to(tl.float32)
-    slope = sigmoid * (1.0 + g * (1.0 - sigmoid))
-    tl.store(dgate + at, (da * slope).to(dgate.dtype.element_ty), mask)
+    sigmoid = tl.div_rn(1.0 + tl.zeros_like(below), below)
+    tl.store(dgate + at, (da * sigmoid * tl.fma(g, 1.0 - sigmoid, 1.0)).to(dgate.dtype.element_ty), mask)
 
 
 @triton.jit
