@@ -32,8 +32,13 @@ def fingerprint(model: nn.Module, per_tensor: int = 1024) -> str:
     found: list[tuple[str, tuple[int, ...], torch.device, int]] = []
     values: dict[torch.device, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
-        # A view, so that one concatenation a device is all that has to be launched.
-        sample = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // per_tensor)][:per_tensor]
+        # A view, so that one concatenation a device is all that has to be launched; made in one step where it can be.
+        count, step = parameter.numel(), max(1, parameter.numel() // per_tensor)
+        if parameter.is_contiguous():
+            size = min(per_tensor, -(-count // step))
+            sample = parameter.as_strided((size,), (step,), parameter.storage_offset())
+        else:
+            sample = parameter.reshape(-1)[::step][:per_tensor]
         values.setdefault(parameter.device, []).append(sample)
         found.append((name, tuple(parameter.shape), parameter.device, sample.numel()))
     digest = hashlib.sha256()

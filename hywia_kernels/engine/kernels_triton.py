@@ -21,13 +21,22 @@ def norm_squares(x, squares, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def norm_forward(x, scale, weight, y, columns, BLOCK: tl.constexpr):
-    """`y = weight · round(x · scale)`, `scale = 1/rms(x)` float32, one a row."""
+def _inverse_root(x, EXACT: tl.constexpr):
+    """`1/√x`, with CUDA's own `rsqrtf` where it can be had (EXACT): the interpreter has it not."""
+    if EXACT:
+        return libdevice.rsqrt(x)
+    else:
+        return tl.rsqrt(x)
+
+
+@triton.jit
+def norm_forward(x, mean, weight, y, columns, eps, BLOCK: tl.constexpr, EXACT: tl.constexpr):
+    """`y = weight · round(x / rms(x))`, with `mean` the mean of `x²`, float32, one a row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < columns
     value = tl.load(x + row * columns + at, mask, 0.0).to(tl.float32)
-    normal = (value * tl.load(scale + row)).to(y.dtype.element_ty).to(tl.float32)
+    normal = (value * _inverse_root(tl.load(mean + row) + eps, EXACT)).to(y.dtype.element_ty).to(tl.float32)
     w = tl.load(weight + at, mask, 0.0).to(tl.float32)
     tl.store(y + row * columns + at, (normal * w).to(y.dtype.element_ty), mask)
 
@@ -45,16 +54,16 @@ def norm_products(dy, x, weight, products, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def norm_backward(dy, x, scale, along, weight, dx, columns, share, BLOCK: tl.constexpr):
-    """`dx = g·r − x·r³·mean(g·x)` with `r = scale`, `along = Σ g·x` and `share = 1/columns`; products and sums rounded
-    one by one and in the order of autograd's own chain of operations."""
+def norm_backward(dy, x, mean, along, weight, dx, columns, eps, share, BLOCK: tl.constexpr, EXACT: tl.constexpr):
+    """`dx = g·r − x·r³·mean(g·x)` with `r = 1/rms(x)`, `along = Σ g·x` and `share = 1/columns`; products and sums
+    rounded one by one and in the order of autograd's own chain of operations."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < columns
     value = tl.load(x + row * columns + at, mask, 0.0).to(tl.float32)
     w = tl.load(weight + at, mask, 0.0).to(tl.float32)
     g = (tl.load(dy + row * columns + at, mask, 0.0).to(tl.float32) * w).to(dx.dtype.element_ty).to(tl.float32)
-    r = tl.load(scale + row)
+    r = _inverse_root(tl.load(mean + row) + eps, EXACT)
     slope = (-0.5 * tl.load(along + row)) * (r * r * r) * share
     tl.store(dx + row * columns + at, (g * r + slope * (2.0 * value)).to(dx.dtype.element_ty), mask)
 

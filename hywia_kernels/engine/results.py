@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -28,6 +29,20 @@ def result_bytes(found: Sequence[Group], samples: int) -> int:
     return 4 * sum(_pieces(found, samples))
 
 
+class _Pages:
+    """Memory of the host whose pages are there before anything is copied into it, made beside the pass: the system
+    takes longer to find them than the copies take."""
+
+    def __init__(self, numbers: int) -> None:
+        self._made: list[Tensor] = []
+        self._thread = threading.Thread(target=lambda: self._made.append(torch.zeros(numbers)), daemon=True)
+        self._thread.start()
+
+    def take(self) -> Tensor:
+        self._thread.join()
+        return self._made.pop()
+
+
 class Results:
     """`fine[name]` float32 `[3, units]` (first, second, mixed) and `coarse[name]` `[members, samples, units]`, zero at
     first; of all groups of one device in one allocation."""
@@ -47,6 +62,7 @@ class Results:
         self._owner = {m.module: g.name for g in found for m in g.members}
         self._missing = {g.name: len(g.members) for g in found}
         self._ready: dict[str, torch.cuda.Event] = {}
+        self._host = {flat.device: _Pages(flat.numel()) for flat, _ in self._flat if flat.device.type == "cuda"}
 
     def scored(self, module: str) -> None:
         """This matrix is in, as far as the stream goes; a group that is complete can be downloaded from here on."""
@@ -108,9 +124,7 @@ class Results:
         pieces = dict(zip(names, flat.split(sizes), strict=True))
         if flat.device.type != "cuda":
             return pieces
-        # Zeros, so that the pages are there before the copies come.
-        host = torch.zeros(flat.shape, dtype=flat.dtype)
-        copies = dict(zip(names, host.split(sizes), strict=True))
+        copies = dict(zip(names, self._host[flat.device].take().split(sizes), strict=True))
         scoring, copying = torch.cuda.current_stream(flat.device), torch.cuda.Stream(flat.device)
         with torch.cuda.stream(copying):
             for name in (n for n in self._ready if n in pieces):
