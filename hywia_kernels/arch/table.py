@@ -62,13 +62,29 @@ TABLE: tuple[Architecture, ...] = (
     # A Llama config refuses head counts that do not divide the hidden size; a Mistral config takes them.
     replace(
         _LLAMA,
+        blocks=("transformers.models.llama.modeling_llama.LlamaDecoderLayer",),
         stand_in="mistral",
         stand_in_needs={"attention_bias": False, "mlp_bias": False},
         stand_in_sets={"sliding_window": None},
     ),
-    replace(_LLAMA, model_types=("mistral",), title="Mistral"),
-    replace(_LLAMA, model_types=("qwen2",), title="Qwen2, Qwen2.5"),
-    replace(_LLAMA, model_types=("qwen3",), title="Qwen3"),
+    replace(
+        _LLAMA,
+        model_types=("mistral",),
+        title="Mistral",
+        blocks=("transformers.models.mistral.modeling_mistral.MistralDecoderLayer",),
+    ),
+    replace(
+        _LLAMA,
+        model_types=("qwen2",),
+        title="Qwen2, Qwen2.5",
+        blocks=("transformers.models.qwen2.modeling_qwen2.Qwen2DecoderLayer",),
+    ),
+    replace(
+        _LLAMA,
+        model_types=("qwen3",),
+        title="Qwen3",
+        blocks=("transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer",),
+    ),
     # Their norms compute (1 + weight) · x / rms(x); Gemma 2 and 3 have one behind the MLP too.
     replace(_LLAMA, model_types=("gemma",), title="Gemma", norms=(), final_norm=None),
     _GEMMA2,
