@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import arch, atomic
-from .adaptive import adapted
+from .adaptive import adapted, remote
 from .errors import HywiaError
 from .types import Plan
 from .versions import versions
@@ -36,6 +36,7 @@ def stock_config(model: Any) -> Any:
 
     entry = arch.architecture(model)
     values = copy.deepcopy(model.config).to_dict()
+    values.pop("module_changes", None)  # of what it was before
     text = arch.text_config(model)
     inner = values if text is model.config else values["text_config"]
     if entry.attention.free_head_dim:
@@ -75,7 +76,7 @@ def _as_stock(model: Any) -> Any:
 
     config = stock_config(model)
     with torch.device("meta"):
-        stock = AutoModelForCausalLM.from_config(config)
+        stock = type(model)(config) if remote.is_remote_code(model) else AutoModelForCausalLM.from_config(config)
     try:
         stock.load_state_dict(model.state_dict(), assign=True)
     except RuntimeError as refused:
@@ -96,7 +97,12 @@ def _described(model: Any) -> tuple[Any, str | None]:
             return _as_stock(model), None
         except HywiaError as refused:
             reason = str(refused)
-    return _finished(adapted(model, widths), model), reason
+    if not remote.is_remote_code(model):
+        return _finished(adapted(model, widths), model), reason
+    try:
+        return _finished(remote.adapted(model), model), reason
+    except (ValueError, RuntimeError) as refused:
+        raise HywiaError(f"save: the layers' widths cannot be written into a config: {refused}") from refused
 
 
 def _finished(described: Any, model: Any) -> Any:

@@ -206,3 +206,7 @@ def fresh(family: Family):
 
 def token_ids() -> torch.Tensor:
     return torch.randint(2, 131, (4, 13), generator=torch.Generator().manual_seed(11))
+
+
+def fresh_named(name: str):
+    return fresh(next(family for family in FAMILIES if family.name == name))
