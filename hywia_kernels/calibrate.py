@@ -186,7 +186,8 @@ def calibrate(
         memory: "fast" keeps what backward needs, "lean" what enters the decoder layers, and runs each again;
             "layerwise" (fused) does that for a part of the samples at a time, and collects one layer's gradients.
             "auto" is the first that fits into the memory that is free (and the next when a CUDA device runs out
-            all the same), and layerwise for very ragged samples.
+            all the same); lean also where fast would keep more than 0.6 of the weights' bytes (and 2 GiB); and
+            layerwise for very ragged samples.
 
     Returns:
         Statistics, on the CPU. The record names engine, memory mode, the estimate of the bytes needed beside the

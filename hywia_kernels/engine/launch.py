@@ -29,7 +29,7 @@ class Launcher:
         compiled = self._compiled.get(key)
         with on(device):
             if compiled is not None:
-                compiled[(*programs, 1)](*operands, *self.constants)
+                compiled[programs[0], programs[1], 1](*operands, *self.constants)
             else:  # Triton's interpreter returns None, and so always comes here
                 self._compiled[key] = self.kernel[programs](*operands, **self.options)
 

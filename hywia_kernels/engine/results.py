@@ -118,14 +118,18 @@ class Results:
 
     def _on_host(self, flat: Tensor, here: Sequence[Group]) -> dict[str, Tensor]:
         """One device's pieces by group. Each is copied as soon as it is complete, on a stream of its own, while the
-        backward of earlier layers still runs: such copies take a fifth of a pass's time otherwise. (From the calling
-        thread, once all is launched: a thread of its own would hold up the launches.)"""
+        backward of earlier layers still runs, or all at once where nothing runs any more. (From the calling thread,
+        when all is launched: a thread of its own would hold up the launches.)"""
         sizes, names = _pieces(here, self.samples), [g.name for g in here]
-        pieces = dict(zip(names, flat.split(sizes), strict=True))
         if flat.device.type != "cuda":
-            return pieces
-        copies = dict(zip(names, self._host[flat.device].take().split(sizes), strict=True))
-        scoring, copying = torch.cuda.current_stream(flat.device), torch.cuda.Stream(flat.device)
+            return dict(zip(names, flat.split(sizes), strict=True))
+        scoring, host = torch.cuda.current_stream(flat.device), self._host[flat.device].take()
+        copies = dict(zip(names, host.split(sizes), strict=True))
+        if scoring.query():
+            host.copy_(flat)
+            return copies
+        pieces = dict(zip(names, flat.split(sizes), strict=True))
+        copying = torch.cuda.Stream(flat.device)
         with torch.cuda.stream(copying):
             for name in (n for n in self._ready if n in pieces):
                 copying.wait_event(self._ready[name])
