@@ -32,16 +32,16 @@ def instrument(
     entry = arch.architecture(model)
     results = scorer.results
     targets: dict[nn.Module, tuple[Target, ...]] = {}
-    for group in found:
-        for member, coarse in zip(group.members, results.coarse[group.name], strict=True):
-            linear = linears[member.module]
-            weight, rows = linear.weight.detach(), group.units * member.group_size
-            outputs = None
-            if member.axis == 0 and rows < len(weight):
-                outputs = slice(member.start, member.start + rows)
-                weight = weight[outputs]
-            target = Target(member, weight, results.fine[group.name], coarse, outputs)
-            targets[linear] = (*targets.get(linear, ()), target)
+    for matrix in arch.matrices(model, found):
+        module: Any = linears[matrix.module]
+        for group, i in matrix.members:
+            member = group.members[i]
+            weight = arch.view(linears, member, group.units).detach()
+            whole = weight.shape == module.weight.shape
+            outputs = None if whole else slice(member.start, member.start + group.units * member.group_size)
+            results_of = results.fine[group.name], results.coarse[group.name][i]
+            target = Target(member, weight, *results_of, outputs, matrix.transposed)
+            targets[module] = (*targets.get(module, ()), target)
     replacements: Replacements = []
     blocks = True
     for layer in model.get_submodule(entry.layers):
@@ -87,7 +87,6 @@ def _in_layer(
     for name in entry.norms:
         replacements += _norm(layer.get_submodule(name), dtype, scorer.backend)
     for linear in single if whole else [*single, *rows, *columns]:
-        assert isinstance(linear, nn.Linear)
         replacements.append((linear, scored_forward(linear, targets[linear], scorer, linear is residual)))
     return replacements
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ..ops import checks
@@ -24,13 +24,15 @@ __all__ = ["Collected", "Scorer", "Target", "scored_forward"]
 @dataclass(frozen=True)
 class Target:
     """One matrix and where its results go. Where a parameter holds several, `weight` is this one's part of it, and
-    `outputs` the part of the layer's output (None: all of it)."""
+    `outputs` the part of the layer's output (None: all of it). `transposed`: stored `[in, out]`, so that what stands on
+    the output's side of the product is the input."""
 
     member: Member
     weight: Tensor
     fine: Tensor  # float32 [3, units], shared with the group's other matrices
     coarse: Tensor  # float32 [samples, units]
     outputs: slice | None = None
+    transposed: bool = False
 
 
 class Scorer:
@@ -77,7 +79,9 @@ class Scorer:
     def score(self, target: Target, grad_output: Tensor, inputs: Tensor, mapped: Tensor | None = None) -> None:
         """All samples' tokens of one matrix, without padding: what `ops.linear_importance` does with `out=`."""
         weight, axis, size = target.weight, target.member.axis, target.member.group_size
-        key: tuple = (weight.shape, weight.dtype, weight.device, axis, size)
+        if target.transposed:
+            grad_output, inputs = inputs, grad_output
+        key: tuple = (weight.shape, weight.is_contiguous(), weight.dtype, weight.device, axis, size)
         key += tuple((x.dtype, x.is_contiguous()) for x in (grad_output, inputs, mapped) if x is not None)
         run = self._runs.get(key)
         if run is None:
@@ -174,7 +178,7 @@ class _ScoredLinear(torch.autograd.Function):
         (grad_output,) = grads
         inputs = ctx.recipe.take() if ctx.recipe is not None else ctx.saved_tensors[0]
         targets: tuple[Target, ...] = ctx.targets
-        if targets[0].member.axis == 1:
+        if targets[0].member.axis == (0 if targets[0].transposed else 1):
             grad_input = grad_output @ ctx.weight
             ctx.scorer(targets[0], grad_output, inputs, grad_input)
             return grad_input, None, None, None, None, None, None
@@ -186,7 +190,7 @@ class _ScoredLinear(torch.autograd.Function):
 
 
 def scored_forward(
-    linear: nn.Linear, targets: tuple[Target, ...], scorer: Scorer, skippable: bool
+    linear: Any, targets: tuple[Target, ...], scorer: Scorer, skippable: bool
 ) -> Callable[[Tensor], Tensor]:
     """`forward` for a linear layer while its matrix, or the matrices its weight holds, are scored.
 
@@ -195,10 +199,12 @@ def scored_forward(
     """
 
     def forward(inputs: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and inputs.requires_grad):
-            return functional.linear(inputs, linear.weight, linear.bias)
-        skip = skippable and scorer.replaying
         weight = linear.weight.detach()
+        if targets[0].transposed:
+            weight = weight.t()
+        if not (torch.is_grad_enabled() and inputs.requires_grad):
+            return functional.linear(inputs, weight, linear.bias)
+        skip = skippable and scorer.replaying
         return _ScoredLinear.apply(inputs, linear.bias, weight, scorer, targets, recompute.recipe(inputs), skip)
 
     return forward

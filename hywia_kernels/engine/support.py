@@ -16,6 +16,4 @@ def unsupported(model: Any, found: Sequence[Group]) -> str | None:
     for matrix in arch.matrices(model, found):
         if matrix.index is not None:
             return f"{matrix.module} holds experts, each of which sees other tokens"
-        if matrix.transposed:
-            return f"{matrix.module} stores its weight as [in, out]"
     return None

@@ -14,6 +14,7 @@ import torch
 from families import FAMILIES, Family, fresh, token_ids
 
 import hywia_kernels as hk
+from hywia_kernels import UsageError
 
 ORDERS = ("first", "second", "mixed")
 CUTS = ("mlp", "attention", "both", "adaptive")
@@ -86,6 +87,16 @@ def plain_statistics(family: Family, model, samples):
     return found
 
 
+def compare(statistics, plain, way) -> None:
+    for group in statistics.groups:
+        fine, coarse = plain[group.name]
+        for order in ORDERS:
+            error = (statistics.fine[group.name][order].double() - fine[order]).abs().max() / fine[order].max()
+            assert float(error) <= 2e-5, (way, group.name, order)
+        error = (statistics.coarse[group.name].double() - coarse).abs().max() / coarse.abs().max()
+        assert float(error) <= 2e-5, (way, group.name)
+
+
 class TestContract:
     """A new entry passes by adding a `Family`."""
 
@@ -104,21 +115,25 @@ class TestContract:
         gone = cut == "experts"  # with the groups of their channels
         assert counts == {g.name: plan.keep[g.name].numel() for g in plan.groups if not gone or g.name in counts}
 
-    @pytest.mark.parametrize("engine", ["autograd", "auto"])
     @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
-    def test_statistics_equal_a_plain_loop(self, family, engine):
+    def test_statistics_equal_a_plain_loop(self, family, monkeypatch):
+        """By every pass that serves the family; layerwise in runs of one or two samples; ragged samples too."""
+        monkeypatch.setattr("hywia_kernels.engine.memory.CHUNK_TOKENS", 27)
         model, tokens = fresh(family), token_ids()
-        statistics = hk.calibrate(model, tokens, engine=engine)
-        if engine == "auto":
-            assert (statistics.record["engine"] == "fused") == (statistics.record["not_fused"] is None)
-        plain = plain_statistics(family, model, list(tokens))
-        for group in statistics.groups:
-            fine, coarse = plain[group.name]
-            for order in ORDERS:
-                error = (statistics.fine[group.name][order].double() - fine[order]).abs().max() / fine[order].max()
-                assert float(error) <= 2e-5, (group.name, order)
-            error = (statistics.coarse[group.name].double() - coarse).abs().max() / coarse.abs().max()
-            assert float(error) <= 2e-5, group.name
+        ways = [("auto", "auto"), ("autograd", "fast"), ("autograd", "lean")]
+        if family.experts:
+            with pytest.raises(UsageError, match=r"mlp\.experts holds experts, each of which sees other tokens"):
+                hk.calibrate(model, tokens, engine="fused")
+        else:
+            ways += [("fused", "fast"), ("fused", "lean"), ("fused", "layerwise")]
+        for samples in (list(tokens), [tokens[0], tokens[1, :7], tokens[2, :2], tokens[3, :11]]):
+            plain = plain_statistics(family, model, samples)
+            for engine, memory in ways:
+                statistics = hk.calibrate(model, samples, engine=engine, memory=memory)
+                if engine == "auto":
+                    assert statistics.record["engine"] == ("autograd" if family.experts else "fused")
+                    assert (statistics.record["not_fused"] is None) == (not family.experts)
+                compare(statistics, plain, (engine, memory))
 
     def test_saved_and_reloaded_in_a_fresh_process(self, tmp_path):
         """One process for all families and cuts. Where the family's config can say it, stock transformers alone."""
