@@ -42,7 +42,7 @@ def _checked_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
     return found
 
 
-def _replace(parameter: nn.Parameter, kept: Tensor) -> nn.Parameter:
+def _replace(parameter: Tensor, kept: Tensor) -> nn.Parameter:
     return nn.Parameter(kept, requires_grad=parameter.requires_grad)
 
 
@@ -107,7 +107,7 @@ def resize(model: nn.Module, counts: Mapping[str, int]) -> None:
             shape = list(linear.weight.shape)
             shape[member.axis] = units * member.group_size
             linear.out_features, linear.in_features = shape
-            linear.weight = _replace(linear.weight, linear.weight.new_empty(shape))
+            linear.weight = _replace(linear.weight, linear.weight.detach().new_empty(shape))
             if member.axis == 0 and linear.bias is not None:
                 linear.bias = _replace(linear.bias, linear.bias.new_empty(shape[0]))
 
