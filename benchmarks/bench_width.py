@@ -9,18 +9,19 @@ largest power-of-two divisor is 1, 2, 4, ...: what a width costs beyond its FLOP
 from __future__ import annotations
 
 import argparse
-import math
+import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
-from .rows import Appender
+from .rows import Appender, read
 from .timing import Environment, Timer
 
 FORMS = ("up", "down")
+GRID = 64  # of the widths whose rates a target keeps
 ALIGNMENTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOLERANCE = 0.03  # a wider alignment must gain more than this to be asked for
 
@@ -50,36 +51,52 @@ class WidthRow:
     copy_gb_s: float
 
 
-def alignment(width: int) -> int:
-    """Largest power of two, at most 256, that divides `width`."""
-    return math.gcd(width, ALIGNMENTS[-1])
-
-
 def fine_widths(bases: Iterable[int]) -> list[int]:
     """Around each base (a multiple of 256) widths of every alignment, all within 256 of it."""
     return sorted({base + a for base in bases for a in ALIGNMENTS} | set(bases))
 
 
-def rule(rows: Sequence[tuple[int, int, float]], tolerance: float = TOLERANCE) -> tuple[int, dict[int, float]]:
-    """`(alignment, cost of each)` from `(group, width, time)`; a group holds times of one form, one count of tokens,
-    and one base, which are compared with each other.
+def alignment_costs(rows: Iterable[WidthRow], bases: Sequence[int]) -> dict[int, float]:
+    """Alignment -> mean time of a width so aligned, relative to the line between the multiples of 256 beside it."""
+    times = {(r.form, r.tokens, r.width): r.us for r in rows}
+    costs: dict[int, list[float]] = {a: [] for a in ALIGNMENTS[:-1]}
+    for form, tokens in sorted({key[:2] for key in times}):
+        for base in bases:
+            low, high = times[form, tokens, base], times[form, tokens, base + 256]
+            for a, cost in costs.items():
+                cost.append(times[form, tokens, base + a] / (low + (high - low) * a / 256))
+    return {a: sum(cost) / len(cost) for a, cost in costs.items()} | {256: 1.0}
 
-    An alignment's cost is the mean over groups of time per unit width, relative to the group's best. The rule is the
-    smallest alignment that no wider one beats by more than `tolerance`.
-    """
-    by_group: dict[int, dict[int, float]] = {}
-    for group, width, time in rows:
-        found = by_group.setdefault(group, {})
-        a = alignment(width)
-        found[a] = min(found.get(a, math.inf), time / width)
-    costs: dict[int, list[float]] = {}
-    for found in by_group.values():
-        best = min(found.values())
-        for a, cost in found.items():
-            costs.setdefault(a, []).append(cost / best)
-    mean = {a: sum(c) / len(c) for a, c in sorted(costs.items())}
-    chosen = next(a for a in mean if all(mean[a] <= mean[b] * (1 + tolerance) for b in mean if b > a))
-    return chosen, mean
+
+def rule(costs: dict[int, float], tolerance: float = TOLERANCE) -> int:
+    """The smallest alignment that no wider one beats by more than `tolerance`."""
+    return next(a for a in sorted(costs) if all(costs[a] <= costs[b] * (1 + tolerance) for b in costs if b > a))
+
+
+def profile(rows: Sequence[WidthRow], bases: Sequence[int]) -> dict:
+    """What `hywia_kernels.targets` keeps of a sweep."""
+    costs, first = alignment_costs(rows, bases), rows[0]
+    rates: dict[str, dict[str, dict[str, float]]] = {}
+    for r in rows:
+        if r.width % GRID == 0:
+            rates.setdefault(r.form, {}).setdefault(str(r.tokens), {})[str(r.width)] = round(r.tflop_s, 3)
+    return {
+        "device": first.device,
+        "source": f"{first.command}, {first.date[:10]}, torch {first.torch}",
+        "dtype": first.dtype,
+        "hidden": first.hidden,
+        "align": rule(costs),
+        "alignment_costs": {str(a): round(c, 4) for a, c in costs.items()},
+        "tflop_s": rates,
+        "matmul_tflop_s": round(first.matmul_tflop_s, 3),
+        "copy_gb_s": round(first.copy_gb_s, 1),
+    }
+
+
+def read_rows(path: Path) -> list[WidthRow]:
+    kinds = {f.name: f.type for f in fields(WidthRow)}
+    convert = {"str": str, "int": int, "float": float}
+    return [WidthRow(**{k: convert[str(kinds[k])](v) for k, v in row.items()}) for row in read(path)]
 
 
 def measure(timer: Timer, form: str, tokens: int, hidden: int, width: int, dtype: torch.dtype):
@@ -89,6 +106,15 @@ def measure(timer: Timer, form: str, tokens: int, hidden: int, width: int, dtype
     out = torch.empty((tokens, n), dtype=dtype, device=timer.device)
     # A weight that decoding reads comes from memory; one that prefill multiplies by is a small part of the time.
     return timer.work(lambda: torch.mm(x, weight.T, out=out), cold=tokens < 256)
+
+
+def show(found: dict, path: Path | None) -> None:
+    print("alignment: time beside the line between multiples of 256")
+    for a, cost in found["alignment_costs"].items():
+        print(f"  {a:>4} {cost:6.3f}")
+    print(f"rule: multiples of {found['align']}")
+    if path is not None:
+        path.write_text(json.dumps(found) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,7 +127,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bases", type=int, nargs="+", default=[2048, 3072, 4096, 5120, 6144, 8192])
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--csv", type=Path, help="append rows here")
+    parser.add_argument(
+        "--profile", type=Path, help="write the target's profile here (hywia_kernels/targets/NAME.json)"
+    )
+    parser.add_argument("--rows", type=Path, help="measure nothing: the profile of an earlier run's --csv")
     given = parser.parse_args(arguments)
+    if given.rows is not None:
+        show(profile(read_rows(given.rows), given.bases), given.profile)
+        return 0
     device = torch.device(given.device)
     name = given.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     appender = Appender(given.csv, WidthRow) if given.csv else None
@@ -111,8 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = Environment.record(timer, "benchmarks.bench_width", own, 0)
     first, last, step = given.grid
     grid, fine = list(range(first, last + 1, step)), fine_widths(given.bases)
-    rows, compared = [], []
-    for index, (form, tokens) in enumerate((f, t) for f in FORMS for t in given.tokens):
+    rows = []
+    for form, tokens in ((f, t) for f in FORMS for t in given.tokens):
         for width in sorted({*grid, *fine}):
             reading = measure(timer, form, tokens, given.hidden, width, getattr(torch, name))
             us = reading.median
@@ -125,18 +158,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     found.matmul_tflop_s, found.copy_gb_s,
                 )
             )  # fmt: skip
-            bases = [b for b in given.bases if b <= width <= b + ALIGNMENTS[-1]]
-            if width in fine and bases:
-                compared.append((index * 100_000 + bases[-1], width, us))
     if appender is not None:
         appender.append(rows)
     print(f"{found.device}, torch {found.torch}: {name}, hidden {given.hidden}, tokens {given.tokens}")
     print(f"product {found.matmul_tflop_s:.0f} TFLOP/s, copy {found.copy_gb_s:.0f} GB/s")
-    chosen, mean = rule(compared)
-    print("alignment: time per width, relative to the best nearby")
-    for a, cost in mean.items():
-        print(f"  {a:>4} {cost:6.3f}")
-    print(f"rule: multiples of {chosen}")
+    show(profile(rows, given.bases), given.profile)
     return 0
 
 

@@ -88,7 +88,7 @@ def _check_together(found: Sequence[Group], counts: Mapping[str, int]) -> None:
             )
 
 
-def _replace(parameter: nn.Parameter, kept: Tensor) -> nn.Parameter:
+def _replace(parameter: Tensor, kept: Tensor) -> nn.Parameter:
     return nn.Parameter(kept, requires_grad=parameter.requires_grad)
 
 
@@ -119,7 +119,7 @@ def _compact(parameter: Tensor, parts: _Parts, keep: Mapping[str, Tensor], backe
     ]
     shape = list(parameter.shape)
     shape[1 + axis] = per_matrix[0].numel()
-    out = parameter.new_empty(shape)
+    out = parameter.detach().new_empty(shape)
     for matrix, entries, into in zip(parameter, per_matrix, out, strict=True):
         ops.compact(matrix, entries, axis, out=into, backend=backend)
     return out
@@ -286,7 +286,7 @@ def resize(model: Any, counts: Mapping[str, int]) -> None:
                 shape[member.axis + (member.index is not None)] += change
             bias += change if member.bias is not None else 0
         if shape != list(parameter.shape):
-            setattr(module, leaf, _replace(parameter, parameter.new_empty(shape)))
+            setattr(module, leaf, _replace(parameter, parameter.detach().new_empty(shape)))
         if bias:
             module.bias = _replace(module.bias, module.bias.new_empty(module.bias.numel() + bias))
     _follow(model, entry, arch.groups(model))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ class HywiaAdaptiveForCausalLM(PreTrainedModel):
 def model_class(base_model_type):
     """The family's causal language model, its modules changed as the config says when it is built."""
     adaptive = config_class(base_model_type)
-    family = AutoModelForCausalLM._model_mapping[adaptive.__mro__[1]]
+    family: Any = AutoModelForCausalLM._model_mapping[adaptive.__mro__[1]]
 
     def __init__(self, config, *args, **kwargs):
         family.__init__(self, config, *args, **kwargs)

@@ -218,11 +218,16 @@ def _accepts(config_class: Any, values: Mapping[str, Any]) -> bool:
     return True
 
 
+def checks_heads(config_class: Any) -> bool:
+    """Whether a config class may refuse a head count: it has a check of its own, beside that of all configs."""
+    return any("validate_architecture" in vars(c) for c in config_class.__mro__ if c.__name__ != "PreTrainedConfig")
+
+
 def _stock_head_counts(model: nn.Module, entry: Architecture, kv_heads: int, rep: int) -> tuple[int, ...]:
     """By asking the family's config; only those that check their fields can refuse."""
     config = text_config(model)
     names = entry.attention
-    if not names.free_head_dim or not hasattr(type(config), "validate_architecture"):
+    if not names.free_head_dim or not checks_heads(type(config)):
         return ()
     if entry.stand_in is not None and all(getattr(config, k, v) == v for k, v in entry.stand_in_needs.items()):
         return ()

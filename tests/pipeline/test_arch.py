@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import Tiny
 from transformers import BertConfig, BertLMHeadModel
 
-from hywia_kernels import HywiaError, groups
+from hywia_kernels import HywiaError, arch, groups
+from hywia_kernels.arch import support
 from hywia_kernels.types import Member
 
 
@@ -83,3 +86,12 @@ def test_coupled_matrices_of_different_widths_are_refused(gqa):
     gqa.model.layers[0].mlp.up_proj = torch.nn.Linear(48, 55, bias=False)
     with pytest.raises(HywiaError, match="coupled matrices of one width"):
         groups(gqa)
+
+
+def test_the_readme_lists_what_the_table_holds():
+    """If it fails: python -m hywia_kernels.arch.support README.md."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert support.written(readme) == readme
+    rows = support.markdown().splitlines()[2:]
+    assert len(rows) == len(arch.TABLE)
+    assert all(f"`{name}`" in row for row, entry in zip(rows, arch.TABLE, strict=True) for name in entry.model_types)
