@@ -119,6 +119,27 @@ FAMILIES: tuple[Family, ...] = (
         _gated(44),
     ),
     Family("gemma3_text", _WIDE | _SLIDING | dict(query_pre_attn_scalar=12), _grouped(2, 10), _gated(44)),
+    Family(
+        "gemma3",
+        dict(
+            text_config=_WIDE | _SLIDING | dict(vocab_size=131, max_position_embeddings=64, query_pre_attn_scalar=12),
+            vision_config=dict(
+                hidden_size=16,
+                intermediate_size=20,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=8,
+                patch_size=4,
+            ),
+            mm_tokens_per_image=1,
+            image_token_index=130,
+            boi_token_index=129,
+            eoi_token_index=128,
+        ),
+        _grouped(2, 10),
+        _gated(44),
+        layers="model.language_model.layers",
+    ),
     Family("olmo2", _GQA, _grouped(2, 6), _gated(44)),
     Family(
         "phi3",
