@@ -113,6 +113,19 @@ FAMILIES: tuple[Family, ...] = (
     Family("qwen3", _WIDE, _grouped(2, 10), _gated(44)),
     Family("gemma", _WIDE, _grouped(2, 10), _gated(44)),
     Family(
+        "granite",
+        _GQA
+        | dict(
+            logits_scaling=3.0,
+            residual_multiplier=0.6,
+            attention_multiplier=0.3,
+            embedding_multiplier=2.0,
+            mlp_bias=True,
+        ),
+        _grouped(2, 6),
+        _gated(44),
+    ),
+    Family(
         "gemma2",
         _WIDE | _SLIDING | dict(final_logit_softcapping=4.0, attn_logit_softcapping=3.0, query_pre_attn_scalar=12),
         _grouped(2, 10),
