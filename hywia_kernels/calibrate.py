@@ -30,7 +30,7 @@ from .progress import Bar
 from .text import check_tokens, digest
 from .types import Group, Statistics
 from .versions import versions
-from .weights import check_finite, count_parameters, fingerprint
+from .weights import check_finite, identity
 
 __all__ = ["ENGINES", "MEMORY", "calibrate"]
 
@@ -226,7 +226,7 @@ def calibrate(
                 for device in job.devices:
                     if device.type == "cuda":
                         streams.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
-                facts.update(fingerprint=fingerprint(model), parameters=count_parameters(model))
+                facts["fingerprint"], facts["parameters"] = identity(model)
             record.update(calibration_sha256=digest(samples.tokens), versions=versions())
 
     with frozen(model), without_collections():

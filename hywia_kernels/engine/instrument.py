@@ -101,7 +101,8 @@ def _block(
     on_device = usable(weight.device, mlp.scorer.backend)
     first, second = (norm_formula(norm, weight.dtype, on_device) for norm in norms)
     found: Any = tuple(targets[m] for m in single)
-    return Block(attention, tuple(single), found, (first, second), mlp, mlp.scorer)  # type: ignore[arg-type]
+    cublas = getattr(getattr(attention, "config", None), "_attn_implementation", None) != "sdpa"
+    return Block(attention, tuple(single), found, (first, second), mlp, mlp.scorer, cublas)  # type: ignore[arg-type]
 
 
 def _norm(norm: nn.Module, dtype: torch.dtype, backend: str | None) -> Replacements:
