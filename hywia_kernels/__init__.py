@@ -9,10 +9,11 @@
     hk.prune(model, plan)
     hk.save(model, tokenizer, "smollm2-small", plan=plan)
 
-Importing the package probes no device, compiles nothing and patches nothing; transformers is imported on first use.
+Importing the package probes no device, compiles nothing and patches nothing; transformers is imported on first use, and
+its auto classes then know checkpoints whose layers differ in width.
 """
 
-from . import ops
+from . import adaptive, ops
 from .arch import groups
 from .calibrate import calibrate
 from .errors import BackendError, HywiaError, UsageError
@@ -52,3 +53,5 @@ __all__ = [
     "score",
 ]
 __version__ = "0.1.0"
+
+adaptive.register()

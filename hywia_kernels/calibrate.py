@@ -7,6 +7,7 @@ the model asks for gradients. `engine` holds the passes.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from .engine.patches import forward_replaced, frozen, reproducible, without_coll
 from .engine.results import Results
 from .engine.rotary import rotary_replaced
 from .engine.samples import Samples, padded
+from .engine.support import unsupported
 from .errors import BackendError, HywiaError, UsageError
 from .progress import Bar
 from .text import check_tokens, digest
@@ -33,6 +35,8 @@ from .versions import versions
 from .weights import check_finite, identity
 
 __all__ = ["ENGINES", "MEMORY", "calibrate"]
+
+log = logging.getLogger(__name__)
 
 ENGINES = ("auto", "fused", "autograd")
 MEMORY = ("auto", *MODES)
@@ -51,7 +55,7 @@ class _Job:
 
     model: Any
     found: tuple[Group, ...]
-    linears: dict[str, nn.Linear]
+    linears: dict[str, nn.Module]
     samples: Samples
     engine: str
     plan: MemoryPlan
@@ -64,12 +68,17 @@ class _Job:
 
     @property
     def devices(self) -> list[torch.device]:
-        return list(dict.fromkeys(linear.weight.device for linear in self.linears.values()))
+        return list(dict.fromkeys(next(m.parameters()).device for m in self.linears.values()))
 
 
-def _chosen_engine(engine: str, backend: str | None, weight: Tensor) -> tuple[str, str]:
-    """`(engine, backend of its op)`; "auto" takes autograd only where the named backend lacks the fused op."""
-    if engine != "autograd":
+def _chosen_engine(engine: str, backend: str | None, weight: Tensor, reason: str | None) -> tuple[str, str]:
+    """`(engine, backend of its op)`; "auto" takes autograd only where the named backend lacks the fused op, or the
+    fused passes do not serve the model, for the reason given."""
+    if engine == "fused" and reason is not None:
+        raise UsageError(f"engine: 'fused' does not serve this model: {reason}; pass 'auto' or 'autograd'")
+    if reason is not None and engine == "auto":
+        log.info("scoring with plain autograd: %s", reason)
+    elif engine != "autograd":
         try:
             return "fused", ops.choose("linear_importance", backend, weight, weight, weight)
         except BackendError:
@@ -87,9 +96,7 @@ def _run(job: _Job, scale: float, strict: bool) -> tuple[Results, Tensor]:
         if job.engine == "autograd":
             lean = job.plan.mode == "lean"
             with reproducible(strict):
-                total = autograd.run(
-                    model, layers, job.linears, job.found, samples, results, scale, job.backend, bar, lean
-                )
+                total = autograd.run(model, layers, job.found, samples, results, scale, job.backend, bar, lean)
             return results, total
         ordered = job.plan.chunks[0] if len(job.plan.chunks) == 1 else samples.sorted()
         scorer = Scorer(results, ordered, scale, job.backend, bar)
@@ -124,7 +131,8 @@ def _finite(job: _Job, meanwhile: Callable[[], None]) -> _Outcome:
     Raises:
         HywiaError: NaN or Inf in weights or gradients.
     """
-    scales = _FLOAT16_SCALES if any(m.weight.dtype == torch.float16 for m in job.linears.values()) else (1.0,)
+    float16 = any(p.dtype == torch.float16 for m in job.linears.values() for p in m.parameters())
+    scales = _FLOAT16_SCALES if float16 else (1.0,)
     bad: str | None = None
     for scale in scales:
         results, total, same = _reproducibly(job, scale)
@@ -173,7 +181,8 @@ def calibrate(
         batches: token ids int64 `[samples, length]`, or a sequence of such or of single `[length]` samples.
         backend: of the ops.
         engine: "fused" (`ops.linear_importance` in one backward over all samples), "autograd" (the reference:
-            per-sample gradients of one matrix at a time), or "auto": fused, unless the named backend lacks its op.
+            per-sample gradients of one matrix at a time), or "auto": fused, unless the named backend lacks its op or
+            the model is of those that autograd alone serves; the record's "not_fused" says why.
         memory: "fast" keeps what backward needs, "lean" what enters the decoder layers, and runs each again;
             "layerwise" (fused) does that for a part of the samples at a time, and collects one layer's gradients.
             "auto" is the first that fits into the memory that is free (and the next when a CUDA device runs out
@@ -199,9 +208,11 @@ def calibrate(
     loss.check_head(model)
     linears = arch.linears(model, found)
     weight = linears[found[0].members[0].module].weight
-    engine, ran_on = _chosen_engine(engine, backend, weight.detach())
+    reason = unsupported(model, found)
+    engine, ran_on = _chosen_engine(engine, backend, weight.detach(), reason)
     if engine == "autograd" and memory == "layerwise":
-        raise UsageError("memory: expected auto, fast or lean with engine 'autograd', got 'layerwise'")
+        because = f" (taken because {reason})" if reason else ""
+        raise UsageError(f"memory: expected auto, fast or lean with engine 'autograd'{because}, got 'layerwise'")
     kernels = usable(weight.device, backend)
 
     def job_for(requested: str) -> _Job:
@@ -247,6 +258,8 @@ def calibrate(
         "seq_len": samples.longest,
         "loss": mean_loss,
         "engine": engine,
+        "not_fused": reason,
+        "left_alone": arch.left_alone(model),
         "memory": job.plan.mode,
         "runs": len(job.plan.chunks),
         "offloaded": job.plan.offload,

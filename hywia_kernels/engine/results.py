@@ -47,12 +47,12 @@ class Results:
     """`fine[name]` float32 `[3, units]` (first, second, mixed) and `coarse[name]` `[members, samples, units]`, zero at
     first; of all groups of one device in one allocation."""
 
-    def __init__(self, linears: Mapping[str, nn.Linear], found: Sequence[Group], samples: int) -> None:
+    def __init__(self, linears: Mapping[str, nn.Module], found: Sequence[Group], samples: int) -> None:
         self.groups, self.samples = found, samples
         self.fine: dict[str, Tensor] = {}
         self.coarse: dict[str, Tensor] = {}
         self._flat: list[tuple[Tensor, list[Group]]] = []
-        device_of = {g.name: linears[g.members[0].module].weight.device for g in found}
+        device_of = {g.name: next(linears[g.members[0].module].parameters()).device for g in found}
         for device in dict.fromkeys(device_of.values()):
             here = [g for g in found if device_of[g.name] == device]
             flat = torch.zeros(sum(_pieces(here, samples)), dtype=torch.float32, device=device)
