@@ -12,6 +12,8 @@
 Importing the package probes no device, compiles nothing and patches nothing; transformers is imported on first use.
 """
 
+from typing import Any as _Any
+
 from . import ops
 from .arch import groups
 from .calibrate import calibrate
@@ -29,11 +31,15 @@ from .types import Group, Member, Plan, Scores, Statistics
 __all__ = [
     "BackendError",
     "Group",
+    "HyWIAScorer",
     "HywiaError",
+    "MagnitudeScorer",
     "Member",
     "Plan",
+    "Scorer",
     "Scores",
     "Statistics",
+    "TaylorScorer",
     "UsageError",
     "calibrate",
     "calibration",
@@ -52,3 +58,13 @@ __all__ = [
     "score",
 ]
 __version__ = "0.1.0"
+
+_SCORERS = ("HyWIAScorer", "MagnitudeScorer", "Scorer", "TaylorScorer")  # imported when they are asked for
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _SCORERS:
+        from . import scorer
+
+        return getattr(scorer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,7 +31,8 @@ def instrument(model: Any, linears: Mapping[str, nn.Linear], found: Sequence[Gro
     for group in found:
         for member, coarse in zip(group.members, results.coarse[group.name], strict=True):
             linear = linears[member.module]
-            targets[linear] = Target(member, linear.weight.detach(), results.fine[group.name], coarse)
+            fine, weight = results.fine[group.name], linear.weight.detach()
+            targets[linear] = Target(member, weight, fine, coarse, also=targets.get(linear))
     replacements: Replacements = []
     for layer in model.get_submodule(entry.layers):
         replacements += _in_layer(layer, entry, targets, scorer)

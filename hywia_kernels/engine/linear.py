@@ -23,12 +23,14 @@ __all__ = ["Collected", "Scorer", "Target", "scored_forward"]
 
 @dataclass(frozen=True)
 class Target:
-    """One matrix and where its results go."""
+    """One matrix and where its results go; `also`: the same matrix in another group, whose units lie along the other
+    axis."""
 
     member: Member
     weight: Tensor
     fine: Tensor  # float32 [3, units], shared with the group's other matrices
     coarse: Tensor  # float32 [samples, units]
+    also: Target | None = None
 
 
 class Scorer:
@@ -100,6 +102,8 @@ class Scorer:
             mapped,
         )
         self.bar.step()
+        if target.also is not None:
+            self.score(target.also, grad_output, inputs)
 
 
 class Collected:
