@@ -68,6 +68,9 @@ class Architecture:
             their outputs.
         residual: matrix of `mlp.columns` whose output is only added to what leaves the layer, so that calibration need
             not multiply by it when it runs a layer again for backward (None: there is none).
+        blocks: full names of layer classes that compute `h = x + attention(norms[0](x))`, `y = h + mlp(norms[1](h))`
+            and pass every argument but `x` to the attention, whose matrices are `attention`'s and whose `forward`
+            ends with the output's: calibration runs such a layer as one node.
         stand_in: model type whose stock config holds the same mathematics where this family's own config refuses a
             width (None: there is none).
         stand_in_needs: config fields that must have these values for the stand-in to be exact.
@@ -81,6 +84,7 @@ class Architecture:
     norms: tuple[str, ...] = ()
     final_norm: str | None = None
     residual: str | None = None
+    blocks: tuple[str, ...] = ()
     stand_in: str | None = None
     stand_in_needs: Mapping[str, Any] = field(default_factory=dict)
     stand_in_sets: Mapping[str, Any] = field(default_factory=dict)
@@ -110,6 +114,10 @@ TABLE: tuple[Architecture, ...] = (
         norms=("input_layernorm", "post_attention_layernorm"),
         final_norm="model.norm",
         residual="mlp.down_proj",
+        blocks=(
+            "transformers.models.llama.modeling_llama.LlamaDecoderLayer",
+            "transformers.models.mistral.modeling_mistral.MistralDecoderLayer",
+        ),
         stand_in="mistral",
         stand_in_needs={"attention_bias": False, "mlp_bias": False},
         stand_in_sets={"sliding_window": None},

@@ -6,6 +6,7 @@ the model asks for gradients. `engine` holds the passes.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from .progress import Bar
 from .text import check_tokens, digest
 from .types import Group, Statistics
 from .versions import versions
-from .weights import begin_fingerprint, check_finite, count_parameters
+from .weights import check_finite, count_parameters, fingerprint
 
 __all__ = ["ENGINES", "MEMORY", "calibrate", "measure"]
 
@@ -77,20 +78,26 @@ def _chosen_engine(engine: str, backend: str | None, weight: Tensor) -> tuple[st
     return "autograd", ops.choose("taylor_importance", backend, weight, weight.new_empty(0, dtype=torch.float32))
 
 
-def _run(job: _Job, scale: float) -> tuple[Results, Tensor]:
-    """One forward and one backward; nothing here waits for the device."""
+def _run(job: _Job, scale: float, strict: bool) -> tuple[Results, Tensor]:
+    """One forward and one backward; nothing here waits for the device. `strict`: the same bits every run, on CUDA."""
     model, samples = job.model, job.samples
     results = Results(job.linears, job.found, len(samples))
     layers: Any = model.get_submodule(arch.architecture(model).layers)
     with Bar("scoring", sum(len(g.members) for g in job.found)) as bar:
         if job.engine == "autograd":
             lean = job.plan.mode == "lean"
-            total = autograd.run(model, layers, job.linears, job.found, samples, results, scale, job.backend, bar, lean)
+            with reproducible(strict):
+                total = autograd.run(
+                    model, layers, job.linears, job.found, samples, results, scale, job.backend, bar, lean
+                )
             return results, total
         ordered = job.plan.chunks[0] if len(job.plan.chunks) == 1 else samples.sorted()
         scorer = Scorer(results, ordered, scale, job.backend, bar)
-        replaced = forward_replaced(instrument(model, job.linears, job.found, scorer))
-        with replaced, rotary_replaced(model, job.backend):
+        replacements, blocks = instrument(model, job.linears, job.found, scorer)
+        # torch's strict mode slows every cuBLAS call down, so whole layers ask for it where they need it.
+        scorer.strict = strict
+        whole_pass = reproducible(strict and not blocks)
+        with forward_replaced(replacements), rotary_replaced(model, job.backend), whole_pass:
             if job.plan.mode == "fast":
                 total = whole.run(model, samples, scale)
             else:
@@ -98,16 +105,15 @@ def _run(job: _Job, scale: float) -> tuple[Results, Tensor]:
     return results, total
 
 
-def _reproducibly(job: _Job, run: Callable[[], tuple[Results, Tensor]]) -> tuple[Results, Tensor, bool]:
-    """`run` under deterministic kernels, or without where the model has an op that has none."""
+def _reproducibly(job: _Job, scale: float) -> tuple[Results, Tensor, bool]:
+    """`_run` under deterministic kernels, or without where the model has an op that has none."""
     cuda = any(d.type == "cuda" for d in job.devices)
     try:
-        with reproducible(cuda):
-            return *run(), True
+        return *_run(job, scale, cuda), True
     except RuntimeError as error:
         if not cuda or "deterministic" not in str(error):
             raise
-    return *run(), False
+    return *_run(job, scale, False), False
 
 
 def _finite(job: _Job, meanwhile: Callable[[], None]) -> _Outcome:
@@ -121,7 +127,7 @@ def _finite(job: _Job, meanwhile: Callable[[], None]) -> _Outcome:
     scales = _FLOAT16_SCALES if any(m.weight.dtype == torch.float16 for m in job.linears.values()) else (1.0,)
     bad: str | None = None
     for scale in scales:
-        results, total, same = _reproducibly(job, lambda scale=scale: _run(job, scale))  # type: ignore[misc]
+        results, total, same = _reproducibly(job, scale)
         meanwhile()
         fine, coarse = results.download(job.order)
         bad = results.first_bad()
@@ -227,11 +233,15 @@ def measure(
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
     record: dict[str, Any] = {}
-    fingerprints: list[Callable[[], str]] = []
+    facts: dict[str, Any] = {}  # of the model, taken while its devices work
 
     def meanwhile() -> None:
-        if not fingerprints:
-            fingerprints.append(begin_fingerprint(model))
+        if not facts:
+            with contextlib.ExitStack() as streams:
+                for device in job.devices:
+                    if device.type == "cuda":
+                        streams.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+                facts.update(fingerprint=fingerprint(model), parameters=count_parameters(model))
             record.update(calibration_sha256=digest(samples.tokens), versions=versions())
 
     with frozen(model), without_collections():
@@ -268,7 +278,6 @@ def measure(
         groups=found,
         fine=fine,
         coarse=coarse,
-        parameters=count_parameters(model),
-        fingerprint=fingerprints[0](),
         record=record,
+        **facts,
     )

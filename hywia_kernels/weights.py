@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from .errors import HywiaError
 
-__all__ = ["begin_fingerprint", "check_finite", "count_parameters", "fingerprint", "weight_bytes"]
+__all__ = ["check_finite", "count_parameters", "fingerprint", "weight_bytes"]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -23,18 +22,13 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
+@torch.no_grad()
 def fingerprint(model: nn.Module, per_tensor: int = 1024) -> str:
     """sha256 over names, shapes and an even sample of every parameter's values.
 
     The values are taken as float32, so that an exact change of dtype keeps the fingerprint; reads `per_tensor` values
-    a parameter, not the whole model.
+    a parameter, not the whole model, and waits once a device.
     """
-    return begin_fingerprint(model, per_tensor)()
-
-
-@torch.no_grad()
-def begin_fingerprint(model: nn.Module, per_tensor: int = 1024) -> Callable[[], str]:
-    """Ask the devices for the values now; the result waits for them, once a device, and gives the fingerprint."""
     found: list[tuple[str, tuple[int, ...], torch.device, int]] = []
     values: dict[torch.device, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -42,17 +36,15 @@ def begin_fingerprint(model: nn.Module, per_tensor: int = 1024) -> Callable[[], 
         sample = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // per_tensor)][:per_tensor]
         values.setdefault(parameter.device, []).append(sample)
         found.append((name, tuple(parameter.shape), parameter.device, sample.numel()))
-    joined = {device: torch.cat(parts).float() for device, parts in values.items()}
-
-    def finish() -> str:
-        digest = hashlib.sha256()
-        host = {device: iter(v.cpu().split([n for *_, d, n in found if d == device])) for device, v in joined.items()}
-        for name, shape, device, _ in found:
-            digest.update(f"{name}{shape}".encode())
-            digest.update(next(host[device]).contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
-    return finish
+    digest = hashlib.sha256()
+    host = {
+        device: iter(torch.cat(parts).float().cpu().split([n for *_, d, n in found if d == device]))
+        for device, parts in values.items()
+    }
+    for name, shape, device, _ in found:
+        digest.update(f"{name}{shape}".encode())
+        digest.update(next(host[device]).contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_finite(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from .. import arch
 from ..types import Group
 from . import recompute
+from .block import Block, block_forward, handed_out
 from .gated import GatedMlp, gated_forward, watched
 from .kernels import gate_formula, norm_formula, usable
 from .linear import Scorer, Target, scored_forward
@@ -20,8 +21,11 @@ __all__ = ["instrument"]
 Replacements = list[tuple[nn.Module, Any]]
 
 
-def instrument(model: Any, linears: Mapping[str, nn.Linear], found: Sequence[Group], scorer: Scorer) -> Replacements:
-    """Replacements for `patches.forward_replaced`: linear layers score, norms and gates are not kept for backward.
+def instrument(
+    model: Any, linears: Mapping[str, nn.Linear], found: Sequence[Group], scorer: Scorer
+) -> tuple[Replacements, bool]:
+    """Replacements for `patches.forward_replaced`: linear layers score, norms and gates are not kept for backward; and
+    whether every decoder layer runs as one node.
 
     A module whose `forward` somebody else has replaced keeps it, but for the linear layers, which must score.
     """
@@ -34,11 +38,14 @@ def instrument(model: Any, linears: Mapping[str, nn.Linear], found: Sequence[Gro
             fine, weight = results.fine[group.name], linear.weight.detach()
             targets[linear] = Target(member, weight, fine, coarse, also=targets.get(linear))
     replacements: Replacements = []
+    blocks = True
     for layer in model.get_submodule(entry.layers):
-        replacements += _in_layer(layer, entry, targets, scorer)
+        made = _in_layer(layer, entry, targets, scorer)
+        blocks = blocks and made[0][0] is layer
+        replacements += made
     if entry.final_norm is not None:
         replacements += _norm(model.get_submodule(entry.final_norm), model.dtype, scorer.backend)
-    return replacements
+    return replacements, blocks
 
 
 def _in_layer(
@@ -52,8 +59,6 @@ def _in_layer(
         residual = None  # what a hook makes of the output may depend on its values
     dtype: Any = columns[0].weight.dtype
     replacements: Replacements = []
-    for name in entry.norms:
-        replacements += _norm(layer.get_submodule(name), dtype, scorer.backend)
     whole = False
     if entry.mlp.gated is not None:
         module = layer.get_submodule(entry.mlp.gated.module)
@@ -65,13 +70,39 @@ def _in_layer(
             modules: Any = (rows[0], rows[1], columns[0])
             gate, up, down = (targets[m] for m in modules)
             mlp = GatedMlp(gate, up, down, modules, formula, scorer, columns[0] is residual)
+            block = _block(layer, entry, single, targets, mlp)
+            if block is not None:
+                return [(layer, block_forward(block)), *((m, handed_out(block, m)) for m in block.projections)]
             replacements.append((module, gated_forward(mlp)))
         elif "forward" not in vars(module):
             replacements.append((module, _gated(rows[0], rows[1], columns[0], formula)))
+    for name in entry.norms:
+        replacements += _norm(layer.get_submodule(name), dtype, scorer.backend)
     for linear in single if whole else [*single, *rows, *columns]:
         assert isinstance(linear, nn.Linear)
         replacements.append((linear, scored_forward(linear, targets[linear], scorer, linear is residual)))
     return replacements
+
+
+def _block(
+    layer: nn.Module,
+    entry: arch.Architecture,
+    single: Sequence[Any],
+    targets: Mapping[nn.Module, Target],
+    mlp: GatedMlp,
+) -> Block | None:
+    """The layer as one node, where it is of a class known to be built so, and nobody watches its parts."""
+    if f"{type(layer).__module__}.{type(layer).__name__}" not in entry.blocks:
+        return None
+    attention: Any = layer.get_submodule(entry.attention.query.rpartition(".")[0])
+    norms: Any = [layer.get_submodule(name) for name in entry.norms]
+    if len(norms) != 2 or watched(layer, attention, *norms, *attention.children()):
+        return None
+    weight = single[0].weight
+    on_device = usable(weight.device, mlp.scorer.backend)
+    first, second = (norm_formula(norm, weight.dtype, on_device) for norm in norms)
+    found: Any = tuple(targets[m] for m in single)
+    return Block(attention, tuple(single), found, (first, second), mlp, mlp.scorer)  # type: ignore[arg-type]
 
 
 def _norm(norm: nn.Module, dtype: torch.dtype, backend: str | None) -> Replacements:

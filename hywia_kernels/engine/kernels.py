@@ -48,24 +48,35 @@ class RmsNorm:
         self.weight, self.eps = weight, eps
         self.kernels = kernels_module()
         self.columns = weight.numel()
-        self.block = power_of_two(self.columns)
-        self.warps = min(max(self.block // 512, 1), 16)
+        self.options = {"BLOCK": power_of_two(self.columns), "enable_fp_fusion": False}
+        self.options["num_warps"] = min(max(self.options["BLOCK"] // 512, 1), 16)
+
+    def _grid(self, x: Tensor) -> tuple[int]:
+        return (x.numel() // self.columns,)
+
+    def small(self, *xs: Tensor) -> tuple[Tensor, ...]:
+        x = xs[0].contiguous()
+        squares = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        with on(x.device):
+            self.kernels.norm_squares[self._grid(x)](x, squares, self.columns, **self.options)
+        return (torch.rsqrt(squares.mean(-1, keepdim=True) + self.eps),)
 
     def forward(self, *xs: Tensor) -> Tensor:
-        x = xs[0].contiguous()
+        x, scale = xs[0].contiguous(), xs[1]
         y = torch.empty_like(x)
         with on(x.device):
-            self.kernels.norm_forward[(x.numel() // self.columns,)](
-                x, self.weight, y, self.columns, self.eps, BLOCK=self.block, num_warps=self.warps
-            )
+            self.kernels.norm_forward[self._grid(x)](x, scale, self.weight, y, self.columns, **self.options)
         return y
 
     def backward(self, dy: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
-        x, dy = xs[0].contiguous(), dy.contiguous()
+        x, scale, dy = xs[0].contiguous(), xs[1], dy.contiguous()
+        products = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x)
         with on(x.device):
-            self.kernels.norm_backward[(x.numel() // self.columns,)](
-                dy, x, self.weight, dx, self.columns, self.eps, BLOCK=self.block, num_warps=self.warps
+            self.kernels.norm_products[self._grid(x)](dy, x, self.weight, products, self.columns, **self.options)
+            along = products.sum(-1, keepdim=True)
+            self.kernels.norm_backward[self._grid(x)](
+                dy, x, scale, along, self.weight, dx, self.columns, 1.0 / self.columns, **self.options
             )
         return (dx,)
 
@@ -75,6 +86,9 @@ class Gate:
 
     def __init__(self) -> None:
         self.kernels = kernels_module()
+
+    def small(self, *xs: Tensor) -> tuple[Tensor, ...]:
+        return ()
 
     def forward(self, *xs: Tensor) -> Tensor:
         gate, up = (x.contiguous() for x in xs)

@@ -1,7 +1,8 @@
 """Triton: RMS norm, the SiLU-gated product and rotary embedding, forward and backward, one launch each.
 
-Values are rounded to the operands' dtype where Hugging Face's eager code rounds them, so that a model's forward differs
-from it by no more than the order of one sum.
+Values are rounded where Hugging Face's eager code and its backward round them, so that a model gives the same bits: in
+low precision one bit that differs becomes a whole rounding step a few layers on. Sums over a row are torch's own, since
+their order is; multiplications and additions must not be contracted (`enable_fp_fusion=False`).
 """
 
 import triton
@@ -9,31 +10,52 @@ import triton.language as tl
 
 
 @triton.jit
-def norm_forward(x, weight, y, columns, eps, BLOCK: tl.constexpr):
-    """`y = weight · round(x / rms(x))`; one program a row."""
+def norm_squares(x, squares, columns, BLOCK: tl.constexpr):
+    """`x²` in float32; one program a row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < columns
     value = tl.load(x + row * columns + at, mask, 0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value, 0) / columns + eps)
-    normal = (value * scale).to(y.dtype.element_ty).to(tl.float32)
+    tl.store(squares + row * columns + at, value * value, mask)
+
+
+@triton.jit
+def norm_forward(x, scale, weight, y, columns, BLOCK: tl.constexpr):
+    """`y = weight · round(x · scale)`, `scale = 1/rms(x)` float32, one a row."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < columns
+    value = tl.load(x + row * columns + at, mask, 0.0).to(tl.float32)
+    normal = (value * tl.load(scale + row)).to(y.dtype.element_ty).to(tl.float32)
     w = tl.load(weight + at, mask, 0.0).to(tl.float32)
     tl.store(y + row * columns + at, (normal * w).to(y.dtype.element_ty), mask)
 
 
 @triton.jit
-def norm_backward(dy, x, weight, dx, columns, eps, BLOCK: tl.constexpr):
-    """`dx = r·g − x·r³·mean(g·x)` with `g = round(dy·weight)` and `r = 1/rms(x)`."""
+def norm_products(dy, x, weight, products, columns, BLOCK: tl.constexpr):
+    """`g·x` in float32, with `g = round(dy·weight)`."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < columns
     value = tl.load(x + row * columns + at, mask, 0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value, 0) / columns + eps)
+    w = tl.load(weight + at, mask, 0.0).to(tl.float32)
+    g = (tl.load(dy + row * columns + at, mask, 0.0).to(tl.float32) * w).to(x.dtype.element_ty).to(tl.float32)
+    tl.store(products + row * columns + at, g * value, mask)
+
+
+@triton.jit
+def norm_backward(dy, x, scale, along, weight, dx, columns, share, BLOCK: tl.constexpr):
+    """`dx = g·r − x·r³·mean(g·x)` with `r = scale`, `along = Σ g·x` and `share = 1/columns`; products and sums rounded
+    one by one and in the order of autograd's own chain of operations."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < columns
+    value = tl.load(x + row * columns + at, mask, 0.0).to(tl.float32)
     w = tl.load(weight + at, mask, 0.0).to(tl.float32)
     g = (tl.load(dy + row * columns + at, mask, 0.0).to(tl.float32) * w).to(dx.dtype.element_ty).to(tl.float32)
-    along = tl.sum(g * value, 0) / columns
-    result = scale * g - value * (scale * scale * scale * along)
-    tl.store(dx + row * columns + at, result.to(dx.dtype.element_ty), mask)
+    r = tl.load(scale + row)
+    slope = (-0.5 * tl.load(along + row)) * (r * r * r) * share
+    tl.store(dx + row * columns + at, (g * r + slope * (2.0 * value)).to(dx.dtype.element_ty), mask)
 
 
 @triton.jit

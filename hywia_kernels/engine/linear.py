@@ -47,6 +47,7 @@ class Scorer:
         self._runs: dict[tuple, Callable[..., None]] = {}
         self.collected: Collected | None = None
         self.replaying = False  # a layer is run again for the sake of its backward
+        self.strict = False  # whole layers ask for torch's deterministic kernels themselves, where it matters
         self._rows: dict[torch.device, Tensor] = {}
         self._cpu_rows: Tensor | None = None
         self.select(samples)
@@ -101,6 +102,7 @@ class Scorer:
             True,
             mapped,
         )
+        self.results.scored(target.member.module)
         self.bar.step()
         if target.also is not None:
             self.score(target.also, grad_output, inputs)

@@ -139,7 +139,8 @@ def test_fast_keeps_what_it_says(tiny, tokens):
     with Bar("", 1) as bar, frozen(model):
         linears = arch.linears(model, found)
         scorer = Scorer(Results(linears, found, len(samples)), samples, 1.0, None, bar)
-        replaced = instrument(model, linears, found, scorer)
+        replaced, blocks = instrument(model, linears, found, scorer)
+        assert blocks
         embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
         with forward_replaced(replaced), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model.get_decoder()(inputs_embeds=embedded, use_cache=False)
