@@ -199,9 +199,9 @@ def measure(
     engine: str = "auto",
     memory: str = "auto",
 ) -> Statistics:
-    """`calibrate` for other groups than the architecture's own (None: those), over the same matrices: each in at least
-    one group, and, with the fused engine, in as many more as one likes. The estimate of the memory needed is that of
-    the architecture's groups."""
+    """`calibrate` for other groups than the architecture's own (None: those), over the same matrices. Each must be in
+    one group along the axis it has there, and may then, with the fused engine, be in another along the other. The
+    estimate of the memory needed is that of the architecture's groups."""
     began = time.monotonic()
     if engine not in ENGINES:
         raise UsageError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")

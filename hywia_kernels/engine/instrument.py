@@ -32,7 +32,7 @@ def instrument(
     entry = arch.architecture(model)
     results = scorer.results
     targets: dict[nn.Module, Target] = {}
-    for group in found:
+    for group in reversed(found):  # so that a matrix's first group comes first: layers bring what serves its axis
         for member, coarse in zip(group.members, results.coarse[group.name], strict=True):
             linear = linears[member.module]
             fine, weight = results.fine[group.name], linear.weight.detach()

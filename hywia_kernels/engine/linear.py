@@ -102,7 +102,7 @@ class Scorer:
             True,
             mapped,
         )
-        self.results.scored(target.member.module)
+        self.results.scored(target.member)
         self.bar.step()
         if target.also is not None:
             self.score(target.also, grad_output, inputs)
