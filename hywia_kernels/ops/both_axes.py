@@ -7,6 +7,8 @@ it has no entry in the registry.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -56,9 +58,9 @@ def taylor_importance_both(
 
 def _kernel_takes(backend: str | None, *tensors: Tensor | None) -> bool:
     given = [t for t in tensors if t is not None]
-    if 0 in given[0].shape or any(t.stride(1) != 1 for t in given):
+    if 0 in given[0].shape:
         return False
-    if backend is None and given[0].device.type == "cuda":
+    if backend is None and not os.environ.get(registry.ENVIRONMENT) and given[0].device.type == "cuda":
         return triton.unavailable() is None and triton.unsupported("taylor_importance", *given) is None
     return registry.choose("taylor_importance", backend, *tensors) == "triton"
 
@@ -79,7 +81,7 @@ def _in_one_kernel(weight: Tensor, grad: Tensor | None, fisher: Tensor | None, o
             rows,
             columns,
             LENGTH,
-            *(x.stride(0) for x in operands),
+            *(stride for x in operands for stride in x.stride()),
             ORDER=order,
             BLOCK_R=BLOCK_ROWS,
             BLOCK_C=BLOCK_COLUMNS,

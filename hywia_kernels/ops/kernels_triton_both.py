@@ -7,8 +7,8 @@ import triton.language as tl
 
 
 @triton.jit
-def _load(pointer, row, column, row_stride, mask):
-    offsets = row.to(tl.int64)[:, None] * row_stride + column[None, :]
+def _load(pointer, row, column, row_stride, column_stride, mask):
+    offsets = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
     return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -22,9 +22,12 @@ def taylor_both(
     rows,
     columns,
     length,
-    weight_stride,
-    grad_stride,
-    fisher_stride,
+    weight_row_stride,
+    weight_column_stride,
+    grad_row_stride,
+    grad_column_stride,
+    fisher_row_stride,
+    fisher_column_stride,
     ORDER: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -45,13 +48,13 @@ def taylor_both(
     for start in range(0, length, BLOCK_C):
         column = begin + start + tl.arange(0, BLOCK_C)
         mask = (row < rows)[:, None] & (column < end)[None, :]
-        w = _load(weight, row, column, weight_stride, mask)
+        w = _load(weight, row, column, weight_row_stride, weight_column_stride, mask)
         if ORDER == "first":
-            t = _load(grad, row, column, grad_stride, mask) * w
+            t = _load(grad, row, column, grad_row_stride, grad_column_stride, mask) * w
         else:
-            t = 0.5 * _load(fisher, row, column, fisher_stride, mask) * w * w
+            t = 0.5 * _load(fisher, row, column, fisher_row_stride, fisher_column_stride, mask) * w * w
             if ORDER == "mixed":
-                t = _load(grad, row, column, grad_stride, mask) * w - t
+                t = _load(grad, row, column, grad_row_stride, grad_column_stride, mask) * w - t
         size = tl.abs(t)
         fine += size
         signed += t
