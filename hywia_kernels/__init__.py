@@ -13,6 +13,8 @@ Importing the package probes no device, compiles nothing and patches nothing; tr
 its auto classes then know checkpoints whose layers differ in width.
 """
 
+from typing import Any as _Any
+
 from . import adaptive, ops
 from .arch import groups
 from .calibrate import calibrate
@@ -30,11 +32,15 @@ from .types import Group, Member, Plan, Scores, Statistics
 __all__ = [
     "BackendError",
     "Group",
+    "HyWIAScorer",
     "HywiaError",
+    "MagnitudeScorer",
     "Member",
     "Plan",
+    "Scorer",
     "Scores",
     "Statistics",
+    "TaylorScorer",
     "UsageError",
     "calibrate",
     "calibration",
@@ -55,3 +61,13 @@ __all__ = [
 __version__ = "0.1.0"
 
 adaptive.register()
+
+_SCORERS = ("HyWIAScorer", "MagnitudeScorer", "Scorer", "TaylorScorer")  # imported when they are asked for
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _SCORERS:
+        from . import scorer
+
+        return getattr(scorer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
