@@ -20,6 +20,7 @@ from .evaluate import evaluate, perplexity
 from .export import save
 from .fusion import fuse, score
 from .load import load
+from .refit import refit
 from .selection import plan
 from .storage import load_scores, save_scores
 from .surgery import mask, prune
@@ -47,6 +48,7 @@ __all__ = [
     "perplexity",
     "plan",
     "prune",
+    "refit",
     "save",
     "save_scores",
     "score",
