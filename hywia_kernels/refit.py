@@ -214,7 +214,7 @@ def _aim(layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, d
     # The next norm divides by a token's rms, so errors count relative to it; tokens with huge activations (the first of
     # a text, usually) would decide the regression otherwise.
     weight = 1.0 / run.flat(out).float().square().mean(1).clamp(min=_TINY)
-    return _Aim(out, {module: pair[1] for module, pair in seen.items()}, weight / weight.mean(), drift)
+    return _Aim(out, {module: pair[1] for module, pair in seen.items()}, weight, drift)
 
 
 def _apply(matrix: _Matrix, change: Tensor) -> None:
@@ -235,8 +235,8 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
 
         min over ΔW of  Σ_t w_t · |r_t − ΔW x̃_t|² + λ |ΔW|²,     λ = ridge · mean(diag(Σ_t w_t x̃_t x̃_tᵀ)),
 
-    with `x̃` the surviving inputs of the matrix in the pruned and so far refitted model, `r` what its output lacks of the
-    dense model's, and `w_t` one over the mean square of the dense layer's output. Where the architecture only adds the
+    with `x̃` the surviving inputs of the matrix in the pruned and so far refitted model, `r` what its output lacks of
+    the dense model's, and `w_t` one over the mean square of the dense layer's output. Where the architecture only adds the
     output to the hidden states (`Architecture.residual`), `r` includes what these lack already. Biases are solved too.
     The hidden states of the text between two layers are held, in the model's dtype, for both models; wide activations
     only for a few thousand tokens at a time.
