@@ -236,8 +236,9 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
         min over ΔW of  Σ_t w_t · |r_t − ΔW x̃_t|² + λ |ΔW|²,     λ = ridge · mean(diag(Σ_t w_t x̃_t x̃_tᵀ)),
 
     with `x̃` the surviving inputs of the matrix in the pruned and so far refitted model, `r` what its output lacks of
-    the dense model's, and `w_t` one over the mean square of the dense layer's output. Where the architecture only adds the
-    output to the hidden states (`Architecture.residual`), `r` includes what these lack already. Biases are solved too.
+    the dense model's, and `w_t` one over the mean square of the dense layer's output. Where the architecture only adds
+    the output to the hidden states (`Architecture.residual`), `r` includes what these lack already. Biases are solved
+    too.
     The hidden states of the text between two layers are held, in the model's dtype, for both models; wide activations
     only for a few thousand tokens at a time.
 
