@@ -23,6 +23,7 @@ from .evaluate import evaluate, perplexity
 from .export import save
 from .fusion import fuse, score
 from .load import load
+from .refit import refit
 from .selection import plan
 from .storage import load_scores, save_scores
 from .surgery import mask, prune
@@ -54,6 +55,7 @@ __all__ = [
     "perplexity",
     "plan",
     "prune",
+    "refit",
     "save",
     "save_scores",
     "score",
