@@ -32,9 +32,9 @@ from .progress import Bar
 from .text import check_tokens, digest
 from .types import Group, Statistics
 from .versions import versions
-from .weights import check_finite, count_parameters, fingerprint
+from .weights import check_finite, identity
 
-__all__ = ["ENGINES", "MEMORY", "calibrate"]
+__all__ = ["ENGINES", "MEMORY", "calibrate", "measure"]
 
 log = logging.getLogger(__name__)
 
@@ -197,12 +197,28 @@ def calibrate(
         HywiaError: unknown architecture, ids beyond the vocabulary, too little memory, or NaN or Inf in weights that
             take part or in gradients (named by module). UsageError: malformed batches, unknown engine or memory mode.
     """
+    return measure(model, batches, None, backend=backend, engine=engine, memory=memory)
+
+
+def measure(
+    model: Any,
+    batches: Tensor | Sequence[Tensor],
+    found: tuple[Group, ...] | None,
+    *,
+    backend: str | None = None,
+    engine: str = "auto",
+    memory: str = "auto",
+) -> Statistics:
+    """`calibrate` for other groups than the architecture's own (None: those), over the same matrices. Each must be in
+    one group along the axis it has there, and may then, with the fused engine, be in another along the other. The
+    estimate of the memory needed is that of the architecture's groups."""
     began = time.monotonic()
     if engine not in ENGINES:
         raise UsageError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
     if memory not in MEMORY:
         raise UsageError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")
-    found = arch.groups(model)
+    architectures = arch.groups(model)
+    found = architectures if found is None else found
     samples = padded(batches)
     check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
     loss.check_head(model)
@@ -217,10 +233,10 @@ def calibrate(
 
     def job_for(requested: str) -> _Job:
         if engine == "autograd":
-            plan = plan_whole(model, linears, found, samples, requested)
+            plan = plan_whole(model, linears, architectures, samples, requested)
         else:
             plan = plan_memory(
-                model, linears, found, samples, requested, float64=ran_on == "reference", kernels=kernels
+                model, linears, architectures, samples, requested, float64=ran_on == "reference", kernels=kernels
             )
         return _Job(model, found, linears, samples, engine, plan, backend)
 
@@ -237,7 +253,7 @@ def calibrate(
                 for device in job.devices:
                     if device.type == "cuda":
                         streams.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
-                facts.update(fingerprint=fingerprint(model), parameters=count_parameters(model))
+                facts["fingerprint"], facts["parameters"] = identity(model)
             record.update(calibration_sha256=digest(samples.tokens), versions=versions())
 
     with frozen(model), without_collections():

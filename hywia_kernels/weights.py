@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import nn
 
 from .errors import HywiaError
 
-__all__ = ["check_finite", "count_parameters", "fingerprint", "weight_bytes"]
+__all__ = ["check_finite", "count_parameters", "fingerprint", "identity", "weight_bytes"]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -22,13 +23,18 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-@torch.no_grad()
 def fingerprint(model: nn.Module, per_tensor: int = 1024) -> str:
     """sha256 over names, shapes and an even sample of every parameter's values.
 
     The values are taken as float32, so that an exact change of dtype keeps the fingerprint; reads `per_tensor` values
     a parameter, not the whole model, and waits once a device.
     """
+    return identity(model, per_tensor)[0]
+
+
+@torch.no_grad()
+def identity(model: nn.Module, per_tensor: int = 1024) -> tuple[str, int]:
+    """`(fingerprint, count_parameters)` from one walk over the model."""
     found: list[tuple[str, tuple[int, ...], torch.device, int]] = []
     values: dict[torch.device, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -49,7 +55,7 @@ def fingerprint(model: nn.Module, per_tensor: int = 1024) -> str:
     for name, shape, device, _ in found:
         digest.update(f"{name}{shape}".encode())
         digest.update(next(host[device]).contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return digest.hexdigest(), sum(math.prod(shape) for _, shape, *_ in found)
 
 
 def check_finite(model: nn.Module) -> None:

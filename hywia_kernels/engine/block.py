@@ -66,6 +66,7 @@ class Block:
     norms: tuple[recompute.Formula, recompute.Formula]
     mlp: GatedMlp
     scorer: Scorer
+    cublas: bool = True  # the attention may call it
     slots: dict[nn.Module, Tensor] = field(default_factory=dict)
     captured: Tensor | None = None
 
@@ -83,7 +84,7 @@ class Block:
                 self.slots.update(zip(self.projections[:3], given, strict=True))
                 # Attention is what has atomic additions in its backward, and which of its kernels runs the forward
                 # depends on the mode too; all else here gives the same bits anyway.
-                with reproducible(self.scorer.strict):
+                with reproducible(self.scorer.strict, cublas=self.cublas):
                     self.attention.forward(hidden_states=normed, **keywords)
             assert self.captured is not None
             # The kernel keeps the values in any case where no head is repeated.
@@ -112,7 +113,7 @@ class Block:
         core = kept.core
         da = dh @ self.projections[3].weight
         self.scorer(self.targets[3], dh, core.out.detach(), da)
-        with reproducible(self.scorer.strict):
+        with reproducible(self.scorer.strict, cublas=self.cublas):
             grads = torch.autograd.grad(core.out, core.edges, da)
         normed = self.norms[0].forward(*kept.first)
         mapped = (None, None, core.value)

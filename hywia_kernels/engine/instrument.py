@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def instrument(
             outputs = None if whole else slice(member.start, member.start + group.units * member.group_size)
             results_of = results.fine[group.name], results.coarse[group.name][i]
             target = Target(member, weight, *results_of, outputs, matrix.transposed)
-            targets[module] = (*targets.get(module, ()), target)
+            targets[module] = _with(targets.get(module, ()), target)
     replacements: Replacements = []
     blocks = True
     for layer in model.get_submodule(entry.layers):
@@ -51,6 +52,15 @@ def instrument(
     if entry.final_norm is not None:
         replacements += _norm(model.get_submodule(entry.final_norm), model.dtype, scorer.backend)
     return replacements, blocks
+
+
+def _with(targets: tuple[Target, ...], new: Target) -> tuple[Target, ...]:
+    """`targets` and one more; a matrix that is there already goes on under the one that came first: layers bring what
+    serves its axis."""
+    for i, known in enumerate(targets):
+        if known.outputs == new.outputs:
+            return (*targets[:i], replace(known, also=replace(new, also=known.also)), *targets[i + 1 :])
+    return (*targets, new)
 
 
 def _in_layer(
@@ -109,7 +119,8 @@ def _block(
     on_device = usable(weight.device, mlp.scorer.backend)
     first, second = (norm_formula(norm, weight.dtype, on_device) for norm in norms)
     found: Any = tuple(targets[m][0] for m in single)
-    return Block(attention, tuple(single), found, (first, second), mlp, mlp.scorer)  # type: ignore[arg-type]
+    cublas = getattr(getattr(attention, "config", None), "_attn_implementation", None) != "sdpa"
+    return Block(attention, tuple(single), found, (first, second), mlp, mlp.scorer, cublas)  # type: ignore[arg-type]
 
 
 def _norm(norm: nn.Module, dtype: torch.dtype, backend: str | None) -> Replacements:

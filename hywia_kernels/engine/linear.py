@@ -25,7 +25,8 @@ __all__ = ["Collected", "Scorer", "Target", "scored_forward"]
 class Target:
     """One matrix and where its results go. Where a parameter holds several, `weight` is this one's part of it, and
     `outputs` the part of the layer's output (None: all of it). `transposed`: stored `[in, out]`, so that what stands on
-    the output's side of the product is the input."""
+    the output's side of the product is the input. `also`: the same matrix in another group, whose units lie along the
+    other axis."""
 
     member: Member
     weight: Tensor
@@ -33,6 +34,7 @@ class Target:
     coarse: Tensor  # float32 [samples, units]
     outputs: slice | None = None
     transposed: bool = False
+    also: Target | None = None
 
 
 class Scorer:
@@ -79,6 +81,8 @@ class Scorer:
     def score(self, target: Target, grad_output: Tensor, inputs: Tensor, mapped: Tensor | None = None) -> None:
         """All samples' tokens of one matrix, without padding: what `ops.linear_importance` does with `out=`."""
         weight, axis, size = target.weight, target.member.axis, target.member.group_size
+        if target.also is not None:
+            self.score(target.also, grad_output, inputs)
         if target.transposed:
             grad_output, inputs = inputs, grad_output
         key: tuple = (weight.shape, weight.is_contiguous(), weight.dtype, weight.device, axis, size)
@@ -106,7 +110,7 @@ class Scorer:
             True,
             mapped,
         )
-        self.results.scored(target.member.module)
+        self.results.scored(target.member)
         self.bar.step()
 
 

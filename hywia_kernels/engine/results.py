@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.checks import ORDERS
-from ..types import Group
+from ..types import Group, Member
 
 __all__ = ["Results", "result_bytes"]
 
@@ -59,14 +59,14 @@ class Results:
             self._flat.append((flat, here))
             for group, piece in zip(here, flat.split(_pieces(here, samples)), strict=True):
                 self.fine[group.name], self.coarse[group.name] = self._views(group, piece)
-        self._owner = {m.module: g.name for g in found for m in g.members}
+        self._owner = {(m.module, m.axis, m.start): g.name for g in found for m in g.members}
         self._missing = {g.name: len(g.members) for g in found}
         self._ready: dict[str, torch.cuda.Event] = {}
         self._host = {flat.device: _Pages(flat.numel()) for flat, _ in self._flat if flat.device.type == "cuda"}
 
-    def scored(self, module: str) -> None:
+    def scored(self, member: Member) -> None:
         """This matrix is in, as far as the stream goes; a group that is complete can be downloaded from here on."""
-        name = self._owner[module]
+        name = self._owner[member.module, member.axis, member.start]
         self._missing[name] -= 1
         fine = self.fine[name]
         if not self._missing[name] and fine.device.type == "cuda":
