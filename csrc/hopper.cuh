@@ -103,6 +103,10 @@ __device__ __forceinline__ void copy_box_multicast(uint32_t to, const void* map,
 }
 
 // Orders this thread's ordinary stores to shared memory before later reads by the copy engine and the tensor cores.
+__device__ __forceinline__ void store_zero(uint32_t shared) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(shared), "r"(0) : "memory");
+}
+
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // --- registers -------------------------------------------------------------------------------------------------------

@@ -74,11 +74,16 @@ struct Consumer {
         }
     }
 
-    // Zeroes this warpgroup's rows of a stage from token `valid` on: they belong to the next sample.
+    // Zeroes a stage from token `valid` on: those rows belong to the next sample. Both operands, since that sample's
+    // NaN times zero would be NaN here; this warpgroup's part of A, and all of B, which the other zeroes too: it may be
+    // a sample behind, and the same value twice is no race.
     __device__ __forceinline__ void mask(int slot, int valid) const {
-        const uint32_t chunk = shared.a(slot) + group * kChunkBytes;
-        for (int word = valid * 8 + warp * 32 + lane; word < kStepK * 8; word += 128)
-            asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(chunk + word * 16), "r"(0) : "memory");
+        const uint32_t a = shared.a(slot) + group * kChunkBytes, b = shared.b(slot);
+        for (int word = valid * 8 + warp * 32 + lane; word < kStepK * 8; word += 128) {
+            store_zero(a + word * 16);
+#pragma unroll
+            for (int chunk = 0; chunk < Tile::kN / 64; ++chunk) store_zero(b + chunk * kChunkBytes + word * 16);
+        }
         fence_async_proxy();
         group == 0 ? warpgroup_sync<1>() : warpgroup_sync<2>();
     }

@@ -13,6 +13,8 @@ Importing the package probes no device, compiles nothing and patches nothing; tr
 its auto classes then know checkpoints whose layers differ in width.
 """
 
+from typing import Any as _Any
+
 from . import adaptive, ops
 from .arch import groups
 from .calibrate import calibrate
@@ -21,6 +23,7 @@ from .evaluate import evaluate, perplexity
 from .export import save
 from .fusion import fuse, score
 from .load import load
+from .refit import refit
 from .selection import plan
 from .storage import load_scores, save_scores
 from .surgery import mask, prune
@@ -30,11 +33,15 @@ from .types import Group, Member, Plan, Scores, Statistics
 __all__ = [
     "BackendError",
     "Group",
+    "HyWIAScorer",
     "HywiaError",
+    "MagnitudeScorer",
     "Member",
     "Plan",
+    "Scorer",
     "Scores",
     "Statistics",
+    "TaylorScorer",
     "UsageError",
     "calibrate",
     "calibration",
@@ -48,6 +55,7 @@ __all__ = [
     "perplexity",
     "plan",
     "prune",
+    "refit",
     "save",
     "save_scores",
     "score",
@@ -55,3 +63,13 @@ __all__ = [
 __version__ = "0.1.0"
 
 adaptive.register()
+
+_SCORERS = ("HyWIAScorer", "MagnitudeScorer", "Scorer", "TaylorScorer")  # imported when they are asked for
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _SCORERS:
+        from . import scorer
+
+        return getattr(scorer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

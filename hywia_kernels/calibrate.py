@@ -6,6 +6,8 @@ the model asks for gradients. `engine` holds the passes.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,14 +26,17 @@ from .engine.patches import forward_replaced, frozen, reproducible, without_coll
 from .engine.results import Results
 from .engine.rotary import rotary_replaced
 from .engine.samples import Samples, padded
+from .engine.support import unsupported
 from .errors import BackendError, HywiaError, UsageError
 from .progress import Bar
 from .text import check_tokens, digest
 from .types import Group, Statistics
 from .versions import versions
-from .weights import begin_fingerprint, check_finite, count_parameters
+from .weights import check_finite, identity
 
-__all__ = ["ENGINES", "MEMORY", "calibrate"]
+__all__ = ["ENGINES", "MEMORY", "calibrate", "measure"]
+
+log = logging.getLogger(__name__)
 
 ENGINES = ("auto", "fused", "autograd")
 MEMORY = ("auto", *MODES)
@@ -50,7 +55,7 @@ class _Job:
 
     model: Any
     found: tuple[Group, ...]
-    linears: dict[str, nn.Linear]
+    linears: dict[str, nn.Module]
     samples: Samples
     engine: str
     plan: MemoryPlan
@@ -63,12 +68,17 @@ class _Job:
 
     @property
     def devices(self) -> list[torch.device]:
-        return list(dict.fromkeys(linear.weight.device for linear in self.linears.values()))
+        return list(dict.fromkeys(next(m.parameters()).device for m in self.linears.values()))
 
 
-def _chosen_engine(engine: str, backend: str | None, weight: Tensor) -> tuple[str, str]:
-    """`(engine, backend of its op)`; "auto" takes autograd only where the named backend lacks the fused op."""
-    if engine != "autograd":
+def _chosen_engine(engine: str, backend: str | None, weight: Tensor, reason: str | None) -> tuple[str, str]:
+    """`(engine, backend of its op)`; "auto" takes autograd only where the named backend lacks the fused op, or the
+    fused passes do not serve the model, for the reason given."""
+    if engine == "fused" and reason is not None:
+        raise UsageError(f"engine: 'fused' does not serve this model: {reason}; pass 'auto' or 'autograd'")
+    if reason is not None and engine == "auto":
+        log.info("scoring with plain autograd: %s", reason)
+    elif engine != "autograd":
         try:
             return "fused", ops.choose("linear_importance", backend, weight, weight, weight)
         except BackendError:
@@ -77,20 +87,24 @@ def _chosen_engine(engine: str, backend: str | None, weight: Tensor) -> tuple[st
     return "autograd", ops.choose("taylor_importance", backend, weight, weight.new_empty(0, dtype=torch.float32))
 
 
-def _run(job: _Job, scale: float) -> tuple[Results, Tensor]:
-    """One forward and one backward; nothing here waits for the device."""
+def _run(job: _Job, scale: float, strict: bool) -> tuple[Results, Tensor]:
+    """One forward and one backward; nothing here waits for the device. `strict`: the same bits every run, on CUDA."""
     model, samples = job.model, job.samples
     results = Results(job.linears, job.found, len(samples))
     layers: Any = model.get_submodule(arch.architecture(model).layers)
     with Bar("scoring", sum(len(g.members) for g in job.found)) as bar:
         if job.engine == "autograd":
             lean = job.plan.mode == "lean"
-            total = autograd.run(model, layers, job.linears, job.found, samples, results, scale, job.backend, bar, lean)
+            with reproducible(strict):
+                total = autograd.run(model, layers, job.found, samples, results, scale, job.backend, bar, lean)
             return results, total
         ordered = job.plan.chunks[0] if len(job.plan.chunks) == 1 else samples.sorted()
         scorer = Scorer(results, ordered, scale, job.backend, bar)
-        replaced = forward_replaced(instrument(model, job.linears, job.found, scorer))
-        with replaced, rotary_replaced(model, job.backend):
+        replacements, blocks = instrument(model, job.linears, job.found, scorer)
+        # torch's strict mode slows every cuBLAS call down, so whole layers ask for it where they need it.
+        scorer.strict = strict
+        whole_pass = reproducible(strict and not blocks)
+        with forward_replaced(replacements), rotary_replaced(model, job.backend), whole_pass:
             if job.plan.mode == "fast":
                 total = whole.run(model, samples, scale)
             else:
@@ -98,16 +112,15 @@ def _run(job: _Job, scale: float) -> tuple[Results, Tensor]:
     return results, total
 
 
-def _reproducibly(job: _Job, run: Callable[[], tuple[Results, Tensor]]) -> tuple[Results, Tensor, bool]:
-    """`run` under deterministic kernels, or without where the model has an op that has none."""
+def _reproducibly(job: _Job, scale: float) -> tuple[Results, Tensor, bool]:
+    """`_run` under deterministic kernels, or without where the model has an op that has none."""
     cuda = any(d.type == "cuda" for d in job.devices)
     try:
-        with reproducible(cuda):
-            return *run(), True
+        return *_run(job, scale, cuda), True
     except RuntimeError as error:
         if not cuda or "deterministic" not in str(error):
             raise
-    return *run(), False
+    return *_run(job, scale, False), False
 
 
 def _finite(job: _Job, meanwhile: Callable[[], None]) -> _Outcome:
@@ -118,10 +131,11 @@ def _finite(job: _Job, meanwhile: Callable[[], None]) -> _Outcome:
     Raises:
         HywiaError: NaN or Inf in weights or gradients.
     """
-    scales = _FLOAT16_SCALES if any(m.weight.dtype == torch.float16 for m in job.linears.values()) else (1.0,)
+    float16 = any(p.dtype == torch.float16 for m in job.linears.values() for p in m.parameters())
+    scales = _FLOAT16_SCALES if float16 else (1.0,)
     bad: str | None = None
     for scale in scales:
-        results, total, same = _reproducibly(job, lambda scale=scale: _run(job, scale))  # type: ignore[misc]
+        results, total, same = _reproducibly(job, scale)
         meanwhile()
         fine, coarse = results.download(job.order)
         bad = results.first_bad()
@@ -167,11 +181,13 @@ def calibrate(
         batches: token ids int64 `[samples, length]`, or a sequence of such or of single `[length]` samples.
         backend: of the ops.
         engine: "fused" (`ops.linear_importance` in one backward over all samples), "autograd" (the reference:
-            per-sample gradients of one matrix at a time), or "auto": fused, unless the named backend lacks its op.
+            per-sample gradients of one matrix at a time), or "auto": fused, unless the named backend lacks its op or
+            the model is of those that autograd alone serves; the record's "not_fused" says why.
         memory: "fast" keeps what backward needs, "lean" what enters the decoder layers, and runs each again;
             "layerwise" (fused) does that for a part of the samples at a time, and collects one layer's gradients.
             "auto" is the first that fits into the memory that is free (and the next when a CUDA device runs out
-            all the same), and layerwise for very ragged samples.
+            all the same); lean also where fast would keep more than 0.6 of the weights' bytes (and 2 GiB); and
+            layerwise for very ragged samples.
 
     Returns:
         Statistics, on the CPU. The record names engine, memory mode, the estimate of the bytes needed beside the
@@ -181,28 +197,46 @@ def calibrate(
         HywiaError: unknown architecture, ids beyond the vocabulary, too little memory, or NaN or Inf in weights that
             take part or in gradients (named by module). UsageError: malformed batches, unknown engine or memory mode.
     """
+    return measure(model, batches, None, backend=backend, engine=engine, memory=memory)
+
+
+def measure(
+    model: Any,
+    batches: Tensor | Sequence[Tensor],
+    found: tuple[Group, ...] | None,
+    *,
+    backend: str | None = None,
+    engine: str = "auto",
+    memory: str = "auto",
+) -> Statistics:
+    """`calibrate` for other groups than the architecture's own (None: those), over the same matrices. Each must be in
+    one group along the axis it has there, and may then, with the fused engine, be in another along the other. The
+    estimate of the memory needed is that of the architecture's groups."""
     began = time.monotonic()
     if engine not in ENGINES:
         raise UsageError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
     if memory not in MEMORY:
         raise UsageError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")
-    found = arch.groups(model)
+    architectures = arch.groups(model)
+    found = architectures if found is None else found
     samples = padded(batches)
     check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
     loss.check_head(model)
     linears = arch.linears(model, found)
     weight = linears[found[0].members[0].module].weight
-    engine, ran_on = _chosen_engine(engine, backend, weight.detach())
+    reason = unsupported(model, found)
+    engine, ran_on = _chosen_engine(engine, backend, weight.detach(), reason)
     if engine == "autograd" and memory == "layerwise":
-        raise UsageError("memory: expected auto, fast or lean with engine 'autograd', got 'layerwise'")
+        because = f" (taken because {reason})" if reason else ""
+        raise UsageError(f"memory: expected auto, fast or lean with engine 'autograd'{because}, got 'layerwise'")
     kernels = usable(weight.device, backend)
 
     def job_for(requested: str) -> _Job:
         if engine == "autograd":
-            plan = plan_whole(model, linears, found, samples, requested)
+            plan = plan_whole(model, linears, architectures, samples, requested)
         else:
             plan = plan_memory(
-                model, linears, found, samples, requested, float64=ran_on == "reference", kernels=kernels
+                model, linears, architectures, samples, requested, float64=ran_on == "reference", kernels=kernels
             )
         return _Job(model, found, linears, samples, engine, plan, backend)
 
@@ -211,11 +245,15 @@ def calibrate(
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
     record: dict[str, Any] = {}
-    fingerprints: list[Callable[[], str]] = []
+    facts: dict[str, Any] = {}  # of the model, taken while its devices work
 
     def meanwhile() -> None:
-        if not fingerprints:
-            fingerprints.append(begin_fingerprint(model))
+        if not facts:
+            with contextlib.ExitStack() as streams:
+                for device in job.devices:
+                    if device.type == "cuda":
+                        streams.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+                facts["fingerprint"], facts["parameters"] = identity(model)
             record.update(calibration_sha256=digest(samples.tokens), versions=versions())
 
     with frozen(model), without_collections():
@@ -236,6 +274,8 @@ def calibrate(
         "seq_len": samples.longest,
         "loss": mean_loss,
         "engine": engine,
+        "not_fused": reason,
+        "left_alone": arch.left_alone(model),
         "memory": job.plan.mode,
         "runs": len(job.plan.chunks),
         "offloaded": job.plan.offload,
@@ -252,7 +292,6 @@ def calibrate(
         groups=found,
         fine=fine,
         coarse=coarse,
-        parameters=count_parameters(model),
-        fingerprint=fingerprints[0](),
         record=record,
+        **facts,
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import arch, atomic
-from .adaptive import adapted
+from .adaptive import adapted, remote
 from .errors import HywiaError
 from .types import Plan
 from .versions import versions
@@ -36,9 +36,13 @@ def stock_config(model: Any) -> Any:
 
     entry = arch.architecture(model)
     values = copy.deepcopy(model.config).to_dict()
-    values["head_dim"] = getattr(model.config, "head_dim", None)
+    values.pop("module_changes", None)  # of what it was before
+    text = arch.text_config(model)
+    inner = values if text is model.config else values["text_config"]
+    if entry.attention.free_head_dim:
+        inner["head_dim"] = arch.head_dim(model)
     for field, widths in arch.config_widths(model, arch.groups(model)).items():
-        values[field] = widths[0]
+        inner[field] = widths[0]
     try:
         return type(model.config).from_dict(values)
     except (ValueError, StrictDataclassError) as refused:
@@ -46,7 +50,7 @@ def stock_config(model: Any) -> Any:
         if entry.stand_in is None or unmet:
             raise HywiaError(
                 f"save: a {model.config.model_type} config refuses these widths ({_last_line(refused)}) and no "
-                f"stand-in describes the model{f' with {unmet}' if unmet else ''}; plan again without attention"
+                f"stand-in describes the model{f' with {unmet}' if unmet else ''}"
             ) from refused
     return _stand_in(entry, values)
 
@@ -72,10 +76,33 @@ def _as_stock(model: Any) -> Any:
 
     config = stock_config(model)
     with torch.device("meta"):
-        stock = AutoModelForCausalLM.from_config(config)
-    stock.load_state_dict(model.state_dict(), assign=True)
+        stock = type(model)(config) if remote.is_remote_code(model) else AutoModelForCausalLM.from_config(config)
+    try:
+        stock.load_state_dict(model.state_dict(), assign=True)
+    except RuntimeError as refused:
+        raise HywiaError(
+            f"save: a {model.config.model_type} config does not describe these shapes ({_last_line(refused)})"
+        ) from refused
     stock.tie_weights()
     return _finished(stock, model)
+
+
+def _described(model: Any) -> tuple[Any, str | None]:
+    """A model of the stock class, or of the adaptive one and the reason why it is not stock."""
+    widths = arch.config_widths(model, arch.groups(model))
+    differ = [field for field, w in widths.items() if len(set(w)) > 1]
+    reason = f"layers differ in {', '.join(differ)}"
+    if not differ:
+        try:
+            return _as_stock(model), None
+        except HywiaError as refused:
+            reason = str(refused)
+    if not remote.is_remote_code(model):
+        return _finished(adapted(model, widths), model), reason
+    try:
+        return _finished(remote.adapted(model), model), reason
+    except (ValueError, RuntimeError) as refused:
+        raise HywiaError(f"save: the layers' widths cannot be written into a config: {refused}") from refused
 
 
 def _finished(described: Any, model: Any) -> Any:
@@ -179,7 +206,8 @@ def save(
     """Write safetensors, config, generation config, tokenizer and a `hywia.json` record.
 
     A model whose layers are equally wide becomes a stock checkpoint that `AutoModelForCausalLM.from_pretrained` loads
-    with no trace of this package. One whose layers differ is loaded by it as soon as `hywia_kernels` is imported, and
+    with no trace of this package, where the family's config can say how wide (README lists where it cannot). Any other
+    is loaded by it as soon as `hywia_kernels` is imported, and
     elsewhere with `trust_remote_code=True`: the directory carries its classes. Shards are as large as the original's.
     The directory appears complete or not at all.
 
@@ -194,14 +222,12 @@ def save(
     """
     path = Path(path)
     atomic.check_target(path.absolute(), overwrite=overwrite)
-    widths = arch.config_widths(model, arch.groups(model))
-    uniform = all(len(set(w)) == 1 for w in widths.values())
-    described = _as_stock(model) if uniform else _finished(adapted(model, widths), model)
+    described, reason = _described(model)
     with atomic.directory(path, overwrite=overwrite) as folder:
         # The weights come last: until they are whole, the directory does not load.
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        (folder / RECORD).write_text(json.dumps(_record(plan, record)) + "\n")
+        (folder / RECORD).write_text(json.dumps({**_record(plan, record), "not_stock": reason}) + "\n")
         _copy_vocabulary(model, folder)
         described.save_pretrained(folder, **_sharding(model))
     return path

@@ -16,7 +16,7 @@ from .types import Group, Scores, Statistics
 from .versions import versions
 from .weights import check_finite, count_parameters, fingerprint
 
-__all__ = ["CRITERIA", "FUSIONS", "coarse_estimate", "fuse", "magnitude", "random", "score"]
+__all__ = ["CRITERIA", "FUSIONS", "coarse_estimate", "fuse", "fused", "magnitude", "random", "score"]
 
 FUSIONS = ("attention", "fine", "coarse", "mean", "product")
 CRITERIA = ("hywia", "magnitude", "random")
@@ -34,7 +34,8 @@ def coarse_estimate(samples: Tensor, order: str) -> Tensor:
     return per_member.sum(0).float()
 
 
-def _fused(fine: Tensor, coarse: Tensor, fusion: str, backend: str) -> Tensor:
+def fused(fine: Tensor, coarse: Tensor, fusion: str, backend: str) -> Tensor:
+    """One number per unit from its two estimates, both float32 `[units]`; `fusion` is one of `FUSIONS`."""
     if fusion == "fine":
         return fine
     if fusion == "coarse":
@@ -73,7 +74,7 @@ def fuse(
     values, loss = {}, {}
     for group in statistics.groups:
         coarse = coarse_estimate(statistics.coarse[group.name], order)
-        values[group.name] = _fused(statistics.fine[group.name][order], coarse, fusion, backend)
+        values[group.name] = fused(statistics.fine[group.name][order], coarse, fusion, backend)
         loss[group.name] = _loss_estimate(statistics, group)
     record = {"criterion": "hywia", "fusion": fusion, "order": order, "statistics": dict(statistics.record)}
     return _checked(statistics.groups, values, loss, statistics.parameters, statistics.fingerprint, record)
@@ -87,7 +88,7 @@ def magnitude(model: Any, *, backend: str | None = None) -> Scores:
     for group in found:
         pair = None
         for member in group.members:
-            weight = model.get_submodule(member.module).weight.detach()
+            weight = arch.view(model, member, group.units).detach()
             # ½·F·w² with F = 2 is w²; a zero-stride 2 costs no memory.
             two = torch.full((), 2.0, dtype=torch.float32, device=weight.device).expand(weight.shape)
             pair = ops.taylor_importance(

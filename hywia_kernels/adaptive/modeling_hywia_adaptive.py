@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .alibi_hywia_adaptive import SURVIVORS, keep_heads
 from .configuration_hywia_adaptive import HywiaAdaptiveConfig, base_config, config_class
 
-__all__ = ["HywiaAdaptiveForCausalLM", "describe_changes", "model_class"]
+__all__ = ["HywiaAdaptiveForCausalLM", "change_modules", "describe_changes", "model_class"]
 
 
 class HywiaAdaptiveForCausalLM(PreTrainedModel):
@@ -48,7 +49,7 @@ def model_class(base_model_type):
 
     def __init__(self, config, *args, **kwargs):
         family.__init__(self, config, *args, **kwargs)
-        _change(self, config)
+        change_modules(self, config.module_changes)
 
     content = {
         "__init__": __init__,
@@ -60,15 +61,18 @@ def model_class(base_model_type):
     return type(HywiaAdaptiveForCausalLM.__name__, (family,), content)
 
 
-def _change(model, config):
-    for name, change in config.module_changes.items():
+def change_modules(model, changes):
+    """Give modules what `describe_changes` found, parameters uninitialised where they are about to be loaded."""
+    for name, change in changes.items():
         module = model.get_submodule(name)
         if "config" in change:
-            module.config = copy.copy(config)
+            module.config = copy.copy(model.config)
             for field, value in change["config"].items():
                 setattr(module.config, field, value)
         for attribute, value in change.get("attributes", {}).items():
             setattr(module, attribute, tuple(value) if isinstance(getattr(module, attribute), tuple) else value)
+        if "alibi" in change:
+            keep_heads(module, **change["alibi"])
         for leaf, shape in change.get("parameters", {}).items():
             old = getattr(module, leaf)
             new = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
@@ -78,14 +82,16 @@ def _change(model, config):
                 model._init_weights(module)  # a model from a config alone; loading replaces what is meta
 
 
-def describe_changes(model):
-    """`module_changes` of a model: what its modules have that its family's config would not give them.
+def describe_changes(model, stock=None):
+    """`module_changes` of a model: what its modules have that its family's config would not give them, or that `stock`
+    has otherwise.
 
     Raises:
         ValueError: it lacks modules that the family's model has, or has others.
     """
-    with torch.device("meta"):
-        stock = AutoModelForCausalLM.from_config(base_config(model.config))
+    if stock is None:
+        with torch.device("meta"):
+            stock = AutoModelForCausalLM.from_config(base_config(model.config))
     found, expected = dict(model.named_modules()), dict(stock.named_modules())
     if found.keys() != expected.keys():
         raise ValueError(f"model: expected its family's modules, differs in {sorted(found.keys() ^ expected.keys())}")
@@ -95,6 +101,7 @@ def describe_changes(model):
         parts = {
             "parameters": _parameter_changes(module, twin),
             "attributes": _attribute_changes(module, twin),
+            "alibi": getattr(module, SURVIVORS, {}),
             "config": {} if module is model else _config_changes(module, model),
         }
         change = {part: values for part, values in parts.items() if values}

@@ -39,46 +39,55 @@ def watched(*modules: nn.Module) -> bool:
     return any("forward" in vars(m) or any(getattr(m, name, None) for name in hooks) for m in modules)
 
 
+def mlp_forward(mlp: GatedMlp, inputs: Tensor, skip: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+    """`(output, gate, up)`; no output where it is not needed."""
+    gate, up, down = mlp.modules
+    g = functional.linear(inputs, gate.weight, gate.bias)
+    u = functional.linear(inputs, up.weight, up.bias)
+    return None if skip else functional.linear(mlp.formula.forward(g, u), down.weight, down.bias), g, u
+
+
+def mlp_backward(mlp: GatedMlp, grad_output: Tensor, g: Tensor, u: Tensor, inputs: Callable[[], Tensor]) -> Tensor:
+    """The gradient at the MLP's input, which `inputs` makes when it is needed; its three matrices scored."""
+    dh = grad_output @ mlp.down.weight
+    mlp.scorer(mlp.down, grad_output, mlp.formula.forward(g, u), dh)
+    dg, du = mlp.formula.backward(dh, g, u)
+    del dh
+    operand = inputs()
+    gate, up, _ = mlp.modules
+    mlp.scorer(mlp.up, du, operand, u if up.bias is None else None)
+    mlp.scorer(mlp.gate, dg, operand, g if gate.bias is None else None)
+    del operand
+    # Each product rounded, as the modules one by one would: accumulating in the second would be no faster to speak of,
+    # and would part from the model's own backward in low precision.
+    return (dg @ mlp.gate.weight).add_(du @ mlp.up.weight)
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, mlp: GatedMlp, recipe: recompute.Recipe | None, skip: bool) -> Tensor:
-        gate, up, down = mlp.modules
-        g = functional.linear(inputs, gate.weight, gate.bias)
-        u = functional.linear(inputs, up.weight, up.bias)
+        output, g, u = mlp_forward(mlp, inputs, skip)
         ctx.mlp, ctx.recipe = mlp, recipe
         ctx.save_for_backward(g, u, *([] if recipe is not None else [inputs]))
-        if skip:
-            return inputs.new_zeros(()).expand(*inputs.shape[:-1], down.weight.shape[0])
-        return functional.linear(mlp.formula.forward(g, u), down.weight, down.bias)
+        if output is None:
+            return inputs.new_zeros(()).expand(*inputs.shape[:-1], mlp.modules[2].weight.shape[0])
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_output,) = grads
-        mlp: GatedMlp = ctx.mlp
         g, u, *kept = ctx.saved_tensors
-        dh = grad_output @ mlp.down.weight
-        mlp.scorer(mlp.down, grad_output, mlp.formula.forward(g, u), dh)
-        dg, du = mlp.formula.backward(dh, g, u)
-        del dh
-        inputs = kept[0] if ctx.recipe is None else ctx.recipe.take()
-        gate, up, _ = mlp.modules
-        mlp.scorer(mlp.up, du, inputs, u if up.bias is None else None)
-        mlp.scorer(mlp.gate, dg, inputs, g if gate.bias is None else None)
-        del inputs, kept
-        # Each product rounded, as the modules one by one would: accumulating in the second would be no faster to speak
-        # of, and would part from the model's own backward in low precision.
-        return (dg @ mlp.gate.weight).add_(du @ mlp.up.weight), None, None, None
+        inputs = ctx.recipe.take if ctx.recipe is not None else lambda: kept[0]
+        return mlp_backward(ctx.mlp, grads[0], g, u, inputs), None, None, None
 
 
 def gated_forward(mlp: GatedMlp) -> Callable[[Tensor], Tensor]:
     """`forward` for the MLP's module while its matrices are scored."""
-    gate, up, down = mlp.modules
 
     def forward(inputs: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and inputs.requires_grad):
-            g = functional.linear(inputs, gate.weight, gate.bias)
-            u = functional.linear(inputs, up.weight, up.bias)
-            return functional.linear(mlp.formula.forward(g, u), down.weight, down.bias)
+            output = mlp_forward(mlp, inputs, False)[0]
+            assert output is not None
+            return output
         return _Gated.apply(inputs, mlp, recompute.recipe(inputs), mlp.skippable and mlp.scorer.replaying)
 
     return forward

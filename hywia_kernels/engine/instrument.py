@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from .. import arch
 from ..types import Group
 from . import recompute
+from .block import Block, block_forward, handed_out
 from .gated import GatedMlp, gated_forward, watched
 from .kernels import gate_formula, norm_formula, usable
 from .linear import Scorer, Target, scored_forward
@@ -20,39 +22,61 @@ __all__ = ["instrument"]
 Replacements = list[tuple[nn.Module, Any]]
 
 
-def instrument(model: Any, linears: Mapping[str, nn.Linear], found: Sequence[Group], scorer: Scorer) -> Replacements:
-    """Replacements for `patches.forward_replaced`: linear layers score, norms and gates are not kept for backward.
+def instrument(
+    model: Any, linears: Mapping[str, Any], found: Sequence[Group], scorer: Scorer
+) -> tuple[Replacements, bool]:
+    """Replacements for `patches.forward_replaced`: linear layers score, norms and gates are not kept for backward; and
+    whether every decoder layer runs as one node.
 
     A module whose `forward` somebody else has replaced keeps it, but for the linear layers, which must score.
     """
     entry = arch.architecture(model)
     results = scorer.results
-    targets: dict[nn.Module, Target] = {}
-    for group in found:
-        for member, coarse in zip(group.members, results.coarse[group.name], strict=True):
-            linear = linears[member.module]
-            targets[linear] = Target(member, linear.weight.detach(), results.fine[group.name], coarse)
+    targets: dict[nn.Module, tuple[Target, ...]] = {}
+    for matrix in arch.matrices(model, found):
+        module: Any = linears[matrix.module]
+        for group, i in matrix.members:
+            member = group.members[i]
+            weight = arch.view(linears, member, group.units).detach()
+            whole = weight.shape == module.weight.shape
+            outputs = None if whole else slice(member.start, member.start + group.units * member.group_size)
+            results_of = results.fine[group.name], results.coarse[group.name][i]
+            target = Target(member, weight, *results_of, outputs, matrix.transposed)
+            targets[module] = _with(targets.get(module, ()), target)
     replacements: Replacements = []
+    blocks = True
     for layer in model.get_submodule(entry.layers):
-        replacements += _in_layer(layer, entry, targets, scorer)
+        made = _in_layer(layer, entry, targets, scorer)
+        blocks = blocks and made[0][0] is layer
+        replacements += made
     if entry.final_norm is not None:
         replacements += _norm(model.get_submodule(entry.final_norm), model.dtype, scorer.backend)
-    return replacements
+    return replacements, blocks
+
+
+def _with(targets: tuple[Target, ...], new: Target) -> tuple[Target, ...]:
+    """`targets` and one more; a matrix that is there already goes on under the one that came first: layers bring what
+    serves its axis."""
+    for i, known in enumerate(targets):
+        if known.outputs == new.outputs:
+            return (*targets[:i], replace(known, also=replace(new, also=known.also)), *targets[i + 1 :])
+    return (*targets, new)
 
 
 def _in_layer(
-    layer: nn.Module, entry: arch.Architecture, targets: Mapping[nn.Module, Target], scorer: Scorer
+    layer: nn.Module, entry: arch.Architecture, targets: Mapping[nn.Module, tuple[Target, ...]], scorer: Scorer
 ) -> Replacements:
     names = entry.attention
-    single = [layer.get_submodule(n) for n in (names.query, names.key, names.value, names.output)]
-    rows, columns = ([layer.get_submodule(n) for n in part] for part in (entry.mlp.rows, entry.mlp.columns))
+    # A module that holds several matrices is named several times.
+    attention = (names.query, names.key, names.value, names.output)
+    single, rows, columns = (
+        [layer.get_submodule(n) for n in dict.fromkeys(part)] for part in (attention, entry.mlp.rows, entry.mlp.columns)
+    )
     residual = None if entry.residual is None else layer.get_submodule(entry.residual)
     if residual is not None and residual._forward_hooks:
         residual = None  # what a hook makes of the output may depend on its values
     dtype: Any = columns[0].weight.dtype
     replacements: Replacements = []
-    for name in entry.norms:
-        replacements += _norm(layer.get_submodule(name), dtype, scorer.backend)
     whole = False
     if entry.mlp.gated is not None:
         module = layer.get_submodule(entry.mlp.gated.module)
@@ -62,15 +86,41 @@ def _in_layer(
         whole = not watched(module, activation, *rows, *columns)
         if whole:
             modules: Any = (rows[0], rows[1], columns[0])
-            gate, up, down = (targets[m] for m in modules)
+            gate, up, down = (targets[m][0] for m in modules)
             mlp = GatedMlp(gate, up, down, modules, formula, scorer, columns[0] is residual)
+            block = _block(layer, entry, single, targets, mlp)
+            if block is not None:
+                return [(layer, block_forward(block)), *((m, handed_out(block, m)) for m in block.projections)]
             replacements.append((module, gated_forward(mlp)))
         elif "forward" not in vars(module):
             replacements.append((module, _gated(rows[0], rows[1], columns[0], formula)))
+    for name in entry.norms:
+        replacements += _norm(layer.get_submodule(name), dtype, scorer.backend)
     for linear in single if whole else [*single, *rows, *columns]:
-        assert isinstance(linear, nn.Linear)
         replacements.append((linear, scored_forward(linear, targets[linear], scorer, linear is residual)))
     return replacements
+
+
+def _block(
+    layer: nn.Module,
+    entry: arch.Architecture,
+    single: Sequence[Any],
+    targets: Mapping[nn.Module, tuple[Target, ...]],
+    mlp: GatedMlp,
+) -> Block | None:
+    """The layer as one node, where it is of a class known to be built so, and nobody watches its parts."""
+    if f"{type(layer).__module__}.{type(layer).__name__}" not in entry.blocks:
+        return None
+    attention: Any = layer.get_submodule(entry.attention.query.rpartition(".")[0])
+    norms: Any = [layer.get_submodule(name) for name in entry.norms]
+    if len(norms) != 2 or watched(layer, attention, *norms, *attention.children()):
+        return None
+    weight = single[0].weight
+    on_device = usable(weight.device, mlp.scorer.backend)
+    first, second = (norm_formula(norm, weight.dtype, on_device) for norm in norms)
+    found: Any = tuple(targets[m][0] for m in single)
+    cublas = getattr(getattr(attention, "config", None), "_attn_implementation", None) != "sdpa"
+    return Block(attention, tuple(single), found, (first, second), mlp, mlp.scorer, cublas)  # type: ignore[arg-type]
 
 
 def _norm(norm: nn.Module, dtype: torch.dtype, backend: str | None) -> Replacements:

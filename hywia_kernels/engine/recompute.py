@@ -19,6 +19,11 @@ _TAG = "_hywia_recipe"
 
 
 class Formula(Protocol):
+    """`small` makes what spares work in the other two and takes no memory to speak of: it is kept, and passed after the
+    operands."""
+
+    def small(self, *xs: Tensor) -> tuple[Tensor, ...]: ...
+
     def forward(self, *xs: Tensor) -> Tensor: ...
 
     def backward(self, dy: Tensor, *xs: Tensor) -> tuple[Tensor, ...]: ...
@@ -29,6 +34,9 @@ class Rerun:
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
+
+    def small(self, *xs: Tensor) -> tuple[Tensor, ...]:
+        return ()
 
     def forward(self, *xs: Tensor) -> Tensor:
         with torch.no_grad():
@@ -71,11 +79,14 @@ class _Applied(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.formula.backward(grads[0], *ctx.saved_tensors)
+        made = ctx.formula.backward(grads[0], *ctx.saved_tensors)
+        return None, *made, *(None for _ in ctx.saved_tensors[len(made) :])
 
 
 def apply(formula: Formula, *xs: Tensor) -> Tensor:
     """`formula` of `xs`, differentiable, keeping `xs` only."""
+    with torch.no_grad():
+        xs = (*xs, *formula.small(*xs))
     y = _Applied.apply(formula, *xs)
     if y.requires_grad:
         setattr(y, _TAG, Recipe(formula, tuple(x.detach() for x in xs)))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.checks import ORDERS
-from ..types import Group
+from ..types import Group, Member
 
 __all__ = ["Results", "result_bytes"]
 
@@ -28,22 +29,49 @@ def result_bytes(found: Sequence[Group], samples: int) -> int:
     return 4 * sum(_pieces(found, samples))
 
 
+class _Pages:
+    """Memory of the host whose pages are there before anything is copied into it, made beside the pass: the system
+    takes longer to find them than the copies take."""
+
+    def __init__(self, numbers: int) -> None:
+        self._made: list[Tensor] = []
+        self._thread = threading.Thread(target=lambda: self._made.append(torch.zeros(numbers)), daemon=True)
+        self._thread.start()
+
+    def take(self) -> Tensor:
+        self._thread.join()
+        return self._made.pop()
+
+
 class Results:
     """`fine[name]` float32 `[3, units]` (first, second, mixed) and `coarse[name]` `[members, samples, units]`, zero at
     first; of all groups of one device in one allocation."""
 
-    def __init__(self, linears: Mapping[str, nn.Linear], found: Sequence[Group], samples: int) -> None:
+    def __init__(self, linears: Mapping[str, nn.Module], found: Sequence[Group], samples: int) -> None:
         self.groups, self.samples = found, samples
         self.fine: dict[str, Tensor] = {}
         self.coarse: dict[str, Tensor] = {}
         self._flat: list[tuple[Tensor, list[Group]]] = []
-        device_of = {g.name: linears[g.members[0].module].weight.device for g in found}
+        device_of = {g.name: next(linears[g.members[0].module].parameters()).device for g in found}
         for device in dict.fromkeys(device_of.values()):
             here = [g for g in found if device_of[g.name] == device]
             flat = torch.zeros(sum(_pieces(here, samples)), dtype=torch.float32, device=device)
             self._flat.append((flat, here))
             for group, piece in zip(here, flat.split(_pieces(here, samples)), strict=True):
                 self.fine[group.name], self.coarse[group.name] = self._views(group, piece)
+        self._owner = {(m.module, m.axis, m.start): g.name for g in found for m in g.members}
+        self._missing = {g.name: len(g.members) for g in found}
+        self._ready: dict[str, torch.cuda.Event] = {}
+        self._host = {flat.device: _Pages(flat.numel()) for flat, _ in self._flat if flat.device.type == "cuda"}
+
+    def scored(self, member: Member) -> None:
+        """This matrix is in, as far as the stream goes; a group that is complete can be downloaded from here on."""
+        name = self._owner[member.module, member.axis, member.start]
+        self._missing[name] -= 1
+        fine = self.fine[name]
+        if not self._missing[name] and fine.device.type == "cuda":
+            self._ready[name] = torch.cuda.Event()
+            self._ready[name].record(torch.cuda.current_stream(fine.device))
 
     def _views(self, group: Group, piece: Tensor) -> tuple[Tensor, Tensor]:
         start = _sizes(group, self.samples)[0]
@@ -79,14 +107,34 @@ class Results:
         inverse = torch.argsort(order)
         straight = bool((inverse == torch.arange(len(order))).all())
         host: dict[str, Tensor] = {}
-        for (
-            flat,
-            here,
-        ) in self._flat:  # one copy a device: many small ones, or a thread's beside the backward, took longer
-            host |= zip((g.name for g in here), flat.cpu().split(_pieces(here, self.samples)), strict=True)
+        for flat, here in self._flat:
+            host |= self._on_host(flat, here)
         fine, coarse = {}, {}
         for group in self.groups:
             three, signed = self._views(group, host[group.name])
             fine[group.name] = dict(zip(ORDERS, three, strict=True))
             coarse[group.name] = signed if straight else signed[:, inverse]
         return fine, coarse
+
+    def _on_host(self, flat: Tensor, here: Sequence[Group]) -> dict[str, Tensor]:
+        """One device's pieces by group. Each is copied as soon as it is complete, on a stream of its own, while the
+        backward of earlier layers still runs, or all at once where nothing runs any more. (From the calling thread,
+        when all is launched: a thread of its own would hold up the launches.)"""
+        sizes, names = _pieces(here, self.samples), [g.name for g in here]
+        if flat.device.type != "cuda":
+            return dict(zip(names, flat.split(sizes), strict=True))
+        scoring, host = torch.cuda.current_stream(flat.device), self._host[flat.device].take()
+        copies = dict(zip(names, host.split(sizes), strict=True))
+        if scoring.query():
+            host.copy_(flat)
+            return copies
+        pieces = dict(zip(names, flat.split(sizes), strict=True))
+        copying = torch.cuda.Stream(flat.device)
+        with torch.cuda.stream(copying):
+            for name in (n for n in self._ready if n in pieces):
+                copying.wait_event(self._ready[name])
+                copies[name].copy_(pieces[name])
+            copying.wait_stream(scoring)
+            for name in (n for n in names if n not in self._ready):
+                copies[name].copy_(pieces[name])
+        return copies

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import checks, library
+from .both_axes import taylor_importance_both
 from .registry import BACKENDS, Availability, availability, choose, require
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "require",
     "taylor_importance",
     "taylor_importance_batch",
+    "taylor_importance_both",
 ]
 
 

@@ -139,7 +139,8 @@ def test_fast_keeps_what_it_says(tiny, tokens):
     with Bar("", 1) as bar, frozen(model):
         linears = arch.linears(model, found)
         scorer = Scorer(Results(linears, found, len(samples)), samples, 1.0, None, bar)
-        replaced = instrument(model, linears, found, scorer)
+        replaced, blocks = instrument(model, linears, found, scorer)
+        assert blocks
         embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
         with forward_replaced(replaced), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model.get_decoder()(inputs_embeds=embedded, use_cache=False)
@@ -233,6 +234,12 @@ def test_auto_takes_the_first_mode_that_fits(gqa, tokens, monkeypatch):
     ):
         hk.calibrate(gqa, many, engine="fused")
     assert hk.calibrate(gqa, tokens, engine="fused", memory="lean").record["memory"] == "lean"  # asked for: tried
+
+
+def test_auto_is_lean_where_fast_would_keep_more_than_is_modest(gqa, tokens, monkeypatch):
+    assert hk.calibrate(gqa, tokens).record["memory"] == "fast"
+    monkeypatch.setattr(memory, "_MODEST_BYTES", 0)  # this model's weights are small beside its activations
+    assert hk.calibrate(gqa, tokens).record["memory"] == "lean"
 
 
 def test_auto_goes_on_with_the_next_mode_when_memory_runs_out(gqa, tokens, monkeypatch):

@@ -1,0 +1,172 @@
+"""A whole decoder layer as one node of the graph: `h = x + o(attend(q(n), k(n), v(n)))`, `y = h + mlp(norm(h))`.
+
+What lies between the projections (rotary embedding, norms of queries and keys, windows, sinks) is the attention
+module's own code, run under autograd; all else is written out, forward and backward. Beside the same modules one by one
+a layer takes a third of the host's time, which on a GPU is what a pass waits for. For layers that nobody watches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional
+
+from . import recompute
+from .gated import GatedMlp, mlp_backward, mlp_forward
+from .linear import Scorer, Target
+from .patches import reproducible
+
+__all__ = ["Block", "block_forward", "handed_out"]
+
+
+class _Sources(torch.autograd.Function):
+    """Tensors as the beginning of a graph; unlike leaves, the graph does not keep their values."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return None, *(None for _ in grads)
+
+
+@dataclass
+class _Core:
+    """The attention between its projections: what leaves it, and where its inputs' gradients come out."""
+
+    out: Tensor
+    edges: tuple[GradientEdge, ...]
+    value: Tensor | None
+
+
+@dataclass
+class _Kept:
+    """What a layer keeps for its backward: the attention's graph, what the norms are computed from again, gate and
+    up."""
+
+    core: _Core
+    first: tuple[Tensor, ...]
+    second: tuple[Tensor, ...]
+    gates: tuple[Tensor, ...]
+
+
+@dataclass
+class Block:
+    """One layer's parts. `slots` is what the projections' modules give while the attention's own code runs."""
+
+    attention: nn.Module
+    projections: tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]  # q, k, v, o
+    targets: tuple[Target, Target, Target, Target]
+    norms: tuple[recompute.Formula, recompute.Formula]
+    mlp: GatedMlp
+    scorer: Scorer
+    cublas: bool = True  # the attention may call it
+    slots: dict[nn.Module, Tensor] = field(default_factory=dict)
+    captured: Tensor | None = None
+
+    def attend(self, normed: Tensor, keywords: dict[str, Any], differentiable: bool) -> _Core:
+        """What enters the output projection `[samples, tokens, heads · head_dim]`."""
+        made = tuple(functional.linear(normed, m.weight, m.bias) for m in self.projections[:3])
+        edges: tuple[GradientEdge, ...] = ()
+        given = made
+        try:
+            with torch.set_grad_enabled(differentiable):
+                if differentiable:
+                    anchor = normed.new_empty(0).requires_grad_()
+                    given = _Sources.apply(anchor, *made)
+                    edges = tuple(get_gradient_edge(m) for m in given)
+                self.slots.update(zip(self.projections[:3], given, strict=True))
+                # Attention is what has atomic additions in its backward, and which of its kernels runs the forward
+                # depends on the mode too; all else here gives the same bits anyway.
+                with reproducible(self.scorer.strict, cublas=self.cublas):
+                    self.attention.forward(hidden_states=normed, **keywords)
+            assert self.captured is not None
+            # The kernel keeps the values in any case where no head is repeated.
+            value = made[2] if differentiable and self.projections[2].bias is None else None
+            return _Core(self.captured, edges, value if made[2].shape == made[0].shape else None)
+        finally:
+            self.slots.clear()
+            self.captured = None
+
+    def forward(self, x: Tensor, keywords: dict[str, Any], differentiable: bool, skip: bool) -> tuple[Tensor, _Kept]:
+        """`y`, and what backward needs."""
+        small = self.norms[0].small(x)
+        core = self.attend(self.norms[0].forward(x, *small), keywords, differentiable)
+        output = self.projections[3]
+        h = x + functional.linear(core.out.detach(), output.weight, output.bias)
+        second = self.norms[1].small(h)
+        down, g, u = mlp_forward(self.mlp, self.norms[1].forward(h, *second), skip)
+        y = x.new_zeros(()).expand(h.shape) if down is None else h + down
+        return y, _Kept(core, (x, *small), (h, *second), (g, u))
+
+    def backward(self, dy: Tensor, kept: _Kept) -> Tensor:
+        """The gradient at `x`; every matrix scored on the way. Sums are made in the order in which autograd would."""
+        gate, up = kept.gates
+        dn = mlp_backward(self.mlp, dy, gate, up, lambda: self.norms[1].forward(*kept.second))
+        dh = self.norms[1].backward(dn, *kept.second)[0].add_(dy)
+        core = kept.core
+        da = dh @ self.projections[3].weight
+        self.scorer(self.targets[3], dh, core.out.detach(), da)
+        with reproducible(self.scorer.strict, cublas=self.cublas):
+            grads = torch.autograd.grad(core.out, core.edges, da)
+        normed = self.norms[0].forward(*kept.first)
+        mapped = (None, None, core.value)
+        del da, core
+        kept.core = None  # type: ignore[assignment]
+        total: Tensor | None = None
+        for i in (2, 1, 0):
+            self.scorer(self.targets[i], grads[i], normed, mapped[i])
+            part = grads[i] @ self.projections[i].weight
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        del grads, normed, mapped
+        return self.norms[0].backward(total, *kept.first)[0].add_(dh)
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Block, keywords: dict[str, Any], skip: bool) -> Tensor:
+        y, kept = block.forward(x, keywords, True, skip)
+        ctx.block, ctx.core, ctx.sizes = block, kept.core, (len(kept.first), len(kept.second))
+        ctx.save_for_backward(*kept.first, *kept.second, *kept.gates)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        core, ctx.core = ctx.core, None
+        first, second = ctx.sizes
+        saved = ctx.saved_tensors
+        kept = _Kept(core, saved[:first], saved[first : first + second], saved[first + second :])
+        return ctx.block.backward(grads[0], kept), None, None, None
+
+
+def block_forward(block: Block) -> Callable[..., Tensor]:
+    """`forward` for the layer's module while its matrices are scored; arguments are the attention's own."""
+
+    def forward(hidden_states: Tensor, *, past_key_values: Any = None, **keywords: Any) -> Tensor:
+        if past_key_values is not None:
+            raise AssertionError("a calibration pass keeps no cache")
+        keywords["past_key_values"] = None
+        if not (torch.is_grad_enabled() and hidden_states.requires_grad):
+            return block.forward(hidden_states, keywords, False, False)[0]
+        return _Block.apply(hidden_states, block, keywords, block.mlp.skippable and block.scorer.replaying)
+
+    return forward
+
+
+def handed_out(block: Block, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """`forward` for one of the projections: what `Block.attend` made of it, or, of the output, its operand noted."""
+    if linear is not block.projections[3]:
+        return lambda inputs: block.slots[linear]
+
+    def capture(inputs: Tensor) -> Tensor:
+        block.captured = inputs
+        return inputs  # of another width than the module's output, which nobody reads
+
+    return capture

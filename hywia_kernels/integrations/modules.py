@@ -1,0 +1,185 @@
+"""A layer's weight as a matrix whose channels lie along both axes, and their Taylor sums, read once a step.
+
+The weight `[out, in/groups, k…]` of a convolution is the matrix `[out, in/groups · k…]`: an input channel is `k…`
+consecutive columns. Transposed convolutions `[in, out/groups, k…]` have the two the other way round. An embedding
+`[entries, features]` has its output channels in its columns, and no input channels.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import UsageError
+
+__all__ = ["Sums", "SumsCache", "bias_terms", "gradient", "layout", "magnitude_sums", "taylor_sums", "tensor_of"]
+
+
+class Sums(NamedTuple):
+    """Per channel, float32: sums of absolute values and of signed values of the terms."""
+
+    fine: Tensor
+    signed: Tensor
+
+
+class Layout(NamedTuple):
+    """Axis of the matrix along which a side's channels lie, and consecutive lines per channel; None: no such side."""
+
+    out: tuple[int, int]
+    inputs: tuple[int, int] | None
+
+
+BySide = dict[str, Sums]  # "out", "in"
+
+
+def tensor_of(owner: Any) -> Tensor | None:
+    """The weight of a module, or a bare parameter itself; None for anything else (an operation of a graph)."""
+    if isinstance(owner, Tensor):
+        return owner
+    weight = getattr(owner, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def layout(owner: Any, weight: Tensor) -> Layout:
+    fold = weight[0, 0].numel() if weight.dim() > 2 and 0 not in weight.shape[:2] else 1
+    if isinstance(owner, nn.Embedding):
+        return Layout((1, 1), None)
+    if getattr(owner, "transposed", False):
+        return Layout((1, fold), (0, 1))
+    return Layout((0, 1), (1, fold))
+
+
+def _folded(sums: tuple[Tensor, Tensor], lines: int) -> Sums:
+    fine, signed = sums
+    if lines > 1:
+        fine, signed = fine.view(-1, lines).sum(1), signed.view(-1, lines).sum(1)
+    return Sums(fine, signed)
+
+
+def _by_side(owner: Any, weight: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor]) -> BySide:
+    both = (rows, columns)
+    (out, out_lines), inputs = layout(owner, weight)
+    sides = {"out": _folded(both[out], out_lines)}
+    if inputs is not None:
+        sides["in"] = _folded(both[inputs[0]], inputs[1])
+    return sides
+
+
+def _terms(term: Tensor) -> BySide:
+    return {"out": Sums(term.abs(), term)}
+
+
+def taylor_sums(owner: Any, weight: Tensor, grad: Tensor, backend: str | None) -> BySide:
+    """Sums of `weight · grad` over every output and every input channel, each tensor read once."""
+    weight, grad = weight.detach(), grad.detach()
+    if weight.dim() == 1:
+        return _terms(weight.float() * grad.float())
+    rows, columns = ops.taylor_importance_both(weight.flatten(1), grad.flatten(1), backend=backend)
+    return _by_side(owner, weight, rows, columns)
+
+
+def magnitude_sums(owner: Any, weight: Tensor, p: float, backend: str | None) -> BySide:
+    """Sums of `|weight|^p` over every output and every input channel. `|w·w|` and `|w·1|` serve p = 2 and 1."""
+    weight = weight.detach()
+    if weight.dim() == 1:
+        return _terms(weight.float().abs().pow(p))
+    matrix = weight.flatten(1)
+    if p == 2:
+        rows, columns = ops.taylor_importance_both(matrix, matrix, backend=backend)
+    else:
+        matrix = matrix if p == 1 else matrix.float().abs().pow(p)
+        one = torch.ones((), dtype=torch.float32, device=weight.device).expand(matrix.shape)
+        rows, columns = ops.taylor_importance_both(matrix, one, backend=backend)
+    return _by_side(owner, weight, rows, columns)
+
+
+def gradient(owner: Any, weight: Tensor) -> Tensor:
+    """A weight's gradient.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if weight.grad is None:
+        raise UsageError(
+            f"{type(owner).__name__} {list(weight.shape)}: expected a gradient in .grad, got None; "
+            "run loss.backward() before scoring, or accumulate_fisher(model, batches)"
+        )
+    return weight.grad
+
+
+def bias_terms(owner: Any, grad: bool) -> tuple[Tensor, Tensor | None] | None:
+    """A module's bias and its gradient, in float32; None where it has no bias, or none of the gradient asked for."""
+    bias = getattr(owner, "bias", None)
+    if not isinstance(bias, Tensor) or (grad and bias.grad is None):
+        return None
+    return bias.detach().float(), bias.grad.detach().float() if grad and bias.grad is not None else None
+
+
+class _Stamp:
+    """Tells whether tensors are the same, unchanged, as when it was made.
+
+    Torch counts changes in place, but not those made through `.data`, which replaces the tensor that is counted.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._seen = [(weakref.ref(t), t._version, t.data_ptr(), t.shape) for t in tensors]
+
+    def fits(self, *tensors: Tensor) -> bool:
+        return len(tensors) == len(self._seen) and all(
+            ref() is t and version == t._version and pointer == t.data_ptr() and shape == t.shape
+            for t, (ref, version, pointer, shape) in zip(tensors, self._seen, strict=True)
+        )
+
+
+class SumsCache:
+    """Sums by module, kept as long as the tensors they came from are the same and unchanged.
+
+    By module, since pruning replaces a module's parameters; a change made through `tensor.data` goes unseen: `clear()`.
+    """
+
+    def __init__(self) -> None:
+        self._kept: weakref.WeakKeyDictionary[Any, tuple[_Stamp, Any]] = weakref.WeakKeyDictionary()
+        self.reads = 0  # how often a weight was read
+
+    def get(self, owner: Any, tensors: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
+        kept = self._kept.get(owner)
+        if kept is not None and kept[0].fits(*tensors):
+            return kept[1]
+        value = compute()
+        self.reads += 1
+        self._kept[owner] = (_Stamp(*tensors), value)
+        return value
+
+    def put(self, owner: Any, tensors: tuple[Tensor, ...], value: Any) -> None:
+        self._kept[owner] = (_Stamp(*tensors), value)
+
+    def find(self, owner: Any, tensors: tuple[Tensor, ...], again: str) -> Any | None:
+        """What was put for a module, or None.
+
+        Raises:
+            UsageError: the tensors have changed since; `again` says what to call.
+        """
+        kept = self._kept.get(owner)
+        if kept is not None and not kept[0].fits(*tensors):
+            raise UsageError(
+                f"{type(owner).__name__} {list(tensors[0].shape)}: expected the weight that was measured, got one that "
+                f"has been replaced or changed since; call {again} again"
+            )
+        return None if kept is None else kept[1]
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    def __bool__(self) -> bool:
+        return bool(self._kept)
+
+    def __getstate__(self) -> dict:  # scores are cheap to make again, and weak references cannot be pickled
+        return {}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__()  # type: ignore[misc]

@@ -1,0 +1,38 @@
+"""Handlers are bound methods of one object a layer type, compared by equality; a group is pairs `(dep, idxs)`."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+
+class _Functions:
+    def prune_out_channels(self, layer, idxs):
+        raise NotImplementedError
+
+    def prune_in_channels(self, layer, idxs):
+        raise NotImplementedError
+
+
+_linear, _embedding = _Functions(), _Functions()
+prune_linear_out_channels, prune_linear_in_channels = _linear.prune_out_channels, _linear.prune_in_channels
+prune_embedding_out_channels = _embedding.prune_out_channels
+
+
+class Importance:
+    def __call__(self, group):
+        raise NotImplementedError
+
+
+importance = SimpleNamespace(Importance=Importance)
+
+
+def member(module, handler, idxs):
+    return SimpleNamespace(target=SimpleNamespace(module=module), handler=handler), list(idxs)
+
+
+def kept(importance_, group, consecutive_groups, ratio):
+    """The root's units that stay: scores of channels, added up over a head, the lowest removed."""
+    scores = importance_(group, ch_groups=1, consecutive_groups=consecutive_groups)
+    if consecutive_groups > 1:
+        scores = scores.view(-1, consecutive_groups).sum(1)
+    return sorted(scores.argsort()[int(len(scores) * ratio) :].tolist())

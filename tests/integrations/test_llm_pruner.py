@@ -1,0 +1,305 @@
+"""LLM-Pruner's contract, over a stand-in for its repository; `test_llm_pruner_repository` runs the real one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from nets import llama
+from torch import nn
+
+from hywia_kernels import UsageError
+from hywia_kernels.integrations.measured import clear_fisher
+
+STAND_IN = Path(__file__).with_name("stand_in")
+TAYLORS = ("vectorize", "param_first", "param_second", "param_mix")
+HEAD = 8
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """`(our module, LLM-Pruner's torch_pruning, its hf_llama_pruner)`; the stand-in goes when the module is done."""
+    mine = "hywia_kernels.integrations.llm_pruner"
+    assert not any(name.partition(".")[0] == "LLMPruner" for name in sys.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(STAND_IN))
+        sys.modules.pop(mine, None)
+        import LLMPruner.torch_pruning as tp
+        from LLMPruner.pruner import hf_llama_pruner
+
+        from hywia_kernels.integrations import llm_pruner
+
+        yield llm_pruner, tp, hf_llama_pruner
+    for name in [n for n in sys.modules if n.partition(".")[0] == "LLMPruner"] + [mine]:
+        sys.modules.pop(name)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    clear_fisher()
+
+
+def filled(model, samples):
+    """`.grad` of the batch and `.acc_grad`, sample by sample, as LLM-Pruner's script leaves them."""
+    for sample in samples:
+        model.zero_grad()
+        model(sample[None], labels=sample[None]).loss.backward()
+        for parameter in model.parameters():
+            square = parameter.grad**2 / len(samples)
+            parameter.acc_grad = square + getattr(parameter, "acc_grad", 0)
+    model.zero_grad()
+    model(samples, labels=samples).loss.backward()
+
+
+def emptied(model):
+    model.zero_grad()
+    for parameter in model.parameters():
+        parameter.__dict__.pop("acc_grad", None)
+
+
+def attention(tp, layer, root="q_proj"):
+    part, out, into = layer.self_attn, tp.prune_linear_out_channels, tp.prune_linear_in_channels
+    order = [root, *(n for n in ("q_proj", "k_proj", "v_proj") if n != root)]
+    group = [tp.member(m := getattr(part, n), out, range(m.out_features)) for n in order]
+    return [*group, tp.member(part.o_proj, into, range(part.o_proj.in_features))]
+
+
+def mlp(tp, layer):
+    part, width = layer.mlp, range(layer.mlp.gate_proj.out_features)
+    group = [tp.member(m, tp.prune_linear_out_channels, width) for m in (part.gate_proj, part.up_proj)]
+    return [*group, tp.member(part.down_proj, tp.prune_linear_in_channels, width)]
+
+
+def plain(weight, axis, taylor):
+    """The published formulas, in float64."""
+    w, g = weight.detach().double(), weight.grad.double()
+    if taylor == "vectorize":
+        return (w * g).sum(1 - axis).abs()
+    second = w * weight.acc_grad.double() * w if taylor != "param_first" else 0.0
+    term = {"param_first": w * g, "param_second": second, "param_mix": w * g - 0.5 * second}[taylor]
+    return term.abs().sum(1 - axis)
+
+
+def plain_rows(tp, group, taylor):
+    return [
+        plain(dep.target.module.weight, 1 if dep.handler == tp.prune_linear_in_channels else 0, taylor)
+        for dep, _ in group
+    ]
+
+
+def close(got, want, bound=2e-6):
+    assert got.shape == want.shape
+    assert got.dtype == torch.float32
+    return bool((got.double() - want).abs().max() <= bound * want.abs().max())
+
+
+@pytest.mark.parametrize("taylor", TAYLORS)
+def test_the_four_criteria(tool, taylor):
+    llm_pruner, tp, _ = tool
+    model, samples = llama(8), torch.randint(96, (3, 12))
+    filled(model, samples)
+    for layer in model.model.layers:
+        for group in (attention(tp, layer), mlp(tp, layer)):
+            rows = torch.stack(plain_rows(tp, group, taylor))
+            reductions = {
+                "sum": rows.sum(0),
+                "mean": rows.mean(0),
+                "max": rows.amax(0),
+                "prod": rows.prod(0),
+                "first": rows[0],
+                "second": rows[1],
+                None: rows,
+            }
+            for reduction, want in reductions.items():
+                scorer = llm_pruner.TaylorImportance(reduction, taylor=taylor)
+                assert close(scorer(group, ch_groups=1, consecutive_groups=HEAD), want), reduction
+
+
+@pytest.mark.parametrize("taylor", TAYLORS)
+def test_one_pass_instead_of_the_loop(tool, taylor):
+    """`accumulate_fisher` gives the same scores and kept heads, and leaves nothing on parameters."""
+    llm_pruner, tp, _ = tool
+    model, samples = llama(2), torch.randint(96, (3, 12))
+    filled(model, samples)
+    scorer = llm_pruner.TaylorImportance(taylor=taylor)
+    groups = [g for layer in model.model.layers for g in (attention(tp, layer, "k_proj"), mlp(tp, layer))]
+    loop = [scorer(g, ch_groups=1, consecutive_groups=HEAD if i % 2 == 0 else 1) for i, g in enumerate(groups)]
+    emptied(model)
+    llm_pruner.accumulate_fisher(model, samples, axes="units")
+    assert not any(hasattr(p, "acc_grad") or p.grad is not None for p in model.parameters())
+    for i, group in enumerate(groups):
+        head = HEAD if i % 2 == 0 else 1
+        assert close(scorer(group, ch_groups=1, consecutive_groups=head), loop[i].double(), 5e-6)
+
+
+def grouped_query(tp):
+    """Two KV heads, four query heads each; only heads 0 to 3 matter, whichever way they are folded."""
+    torch.manual_seed(3)
+    layer = llama(2, layers=1).model.layers[0]
+    weights = [getattr(layer.self_attn, n).weight for n in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 1e-3)
+    with torch.no_grad():
+        for weight in weights:
+            weight.fill_(0.1)
+        weights[0][: 4 * HEAD] = 1.0  # what KV head 0 serves
+        weights[0][4 * HEAD : 5 * HEAD] = 2.0  # upstream credits this to KV head 0 as well
+    return attention(tp, layer, "k_proj"), weights
+
+
+def test_1_query_heads_count_towards_their_own_kv_head(tool):
+    llm_pruner, tp, upstream = tool
+    group, (query, key, value, output) = grouped_query(tp)
+    got = llm_pruner.TaylorImportance(taylor="param_first")(group, ch_groups=1, consecutive_groups=HEAD)
+    rows = [plain(w, a, "param_first") for w, a in ((query, 0), (key, 0), (value, 0), (output, 1))]
+    want = rows[1] + rows[2]
+    want = want + sum(r.view(2, 4, HEAD).sum(1).flatten() for r in (rows[0], rows[3]))
+    assert close(got, want)
+    assert tp.kept(llm_pruner.TaylorImportance(taylor="param_first"), group, HEAD, 0.5) == [0]
+    theirs = upstream.TaylorImportance(taylor="param_first")(group)
+    assert not close(theirs, want)
+
+
+def test_2_key_heads_under_a_query_root_share(tool):
+    llm_pruner, tp, _ = tool
+    group, (query, key, value, output) = grouped_query(tp)
+    group = [group[1], group[0], *group[2:]]  # the query first
+    got = llm_pruner.TaylorImportance(taylor="param_first")(group, ch_groups=1, consecutive_groups=HEAD)
+    rows = [plain(w, a, "param_first") for w, a in ((query, 0), (key, 0), (value, 0), (output, 1))]
+    shared = ((rows[1] + rows[2]) / 4).view(2, 1, HEAD).expand(2, 4, HEAD).flatten()
+    assert close(got, rows[0] + rows[3] + shared)
+    by_constructor = llm_pruner.TaylorImportance(taylor="param_first", head_dim=HEAD)(group)
+    assert torch.equal(by_constructor, got)
+    with pytest.raises(UsageError, match=r"got one of 16 with heads of None; pass consecutive_groups or head_dim"):
+        llm_pruner.TaylorImportance(taylor="param_first")(group)
+
+
+@pytest.mark.parametrize("taylor", TAYLORS)
+def test_3_a_whole_attention_as_one_member(tool, taylor):
+    llm_pruner, tp, upstream = tool
+    model, samples = llama(8), torch.randint(96, (2, 12))
+    filled(model, samples)
+    part = model.model.layers[0].self_attn
+    group = [tp.member(part, upstream.hf_attention_pruner.prune_out_channels, range(64))]
+    want = plain(part.o_proj.weight, 0, taylor)
+    want = want + sum(plain(getattr(part, n).weight, 1, taylor) for n in ("q_proj", "k_proj", "v_proj"))
+    assert close(llm_pruner.TaylorImportance(taylor=taylor)(group), want)
+
+
+def test_4_indices_are_followed_and_left_alone(tool):
+    llm_pruner, tp, upstream = tool
+    linear, norm = nn.Linear(2, 4, bias=False), nn.LayerNorm(4, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, 0], [2, 0], [3, 0], [4, 0]]))
+    linear.weight.grad, norm.weight.grad = torch.ones(4, 2), torch.tensor([10.0, -20, 30, 40])
+    group = [
+        tp.member(linear, tp.prune_linear_out_channels, [3, 1]),
+        tp.member(norm, upstream.hf_rmsnorm_pruner.prune_out_channels, [3, 1]),
+    ]
+    for taylor in ("vectorize", "param_first"):
+        assert llm_pruner.TaylorImportance(taylor=taylor)(group).tolist() == [44.0, 22.0]
+    assert [idxs for _, idxs in group] == [[3, 1], [3, 1]]
+
+
+def test_5_embeddings_are_summed_over_their_entries(tool):
+    llm_pruner, tp, _ = tool
+    embedding = nn.Embedding(5, 3)
+    nn.init.constant_(embedding.weight, -2.0)
+    embedding.weight.grad = torch.ones(5, 3)
+    group = [tp.member(embedding, tp.prune_embedding_out_channels, range(3))]
+    assert llm_pruner.MagnitudeImportance()(group).tolist() == [20.0] * 3
+    assert llm_pruner.MagnitudeImportance(p=1)(group).tolist() == [10.0] * 3
+    assert llm_pruner.MagnitudeImportance(p=3)(group).tolist() == [40.0] * 3
+    assert llm_pruner.TaylorImportance(taylor="vectorize")(group).tolist() == [10.0] * 3
+
+
+def test_6_float16_terms_do_not_vanish(tool):
+    """w²·F of 1e-8 is no float16 number."""
+    llm_pruner, tp, _ = tool
+    linear = nn.Linear(4, 2, bias=False, dtype=torch.float16)
+    nn.init.constant_(linear.weight, 0.01)
+    linear.weight.acc_grad = torch.full_like(linear.weight, 1e-4)
+    group = [tp.member(linear, tp.prune_linear_out_channels, range(2))]
+    got = llm_pruner.TaylorImportance(taylor="param_second")(group)
+    want = (linear.weight.detach().double() ** 2 * linear.weight.acc_grad.double()).sum(1)
+    assert close(got, want)
+    assert float(want[0]) == pytest.approx(4e-8, rel=1e-2)
+
+
+def test_7_errors_say_what_to_do(tool):
+    llm_pruner, tp, _ = tool
+    group = [tp.member(nn.Linear(2, 3), tp.prune_linear_out_channels, range(3))]
+    with pytest.raises(UsageError, match="taylor: expected one of vectorize, param_first, .* got 'params'"):
+        llm_pruner.TaylorImportance(taylor="params")
+    with pytest.raises(UsageError, match=r"expected a gradient in .grad, got None; run loss.backward\(\)"):
+        llm_pruner.TaylorImportance(taylor="param_first")(group)
+    with pytest.raises(UsageError, match=r"expected squares of gradients in .acc_grad, got none; call accumulate_fish"):
+        llm_pruner.TaylorImportance(taylor="param_mix")(group)
+    with pytest.raises(UsageError, match="group_reduction: expected one of"):
+        llm_pruner.MagnitudeImportance(group_reduction="median")
+
+
+def test_the_normaliser_takes_two_arguments(tool):
+    llm_pruner, tp, _ = tool
+    linear = nn.Linear(2, 3)
+    group = [tp.member(linear, tp.prune_linear_out_channels, range(3))]
+    seen = []
+
+    def normalizer(given, scores):
+        seen.append(given)
+        return scores / scores.max()
+
+    got = llm_pruner.MagnitudeImportance(normalizer=normalizer)(group, ch_groups=1, consecutive_groups=1)
+    assert float(got.max()) == 1.0
+    assert seen == [group]
+
+
+def test_compat_is_the_other_class(tool):
+    llm_pruner, tp, upstream = tool
+    group, _ = grouped_query(tp)
+    mine = llm_pruner.TaylorImportance(taylor="param_first", upstream_compat=True)
+    assert isinstance(mine, upstream.TaylorImportance)
+    assert torch.equal(mine(group), upstream.TaylorImportance(taylor="param_first")(group))
+    assert llm_pruner.hf_rmsnorm_pruner is upstream.hf_rmsnorm_pruner
+
+
+def test_members_that_are_not_scored(tool):
+    llm_pruner, tp, _ = tool
+    group = [tp.member(object(), tp._Functions().prune_out_channels, range(3))]
+    assert llm_pruner.MagnitudeImportance()(group) is None
+
+
+@pytest.mark.parametrize("order", ["first", "second", "mixed"])
+def test_hywia_scores_heads_and_channels(tool, order):
+    import hywia_kernels as hk
+
+    llm_pruner, tp, _ = tool
+    model, samples = llama(8), torch.randint(96, (3, 12))
+    llm_pruner.accumulate_fisher(model, samples, axes="units")
+    own = hk.score(model, samples, order=order)
+    scorer = llm_pruner.HyWIAImportance(order=order)
+    for i, layer in enumerate(model.model.layers):
+        got = scorer(attention(tp, layer), ch_groups=1, consecutive_groups=HEAD).view(8, HEAD)
+        assert torch.equal(got, got[:, :1].expand(8, HEAD))
+        torch.testing.assert_close(got[:, 0], own.values[f"model.layers.{i}.attention"], rtol=1e-4, atol=1e-4)
+        channels = scorer(mlp(tp, layer))
+        torch.testing.assert_close(channels, own.values[f"model.layers.{i}.mlp"], rtol=1e-4, atol=1e-4)
+
+
+def test_hywia_from_gradients(tool):
+    llm_pruner, tp, _ = tool
+    linear = nn.Linear(1, 4, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0], [-2], [3], [4]]))
+    linear.weight.grad = torch.ones(4, 1)
+    group = [tp.member(linear, tp.prune_linear_out_channels, range(4))]
+    coarse = llm_pruner.HyWIAImportance("coarse", order="first")(group, ch_groups=1, consecutive_groups=2)
+    assert coarse.tolist() == [1.0, 1.0, 7.0, 7.0]
+    assert llm_pruner.HyWIAImportance("fine", order="first")(group).tolist() == [1.0, 2.0, 3.0, 4.0]
+    with pytest.raises(UsageError, match="before scoring with 'second', got none"):
+        llm_pruner.HyWIAImportance()(group)
+    with pytest.raises(UsageError, match="order: expected one of"):
+        llm_pruner.HyWIAImportance(order="third")
