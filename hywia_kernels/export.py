@@ -18,7 +18,7 @@ from .types import Plan
 from .versions import versions
 from .weights import weight_bytes
 
-__all__ = ["RECORD", "plan_record", "save", "stock_config"]
+__all__ = ["RECORD", "add_to_record", "plan_record", "read_record", "save", "stock_config"]
 
 RECORD = "hywia.json"
 
@@ -162,6 +162,36 @@ def _record(plan: Plan | None, record: Mapping[str, Any] | None) -> dict[str, An
         content["plan"] = plan_record(plan)
         content["kept_units"] = {name: keep.tolist() for name, keep in plan.keep.items()}
     return content
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """The record of a saved model.
+
+    Raises:
+        HywiaError: the directory has none, or it is damaged.
+    """
+    path = Path(folder) / RECORD
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise HywiaError(f"{folder}: expected a directory that 'hywia prune' wrote, it has no {RECORD}") from error
+    except ValueError as error:
+        raise HywiaError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise HywiaError(f"{path} is damaged: expected an object, got {type(found).__name__}")
+    return found
+
+
+def add_to_record(folder: str | Path, more: Mapping[str, Any]) -> None:
+    """Add what was found out after saving; the record is the old one or the new one at any moment."""
+    path = Path(folder) / RECORD
+    content = json.dumps({**read_record(folder), **more}) + "\n"
+    beside = path.with_name(f".{RECORD}.partial")
+    try:
+        beside.write_text(content)
+        beside.replace(path)
+    except OSError as error:
+        raise HywiaError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def save(
