@@ -16,6 +16,7 @@ from families import FAMILIES, Family, fresh, fresh_named, token_ids
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError, surgery
+from hywia_kernels.speed.work import work_of
 
 ORDERS = ("first", "second", "mixed")
 CUTS = ("mlp", "attention", "both", "adaptive")
@@ -109,8 +110,10 @@ class TestContract:
         hk.mask(masked, plan)
         want = logits(masked, tokens)
         assert relative(want, logits(model, tokens)) > 1e-2, "the mask must matter for the comparison to mean anything"
+        work = work_of(model, plan)
         hk.prune(model, plan)
         assert relative(logits(model, tokens), want) <= 1e-5
+        assert work_of(model) == work, "what a plan is said to save is what it saves"
         assert sum(p.numel() for p in model.parameters()) == plan.parameters_after
         counts = {g.name: g.units for g in hk.groups(model)}
         gone = cut == "experts"  # with the groups of their channels
@@ -258,3 +261,29 @@ def test_magnitude_is_the_norm_of_the_parts(family):
                 float(part(weights[f"{family.layers}.{group.layer}.{n}"], u).square().sum()) for n, part in parts
             )
             assert float(scores.values[group.name][u]) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_a_refitted_model_is_cut_as_it_was_solved(family):
+    model, tokens = fresh(family), token_ids()
+    plan = make_plan(model, "attention" if family.experts else "adaptive")
+    dense = logits(model, tokens)
+    masked = copy.deepcopy(model)
+    hk.mask(masked, plan)
+    plan = hk.refit(model, plan, tokens)
+    errors = plan.record["refit"]["relative_error"]
+    cut = [g for g in plan.groups if plan.keep[g.name].numel() < g.units]
+    assert sorted(errors) == sorted(g.members[-1].module for g in cut)
+    assert all(after < before for before, after in errors.values())
+    want = logits(model, tokens)
+    hk.prune(model, plan)
+    assert relative(logits(model, tokens), want) <= 1e-5
+    assert relative(want, dense) < relative(logits(masked, tokens), dense)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_are_not_refitted(name):
+    model = fresh_named(name)
+    for cut in ("mlp", "experts"):
+        with pytest.raises(HywiaError, match=r"refit: .*mlp\.experts holds experts"):
+            hk.refit(model, make_plan(model, cut), token_ids())
