@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--group-ratio", type=float, help="papers' protocol: this share of each layer's units")
     how.add_argument("--layers", type=_layers, metavar="A:B", help="layers A to B-1, with --group-ratio")
     how.add_argument("--units", type=_units, default=selection.USUAL, metavar="mlp,attention", help="what may go")
-    how.add_argument("--align", type=int, default=64, help="channel widths are multiples of this; default: 64")
+    commands_bench.add_planning(how)
     how.add_argument("--scores", metavar="DIR", help="use what 'hywia score' wrote instead of scoring again")
     _add_scoring(prune)
     _add_text(prune, 40)
