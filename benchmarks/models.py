@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -36,26 +38,30 @@ SHAPES = {
 }
 SMOLLM2 = "smollm2"
 NAMES = (*SHAPES, SMOLLM2)
+Change = Callable[[nn.Module], None]
 
 
-def build(name: str, layers: int | None, dtype: str, device: torch.device):
-    """A causal language model in eval mode; `layers` keeps the first so many. Weights are random but SmolLM2's."""
+def build(name: str, layers: int | None, dtype: str, device: torch.device, change: Change | None = None):
+    """A causal language model in eval mode; `layers` keeps the first so many. Weights are random but SmolLM2's.
+    `change` is called on a random model while it has no memory, to give it other widths."""
     if name == SMOLLM2:
         model, _ = hk.load(SMOLLM2, dtype=dtype, device=str(device))
         if layers is not None:
             model.model.layers = model.model.layers[:layers]
             model.config.num_hidden_layers = len(model.model.layers)
         return model
-    return _random(name, layers, dtype, device)
+    return _random(name, layers, dtype, device, change)
 
 
-def _random(name: str, layers: int | None, dtype: str, device: torch.device):
+def _random(name: str, layers: int | None, dtype: str, device: torch.device, change: Change | None):
     """Never on the CPU on its way: a meta model, then memory, then values."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = SHAPES[name] if layers is None else {**SHAPES[name], "num_hidden_layers": layers}
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=2048))
+    if change is not None:
+        change(model)
     model = model.to(DTYPES[dtype]).to_empty(device=device).eval()
     # Not a parameter, so `to_empty` left it unset; and its frequencies stay float32.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)

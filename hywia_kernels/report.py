@@ -14,6 +14,7 @@ from .types import Plan
 from .versions import versions
 
 __all__ = [
+    "device_name",
     "environment",
     "print_comparison",
     "print_environment",
@@ -73,6 +74,18 @@ def _spans(widths: list[int]) -> str:
         else:
             runs.append([width, 1])
     return str(runs[0][0]) if len(runs) == 1 else ", ".join(f"{w} x{n}" for w, n in runs)
+
+
+def device_name(device: str) -> str:
+    """What a person calls it."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
+    return "cpu"
 
 
 def environment() -> dict[str, Any]:

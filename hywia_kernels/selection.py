@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor
 from .errors import HywiaError, UsageError
 from .types import Group, Plan, Scores
 
-__all__ = ["KINDS", "plan", "top_units"]
+__all__ = ["KINDS", "USUAL", "plan", "top_units"]
 
-KINDS = ("mlp", "attention")
+KINDS = ("mlp", "attention", "experts")
+USUAL = ("mlp", "attention")
 
 
 def plan(
@@ -22,7 +24,7 @@ def plan(
     ratio: float | None = None,
     group_ratio: float | None = None,
     layers: tuple[int, int] | None = None,
-    units: Sequence[str] = KINDS,
+    units: Sequence[str] = USUAL,
     align: int = 64,
 ) -> Plan:
     """Choose the units to keep.
@@ -42,13 +44,14 @@ def plan(
         scores: of the model to prune.
         ratio: in (0, 1). group_ratio: in (0, 1), instead of `ratio`.
         layers: half-open range of layers for `group_ratio`; None: all.
-        units: which kinds may go: "mlp", "attention" or both.
+        units: which kinds may go: "mlp", "attention" or both; or, in models that have them, whole "experts", with
+            or without "attention".
         align: widths of channels are multiples of it (or untouched).
 
     Raises:
         UsageError: arguments outside the above, or a ratio that these units cannot reach.
     """
-    kinds = _kinds(units)
+    kinds = _kinds(units, scores.groups)
     if align < 1:
         raise UsageError(f"align: expected at least 1, got {align}")
     if (ratio is None) == (group_ratio is None):
@@ -84,11 +87,18 @@ def top_units(values: Tensor, count: int) -> Tensor:
     return order[:count].sort().values
 
 
-def _kinds(units: Sequence[str]) -> tuple[str, ...]:
+def _kinds(units: Sequence[str], groups: Sequence[Group]) -> tuple[str, ...]:
     chosen = tuple(k for k in KINDS if k in units)
     unknown = [u for u in units if u not in KINDS]
     if unknown or not chosen:
         raise UsageError(f"units: expected some of {', '.join(KINDS)}, got {', '.join(map(str, units)) or 'none'}")
+    missing = set(chosen) - {g.kind for g in groups}
+    if missing:
+        raise UsageError(f"units: the model has no {', '.join(sorted(missing))} to cut; leave it out")
+    if {"mlp", "experts"} <= set(chosen):
+        raise UsageError(
+            "units: expected mlp or experts, got both, which hold each other; cut one, score again, then cut the other"
+        )
     return chosen
 
 
@@ -98,16 +108,16 @@ def _in_unit_interval(name: str, value: float) -> None:
 
 
 def _layout(groups: Iterable[Group], counts: dict[str, int]) -> str:
-    by_kind: dict[str, set[int]] = {}
-    for group in groups:
-        by_kind.setdefault(group.kind, set()).add(counts[group.name])
+    by_kind: dict[tuple[str, str], set[int]] = {}
+    for group in groups:  # dense MLPs and experts of one model have widths of their own
+        by_kind.setdefault((group.kind, group.width_field), set()).add(counts[group.name])
     return "uniform" if all(len(widths) == 1 for widths in by_kind.values()) else "adaptive"
 
 
 def _widths(group: Group, align: int) -> list[int]:
     """Counts a group may be cut to, ascending, the present one included."""
-    if group.kind == "attention":
-        return list(range(1, group.units + 1))
+    if group.kind != "mlp":
+        return list(range(group.least, group.units + 1))
     return [*range(align, group.units, align), group.units]
 
 
@@ -140,14 +150,13 @@ def _uniform(scores: Scores, ratio: float, kinds: tuple[str, ...], align: int) -
     target = ratio * scores.parameters
 
     candidates: list[tuple[float, dict[str, int]]] = []  # (parameters removed, width by kind)
-    for heads in options.get("attention", [None]):
-        for width in options.get("mlp", [None]):
-            choice = {k: v for k, v in (("attention", heads), ("mlp", width)) if v is not None}
-            removed = sum((present[k] - v) * cost[k] for k, v in choice.items())
-            if removed > 0:
-                candidates.append((removed, choice))
-    # One alignment step: of the channels when they may go, of the heads otherwise.
-    fine = "mlp" if "mlp" in kinds else "attention"
+    for widths in itertools.product(*options.values()):
+        choice = dict(zip(options, widths, strict=True))
+        removed = sum((present[k] - v) * cost[k] for k, v in choice.items())
+        if removed > 0:
+            candidates.append((removed, choice))
+    # One alignment step: of the channels when they may go, of experts or heads otherwise.
+    fine = kinds[0] if "experts" not in kinds else "experts"
     step = (min(align, present[fine]) if fine == "mlp" else 1) * cost[fine]
     near = [c for c in candidates if abs(c[0] - target) <= step]
     if not near:

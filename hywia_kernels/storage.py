@@ -16,7 +16,7 @@ from .types import Group, Member, Scores, Statistics
 __all__ = ["load_scores", "save_scores"]
 
 _TENSORS, _INDEX = "scores.safetensors", "scores.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 def save_scores(
@@ -94,5 +94,5 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _group(values: dict[str, Any]) -> Group:
-    members = tuple(Member(**m) for m in values["members"])
-    return Group(**{**values, "members": members, "stock_counts": tuple(values["stock_counts"])})
+    lists = {k: tuple(Member(**m) for m in values[k]) for k in ("members", "vectors")}
+    return Group(**{**values, **lists, "stock_counts": tuple(values["stock_counts"])})

@@ -1,23 +1,42 @@
-"""Cut a model in place, matrix by matrix, or mask the same units for comparison."""
+"""Cut a model in place, parameter by parameter, or mask the same units for comparison."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import arch, ops, progress
+from .adaptive.alibi_hywia_adaptive import SURVIVORS, keep_heads
 from .errors import HywiaError
-from .types import Group, Plan
+from .types import Group, Member, Plan
 from .weights import fingerprint
 
-__all__ = ["mask", "prune"]
+__all__ = ["mask", "prune", "resize", "silence_rows"]
+
+_Parts = list[tuple[Member, Group]]
 
 
 def _entries(units: Tensor, group_size: int) -> Tensor:
     """Row or column indices of units of `group_size` consecutive ones, ascending."""
     return (units[:, None] * group_size + torch.arange(group_size)).reshape(-1)
+
+
+def _removed(group: Group, keep: Tensor) -> Tensor:
+    gone = torch.ones(group.units, dtype=torch.bool)
+    gone[keep] = False
+    return gone.nonzero()[:, 0]
+
+
+def _kept_entries(size: int, parts: Sequence[tuple[Member, Group]], keep: Mapping[str, Tensor]) -> Tensor:
+    """What stays of an axis of `size`, on which the parts' units lie; entries of no unit stay."""
+    stays = torch.ones(size, dtype=torch.bool)
+    for member, group in parts:
+        stays[member.start + _entries(_removed(group, keep[group.name]), member.group_size)] = False
+    return stays.nonzero()[:, 0]
 
 
 def _checked_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
@@ -36,22 +55,169 @@ def _checked_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
         )
     for group in found:
         keep = plan.keep.get(group.name)
-        if keep is None or keep.numel() == 0:
-            raise HywiaError(f"plan: {group.name} keeps nothing; every group must keep at least one {group.unit}")
+        if keep is None or keep.numel() < group.least:
+            least = "one" if group.least == 1 else str(group.least)
+            kept = "nothing" if keep is None or keep.numel() == 0 else str(keep.numel())
+            raise HywiaError(
+                f"plan: {group.name} keeps {kept}; every such group must keep at least {least} {group.unit}"
+            )
+    _check_together(found, {g.name: plan.keep[g.name].numel() for g in found})
     return found
 
 
-def _replace(parameter: nn.Parameter, kept: Tensor) -> nn.Parameter:
+def _check_together(found: Sequence[Group], counts: Mapping[str, int]) -> None:
+    widths: dict[str, dict[int, str]] = {}
+    cut: dict[int, set[str]] = {}
+    for group in found:
+        if counts[group.name] != group.units:
+            cut.setdefault(group.layer, set()).add(f"{group.kind}{bool(group.together)}")
+        if group.together:
+            widths.setdefault(group.together, {})[counts[group.name]] = group.name
+    for name, by_count in widths.items():
+        if len(by_count) > 1:
+            (a, one), (b, two) = list(by_count.items())[:2]
+            raise HywiaError(
+                f"plan: {one} keeps {a} and {two} {b}, but the matrices of {name} are stacked in one parameter and "
+                "must stay equally wide; plan with the same share for both"
+            )
+    for layer, kinds in cut.items():
+        if {"mlpTrue", "expertsFalse"} <= kinds:
+            raise HywiaError(
+                f"plan: cuts whole experts and channels of experts of layer {layer}, which hold each other; "
+                "cut one kind, score again, then cut the other"
+            )
+
+
+def _replace(parameter: Tensor, kept: Tensor) -> nn.Parameter:
     return nn.Parameter(kept, requires_grad=parameter.requires_grad)
+
+
+def _by_parameter(found: Sequence[Group]) -> dict[tuple[str, str], _Parts]:
+    """Every parameter that groups lie on, with all its members, vectors last."""
+    parts: dict[tuple[str, str], _Parts] = {}
+    for group in found:
+        for member in (*group.members, *group.vectors):
+            parts.setdefault((member.module, member.parameter), []).append((member, group))
+    return parts
+
+
+def _compact(parameter: Tensor, parts: _Parts, keep: Mapping[str, Tensor], backend: str | None) -> Tensor:
+    stacked = [part for part in parts if part[0].index is not None]
+    whole = [part for part in parts if part[0].index is None]
+    if whole:
+        axis = whole[0][0].axis
+        flat = parameter.flatten(1) if parameter.dim() > 2 else parameter
+        entries = _kept_entries(flat.shape[axis], whole, keep)
+        if entries.numel() < flat.shape[axis]:
+            kept = ops.compact(flat, entries, axis, backend=backend)
+            parameter = kept.unflatten(1, parameter.shape[1:]) if parameter.dim() > 2 else kept
+    if not stacked or all(keep[g.name].numel() == g.units for _, g in stacked):
+        return parameter
+    axis, size = stacked[0][0].axis, parameter.shape[1 + stacked[0][0].axis]
+    per_matrix = [
+        _kept_entries(size, [part for part in stacked if part[0].index == e], keep) for e in range(len(parameter))
+    ]
+    shape = list(parameter.shape)
+    shape[1 + axis] = per_matrix[0].numel()
+    out = parameter.detach().new_empty(shape)
+    for matrix, entries, into in zip(parameter, per_matrix, out, strict=True):
+        ops.compact(matrix, entries, axis, out=into, backend=backend)
+    return out
+
+
+def _follow(model: Any, entry: arch.Architecture, found: Sequence[Group]) -> None:
+    """Bring the numbers that modules and their configs keep for themselves up to date with their parameters."""
+    size = arch.head_dim(model)
+    for layer in sorted({g.layer for g in found}):
+        prefix = f"{entry.layers}.{layer}"
+        here = [g for g in found if g.layer == layer]
+        quantities: dict[str, int] = {}
+        for group in here:
+            if group.kind == "attention":
+                width = group.units * group.members[-1].group_size
+                quantities |= {"kv_heads": group.units, "heads": width // size, "width": width}
+            else:
+                quantities["experts" if group.kind == "experts" else "channels"] = group.units
+        if any(g.kind == "experts" for g in here) or entry.experts is None:
+            _set_attributes(model, prefix, entry.attributes, quantities)
+        else:
+            _set_attributes(
+                model, prefix, [a for a in entry.attributes if a[2] not in ("experts", "channels")], quantities
+            )
+        for name in {m.module for g in here for m in g.members}:
+            _set_features(model.get_submodule(name))
+
+
+def _set_attributes(
+    model: Any, prefix: str, attributes: Sequence[tuple[str, str, str]], quantities: Mapping[str, int]
+) -> None:
+    for name, attribute, quantity in attributes:
+        setattr(model.get_submodule(f"{prefix}.{name}"), attribute, quantities[quantity])
+
+
+def _set_features(module: Any) -> None:
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif hasattr(module, "nf"):  # transformers' Conv1D
+        module.nx, module.nf = module.weight.shape
+
+
+def _follow_config(model: Any, entry: arch.Architecture) -> None:
+    """Config fields of widths that all layers share, where the config can hold them; where modules read widths from the
+    config and layers differ, each of them gets its own copy."""
+    found = arch.groups(model)
+    config, size = arch.text_config(model), arch.head_dim(model)
+    widths = arch.config_widths(model, found)
+    names = entry.attention
+    same = {field: w for field, w in widths.items() if len(set(w)) == 1}
+    if any(g.stock_counts and g.units not in g.stock_counts for g in found):
+        same = {field: w for field, w in same.items() if field not in (names.heads_field, names.kv_heads_field)}
+    for field, layers in same.items():
+        if getattr(config, field, None) != layers[0]:
+            setattr(config, field, layers[0])
+            if field == names.heads_field:
+                config.head_dim = size  # or it would be read off the hidden size
+    for reader in entry.config_readers:
+        for layer in range(len(model.get_submodule(entry.layers))):
+            own = config
+            if len(same) < len(widths):
+                own = copy.copy(config)
+                for field, layers in widths.items():
+                    setattr(own, field, layers[layer])
+                own.head_dim = size
+            model.get_submodule(f"{entry.layers}.{layer}.{reader}").config = own
+
+
+def _rescale(model: Any, entry: arch.Architecture, group: Group, kept: int) -> None:
+    """A norm over all heads divides by the rms over fewer features after the cut: with the survivors' rows scaled by
+    c = √(kept / units) their mean square is what it was with zeros in the others' place, and 1/c in the norm's weight
+    gives the same output, eps included."""
+    scale = (kept / group.units) ** 0.5
+    prefix = f"{entry.layers}.{group.layer}"
+    for norm, linear in entry.attention.wide_norms.items():
+        matrix, weight = model.get_submodule(f"{prefix}.{linear}"), model.get_submodule(f"{prefix}.{norm}").weight
+        matrix.weight.mul_(scale)
+        if matrix.bias is not None:
+            matrix.bias.mul_(scale)
+        weight.div_(scale)
+
+
+def _keep_slopes(model: Any, entry: arch.Architecture, group: Group, keep: Tensor, heads: int) -> None:
+    alibi = entry.attention.alibi
+    if alibi is None:
+        return
+    module = model.get_submodule(f"{entry.layers}.{group.layer}.{entry.attention.module}")
+    before = getattr(module, SURVIVORS, None) or {"heads": list(range(group.units)), "of": heads}
+    keep_heads(module, [before["heads"][i] for i in keep.tolist()], before["of"], alibi.argument, alibi.axis)
 
 
 @torch.no_grad()
 def prune(model: Any, plan: Plan, *, backend: str | None = None) -> None:
     """Remove a plan's units from a model, in place.
 
-    One matrix is cut at a time and its old storage released, so the peak is the model plus one matrix. The config's
-    widths follow when the plan is uniform; with an adaptive plan they stay what they were and `save` writes the
-    per-layer widths.
+    One parameter is cut at a time and its old storage released, so the peak is the model plus one of them. The config's
+    widths follow where all layers share one; where they differ they stay what they were and `save` writes each
+    layer's.
 
     Args:
         model: the model the scores came from. plan: of `selection.plan`. backend: of `ops.compact`.
@@ -59,41 +225,119 @@ def prune(model: Any, plan: Plan, *, backend: str | None = None) -> None:
     Raises:
         HywiaError: the plan is not this model's.
     """
-    for group in progress.track(_checked_groups(model, plan), "cutting"):
-        keep = plan.keep[group.name]
-        if keep.numel() == group.units:
+    entry = arch.architecture(model)
+    found = _checked_groups(model, plan)
+    heads = getattr(arch.text_config(model), entry.attention.heads_field)
+    cut = {g.name for g in found if plan.keep[g.name].numel() < g.units}
+    for (name, leaf), parts in progress.track(list(_by_parameter(found).items()), "cutting"):
+        if not any(group.name in cut for _, group in parts):
             continue
-        for member in group.members:
-            linear = model.get_submodule(member.module)
-            entries = _entries(keep, member.group_size)
-            linear.weight = _replace(
-                linear.weight, ops.compact(linear.weight.detach(), entries, member.axis, backend=backend)
-            )
-            linear.weight.grad = None
-            if member.axis == 0:
-                if linear.bias is not None:
-                    linear.bias = _replace(linear.bias, ops.compact(linear.bias.detach(), entries, backend=backend))
-                linear.out_features = entries.numel()
-            else:
-                linear.in_features = entries.numel()
-    for field, widths in arch.config_widths(model, arch.groups(model)).items():
-        if len(set(widths)) == 1:
-            setattr(model.config, field, widths[0])
+        module = model.get_submodule(name)
+        biased = [part for part in parts if part[0].bias is not None]
+        setattr(
+            module,
+            leaf,
+            _replace(getattr(module, leaf), _compact(getattr(module, leaf).detach(), parts, plan.keep, backend)),
+        )
+        if biased:
+            bias = getattr(module, biased[0][0].bias or "")
+            entries = _kept_entries(bias.numel(), biased, plan.keep)
+            module.bias = _replace(bias, ops.compact(bias.detach(), entries, backend=backend))
+    for group in found:
+        if group.kind == "attention" and group.name in cut:
+            _rescale(model, entry, group, plan.keep[group.name].numel())
+            _keep_slopes(model, entry, group, plan.keep[group.name], heads)
+    _follow(model, entry, arch.groups(model))
+    _follow_config(model, entry)
+
+
+def resize(model: Any, counts: Mapping[str, int]) -> None:
+    """Give groups other widths, in place: each member's parameters are replaced by uninitialised ones of the new shape,
+    on their device (meta included) and in their dtype. For models whose weights are about to be loaded.
+
+    Args:
+        model: of a known architecture. counts: group name -> units; groups that it leaves out keep their width.
+
+    Raises:
+        HywiaError: an unknown group, fewer units than can be, groups that must stay equal and would not, or heads with
+            ALiBi slopes of their own, which a count cannot name.
+    """
+    entry = arch.architecture(model)
+    found = {g.name: g for g in arch.groups(model)}
+    for name, units in counts.items():
+        group = found.get(name)
+        if group is None:
+            raise HywiaError(f"resize: expected groups of the model, got {name!r}; groups(model) lists them")
+        if units < group.least:
+            least = "one" if group.least == 1 else str(group.least)
+            raise HywiaError(f"resize: expected at least {least} {group.unit} in {name}, got {units}")
+        if group.kind == "attention" and entry.attention.alibi is not None and units != group.units:
+            raise HywiaError(f"resize: {name} has slopes that belong to heads; a count does not say which stay")
+    wanted = {name: counts.get(name, group.units) for name, group in found.items()}
+    _check_together(list(found.values()), wanted)
+    for (name, leaf), parts in _by_parameter(list(found.values())).items():
+        module = model.get_submodule(name)
+        parameter = getattr(module, leaf)
+        shape, bias = list(parameter.shape), 0
+        # Of a stack's matrices the first says what all are: they stay equally wide.
+        for member, group in parts:
+            change = (wanted[group.name] - group.units) * member.group_size
+            if member.index in (None, 0):
+                shape[member.axis + (member.index is not None)] += change
+            bias += change if member.bias is not None else 0
+        if shape != list(parameter.shape):
+            setattr(module, leaf, _replace(parameter, parameter.detach().new_empty(shape)))
+        if bias:
+            module.bias = _replace(module.bias, module.bias.new_empty(module.bias.numel() + bias))
+    _follow(model, entry, arch.groups(model))
+    if entry.config_readers:
+        _follow_config(model, entry)
+
+
+class _Among:
+    """`forward` of a router that sends tokens to some of the experts only: what it does when the others are gone."""
+
+    def __init__(self, router: Any, keep: Tensor) -> None:
+        self.keep = keep
+        self.router = copy.copy(router)
+        self.router.__dict__.pop("forward", None)
+        self.router._parameters = {**router._parameters, "weight": nn.Parameter(router.weight[keep])}
+        self.router.num_experts = keep.numel()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, indices = self.router(*args, **kwargs)
+        return logits, weights, self.keep.to(indices.device)[indices]
+
+
+def _silence(model: Any, group: Group, members: Sequence[Member], plan: Plan) -> None:
+    gone = _removed(group, plan.keep[group.name])
+    for member in members:
+        part = arch.view(model, member, group.units)
+        entries = _entries(gone, member.group_size).to(part.device)
+        part.index_fill_(member.axis, entries, 0.0)
+        if member.bias is not None:
+            bias = getattr(model.get_submodule(member.module), member.bias)
+            bias.index_fill_(0, entries + member.start, 0.0)
+
+
+@torch.no_grad()
+def silence_rows(model: Any, groups: Sequence[Group], plan: Plan) -> None:
+    """Zero what makes the removed units of some groups, and leave the matrices they send on through."""
+    for group in groups:
+        _silence(model, group, group.members[:-1], plan)
 
 
 @torch.no_grad()
 def mask(model: Any, plan: Plan) -> None:
     """Zero a plan's removed units in place and keep the shapes: what `prune` must agree with.
 
-    Rows, their biases and columns are all zeroed, so every member of a removed unit is silent by itself.
+    Rows, their biases and columns are all zeroed, so every member of a removed unit is silent by itself. A router's
+    zero row would still draw tokens: routers are made to choose among the experts that stay.
     """
     for group in _checked_groups(model, plan):
-        keep = torch.zeros(group.units, dtype=torch.bool)
-        keep[plan.keep[group.name]] = True
-        removed = torch.nonzero(~keep)[:, 0]
-        for member in group.members:
-            linear = model.get_submodule(member.module)
-            entries = _entries(removed, member.group_size).to(linear.weight.device)
-            linear.weight.index_fill_(member.axis, entries, 0.0)
-            if member.axis == 0 and linear.bias is not None:
-                linear.bias.index_fill_(0, entries, 0.0)
+        if plan.keep[group.name].numel() == group.units:
+            continue
+        _silence(model, group, (*group.members, *group.vectors), plan)
+        if group.kind == "experts":
+            router = model.get_submodule(group.members[0].module)
+            router.forward = _Among(router, plan.keep[group.name])

@@ -107,12 +107,14 @@ def windows(texts: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int
     """Seeded windows of `seq_len` tokens, int64 `[samples, seq_len]`.
 
     Several documents: one random window from each of the documents that are long enough, in shuffled order; when they
-    do not suffice, the rest comes from what the short documents give when joined by the end-of-text token. One
-    document: distinct blocks of it. Special tokens are not added, as in the papers' protocols.
+    do not suffice, the rest comes from what the short documents give when joined by the end-of-text token, and then
+    from further windows of the long documents that overlap none taken before. One document: distinct blocks of it.
+    Fewer samples are a prefix of more. Special tokens are not added, as in the papers' protocols.
     """
     rng = random.Random(seed)
     pool = _draw(texts, rng, want=max(20 * samples, 1000))
     chosen: list[list[int]] = []
+    further: list[list[int]] = []
     short: list[int] = []
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     blocks: list[list[int]] = []
@@ -124,12 +126,16 @@ def windows(texts: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int
         elif len(ids) >= seq_len:
             start = rng.randint(0, len(ids) - seq_len)
             chosen.append(ids[start : start + seq_len])
+            beside = (*range(start - seq_len, -1, -seq_len), *range(start + seq_len, len(ids) - seq_len + 1, seq_len))
+            further += [ids[i : i + seq_len] for i in beside]
         else:
             short += ids + separator
         if len(chosen) == samples:
             break
     if len(chosen) < samples and not blocks:
         blocks = [short[i : i + seq_len] for i in range(0, len(short) - seq_len + 1, seq_len)]
+        rng.shuffle(further)
+        blocks += further
     chosen += blocks[: samples - len(chosen)]
     if len(chosen) < samples:
         if not chosen:

@@ -13,26 +13,45 @@ __all__ = ["Group", "Member", "Plan", "Scores", "Statistics"]
 
 @dataclass(frozen=True)
 class Member:
-    """One matrix of a group: unit `u` is its rows (axis 0) or columns (axis 1) `[u·group_size, (u+1)·group_size)`."""
+    """One matrix of a group: unit `u` is its rows (axis 0) or columns (axis 1) from `start + u·group_size`, so many.
+
+    Attributes:
+        module: its name in the model.
+        axis: of the stored parameter, on which the units lie; of `parameter[index]` where there is an index.
+        group_size: consecutive rows or columns of one unit.
+        start: the first unit's first; not 0 where one parameter holds several matrices.
+        parameter: the module's.
+        index: which of a stacked parameter's matrices it is; None: the parameter is one matrix (or a vector), or the
+            units are the matrices of a stacked one.
+        bias: parameter of the module with one entry per row or column of `axis`; None: there is none.
+    """
 
     module: str
     axis: int
     group_size: int
+    start: int = 0
+    parameter: str = "weight"
+    index: int | None = None
+    bias: str | None = None
 
 
 @dataclass(frozen=True)
 class Group:
-    """The coupled matrices of one layer that gain or lose units together.
+    """The coupled matrices of one layer that lose units together.
 
     Attributes:
         name: `<layer>.<kind>`, unique in a model, e.g. "model.layers.3.mlp".
-        kind: "mlp" or "attention".
+        kind: "mlp", "attention" or "experts".
         layer: index of the decoder layer.
         units: how many units there are.
-        unit: what one unit is: "channel", "head" or "kv_group".
-        members: the matrices, in the table's order.
-        unit_parameters: parameters (weights and row biases) that leave with one unit.
+        unit: what one unit is: "channel", "head", "kv_group" or "expert".
+        members: the matrices, in the table's order; the last is the one a unit sends its output on through.
+        unit_parameters: parameters (weights, row biases, vectors) that leave with one unit.
         stock_counts: unit counts a stock config can describe when every layer has the same; empty means any.
+        vectors: parameters with entries per unit that leave with it and are not scored.
+        least: fewest units that can stay.
+        together: groups of one such name must keep as many units as each other; "" means that it is alone.
+        width_field: config field that holds the width; "" where the config has none.
     """
 
     name: str
@@ -43,6 +62,10 @@ class Group:
     members: tuple[Member, ...]
     unit_parameters: int
     stock_counts: tuple[int, ...] = ()
+    vectors: tuple[Member, ...] = ()
+    least: int = 1
+    together: str = ""
+    width_field: str = ""
 
 
 @dataclass(frozen=True)

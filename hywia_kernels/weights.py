@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import nn
 
 from .errors import HywiaError
 
-__all__ = ["check_finite", "count_parameters", "fingerprint", "weight_bytes"]
+__all__ = ["check_finite", "count_parameters", "fingerprint", "identity", "weight_bytes"]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -22,18 +23,28 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-@torch.no_grad()
 def fingerprint(model: nn.Module, per_tensor: int = 1024) -> str:
     """sha256 over names, shapes and an even sample of every parameter's values.
 
     The values are taken as float32, so that an exact change of dtype keeps the fingerprint; reads `per_tensor` values
     a parameter, not the whole model, and waits once a device.
     """
+    return identity(model, per_tensor)[0]
+
+
+@torch.no_grad()
+def identity(model: nn.Module, per_tensor: int = 1024) -> tuple[str, int]:
+    """`(fingerprint, count_parameters)` from one walk over the model."""
     found: list[tuple[str, tuple[int, ...], torch.device, int]] = []
     values: dict[torch.device, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
-        # A view, so that one concatenation a device is all that has to be launched.
-        sample = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // per_tensor)][:per_tensor]
+        # A view, so that one concatenation a device is all that has to be launched; made in one step where it can be.
+        count, step = parameter.numel(), max(1, parameter.numel() // per_tensor)
+        if parameter.is_contiguous():
+            size = min(per_tensor, -(-count // step))
+            sample = parameter.as_strided((size,), (step,), parameter.storage_offset())
+        else:
+            sample = parameter.reshape(-1)[::step][:per_tensor]
         values.setdefault(parameter.device, []).append(sample)
         found.append((name, tuple(parameter.shape), parameter.device, sample.numel()))
     digest = hashlib.sha256()
@@ -44,7 +55,7 @@ def fingerprint(model: nn.Module, per_tensor: int = 1024) -> str:
     for name, shape, device, _ in found:
         digest.update(f"{name}{shape}".encode())
         digest.update(next(host[device]).contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return digest.hexdigest(), sum(math.prod(shape) for _, shape, *_ in found)
 
 
 def check_finite(model: nn.Module) -> None:

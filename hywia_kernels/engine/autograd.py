@@ -8,7 +8,7 @@ again but whole layers, and those by torch's own checkpointing. The fused passes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .. import ops
+from .. import arch, ops
 from ..ops.checks import ORDERS
 from ..progress import Bar
 from ..types import Group, Member
+from .experts import experts_forward, router_forward, whole_experts
 from .patches import forward_replaced
 from .results import Results
 from .samples import Samples
@@ -31,40 +32,56 @@ __all__ = ["run"]
 class Sink:
     """Scores one matrix when its output gradient arrives."""
 
-    def __init__(self, group: Group, index: int, results: Results, scale: float, backend: str | None, bar: Bar) -> None:
-        self.group, self.member, self.results = group.name, group.members[index], results
-        self.fine, self.coarse = results.fine[group.name], results.coarse[group.name][index]
+    def __init__(self, matrix: arch.Matrix, results: Results, scale: float, backend: str | None, bar: Bar) -> None:
+        self.transposed = matrix.transposed
+        self.parts = [
+            (g.members[i], g.units, results.fine[g.name], results.coarse[g.name][i]) for g, i in matrix.members
+        ]
         self.scale, self.backend, self.bar = scale, backend, bar
 
-    def __call__(self, weight: Tensor, grad_output: Tensor, inputs: Tensor) -> None:
-        member: Member = self.member
+    def __call__(self, weight: Tensor, grad_output: Tensor, inputs: Tensor, offsets: Sequence[int]) -> None:
+        """Gradient `[tokens, out]` and input `[tokens, in]`; sample `s` is the rows from `offsets[s]`."""
         mean = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         fisher = torch.zeros_like(mean)
         gradient = torch.empty_like(mean)
-        samples = grad_output.shape[0]
+        left, right = (inputs, grad_output) if self.transposed else (grad_output, inputs)
+        samples = len(offsets) - 1
         for s in range(samples):
-            torch.mm(grad_output[s].float().t(), inputs[s].float(), out=gradient)
+            rows = slice(offsets[s], offsets[s + 1])
+            if rows.start == rows.stop:
+                continue  # an expert that no token of the sample went to
+            torch.mm(left[rows].float().t(), right[rows].float(), out=gradient)
             gradient /= self.scale
-            signed = ops.taylor_importance(
-                weight, gradient, axis=member.axis, group_size=member.group_size, backend=self.backend
-            ).signed
-            self.coarse[s].copy_(signed)
+            for member, units, _, coarse in self.parts:
+                signed = ops.taylor_importance(
+                    _part(weight, member, units),
+                    _part(gradient, member, units),
+                    axis=member.axis,
+                    group_size=member.group_size,
+                    backend=self.backend,
+                ).signed
+                coarse[s].copy_(signed)
             mean += gradient
             fisher.addcmul_(gradient, gradient)
         mean /= samples
         fisher /= samples
-        for fine, order in zip(self.fine, ORDERS, strict=True):
-            ops.taylor_importance(
-                weight,
-                mean,
-                fisher,
-                axis=member.axis,
-                order=order,
-                group_size=member.group_size,
-                out=(fine, torch.zeros_like(fine)),
-                backend=self.backend,
-            )
+        for member, units, fines, _ in self.parts:
+            for fine, order in zip(fines, ORDERS, strict=True):
+                ops.taylor_importance(
+                    _part(weight, member, units),
+                    _part(mean, member, units),
+                    _part(fisher, member, units),
+                    axis=member.axis,
+                    order=order,
+                    group_size=member.group_size,
+                    out=(fine, torch.zeros_like(fine)),
+                    backend=self.backend,
+                )
         self.bar.step()
+
+
+def _part(whole: Tensor, member: Member, units: int) -> Tensor:
+    return whole.narrow(member.axis, member.start, units * member.group_size)
 
 
 class _ScoredLinear(torch.autograd.Function):
@@ -72,21 +89,51 @@ class _ScoredLinear(torch.autograd.Function):
     gradient."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink) -> Tensor:
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink, offsets: Tensor | Sequence[int]
+    ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.sink = sink
-        return functional.linear(inputs, weight, bias)
+        ctx.sink, ctx.offsets = sink, offsets
+        return functional.linear(inputs, weight.t() if sink.transposed else weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grads
         inputs, weight = ctx.saved_tensors
-        ctx.sink(weight, grad_output, inputs)
-        return grad_output @ weight, None, None, None
+        offsets = ctx.offsets.tolist() if isinstance(ctx.offsets, Tensor) else ctx.offsets
+        # Some layers flatten samples and tokens first.
+        ctx.sink(weight, grad_output.flatten(0, -2), inputs.flatten(0, -2), offsets)
+        return grad_output @ (weight.t() if ctx.sink.transposed else weight), None, None, None, None
 
 
-def _scored_forward(linear: Any, sink: Sink):
-    return lambda inputs: _ScoredLinear.apply(inputs, linear.weight, linear.bias, sink)
+def _scored_forward(linear: Any, sink: Sink, offsets: Sequence[int]):
+    return lambda inputs: _ScoredLinear.apply(inputs, linear.weight, linear.bias, sink, offsets)
+
+
+def _replacements(
+    model: Any, found: tuple[Group, ...], samples: Samples, sink: Callable[[arch.Matrix], Sink]
+) -> list[tuple[nn.Module, Any]]:
+    names: Any = arch.architecture(model).experts
+    offsets = list(range(0, samples.tokens.numel() + 1, samples.longest))
+    experts: dict[str, dict[tuple[str, int], Callable]] = {}
+    replacements: list[tuple[nn.Module, Any]] = []
+    for matrix in arch.matrices(model, found):
+        module, one = model.get_submodule(matrix.module), sink(matrix)
+        if matrix.index is not None:
+            experts.setdefault(matrix.module, {})[matrix.parameter, matrix.index] = (
+                lambda inputs, weight, limits, one=one: _ScoredLinear.apply(inputs, weight, None, one, limits)
+            )
+        elif any(group.kind == "experts" for group, _ in matrix.members):
+            scored = lambda inputs, module=module, one=one: _ScoredLinear.apply(  # noqa: E731
+                inputs, module.weight, None, one, offsets
+            )
+            replacements.append((module, router_forward(module, scored)))
+        else:
+            replacements.append((module, _scored_forward(module, one, offsets)))
+    for name, scored_by_matrix in experts.items():
+        module = model.get_submodule(name)
+        replacements.append((module, experts_forward(module, names, scored_by_matrix, samples.longest)))
+    return replacements
 
 
 def _checkpointed_forward(layer: nn.Module):
@@ -97,8 +144,7 @@ def _checkpointed_forward(layer: nn.Module):
 def run(
     model: Any,
     layers: nn.ModuleList,
-    linears: Mapping[str, nn.Linear],
-    found: Sequence[Group],
+    found: tuple[Group, ...],
     samples: Samples,
     results: Results,
     scale: float,
@@ -107,12 +153,10 @@ def run(
     lean: bool,
 ) -> Tensor:
     """Forward and backward of `scale · Σ_s L_s`, into the results; `Σ_s L_s`. `lean` checkpoints decoder layers."""
-    replacements: list[tuple[nn.Module, Any]] = []
-    for group in found:
-        for index, member in enumerate(group.members):
-            linear = linears[member.module]
-            replacements.append((linear, _scored_forward(linear, Sink(group, index, results, scale, backend, bar))))
+    replacements = _replacements(model, found, samples, lambda matrix: Sink(matrix, results, scale, backend, bar))
     if lean:
         replacements += [(layer, _checkpointed_forward(layer)) for layer in layers]
     with forward_replaced(replacements):
-        return run_whole(model, samples, scale)
+        total = run_whole(model, samples, scale)
+    whole_experts(results, found)
+    return total

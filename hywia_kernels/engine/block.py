@@ -24,16 +24,16 @@ from .patches import reproducible
 __all__ = ["Block", "block_forward", "handed_out"]
 
 
-class _Source(torch.autograd.Function):
-    """A tensor as the beginning of a graph; unlike a leaf, the graph does not keep its values."""
+class _Sources(torch.autograd.Function):
+    """Tensors as the beginning of a graph; unlike leaves, the graph does not keep their values."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, tensor: Tensor) -> Tensor:
-        return tensor.view_as(tensor)
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return None, *(None for _ in grads)
 
 
 @dataclass
@@ -66,6 +66,7 @@ class Block:
     norms: tuple[recompute.Formula, recompute.Formula]
     mlp: GatedMlp
     scorer: Scorer
+    cublas: bool = True  # the attention may call it
     slots: dict[nn.Module, Tensor] = field(default_factory=dict)
     captured: Tensor | None = None
 
@@ -78,10 +79,13 @@ class Block:
             with torch.set_grad_enabled(differentiable):
                 if differentiable:
                     anchor = normed.new_empty(0).requires_grad_()
-                    given = tuple(_Source.apply(anchor, m) for m in made)
+                    given = _Sources.apply(anchor, *made)
                     edges = tuple(get_gradient_edge(m) for m in given)
                 self.slots.update(zip(self.projections[:3], given, strict=True))
-                self.attention.forward(hidden_states=normed, **keywords)
+                # Attention is what has atomic additions in its backward, and which of its kernels runs the forward
+                # depends on the mode too; all else here gives the same bits anyway.
+                with reproducible(self.scorer.strict, cublas=self.cublas):
+                    self.attention.forward(hidden_states=normed, **keywords)
             assert self.captured is not None
             # The kernel keeps the values in any case where no head is repeated.
             value = made[2] if differentiable and self.projections[2].bias is None else None
@@ -109,8 +113,7 @@ class Block:
         core = kept.core
         da = dh @ self.projections[3].weight
         self.scorer(self.targets[3], dh, core.out.detach(), da)
-        # Attention's backward is what has atomic additions; all else here gives the same bits anyway.
-        with reproducible(self.scorer.strict):
+        with reproducible(self.scorer.strict, cublas=self.cublas):
             grads = torch.autograd.grad(core.out, core.edges, da)
         normed = self.norms[0].forward(*kept.first)
         mapped = (None, None, core.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ Replacements = list[tuple[nn.Module, Any]]
 
 
 def instrument(
-    model: Any, linears: Mapping[str, nn.Linear], found: Sequence[Group], scorer: Scorer
+    model: Any, linears: Mapping[str, Any], found: Sequence[Group], scorer: Scorer
 ) -> tuple[Replacements, bool]:
     """Replacements for `patches.forward_replaced`: linear layers score, norms and gates are not kept for backward; and
     whether every decoder layer runs as one node.
@@ -31,12 +32,17 @@ def instrument(
     """
     entry = arch.architecture(model)
     results = scorer.results
-    targets: dict[nn.Module, Target] = {}
-    for group in reversed(found):  # so that a matrix's first group comes first: layers bring what serves its axis
-        for member, coarse in zip(group.members, results.coarse[group.name], strict=True):
-            linear = linears[member.module]
-            fine, weight = results.fine[group.name], linear.weight.detach()
-            targets[linear] = Target(member, weight, fine, coarse, also=targets.get(linear))
+    targets: dict[nn.Module, tuple[Target, ...]] = {}
+    for matrix in arch.matrices(model, found):
+        module: Any = linears[matrix.module]
+        for group, i in matrix.members:
+            member = group.members[i]
+            weight = arch.view(linears, member, group.units).detach()
+            whole = weight.shape == module.weight.shape
+            outputs = None if whole else slice(member.start, member.start + group.units * member.group_size)
+            results_of = results.fine[group.name], results.coarse[group.name][i]
+            target = Target(member, weight, *results_of, outputs, matrix.transposed)
+            targets[module] = _with(targets.get(module, ()), target)
     replacements: Replacements = []
     blocks = True
     for layer in model.get_submodule(entry.layers):
@@ -48,12 +54,24 @@ def instrument(
     return replacements, blocks
 
 
+def _with(targets: tuple[Target, ...], new: Target) -> tuple[Target, ...]:
+    """`targets` and one more; a matrix that is there already goes on under the one that came first: layers bring what
+    serves its axis."""
+    for i, known in enumerate(targets):
+        if known.outputs == new.outputs:
+            return (*targets[:i], replace(known, also=replace(new, also=known.also)), *targets[i + 1 :])
+    return (*targets, new)
+
+
 def _in_layer(
-    layer: nn.Module, entry: arch.Architecture, targets: Mapping[nn.Module, Target], scorer: Scorer
+    layer: nn.Module, entry: arch.Architecture, targets: Mapping[nn.Module, tuple[Target, ...]], scorer: Scorer
 ) -> Replacements:
     names = entry.attention
-    single = [layer.get_submodule(n) for n in (names.query, names.key, names.value, names.output)]
-    rows, columns = ([layer.get_submodule(n) for n in part] for part in (entry.mlp.rows, entry.mlp.columns))
+    # A module that holds several matrices is named several times.
+    attention = (names.query, names.key, names.value, names.output)
+    single, rows, columns = (
+        [layer.get_submodule(n) for n in dict.fromkeys(part)] for part in (attention, entry.mlp.rows, entry.mlp.columns)
+    )
     residual = None if entry.residual is None else layer.get_submodule(entry.residual)
     if residual is not None and residual._forward_hooks:
         residual = None  # what a hook makes of the output may depend on its values
@@ -68,7 +86,7 @@ def _in_layer(
         whole = not watched(module, activation, *rows, *columns)
         if whole:
             modules: Any = (rows[0], rows[1], columns[0])
-            gate, up, down = (targets[m] for m in modules)
+            gate, up, down = (targets[m][0] for m in modules)
             mlp = GatedMlp(gate, up, down, modules, formula, scorer, columns[0] is residual)
             block = _block(layer, entry, single, targets, mlp)
             if block is not None:
@@ -79,7 +97,6 @@ def _in_layer(
     for name in entry.norms:
         replacements += _norm(layer.get_submodule(name), dtype, scorer.backend)
     for linear in single if whole else [*single, *rows, *columns]:
-        assert isinstance(linear, nn.Linear)
         replacements.append((linear, scored_forward(linear, targets[linear], scorer, linear is residual)))
     return replacements
 
@@ -88,7 +105,7 @@ def _block(
     layer: nn.Module,
     entry: arch.Architecture,
     single: Sequence[Any],
-    targets: Mapping[nn.Module, Target],
+    targets: Mapping[nn.Module, tuple[Target, ...]],
     mlp: GatedMlp,
 ) -> Block | None:
     """The layer as one node, where it is of a class known to be built so, and nobody watches its parts."""
@@ -101,8 +118,9 @@ def _block(
     weight = single[0].weight
     on_device = usable(weight.device, mlp.scorer.backend)
     first, second = (norm_formula(norm, weight.dtype, on_device) for norm in norms)
-    found: Any = tuple(targets[m] for m in single)
-    return Block(attention, tuple(single), found, (first, second), mlp, mlp.scorer)  # type: ignore[arg-type]
+    found: Any = tuple(targets[m][0] for m in single)
+    cublas = getattr(getattr(attention, "config", None), "_attn_implementation", None) != "sdpa"
+    return Block(attention, tuple(single), found, (first, second), mlp, mlp.scorer, cublas)  # type: ignore[arg-type]
 
 
 def _norm(norm: nn.Module, dtype: torch.dtype, backend: str | None) -> Replacements:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.devices import on
 from ..ops.registry import ENVIRONMENT, availability
+from .launch import Launcher
 from .recompute import Formula, Rerun
 
 __all__ = ["Gate", "RmsNorm", "gate_formula", "kernels_module", "norm_formula", "power_of_two", "usable"]
@@ -42,50 +42,56 @@ def power_of_two(n: int) -> int:
 
 
 class RmsNorm:
-    """`weight · x / rms(x)` over the last dimension; `weight` in `x`'s dtype."""
+    """`weight · x / rms(x)` over the last dimension; `weight` in `x`'s dtype. Keeps the mean of `x²`."""
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight, self.eps = weight, eps
-        self.kernels = kernels_module()
-        self.columns = weight.numel()
-        self.options = {"BLOCK": power_of_two(self.columns), "enable_fp_fusion": False}
-        self.options["num_warps"] = min(max(self.options["BLOCK"] // 512, 1), 16)
+    def __init__(self, weight: Tensor, eps: float, exact: bool = True) -> None:
+        self.weight, self.eps, self.columns = weight, eps, weight.numel()
+        block = power_of_two(self.columns)
+        self.launch = norm_launchers(block, exact, min(max(block // 512, 1), 16))
 
-    def _grid(self, x: Tensor) -> tuple[int]:
-        return (x.numel() // self.columns,)
+    def _programs(self, x: Tensor) -> tuple[int, int]:
+        return x.numel() // self.columns, 1
 
     def small(self, *xs: Tensor) -> tuple[Tensor, ...]:
         x = xs[0].contiguous()
         squares = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        with on(x.device):
-            self.kernels.norm_squares[self._grid(x)](x, squares, self.columns, **self.options)
-        return (torch.rsqrt(squares.mean(-1, keepdim=True) + self.eps),)
+        self.launch["squares"](x.device, self._programs(x), x, squares, self.columns)
+        return (squares.mean(-1, keepdim=True),)
 
     def forward(self, *xs: Tensor) -> Tensor:
-        x, scale = xs[0].contiguous(), xs[1]
+        x, mean = xs[0].contiguous(), xs[1]
         y = torch.empty_like(x)
-        with on(x.device):
-            self.kernels.norm_forward[self._grid(x)](x, scale, self.weight, y, self.columns, **self.options)
+        self.launch["forward"](x.device, self._programs(x), x, mean, self.weight, y, self.columns, self.eps)
         return y
 
     def backward(self, dy: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
-        x, scale, dy = xs[0].contiguous(), xs[1], dy.contiguous()
+        x, mean, dy = xs[0].contiguous(), xs[1], dy.contiguous()
         products = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x)
-        with on(x.device):
-            self.kernels.norm_products[self._grid(x)](dy, x, self.weight, products, self.columns, **self.options)
-            along = products.sum(-1, keepdim=True)
-            self.kernels.norm_backward[self._grid(x)](
-                dy, x, scale, along, self.weight, dx, self.columns, 1.0 / self.columns, **self.options
-            )
+        operands = (x.device, self._programs(x), dy, x)
+        self.launch["products"](*operands, self.weight, products, self.columns)
+        along, share = products.sum(-1, keepdim=True), 1.0 / self.columns
+        self.launch["backward"](*operands, mean, along, self.weight, dx, self.columns, self.eps, share)
         return (dx,)
+
+
+@cache
+def norm_launchers(block: int, exact: bool, warps: int) -> dict[str, Launcher]:
+    kernels, options = kernels_module(), {"num_warps": warps, "enable_fp_fusion": False}
+    plain, careful = {"BLOCK": block}, {"BLOCK": block, "EXACT": exact}
+    return {
+        "squares": Launcher(kernels.norm_squares, plain, **options),
+        "forward": Launcher(kernels.norm_forward, careful, **options),
+        "products": Launcher(kernels.norm_products, plain, **options),
+        "backward": Launcher(kernels.norm_backward, careful, **options),
+    }
 
 
 class Gate:
     """`silu(gate) · up`."""
 
-    def __init__(self) -> None:
-        self.kernels = kernels_module()
+    def __init__(self, exact: bool = True) -> None:
+        self.launch = gate_launchers(exact)
 
     def small(self, *xs: Tensor) -> tuple[Tensor, ...]:
         return ()
@@ -93,20 +99,32 @@ class Gate:
     def forward(self, *xs: Tensor) -> Tensor:
         gate, up = (x.contiguous() for x in xs)
         y = torch.empty_like(gate)
-        with on(y.device):
-            self.kernels.gate_forward[(-(-y.numel() // _BLOCK),)](gate, up, y, y.numel(), BLOCK=_BLOCK, num_warps=4)
+        count = y.numel()
+        self.launch["forward"](y.device, (-(-count // _BLOCK), 1), gate, up, y, count)
         return y
 
     def backward(self, dy: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
         gate, up = (x.contiguous() for x in xs)
         dy = dy.contiguous()
-        dgate = torch.empty_like(gate)
-        with on(dy.device):
-            # The incoming gradient was made by the next linear layer for this product alone: dup takes its memory.
-            self.kernels.gate_backward[(-(-dy.numel() // _BLOCK),)](
-                dy, gate, up, dgate, dy, dy.numel(), BLOCK=_BLOCK, num_warps=4
-            )
+        dgate, count = torch.empty_like(gate), dy.numel()
+        # The incoming gradient was made by the next linear layer for this product alone: dup takes its memory.
+        self.launch["backward"](dy.device, (-(-count // _BLOCK), 1), dy, gate, up, dgate, dy, count)
         return dgate, dy
+
+
+@cache
+def gate_launchers(exact: bool) -> dict[str, Launcher]:
+    kernels, options = kernels_module(), {"num_warps": 4, "enable_fp_fusion": False}
+    constants = {"BLOCK": _BLOCK, "EXACT": exact}
+    return {
+        "forward": Launcher(kernels.gate_forward, constants, **options),
+        "backward": Launcher(kernels.gate_backward, constants, **options),
+    }
+
+
+def _exact() -> bool:
+    """Whether CUDA's own functions can be had: Triton's interpreter has them not."""
+    return os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def norm_formula(norm: Any, dtype: torch.dtype, fused: bool) -> Formula:
@@ -117,12 +135,12 @@ def norm_formula(norm: Any, dtype: torch.dtype, fused: bool) -> Formula:
     if not fused or eps is None or not isinstance(weight, Tensor) or getattr(norm, "bias", None) is not None:
         return Rerun(norm.forward)
     if weight.dim() == 1 and weight.dtype == dtype and weight.numel() <= 65536:
-        return RmsNorm(weight.detach(), float(eps))
+        return RmsNorm(weight.detach(), float(eps), _exact())
     return Rerun(norm.forward)
 
 
 def gate_formula(activation: nn.Module, fused: bool) -> Formula:
     """For `activation(gate) · up`."""
     if fused and type(activation).__name__ in ("SiLU", "SiLUActivation"):
-        return Gate()
+        return Gate(_exact())
     return Rerun(lambda gate, up: activation(gate) * up)

@@ -7,6 +7,7 @@ their order is; multiplications and additions must not be contracted (`enable_fp
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 
 @triton.jit
@@ -20,13 +21,22 @@ def norm_squares(x, squares, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def norm_forward(x, scale, weight, y, columns, BLOCK: tl.constexpr):
-    """`y = weight · round(x · scale)`, `scale = 1/rms(x)` float32, one a row."""
+def _inverse_root(x, EXACT: tl.constexpr):
+    """`1/√x`, with CUDA's own `rsqrtf` where it can be had (EXACT): the interpreter has it not."""
+    if EXACT:
+        return libdevice.rsqrt(x)
+    else:
+        return tl.rsqrt(x)
+
+
+@triton.jit
+def norm_forward(x, mean, weight, y, columns, eps, BLOCK: tl.constexpr, EXACT: tl.constexpr):
+    """`y = weight · round(x / rms(x))`, with `mean` the mean of `x²`, float32, one a row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < columns
     value = tl.load(x + row * columns + at, mask, 0.0).to(tl.float32)
-    normal = (value * tl.load(scale + row)).to(y.dtype.element_ty).to(tl.float32)
+    normal = (value * _inverse_root(tl.load(mean + row) + eps, EXACT)).to(y.dtype.element_ty).to(tl.float32)
     w = tl.load(weight + at, mask, 0.0).to(tl.float32)
     tl.store(y + row * columns + at, (normal * w).to(y.dtype.element_ty), mask)
 
@@ -44,45 +54,54 @@ def norm_products(dy, x, weight, products, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def norm_backward(dy, x, scale, along, weight, dx, columns, share, BLOCK: tl.constexpr):
-    """`dx = g·r − x·r³·mean(g·x)` with `r = scale`, `along = Σ g·x` and `share = 1/columns`; products and sums rounded
-    one by one and in the order of autograd's own chain of operations."""
+def norm_backward(dy, x, mean, along, weight, dx, columns, eps, share, BLOCK: tl.constexpr, EXACT: tl.constexpr):
+    """`dx = g·r − x·r³·mean(g·x)` with `r = 1/rms(x)`, `along = Σ g·x` and `share = 1/columns`; products and sums
+    rounded one by one and in the order of autograd's own chain of operations."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < columns
     value = tl.load(x + row * columns + at, mask, 0.0).to(tl.float32)
     w = tl.load(weight + at, mask, 0.0).to(tl.float32)
     g = (tl.load(dy + row * columns + at, mask, 0.0).to(tl.float32) * w).to(dx.dtype.element_ty).to(tl.float32)
-    r = tl.load(scale + row)
+    r = _inverse_root(tl.load(mean + row) + eps, EXACT)
     slope = (-0.5 * tl.load(along + row)) * (r * r * r) * share
     tl.store(dx + row * columns + at, (g * r + slope * (2.0 * value)).to(dx.dtype.element_ty), mask)
 
 
 @triton.jit
-def gate_forward(gate, up, y, count, BLOCK: tl.constexpr):
+def _one_plus_exp(x, EXACT: tl.constexpr):
+    """`1 + exp(−x)`, with CUDA's own `expf` where it can be had (EXACT): the interpreter has it not."""
+    if EXACT:
+        return 1.0 + libdevice.exp(-x)
+    else:
+        return 1.0 + tl.exp(-x)
+
+
+@triton.jit
+def gate_forward(gate, up, y, count, BLOCK: tl.constexpr, EXACT: tl.constexpr):
     """`y = round(silu(gate)) · up`."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     g = tl.load(gate + at, mask, 0.0).to(tl.float32)
     u = tl.load(up + at, mask, 0.0).to(tl.float32)
-    activated = (g / (1.0 + tl.exp(-g))).to(y.dtype.element_ty).to(tl.float32)
+    activated = tl.div_rn(g, _one_plus_exp(g, EXACT)).to(y.dtype.element_ty).to(tl.float32)
     tl.store(y + at, (activated * u).to(y.dtype.element_ty), mask)
 
 
 @triton.jit
-def gate_backward(dy, gate, up, dgate, dup, count, BLOCK: tl.constexpr):
+def gate_backward(dy, gate, up, dgate, dup, count, BLOCK: tl.constexpr, EXACT: tl.constexpr):
     """`dgate = round(dy·up)·silu'(gate)`, `dup = dy·round(silu(gate))`. `dup` may be `dy` itself."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     d = tl.load(dy + at, mask, 0.0).to(tl.float32)
     g = tl.load(gate + at, mask, 0.0).to(tl.float32)
     u = tl.load(up + at, mask, 0.0).to(tl.float32)
-    sigmoid = 1.0 / (1.0 + tl.exp(-g))
-    activated = (g * sigmoid).to(dup.dtype.element_ty).to(tl.float32)
+    below = _one_plus_exp(g, EXACT)
+    activated = tl.div_rn(g, below).to(dup.dtype.element_ty).to(tl.float32)
     tl.store(dup + at, (d * activated).to(dup.dtype.element_ty), mask)
     da = (d * u).to(dgate.dtype.element_ty).to(tl.float32)
-    slope = sigmoid * (1.0 + g * (1.0 - sigmoid))
-    tl.store(dgate + at, (da * slope).to(dgate.dtype.element_ty), mask)
+    sigmoid = tl.div_rn(1.0 + tl.zeros_like(below), below)
+    tl.store(dgate + at, (da * sigmoid * tl.fma(g, 1.0 - sigmoid, 1.0)).to(dgate.dtype.element_ty), mask)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ..ops import checks
@@ -23,13 +23,17 @@ __all__ = ["Collected", "Scorer", "Target", "scored_forward"]
 
 @dataclass(frozen=True)
 class Target:
-    """One matrix and where its results go; `also`: the same matrix in another group, whose units lie along the other
-    axis."""
+    """One matrix and where its results go. Where a parameter holds several, `weight` is this one's part of it, and
+    `outputs` the part of the layer's output (None: all of it). `transposed`: stored `[in, out]`, so that what stands on
+    the output's side of the product is the input. `also`: the same matrix in another group, whose units lie along the
+    other axis."""
 
     member: Member
     weight: Tensor
     fine: Tensor  # float32 [3, units], shared with the group's other matrices
     coarse: Tensor  # float32 [samples, units]
+    outputs: slice | None = None
+    transposed: bool = False
     also: Target | None = None
 
 
@@ -77,7 +81,11 @@ class Scorer:
     def score(self, target: Target, grad_output: Tensor, inputs: Tensor, mapped: Tensor | None = None) -> None:
         """All samples' tokens of one matrix, without padding: what `ops.linear_importance` does with `out=`."""
         weight, axis, size = target.weight, target.member.axis, target.member.group_size
-        key: tuple = (weight.shape, weight.dtype, weight.device, axis, size)
+        if target.also is not None:
+            self.score(target.also, grad_output, inputs)
+        if target.transposed:
+            grad_output, inputs = inputs, grad_output
+        key: tuple = (weight.shape, weight.is_contiguous(), weight.dtype, weight.device, axis, size)
         key += tuple((x.dtype, x.is_contiguous()) for x in (grad_output, inputs, mapped) if x is not None)
         run = self._runs.get(key)
         if run is None:
@@ -104,8 +112,6 @@ class Scorer:
         )
         self.results.scored(target.member)
         self.bar.step()
-        if target.also is not None:
-            self.score(target.also, grad_output, inputs)
 
 
 class Collected:
@@ -118,9 +124,9 @@ class Collected:
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
         self._start = self._end = 0
-        self._targets: dict[str, Target] = {}
-        self._grads: dict[str, Tensor] = {}
-        self._inputs: dict[str, Tensor] = {}
+        self._targets: dict[tuple[str, int], Target] = {}
+        self._grads: dict[tuple[str, int], Tensor] = {}
+        self._inputs: dict[tuple[str, int], Tensor] = {}
         self._seen: list[tuple[Tensor, Tensor]] = []  # this run's inputs, and the buffers they went to
 
     def begin(self, tokens: int) -> None:
@@ -128,13 +134,13 @@ class Collected:
         self._start, self._end = self._end, self._end + tokens
         self._seen = []
 
-    def _put(self, into: dict[str, Tensor], name: str, values: Tensor) -> None:
+    def _put(self, into: dict[tuple[str, int], Tensor], name: tuple[str, int], values: Tensor) -> None:
         if name not in into:
             into[name] = values.new_empty((self.tokens, values.shape[1]))
         into[name][self._start : self._end] = values
 
     def add(self, target: Target, grad_output: Tensor, inputs: Tensor, flatten: Callable[[Tensor], Tensor]) -> None:
-        name = target.member.module
+        name = target.member.module, target.member.start
         self._targets[name] = target
         self._put(self._grads, name, grad_output)
         for tensor, buffer in self._seen:
@@ -157,43 +163,52 @@ class _ScoredLinear(torch.autograd.Function):
         ctx: Any,
         inputs: Tensor,
         bias: Tensor | None,
+        weight: Tensor,
         scorer: Scorer,
-        target: Target,
+        targets: tuple[Target, ...],
         recipe: recompute.Recipe | None,
         skip: bool,
     ) -> Tensor:
-        ctx.scorer, ctx.target, ctx.recipe = scorer, target, recipe
+        ctx.scorer, ctx.targets, ctx.recipe, ctx.weight = scorer, targets, recipe, weight
         if recipe is None:
             ctx.save_for_backward(inputs)
         if skip:
-            shape = (*inputs.shape[:-1], target.weight.shape[0])
+            shape = (*inputs.shape[:-1], weight.shape[0])
             return inputs.new_zeros(()).expand(shape)
-        return functional.linear(inputs, target.weight, bias)
+        return functional.linear(inputs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grads
         inputs = ctx.recipe.take() if ctx.recipe is not None else ctx.saved_tensors[0]
-        if ctx.target.member.axis == 1:
-            grad_input = grad_output @ ctx.target.weight
-            ctx.scorer(ctx.target, grad_output, inputs, grad_input)
-            return grad_input, None, None, None, None, None
-        ctx.scorer(ctx.target, grad_output, inputs)
+        targets: tuple[Target, ...] = ctx.targets
+        if targets[0].member.axis == (0 if targets[0].transposed else 1):
+            grad_input = grad_output @ ctx.weight
+            ctx.scorer(targets[0], grad_output, inputs, grad_input)
+            return grad_input, None, None, None, None, None, None
+        for target in targets:
+            part = grad_output if target.outputs is None else grad_output[..., target.outputs].contiguous()
+            ctx.scorer(target, part, inputs)
         del inputs  # a recomputed input goes before its gradient comes
-        return grad_output @ ctx.target.weight, None, None, None, None, None
+        return grad_output @ ctx.weight, None, None, None, None, None, None
 
 
-def scored_forward(linear: nn.Linear, target: Target, scorer: Scorer, skippable: bool) -> Callable[[Tensor], Tensor]:
-    """`forward` for a linear layer while its matrix is scored.
+def scored_forward(
+    linear: Any, targets: tuple[Target, ...], scorer: Scorer, skippable: bool
+) -> Callable[[Tensor], Tensor]:
+    """`forward` for a linear layer while its matrix, or the matrices its weight holds, are scored.
 
     `skippable`: this output is only added to what leaves the decoder layer, so its values are not needed when the layer
     is run again for the sake of its backward, and zeros stand for them.
     """
 
     def forward(inputs: Tensor) -> Tensor:
+        weight = linear.weight.detach()
+        if targets[0].transposed:
+            weight = weight.t()
         if not (torch.is_grad_enabled() and inputs.requires_grad):
-            return functional.linear(inputs, linear.weight, linear.bias)
+            return functional.linear(inputs, weight, linear.bias)
         skip = skippable and scorer.replaying
-        return _ScoredLinear.apply(inputs, linear.bias, scorer, target, recompute.recipe(inputs), skip)
+        return _ScoredLinear.apply(inputs, linear.bias, weight, scorer, targets, recompute.recipe(inputs), skip)
 
     return forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .. import arch
 from ..errors import HywiaError
 from .samples import Samples
 
@@ -16,9 +18,12 @@ __all__ = ["LOGIT_BYTES", "Targets", "check_head", "hidden_gradient", "targets"]
 
 LOGIT_BYTES = 64 << 20  # float32 logits that exist at a time; about four times as much with what comes of them
 
-# Fields by which families change logits after the head. The table's families have none of them; a checkpoint that
-# sets one means another loss than the one below.
-_CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+# Config fields by which families change logits after the head, and how; an entry of the table names those it has.
+_CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,
+    "logits_scaling": lambda logits, scaling: logits / scaling,
+}
+_FIELDS = (*_CHANGES, "logit_scale")
 
 
 @dataclass(frozen=True)
@@ -31,14 +36,26 @@ class Targets:
 
 
 def check_head(model: Any) -> None:
-    """Raise HywiaError when the logits are not what the head gives."""
-    for name in _CHANGES_LOGITS:
-        value = getattr(model.config, name, None)
-        if value not in (None, 1, 1.0):
+    """Raise HywiaError when the logits are not what the head and the table's entry give."""
+    known = arch.architecture(model).logits
+    for name in _FIELDS:
+        value = getattr(arch.text_config(model), name, None)
+        if name not in known and value not in (None, 1, 1.0):
             raise HywiaError(
                 f"model: config sets {name}={value!r}, which this loss would drop; remove it when the model "
-                "was trained without, or add it to hywia_kernels/engine/loss.py"
+                "was trained without, or add it to its entry in hywia_kernels/arch/table.py"
             )
+
+
+def _logits(model: Any, states: Tensor) -> Tensor:
+    """What the model makes of final states, float32; in the model's dtype up to the last step, as it does."""
+    logits = model.get_output_embeddings()(states)
+    config = arch.text_config(model)
+    for name in arch.architecture(model).logits:
+        value = getattr(config, name, None)
+        if value is not None:
+            logits = _CHANGES[name](logits, value)
+    return logits.float()
 
 
 def targets(samples: Samples, device: torch.device) -> Targets:
@@ -63,13 +80,13 @@ def hidden_gradient(model: Any, hidden: Tensor, wanted: Targets, scale: float) -
     flat, into = hidden.detach().reshape(-1, hidden.shape[-1]), gradient.view(-1, hidden.shape[-1])
     device = wanted.tokens.device
     total = torch.zeros((), dtype=torch.float32, device=device)
-    vocabulary = getattr(head, "out_features", None) or model.config.vocab_size
+    vocabulary = getattr(head, "out_features", None) or arch.text_config(model).vocab_size
     step = max(1, LOGIT_BYTES // (4 * vocabulary))
     for start in range(0, len(flat), step):
         part = slice(start, start + step)
         states = flat[part].requires_grad_()
         with torch.enable_grad():
-            logits = head(states).float()
+            logits = _logits(model, states)
             loss = functional.cross_entropy(logits, wanted.tokens[part], reduction="none")
             loss = (loss * wanted.weights[part]).sum()
             del logits

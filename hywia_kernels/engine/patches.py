@@ -52,30 +52,37 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextmanager
-def reproducible(on: bool) -> Iterator[None]:
+class reproducible:
     """torch's deterministic kernels, where they matter: attention's backward adds atomically on CUDA otherwise.
 
     The attention kernels heed the strict mode alone ("warn only" leaves them as they are), and the strict mode wants
-    cuBLAS's workspace named (the value is torch's own for Hopper; a user's is kept). An op that has no deterministic
-    kernel raises RuntimeError. Does nothing when `on` is False.
+    cuBLAS's workspace named (the value is torch's own for Hopper; a user's is kept). With it named, torch parses it at
+    every call of cuBLAS, for fifty microseconds: `cublas=False` leaves that out where nothing calls it. An op that has
+    no deterministic kernel raises RuntimeError. Does nothing when `on` is False.
     """
-    if not on:
-        yield
-        return
-    filling: Any = torch.utils.deterministic
-    mode = torch.get_deterministic_debug_mode()
-    fill, workspace = filling.fill_uninitialized_memory, os.environ.get(_CUBLAS)
-    try:
+
+    def __init__(self, on: bool, *, cublas: bool = True) -> None:
+        self.on, self.cublas = on, cublas
+
+    def __enter__(self) -> None:
+        if not self.on:
+            return
+        filling: Any = torch.utils.deterministic
+        self.mode, self.fill = torch.get_deterministic_debug_mode(), filling.fill_uninitialized_memory
         filling.fill_uninitialized_memory = False
-        os.environ.setdefault(_CUBLAS, ":4096:8")
+        if self.cublas:
+            self.workspace = os.environ.get(_CUBLAS)
+            os.environ.setdefault(_CUBLAS, ":4096:8")
         # As `use_deterministic_algorithms(True)`, which would import the compiler, for a second, to tell it too.
         torch.set_deterministic_debug_mode("error")
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(mode)
-        filling.fill_uninitialized_memory = fill
-        if workspace is None:
+
+    def __exit__(self, *error: object) -> None:
+        if not self.on:
+            return
+        filling: Any = torch.utils.deterministic
+        torch.set_deterministic_debug_mode(self.mode)
+        filling.fill_uninitialized_memory = self.fill
+        if self.cublas and self.workspace is None:
             os.environ.pop(_CUBLAS, None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -28,29 +29,44 @@ def result_bytes(found: Sequence[Group], samples: int) -> int:
     return 4 * sum(_pieces(found, samples))
 
 
+class _Pages:
+    """Memory of the host whose pages are there before anything is copied into it, made beside the pass: the system
+    takes longer to find them than the copies take."""
+
+    def __init__(self, numbers: int) -> None:
+        self._made: list[Tensor] = []
+        self._thread = threading.Thread(target=lambda: self._made.append(torch.zeros(numbers)), daemon=True)
+        self._thread.start()
+
+    def take(self) -> Tensor:
+        self._thread.join()
+        return self._made.pop()
+
+
 class Results:
     """`fine[name]` float32 `[3, units]` (first, second, mixed) and `coarse[name]` `[members, samples, units]`, zero at
     first; of all groups of one device in one allocation."""
 
-    def __init__(self, linears: Mapping[str, nn.Linear], found: Sequence[Group], samples: int) -> None:
+    def __init__(self, linears: Mapping[str, nn.Module], found: Sequence[Group], samples: int) -> None:
         self.groups, self.samples = found, samples
         self.fine: dict[str, Tensor] = {}
         self.coarse: dict[str, Tensor] = {}
         self._flat: list[tuple[Tensor, list[Group]]] = []
-        device_of = {g.name: linears[g.members[0].module].weight.device for g in found}
+        device_of = {g.name: next(linears[g.members[0].module].parameters()).device for g in found}
         for device in dict.fromkeys(device_of.values()):
             here = [g for g in found if device_of[g.name] == device]
             flat = torch.zeros(sum(_pieces(here, samples)), dtype=torch.float32, device=device)
             self._flat.append((flat, here))
             for group, piece in zip(here, flat.split(_pieces(here, samples)), strict=True):
                 self.fine[group.name], self.coarse[group.name] = self._views(group, piece)
-        self._owner = {(m.module, m.axis): g.name for g in found for m in g.members}
+        self._owner = {(m.module, m.axis, m.start): g.name for g in found for m in g.members}
         self._missing = {g.name: len(g.members) for g in found}
         self._ready: dict[str, torch.cuda.Event] = {}
+        self._host = {flat.device: _Pages(flat.numel()) for flat, _ in self._flat if flat.device.type == "cuda"}
 
     def scored(self, member: Member) -> None:
         """This matrix is in, as far as the stream goes; a group that is complete can be downloaded from here on."""
-        name = self._owner[member.module, member.axis]
+        name = self._owner[member.module, member.axis, member.start]
         self._missing[name] -= 1
         fine = self.fine[name]
         if not self._missing[name] and fine.device.type == "cuda":
@@ -102,16 +118,18 @@ class Results:
 
     def _on_host(self, flat: Tensor, here: Sequence[Group]) -> dict[str, Tensor]:
         """One device's pieces by group. Each is copied as soon as it is complete, on a stream of its own, while the
-        backward of earlier layers still runs: such copies take a fifth of a pass's time otherwise. (From the calling
-        thread, once all is launched: a thread of its own would hold up the launches.)"""
+        backward of earlier layers still runs, or all at once where nothing runs any more. (From the calling thread,
+        when all is launched: a thread of its own would hold up the launches.)"""
         sizes, names = _pieces(here, self.samples), [g.name for g in here]
-        pieces = dict(zip(names, flat.split(sizes), strict=True))
         if flat.device.type != "cuda":
-            return pieces
-        # Zeros, so that the pages are there before the copies come.
-        host = torch.zeros(flat.shape, dtype=flat.dtype)
+            return dict(zip(names, flat.split(sizes), strict=True))
+        scoring, host = torch.cuda.current_stream(flat.device), self._host[flat.device].take()
         copies = dict(zip(names, host.split(sizes), strict=True))
-        scoring, copying = torch.cuda.current_stream(flat.device), torch.cuda.Stream(flat.device)
+        if scoring.query():
+            host.copy_(flat)
+            return copies
+        pieces = dict(zip(names, flat.split(sizes), strict=True))
+        copying = torch.cuda.Stream(flat.device)
         with torch.cuda.stream(copying):
             for name in (n for n in self._ready if n in pieces):
                 copying.wait_event(self._ready[name])

@@ -4,42 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import arch
-from ..ops.devices import on
 from .kernels import kernels_module, power_of_two, usable
+from .launch import Launcher
 
 __all__ = ["rotary_replaced", "rotated"]
 
 _HEADS = 8  # of one step of a program
 
 
+@cache
+def _launcher(backward: bool, half: int) -> Launcher:
+    constants = {"BACKWARD": backward, "HEADS": _HEADS, "HALF": half}
+    # Fused, a product would go into the sum without the rounding that comes between them.
+    return Launcher(kernels_module().rotary, constants, num_warps=4, enable_fp_fusion=False)
+
+
 def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
     """Queries and keys `[batch, heads, tokens, head_dim]`, as views of `[batch, tokens, heads, head_dim]`."""
     q, k = (x.transpose(1, 2).contiguous() for x in (q, k))
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-    half = q.shape[-1] // 2
-    with on(q.device):
-        kernels_module().rotary[(q.shape[0] * q.shape[1], 2)](
-            q,
-            k,
-            q_out,
-            k_out,
-            cos,
-            sin,
-            cos.shape[0] * cos.shape[1],
-            q.shape[2],
-            k.shape[2],
-            half,
-            BACKWARD=backward,
-            HEADS=_HEADS,
-            HALF=power_of_two(half),
-            num_warps=4,
-        )
+    half, rows = q.shape[-1] // 2, cos.shape[0] * cos.shape[1]
+    _launcher(backward, power_of_two(half))(
+        q.device, (q.shape[0] * q.shape[1], 2), q, k, q_out, k_out, cos, sin, rows, q.shape[2], k.shape[2], half
+    )
     return q_out.transpose(1, 2), k_out.transpose(1, 2)
 
 

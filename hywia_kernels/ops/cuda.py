@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .batch import by_result, triples
-from .devices import on
+from .devices import on, stream
 from .native import DTYPE_CODES, ORDER_CODES, compact_sizes, operand
 
 OPS = ("taylor_importance", "linear_importance", "compact", "taylor_importance_batch")
@@ -191,7 +191,7 @@ def taylor_importance(
             accumulate=accumulate,
             workspace=workspace.data_ptr(),
             counters=counters.data_ptr(),
-            stream=torch.cuda.current_stream().cuda_stream,
+            stream=stream(weight.device),
         )
 
 
@@ -244,7 +244,7 @@ def linear_importance(
             coarse=coarse.data_ptr(),
             accumulate=accumulate,
             workspace=workspace.data_ptr(),
-            stream=torch.cuda.current_stream().cuda_stream,
+            stream=stream(weight.device),
         )
 
 
@@ -254,7 +254,7 @@ def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor) -> None:
             weight=weight.data_ptr(),
             out=out.data_ptr(),
             keep=keep.data_ptr(),
-            stream=torch.cuda.current_stream().cuda_stream,
+            stream=stream(weight.device),
             **compact_sizes(weight, axis, out),
         )
 
@@ -284,7 +284,7 @@ def taylor_importance_batch(
                 for f, s, listed in zip(fine, signed, members, strict=True)
             ],
             order=ORDER_CODES[order],
-            stream=torch.cuda.current_stream().cuda_stream,
+            stream=stream(weights[0].device),
         )
     for result in left:  # layouts that the kernel cannot read in 16-byte words
         for number, i in enumerate(members[result]):

@@ -50,7 +50,8 @@ def test_modes_agree_with_the_reference_pass(model, tokens, mode, monkeypatch):
     fused = hk.calibrate(model, tokens, engine="fused", memory=mode)
     plain = hk.calibrate(model, tokens, engine="autograd")
     assert (fused.record["memory"], fused.record["runs"]) == (mode, 3 if mode == "layerwise" else 1)
-    assert distance(fused, plain) <= 2e-2
+    # Other numbers of rows, other products of cuBLAS: layerwise parts from the reference by bfloat16's own noise.
+    assert distance(fused, plain) <= (4e-2 if mode == "layerwise" else 1e-2)
 
 
 @pytest.mark.parametrize("mode", ["fast", "lean"])
@@ -82,4 +83,4 @@ def test_the_estimate_covers_the_peak(model, tokens):
 
 def test_ragged_samples(model, tokens):
     samples = [tokens[0, :600], tokens[1, :400], tokens[2, :630]]
-    assert distance(hk.calibrate(model, samples), hk.calibrate(model, samples, engine="autograd")) <= 2e-2
+    assert distance(hk.calibrate(model, samples), hk.calibrate(model, samples, engine="autograd")) <= 1e-2

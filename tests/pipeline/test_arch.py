@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from tiny import Tiny
+from transformers import BertConfig, BertLMHeadModel
 
-from hywia_kernels import HywiaError, groups
+from hywia_kernels import HywiaError, arch, groups
+from hywia_kernels.arch import support
 from hywia_kernels.types import Member
 
 
@@ -51,15 +55,18 @@ def test_multi_head_units_are_heads(tiny, model):
     assert unit == {"head" if tiny.heads == tiny.kv_heads else "kv_group"}
 
 
-def test_only_a_biased_llama_is_held_to_head_counts_that_divide_the_hidden_size(tiny, model):
-    """Without biases a Mistral config stands in and any count goes; with them 2, 4 and 6 heads all divide 48."""
-    stock = {g.stock_counts for g in groups(model) if g.kind == "attention"}
-    assert stock == {(1, 2, 3) if tiny.bias else ()}
+def test_only_a_biased_llama_is_held_to_head_counts_that_divide_the_hidden_size():
+    """Without biases a Mistral config stands in and any count goes; with them 5 heads do not divide 48."""
+    for bias, counts in ((False, ()), (True, (1, 2, 3, 4, 6))):
+        model = Tiny("mha", heads=6, kv_heads=6, tied=False, bias=bias).build()
+        assert {g.stock_counts for g in groups(model) if g.kind == "attention"} == {counts}
 
 
 def test_unknown_model_type_lists_the_known_ones():
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8))
-    with pytest.raises(HywiaError, match=r"known model types \(llama, mistral\), got 'gpt2'"):
+    model = BertLMHeadModel(
+        BertConfig(num_hidden_layers=1, num_attention_heads=2, hidden_size=8, intermediate_size=8, vocab_size=16)
+    )
+    with pytest.raises(HywiaError, match=r"known model types \(baichuan, .*, llama, .*\), got 'bert'"):
         groups(model)
 
 
@@ -68,7 +75,10 @@ def test_a_quantised_or_wrapped_linear_is_named(gqa):
         pass
 
     gqa.model.layers[1].mlp.up_proj = Wrapped(48, 56, bias=False)
-    with pytest.raises(HywiaError, match=r"model\.layers\.1\.mlp\.up_proj: expected torch\.nn\.Linear, got Wrapped"):
+    with pytest.raises(
+        HywiaError,
+        match=r"model\.layers\.1\.mlp\.up_proj: expected torch\.nn\.Linear or transformers' Conv1D, got Wrapped",
+    ):
         groups(gqa)
 
 
@@ -76,3 +86,12 @@ def test_coupled_matrices_of_different_widths_are_refused(gqa):
     gqa.model.layers[0].mlp.up_proj = torch.nn.Linear(48, 55, bias=False)
     with pytest.raises(HywiaError, match="coupled matrices of one width"):
         groups(gqa)
+
+
+def test_the_readme_lists_what_the_table_holds():
+    """If it fails: python -m hywia_kernels.arch.support README.md."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert support.written(readme) == readme
+    rows = support.markdown().splitlines()[2:]
+    assert len(rows) == len(arch.TABLE)
+    assert all(f"`{name}`" in row for row, entry in zip(rows, arch.TABLE, strict=True) for name in entry.model_types)

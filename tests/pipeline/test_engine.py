@@ -236,6 +236,12 @@ def test_auto_takes_the_first_mode_that_fits(gqa, tokens, monkeypatch):
     assert hk.calibrate(gqa, tokens, engine="fused", memory="lean").record["memory"] == "lean"  # asked for: tried
 
 
+def test_auto_is_lean_where_fast_would_keep_more_than_is_modest(gqa, tokens, monkeypatch):
+    assert hk.calibrate(gqa, tokens).record["memory"] == "fast"
+    monkeypatch.setattr(memory, "_MODEST_BYTES", 0)  # this model's weights are small beside its activations
+    assert hk.calibrate(gqa, tokens).record["memory"] == "lean"
+
+
 def test_auto_goes_on_with_the_next_mode_when_memory_runs_out(gqa, tokens, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("no room")

@@ -62,14 +62,15 @@ def test_stand_in_config_describes_the_same_mathematics(tokenizer, tmp_path):
     assert (config.bos_token_id, config.eos_token_id, config.tie_word_embeddings) == (256, 257, False)
 
 
-def test_a_biased_llama_with_heads_no_config_takes_is_refused(tokenizer, tmp_path):
+def test_a_biased_llama_with_heads_no_config_takes_is_saved_as_adaptive(tokenizer, tmp_path):
     from tiny import Tiny
 
     model = Tiny("biased", heads=6, kv_heads=6, tied=False, bias=True).build()
     hk.prune(model, make_plan(model, "one-head"))
-    with pytest.raises(HywiaError, match="no stand-in describes the model with {'attention_bias': False"):
-        hk.save(model, tokenizer, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    hk.save(model, tokenizer, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "hywia.json").read_text())
+    assert "no stand-in describes the model with {'attention_bias': False" in record["not_stock"]
+    assert AutoConfig.from_pretrained(tmp_path / "out").model_type == "hywia_adaptive"
 
 
 def test_uniform_plans_avoid_counts_no_config_takes():

@@ -87,8 +87,6 @@ def test_saved_and_reloaded_in_a_fresh_process(tmp_path, tokenizer, tokens):
 
 
 def test_adaptive_checkpoints_reload_through_this_package(model, tokenizer, tokens, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     plan = make_plan(model, "adaptive")
     masked = masked_logits(model, plan, tokens)
     hk.prune(model, plan)
@@ -96,8 +94,6 @@ def test_adaptive_checkpoints_reload_through_this_package(model, tokenizer, toke
     again, _ = hk.load(tmp_path / "out")
     assert error(logits(again, tokens), masked) <= RELATIVE
     assert torch.equal(logits(again, tokens), logits(model, tokens))
-    with pytest.raises(ValueError, match="hywia_adaptive"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["both", "one-head"])
@@ -182,3 +178,21 @@ def test_only_one_extra_matrix_at_a_time(gqa, monkeypatch):
     hk.prune(gqa, plan)
     total = len(dead)
     assert alive_at_cut == [total - i for i in range(total)]
+
+
+@pytest.mark.parametrize("name", ["both", "adaptive"])
+def test_resize_gives_the_shapes_of_a_cut(model, name):
+    plan = make_plan(model, name)
+    empty = copy.deepcopy(model)
+    surgery.resize(empty, {n: keep.numel() for n, keep in plan.keep.items()})
+    hk.prune(model, plan)
+    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert [g.units for g in hk.groups(empty)] == [g.units for g in hk.groups(model)]
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"), [({"x": 1}, "got 'x'"), ({"model.layers.0.mlp": 0}, "at least one channel")]
+)
+def test_resize_refuses_what_is_no_width(gqa, counts, message):
+    with pytest.raises(HywiaError, match=message):
+        surgery.resize(gqa, counts)

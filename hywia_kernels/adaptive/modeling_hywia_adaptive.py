@@ -1,0 +1,149 @@
+"""Causal language models whose layers differ in width: the family's own class, with some modules of another shape.
+
+Forward, cache, generation, gradient checkpointing and device maps are the family's: no layer is written again here.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .alibi_hywia_adaptive import SURVIVORS, keep_heads
+from .configuration_hywia_adaptive import (
+    HywiaAdaptiveConfig,
+    adaptive_fields,
+    base_config,
+    bookkeeping_fields,
+    config_class,
+)
+
+__all__ = ["HywiaAdaptiveForCausalLM", "change_modules", "describe_changes", "model_class"]
+
+
+class HywiaAdaptiveForCausalLM(PreTrainedModel):
+    """What the auto classes find; it hands over to a subclass of the family's own model class."""
+
+    config_class = HywiaAdaptiveConfig
+
+    def __new__(cls, config, *args, **kwargs):
+        return model_class(config.base_model_type)(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        if config is None:
+            hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            chosen = {k: kwargs[k] for k in hub if k in kwargs}
+            config = HywiaAdaptiveConfig.from_pretrained(pretrained_model_name_or_path, **chosen)
+        made = model_class(config.base_model_type)
+        return made.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        return model_class(config.base_model_type)._from_config(config, **kwargs)
+
+
+@functools.cache
+def model_class(base_model_type):
+    """The family's causal language model, its modules changed as the config says when it is built."""
+    adaptive = config_class(base_model_type)
+    family: Any = AutoModelForCausalLM._model_mapping[adaptive.__mro__[1]]
+
+    def __init__(self, config, *args, **kwargs):
+        family.__init__(self, config, *args, **kwargs)
+        change_modules(self, config.module_changes)
+
+    content = {
+        "__init__": __init__,
+        "__module__": __name__,
+        "__doc__": family.__doc__,
+        "config_class": adaptive,
+        "_auto_class": "AutoModelForCausalLM",
+    }
+    return type(HywiaAdaptiveForCausalLM.__name__, (family,), content)
+
+
+def change_modules(model, changes):
+    """Give modules what `describe_changes` found, parameters uninitialised where they are about to be loaded."""
+    for name, change in changes.items():
+        module = model.get_submodule(name)
+        if "config" in change:
+            module.config = copy.copy(module.config)
+            for field, value in change["config"].items():
+                setattr(module.config, field, value)
+        for attribute, value in change.get("attributes", {}).items():
+            setattr(module, attribute, tuple(value) if isinstance(getattr(module, attribute), tuple) else value)
+        if "alibi" in change:
+            keep_heads(module, **change["alibi"])
+        for leaf, shape in change.get("parameters", {}).items():
+            old = getattr(module, leaf)
+            new = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
+            setattr(module, leaf, new)
+        if "parameters" in change and not any(p.is_meta for p in module.parameters(recurse=False)):
+            with torch.no_grad():
+                model._init_weights(module)  # a model from a config alone; loading replaces what is meta
+
+
+def describe_changes(model, stock=None):
+    """`module_changes` of a model: what its modules have that its family's config would not give them, or that `stock`
+    has otherwise.
+
+    Raises:
+        ValueError: it lacks modules that the family's model has, or has others.
+    """
+    if stock is None:
+        with torch.device("meta"):
+            stock = AutoModelForCausalLM.from_config(base_config(model.config))
+    found, expected = dict(model.named_modules()), dict(stock.named_modules())
+    if found.keys() != expected.keys():
+        raise ValueError(f"model: expected its family's modules, differs in {sorted(found.keys() ^ expected.keys())}")
+    changes = {}
+    for name, twin in expected.items():
+        module = found[name]
+        parts = {
+            "parameters": _parameter_changes(module, twin),
+            "attributes": _attribute_changes(module, twin),
+            "alibi": getattr(module, SURVIVORS, {}),
+            "config": {} if module is model else _config_changes(module, twin, model.config),
+        }
+        change = {part: values for part, values in parts.items() if values}
+        if change:
+            changes[name] = change
+    return changes
+
+
+def _parameter_changes(module, twin):
+    theirs = dict(twin.named_parameters(recurse=False))
+    own = dict(module.named_parameters(recurse=False))
+    return {leaf: list(p.shape) for leaf, p in own.items() if p.shape != theirs[leaf].shape}
+
+
+def _attribute_changes(module, twin):
+    """Plain numbers, and tuples of them: heads, widths, sizes of splits."""
+
+    def plain(value):
+        if isinstance(value, (tuple, list)):
+            return bool(value) and all(plain(v) for v in value)
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    own, theirs = vars(module), vars(twin)
+    return {
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in own.items()
+        if k in theirs and plain(v) and plain(theirs[k]) and v != theirs[k]
+    }
+
+
+def _config_changes(module, twin, whole):
+    """Fields of a module's own copy of its config; all share one where no layer needs another."""
+    own = getattr(module, "config", None)
+    if own is None or own is whole or not hasattr(own, "to_dict"):
+        return {}
+    theirs = twin.config.to_dict()
+    names = (k for k in theirs if not k.startswith("_") and k not in (*adaptive_fields, *bookkeeping_fields))
+    values = own.to_dict()
+    return {k: values[k] for k in names if k in values and values[k] != theirs[k]}

@@ -1,0 +1,46 @@
+"""The table of architectures: which rows and columns of which modules form the units.
+
+    language   what an entry can say
+    table      the entries
+    discovery  from a model and its entry to groups, views of their matrices, and config fields
+    support    the table as README shows it
+
+An architecture is an entry, not a class. Module names are relative to the decoder layer; widths are read from the
+modules themselves, so a model that has been pruned already is described as it now is. See CONTRIBUTING.md for how to
+add one.
+"""
+
+from .discovery import (
+    Matrix,
+    architecture,
+    config_widths,
+    groups,
+    head_dim,
+    left_alone,
+    linears,
+    matrices,
+    text_config,
+    view,
+)
+from .language import Alibi, Architecture, Attention, Experts, Gated, Mlp
+from .table import TABLE
+
+__all__ = [
+    "TABLE",
+    "Alibi",
+    "Architecture",
+    "Attention",
+    "Experts",
+    "Gated",
+    "Matrix",
+    "Mlp",
+    "architecture",
+    "config_widths",
+    "groups",
+    "head_dim",
+    "left_alone",
+    "linears",
+    "matrices",
+    "text_config",
+    "view",
+]

@@ -1,0 +1,153 @@
+"""What a table entry can say about a family of models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Alibi", "Architecture", "Attention", "Experts", "Gated", "Mlp"]
+
+
+@dataclass(frozen=True)
+class Gated:
+    """`module` computes `columns[0](activation(rows[0](x)) * rows[1](x))` and nothing else."""
+
+    module: str
+    activation: str
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Channels: row `j` of each of `rows` and column `j` of each of `columns`, with the rows' biases.
+
+    A module named k times in `rows` holds k matrices one after the other, in that order (Phi-3's gate and up).
+    `width_field` is the config's field of the width, "" where the config has none. `gated` lets calibration compute
+    the product again instead of keeping it.
+    """
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    width_field: str
+    gated: Gated | None = None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts of one layer, stacked: parameters `[experts, out, in]` of `module`.
+
+    Units are the channels of every expert (kind "mlp": each expert ranks its own, and all of a layer keep as many, as
+    one stacked parameter must), and whole experts with their rows of the router (kind "experts").
+
+    Attributes:
+        module: holds the stacked parameters. A layer without it has a plain MLP (the entry's `mlp`).
+        router: module whose `weight` is `[experts, hidden]` and whose forward returns `(logits, weights, indices)`.
+        rows, columns: parameters of `module`; one named k times holds k matrices one after the other.
+        width_field, count_field, chosen_field: config fields of a channel count, of the experts' count, and of how
+            many experts a token goes to, which is the least that can stay.
+    """
+
+    module: str
+    router: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    width_field: str
+    count_field: str
+    chosen_field: str
+
+
+@dataclass(frozen=True)
+class Alibi:
+    """Attention scores get a bias that falls with distance, by a slope that belongs to the head.
+
+    `argument` is what the attention module's forward takes it as, for all of the model's heads; `axis` is the heads'
+    (0 may be batch times heads). After heads are cut the module picks its survivors' part from it.
+    """
+
+    argument: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class Attention:
+    """KV groups: one key and one value head with all their query heads, which are consecutive; a head when each KV
+    head serves one query head.
+
+    `query`, `key` and `value` name one module where it holds all three: one after the other, or, when `interleaved`,
+    head by head (head 0's q, k and v rows, then head 1's; every head has its own k and v).
+
+    Attributes:
+        heads_field, kv_heads_field: of the config; the latter "" where every head has its own k and v.
+        free_head_dim: the config can state a head count and keep the heads' size; where it cannot, heads may still go,
+            and the config goes on saying what it said.
+        vectors: parameters of the layer with one entry (or `head_dim`) per query head, which leave with their heads.
+        wide_norms: norm -> linear layer whose whole output it divides by its rms, all heads together.
+        alibi: see there.
+        rotary: the function, in the Python module that defines the attention, that returns queries and keys
+            `[batch, heads, tokens, head_dim]` rotated by `(cos, sin)`, the halves of a head paired.
+    """
+
+    query: str
+    key: str
+    value: str
+    output: str
+    heads_field: str
+    kv_heads_field: str = ""
+    interleaved: bool = False
+    free_head_dim: bool = True
+    vectors: tuple[str, ...] = ()
+    wide_norms: Mapping[str, str] = field(default_factory=dict)
+    alibi: Alibi | None = None
+    rotary: str = ""
+
+    @property
+    def module(self) -> str:
+        """The attention's own module."""
+        return self.query.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family.
+
+    Attributes:
+        model_types: values of `config.model_type` it serves.
+        title: the models, as README names them.
+        layers: path of the decoder's list of layers.
+        mlp, attention, experts: the units' structure inside one layer.
+        attributes: `(module, attribute, quantity)`: numbers that modules keep for themselves; the quantity is "heads",
+            "kv_heads", "width" (of all query heads), "channels" or "experts" of that layer.
+        config_readers: modules of a layer that read widths from `self.config` in their forward.
+        requires: config fields that must have these values for the entry to hold.
+        norms, final_norm: modules of a layer, and of the whole model, that compute `weight · x / rms(x)`, rounding
+            `x / rms(x)` to `x`'s dtype, with `variance_epsilon` or `eps` under the root: calibration does not keep
+            their outputs.
+        logits: config fields by which the logits change after the head, of those `engine/loss.py` knows.
+        residual: matrix of `mlp.columns` whose output is only added to what leaves the layer, so that calibration need
+            not multiply by it when it runs a layer again for backward (None: there is none).
+        blocks: full names of layer classes that compute `h = x + attention(norms[0](x))`, `y = h + mlp(norms[1](h))`
+            and pass every argument but `x` to the attention, whose matrices are `attention`'s and whose `forward`
+            ends with the output's: calibration runs such a layer as one node.
+        stand_in: model type whose stock config holds the same mathematics where this family's own config refuses a
+            width (None: there is none).
+        stand_in_needs: config fields that must have these values for the stand-in to be exact.
+        stand_in_sets: config fields the stand-in needs besides those both share.
+    """
+
+    model_types: tuple[str, ...]
+    title: str
+    layers: str
+    mlp: Mlp
+    attention: Attention
+    experts: Experts | None = None
+    attributes: tuple[tuple[str, str, str], ...] = ()
+    config_readers: tuple[str, ...] = ()
+    requires: Mapping[str, Any] = field(default_factory=dict)
+    norms: tuple[str, ...] = ()
+    final_norm: str | None = None
+    logits: tuple[str, ...] = ()
+    residual: str | None = None
+    blocks: tuple[str, ...] = ()
+    stand_in: str | None = None
+    stand_in_needs: Mapping[str, Any] = field(default_factory=dict)
+    stand_in_sets: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,91 @@
+"""Experts and routers while their matrices are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from .. import arch
+from ..types import Group
+from .results import Results
+
+__all__ = ["experts_forward", "router_forward", "whole_experts"]
+
+# `(inputs, weight, offsets of the samples among the inputs' rows)` to outputs.
+Scored = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def experts_forward(
+    module: Any, names: arch.Experts, scored: Mapping[tuple[str, int], Scored], tokens: int
+) -> Callable:
+    """`forward` of stacked experts, expert by expert, each one's tokens in the samples' order.
+
+    Args:
+        module: computes, for an expert's tokens, `columns[0](act_fn(gate) · up)`, gate and up being `rows`.
+        scored: `(parameter, expert)` -> what stands for the product with that matrix.
+        tokens: of one sample, with padding.
+    """
+    rows, columns = tuple(dict.fromkeys(names.rows)), names.columns[0]
+
+    def forward(hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        total = torch.zeros_like(hidden)
+        limits = torch.arange(0, len(hidden) + 1, tokens, device=hidden.device)
+        for expert in range(getattr(module, columns).shape[0]):
+            token, rank = (chosen == expert).nonzero(as_tuple=True)  # by token, so by sample
+            if not len(token):
+                continue
+            offsets = torch.searchsorted(token, limits)
+            states = hidden[token]
+            made = [scored[name, expert](states, getattr(module, name)[expert], offsets) for name in rows]
+            gate, up = made if len(made) > 1 else made[0].chunk(2, dim=-1)
+            out = scored[columns, expert](module.act_fn(gate) * up, getattr(module, columns)[expert], offsets)
+            out = out * shares[token, rank, None]
+            total.index_add_(0, token, out.to(total.dtype))
+        return total
+
+    return forward
+
+
+class _Intercept(TorchFunctionMode):
+    """Products with one weight, by `scored`."""
+
+    def __init__(self, weight: Tensor, scored: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.scored = weight, scored
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is functional.linear and args[1] is self.weight:
+            return self.scored(args[0])
+        return function(*args, **(kwargs or {}))
+
+
+def router_forward(router: nn.Module, scored: Callable[[Tensor], Tensor]) -> Callable:
+    """`forward` of a router, the product with its weight by `scored`."""
+    original = router.forward
+    weight: Any = router.weight
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _Intercept(weight, scored):
+            return original(*args, **kwargs)
+
+    return forward
+
+
+def whole_experts(results: Results, found: tuple[Group, ...]) -> None:
+    """Sums for whole experts from those of their channels: a stack's matrix is all of its channels' parts."""
+    for group in found:
+        if group.kind != "experts":
+            continue
+        fine, coarse = results.fine[group.name], results.coarse[group.name]
+        channels = [g for g in found if g.kind == "mlp" and g.layer == group.layer]
+        for e, expert in enumerate(channels):
+            fine[:, e] += results.fine[expert.name].sum(1)
+            for m, member in enumerate(group.members):
+                parts = [i for i, of in enumerate(expert.members) if of.parameter == member.parameter]
+                if member.module == expert.members[0].module and parts:
+                    coarse[m, :, e] = results.coarse[expert.name][parts].sum((0, 2))

@@ -1,0 +1,168 @@
+"""A model's forward with a static cache: decoder layers compiled once for all that look alike, one CUDA graph a step.
+
+Launching 32 layers' kernels from Python takes longer than a decoding step of a 7B model, so what eager code shows is
+Python. A served model runs captured, with q, k and v in one product and gate and up in another; so does this.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["StaticDriver", "capture", "drivable"]
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """What one layer computes with. `qkv` and `gate_up` are one matrix each, whose parts the model's modules view."""
+
+    norm: nn.Module
+    mlp_norm: nn.Module
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    output: nn.Module
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    activation: Any
+    down: nn.Module
+    rows: tuple[int, int]  # of the queries, of the keys
+    head_dim: int
+    scale: float
+
+
+def _joined(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """One matrix of the rows of several, which become views of it: no second copy stays."""
+    weight = torch.cat([m.weight.detach() for m in linears])
+    rows = [m.weight.shape[0] for m in linears]
+    for linear, part in zip(linears, weight.split(rows), strict=True):
+        linear.weight = nn.Parameter(part, requires_grad=linear.weight.requires_grad)
+    biases = [m.bias.detach() for m in linears if m.bias is not None]
+    return weight, torch.cat(biases) if biases else None
+
+
+def _packed(layer: Any) -> _Packed:
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv, qkv_bias = _joined([attention.q_proj, attention.k_proj, attention.v_proj])
+    gate_up, gate_up_bias = _joined([mlp.gate_proj, mlp.up_proj])
+    return _Packed(
+        layer.input_layernorm, layer.post_attention_layernorm, qkv, qkv_bias, attention.o_proj, gate_up, gate_up_bias,
+        mlp.act_fn, mlp.down_proj, (attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]),
+        attention.head_dim, attention.scaling,
+    )  # fmt: skip
+
+
+def drivable(model: Any) -> str | None:
+    """Why `StaticDriver` cannot run this model; None: it can, to the same logits."""
+    ids = torch.arange(6, device=model.get_input_embeddings().weight.device)[None]
+    try:
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits[:, -1]
+            want, want_dtype = logits.float(), logits.dtype
+            driver = StaticDriver(model, 1, 6, compile=False)
+            found = [driver.prefill(ids), driver.step(ids[:, -1:], torch.tensor([5], device=ids.device))]
+    except (TypeError, RuntimeError, AttributeError, KeyError) as error:
+        return f"its layers are not LLaMA's ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    differ = max(float((got.float() - want).norm() / want.norm()) for got in found)
+    # In 16 bits rounding alone reaches 5 % (random weights, 32 layers); a missing step makes it near 100 %.
+    allowed = 1e-3 if want_dtype == torch.float32 else 0.2
+    return None if differ < allowed else f"its forward does more than LLaMA's (logits differ by {differ:.1e})"
+
+
+class StaticDriver:
+    """Prefill and decoding steps of `batch` sequences in a cache of `length` tokens.
+
+    With `compile`, one graph serves all layers of one shape: they are called with their tensors, not as modules, which
+    would be compiled once for each layer's index.
+    """
+
+    def __init__(self, model: Any, batch: int, length: int, *, compile: bool) -> None:
+        self.base, self.head = model.model, model.lm_head
+        self.length, self.device = length, model.lm_head.weight.device
+        self.layers = [_packed(layer) for layer in self.base.layers]
+        # The family's own rotation, from the module that defines its attention.
+        self.rotate = vars(sys.modules[type(self.base.layers[0].self_attn).__module__])["apply_rotary_pos_emb"]
+        dtype = model.lm_head.weight.dtype
+        self.caches = [
+            torch.zeros((2, batch, p.rows[1] // p.head_dim, length, p.head_dim), dtype=dtype, device=self.device)
+            for p in self.layers
+        ]
+        self.run: Callable[..., Tensor] = _layer
+        if compile:
+            torch._dynamo.reset()
+            self.run = torch.compile(_layer, dynamic=False)
+
+    def _through(self, ids: Tensor, positions: Tensor, decode: bool) -> Tensor:
+        hidden = self.base.embed_tokens(ids)
+        rotary = self.base.rotary_emb(hidden, positions[None])
+        for packed, cache in zip(self.layers, self.caches, strict=True):
+            hidden = self.run(packed, self.rotate, hidden, rotary, cache[0], cache[1], positions, decode)
+        return self.head(self.base.norm(hidden[:, -1]))
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Logits `[batch, vocabulary]` of the last token of `[batch, length]`; fills the cache."""
+        return self._through(ids, torch.arange(self.length, device=self.device), False)
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, position: Tensor) -> Tensor:
+        """Logits of one token `[batch, 1]` at `position` (int64 `[1]` on the device); attends to it and all before."""
+        return self._through(ids, position, True)
+
+
+def _layer(
+    p: _Packed, rotate: Any, hidden: Tensor, rotary: Any, keys: Tensor, values: Tensor, positions: Tensor, decode: bool
+) -> Tensor:
+    batch, tokens, _ = hidden.shape
+    qkv = functional.linear(p.norm(hidden), p.qkv, p.qkv_bias)
+    parts = qkv.split((p.rows[0], p.rows[1], p.rows[1]), dim=-1)
+    query, key, value = (part.view(batch, tokens, -1, p.head_dim).transpose(1, 2) for part in parts)
+    query, key = rotate(query, key, *rotary)
+    keys.index_copy_(2, positions, key)
+    values.index_copy_(2, positions, value)
+    if decode:
+        mixed = _attend(query, keys, values, positions, p.scale)
+    else:  # the prompt is as long as the cache
+        grouped = query.shape[1] != key.shape[1]
+        mixed = functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=p.scale, enable_gqa=grouped
+        )
+    hidden = hidden + p.output(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+    gate, up = functional.linear(p.mlp_norm(hidden), p.gate_up, p.gate_up_bias).chunk(2, dim=-1)
+    return hidden + p.down(p.activation(gate) * up)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float) -> Tensor:
+    size = query.shape[-1]
+    if query.is_cuda and size & (size - 1) == 0:
+        from .decode_attention import decode_attention
+
+        return decode_attention(query.contiguous(), keys, values, position, scale)
+    mask = (torch.arange(keys.shape[2], device=query.device) <= position)[None, None, None]
+    return functional.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != keys.shape[1]
+    )
+
+
+def capture(call: Callable[[], Tensor], warm: int = 3) -> Callable[[], Tensor]:
+    """`call` as one CUDA graph, after `warm` runs beside the default stream (which also compile)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay

@@ -1,0 +1,124 @@
+"""What a forward pass must do at least: FLOPs of prefill, bytes of a decoding step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .. import arch
+from ..types import Plan
+from ..weights import count_parameters, weight_bytes
+
+__all__ = ["Work", "work_of"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sizes that decide a model's speed.
+
+    Attributes:
+        matrices: (outputs, inputs) of every matrix that each token is multiplied by; the head apart.
+        hidden: width of the residual stream.
+        head: outputs times inputs of the matrix that makes logits, for the last token of a sequence only.
+        attention: query heads times head_dim, by layer.
+        kv: key heads times head_dim, by layer.
+        element_size: bytes of a weight.
+        parameters, weight_bytes: of the whole model, tied ones once.
+        step_bytes: bytes of weights that one decoding step reads: all, but of an untied embedding one row.
+    """
+
+    matrices: tuple[tuple[int, int], ...]
+    hidden: int
+    head: int
+    attention: tuple[int, ...]
+    kv: tuple[int, ...]
+    element_size: int
+    parameters: int
+    weight_bytes: int
+    step_bytes: int
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of the cache, one sequence: keys and values of all layers in the weights' dtype."""
+        return 2 * sum(self.kv) * self.element_size
+
+    def prefill_flops(self, batch: int, tokens: int) -> float:
+        """Two per weight and token, causal attention's two products, and the head for the last token."""
+        products = 2.0 * batch * tokens * sum(n * k for n, k in self.matrices) + 2.0 * batch * self.head
+        return products + 2.0 * batch * tokens * tokens * sum(self.attention)
+
+    def decode_bytes(self, batch: int, context: int) -> float:
+        """Read in one step: the weights once, and each sequence's cache of `context` tokens."""
+        return self.step_bytes + float(batch) * context * self.kv_bytes_per_token
+
+
+def work_of(model: Any, plan: Plan | None = None) -> Work:
+    """Count a model's work, as it is or as it will be after a plan's cut (the model is not touched)."""
+    found = arch.groups(model)
+    kept = {g.name: plan.keep[g.name].numel() if plan is not None else g.units for g in found}
+    shapes = _shapes(model)
+    attention, kv, removed = [], [], 0
+    for group in found:
+        removed += (group.units - kept[group.name]) * group.unit_parameters
+        for member in group.members:
+            axis = _logical_axis(member, group)
+            gone = (group.units - kept[group.name]) * member.group_size
+            if member.module in shapes:
+                shapes[member.module][axis] -= gone
+            elif member.index == 0:  # of a stack, whose matrices stay equally wide
+                stack = shapes[f"{member.module}.{member.parameter}"]
+                stack[axis] -= gone * (_meets(model) if axis == 0 else 1)
+        if group.kind == "attention":
+            attention.append(kept[group.name] * group.members[-1].group_size)
+            kv.append(kept[group.name] * group.members[1].group_size if len(group.members) > 2 else attention[-1])
+    size = next(model.parameters()).element_size()
+    embedding, head = model.get_input_embeddings().weight, _head(model)
+    tied = head is None or head.weight is embedding
+    return Work(
+        matrices=tuple((n, k) for n, k in shapes.values()),
+        hidden=embedding.shape[1],
+        head=(embedding if head is None else head.weight).numel(),
+        attention=tuple(attention),
+        kv=tuple(kv),
+        element_size=size,
+        parameters=count_parameters(model) - removed,
+        weight_bytes=weight_bytes(model) - removed * size,
+        step_bytes=weight_bytes(model) - removed * size - (0 if tied else embedding.numel() * size),
+    )
+
+
+def _head(model: Any) -> Any:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _logical_axis(member: Any, group: Any) -> int:
+    """0 for a member that makes the units' outputs, 1 for the one that takes them: the last, whatever its storage."""
+    return int(member is group.members[-1])
+
+
+def _meets(model: Any) -> int:
+    """Experts that a token goes to."""
+    return getattr(model.config, "num_experts_per_tok", None) or 1
+
+
+def _shapes(model: Any) -> dict[str, list[int]]:
+    """Module -> [outputs, inputs] of every matrix multiplied by, but the head and the embeddings.
+
+    A stack of experts counts as often as a token meets one.
+    """
+    shapes: dict[str, list[int]] = {}
+    skip = {id(model.get_input_embeddings()), id(_head(model))}
+    for name, module in model.named_modules():
+        if id(module) in skip or isinstance(module, nn.Embedding):
+            continue
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.dim() == 2:
+            transposed = hasattr(module, "nf")  # transformers' Conv1D stores [inputs, outputs]
+            shapes[name] = list(weight.shape[::-1]) if transposed else list(weight.shape)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3:
+                meets = _meets(model)
+                shapes[f"{name}.{leaf}"] = [parameter.shape[1] * meets, parameter.shape[2]]
+    return shapes

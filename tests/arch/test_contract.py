@@ -1,0 +1,289 @@
+"""What every entry of the table must keep, on a tiny model of its family."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, Family, fresh, fresh_named, token_ids
+
+import hywia_kernels as hk
+from hywia_kernels import HywiaError, UsageError, surgery
+from hywia_kernels.speed.work import work_of
+
+ORDERS = ("first", "second", "mixed")
+CUTS = ("mlp", "attention", "both", "adaptive")
+
+
+def make_plan(model, cut: str) -> hk.Plan:
+    """What its name says, ranked by seeded random scores; adaptive leaves the first layer alone."""
+    scores = hk.score(model, criterion="random", seed=5)
+    if cut == "adaptive":
+        return hk.plan(scores, group_ratio=0.4, layers=(1, 3), align=4)
+    units = ("mlp", "attention") if cut == "both" else (cut,)
+    return hk.plan(scores, group_ratio=0.4, units=units, align=4)
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def relative(got, want) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def cuts(family: Family) -> tuple[str, ...]:
+    return (*CUTS, "experts") if family.experts else CUTS
+
+
+CASES = [pytest.param(family, cut, id=f"{family.name}-{cut}") for family in FAMILIES for cut in cuts(family)]
+
+
+def plain_statistics(family: Family, model, samples):
+    """`group name -> (order -> fine, coarse [members, samples, units])` in float64: one backward a sample, all
+    gradients kept; from the family's own list of parts, without the table."""
+    gradients: dict[str, list[torch.Tensor]] = {}
+    for sample in samples:
+        model.zero_grad(set_to_none=True)
+        out = model(sample[None]).logits[0, :-1].float()
+        torch.nn.functional.cross_entropy(out, sample[1:]).backward()
+        for name, parameter in model.named_parameters():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.setdefault(name, []).append(gradient.double())
+    model.zero_grad(set_to_none=True)
+    weights = dict(model.named_parameters())
+
+    def of(prefix, parts, units, expert=None):
+        fine, coarse = {order: torch.zeros(units, dtype=torch.float64) for order in ORDERS}, []
+        for name, part in parts:
+            w, g = weights[prefix + name].detach().double(), torch.stack(gradients[prefix + name])
+            w, g = (w, g) if expert is None else (w[expert], g[:, expert])
+            mean, fisher = g.mean(0), g.square().mean(0)
+            terms = dict(first=mean * w, second=0.5 * fisher * w * w, mixed=mean * w - 0.5 * fisher * w * w)
+            for order, t in terms.items():
+                fine[order] += torch.stack([part(t, u).abs().sum() for u in range(units)])
+            coarse.append(torch.stack([torch.stack([part(s * w, u).sum() for u in range(units)]) for s in g]))
+        return fine, torch.stack(coarse)
+
+    found = {}
+    for group in hk.groups(model):
+        prefix = f"{family.layers}.{group.layer}."
+        if group.kind == "attention":
+            found[group.name] = of(prefix, family.attention, group.units)
+        elif group.kind == "experts":
+            whole = [(name, lambda w, u: w[u]) for name in ("mlp.gate.weight", "mlp.experts.gate_up_proj")]
+            whole.append(("mlp.experts.down_proj", lambda w, u: w[u]))
+            found[group.name] = of(prefix, whole, family.experts)
+        elif family.experts and group.layer not in family.dense_layers:
+            found[group.name] = of(prefix, family.mlp, group.units, int(group.name.rpartition(".")[2]))
+        else:
+            found[group.name] = of(prefix, family.dense or family.mlp, group.units)
+    return found
+
+
+def compare(statistics, plain, way) -> None:
+    for group in statistics.groups:
+        fine, coarse = plain[group.name]
+        for order in ORDERS:
+            error = (statistics.fine[group.name][order].double() - fine[order]).abs().max() / fine[order].max()
+            assert float(error) <= 2e-5, (way, group.name, order)
+        error = (statistics.coarse[group.name].double() - coarse).abs().max() / coarse.abs().max()
+        assert float(error) <= 2e-5, (way, group.name)
+
+
+class TestContract:
+    """A new entry passes by adding a `Family`."""
+
+    @pytest.mark.parametrize(("family", "cut"), CASES)
+    def test_pruned_equals_masked(self, family, cut):
+        model, tokens = fresh(family), token_ids()
+        plan = make_plan(model, cut)
+        masked = copy.deepcopy(model)
+        hk.mask(masked, plan)
+        want = logits(masked, tokens)
+        assert relative(want, logits(model, tokens)) > 1e-2, "the mask must matter for the comparison to mean anything"
+        work = work_of(model, plan)
+        hk.prune(model, plan)
+        assert relative(logits(model, tokens), want) <= 1e-5
+        assert work_of(model) == work, "what a plan is said to save is what it saves"
+        assert sum(p.numel() for p in model.parameters()) == plan.parameters_after
+        counts = {g.name: g.units for g in hk.groups(model)}
+        gone = cut == "experts"  # with the groups of their channels
+        assert counts == {g.name: plan.keep[g.name].numel() for g in plan.groups if not gone or g.name in counts}
+
+    @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+    def test_statistics_equal_a_plain_loop(self, family, monkeypatch):
+        """By every pass that serves the family; layerwise in runs of one or two samples; ragged samples too."""
+        monkeypatch.setattr("hywia_kernels.engine.memory.CHUNK_TOKENS", 27)
+        model, tokens = fresh(family), token_ids()
+        ways = [("auto", "auto"), ("autograd", "fast"), ("autograd", "lean")]
+        if family.experts:
+            with pytest.raises(UsageError, match=r"mlp\.experts holds experts, each of which sees other tokens"):
+                hk.calibrate(model, tokens, engine="fused")
+        else:
+            ways += [("fused", "fast"), ("fused", "lean"), ("fused", "layerwise")]
+        for samples in (list(tokens), [tokens[0], tokens[1, :7], tokens[2, :2], tokens[3, :11]]):
+            plain = plain_statistics(family, model, samples)
+            for engine, memory in ways:
+                statistics = hk.calibrate(model, samples, engine=engine, memory=memory)
+                if engine == "auto":
+                    assert statistics.record["engine"] == ("autograd" if family.experts else "fused")
+                    assert (statistics.record["not_fused"] is None) == (not family.experts)
+                compare(statistics, plain, (engine, memory))
+
+    def test_saved_and_reloaded_in_a_fresh_process(self, tmp_path):
+        """One process for all families and cuts. Where the family's config can say it, stock transformers alone."""
+        tokens = token_ids()
+        jobs, wanted = [], []
+        for family in FAMILIES:
+            for cut in cuts(family):
+                model = fresh(family)
+                hk.prune(model, make_plan(model, cut))
+                folder = tmp_path / f"{family.name}-{cut}"
+                hk.save(model, None, folder)
+                record = json.loads((folder / "hywia.json").read_text())
+                assert (record["not_stock"] is None) == (cut in family.stock), (family.name, cut, record["not_stock"])
+                mask = torch.ones_like(tokens[:2])
+                ids = model.generate(tokens[:2], attention_mask=mask, do_sample=False, max_new_tokens=6)
+                jobs.append({"folder": str(folder), "out": f"{folder}.pt", "stock": cut in family.stock})
+                wanted.append((logits(model, tokens), ids.tolist()))
+        (tmp_path / "jobs.json").write_text(json.dumps({"tokens": tokens.tolist(), "jobs": jobs}))
+        script = Path(__file__).with_name("reload_families.py")
+        done = subprocess.run(
+            [sys.executable, str(script), str(tmp_path / "jobs.json")],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results = json.loads(done.stdout.splitlines()[-1])
+        for job, (want, ids), result in zip(jobs, wanted, results, strict=True):
+            assert torch.equal(torch.load(job["out"], weights_only=True), want), job["folder"]
+            assert result["ids"] == ids, job["folder"]
+            assert (result["class"] != "HywiaAdaptiveForCausalLM") == job["stock"], job["folder"]
+
+
+def test_the_vision_tower_is_left_alone():
+    model = fresh_named("gemma3")
+    before = {n: p.clone() for n, p in model.named_parameters() if "language_model.layers" not in n}
+    statistics = hk.calibrate(model, token_ids())
+    assert statistics.record["left_alone"] == ["model.vision_tower", "model.multi_modal_projector"]
+    hk.prune(model, make_plan(model, "both"))
+    after = dict(model.named_parameters())
+    assert all(torch.equal(p, after[n]) for n, p in before.items())
+    assert any("vision_tower" in n for n in before)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_removed_experts_are_as_if_the_router_gave_them_nothing(name):
+    """Masked without the package: their logits at minus infinity, softmax and choice written out."""
+    model, tokens = fresh_named(name), token_ids()
+    masked, plan = copy.deepcopy(model), make_plan(model, "experts")
+    renormalised = name == "mixtral"
+    for group in plan.groups:
+        if group.kind != "experts":
+            continue
+        keep = plan.keep[group.name].tolist()
+        assert len(keep) == 3
+        gone = [e for e in range(5) if e not in keep]
+
+        def choose(module, args, output, gone=gone):
+            logits = output[0].clone()
+            logits[:, gone] = float("-inf")
+            shares, chosen = logits.softmax(-1).topk(2, dim=-1)
+            return logits, shares / shares.sum(-1, keepdim=True) if renormalised else shares, chosen
+
+        masked.get_submodule(group.members[0].module).register_forward_hook(choose)
+    want = logits(masked, tokens)
+    hk.prune(model, plan)
+    assert relative(logits(model, tokens), want) <= 1e-5
+
+
+def test_fewer_experts_than_a_token_is_sent_to_are_refused():
+    model = fresh_named("mixtral")
+    plan = make_plan(model, "experts")
+    name = next(g.name for g in plan.groups if g.kind == "experts")
+    keep = {**plan.keep, name: torch.tensor([1])}
+    with pytest.raises(HywiaError, match=r"experts keeps 1; every such group must keep at least 2 expert"):
+        hk.prune(model, dataclasses.replace(plan, keep=keep))
+    with pytest.raises(UsageError, match="got both, which hold each other"):
+        hk.plan(hk.score(model, criterion="random"), group_ratio=0.4, units=("mlp", "experts"))
+
+
+def test_experts_of_one_layer_must_stay_equally_wide():
+    model = fresh_named("mixtral")
+    plan = make_plan(model, "mlp")
+    before = {n: p.shape for n, p in model.named_parameters()}
+    keep = {**plan.keep, "model.layers.1.mlp.3": torch.arange(5)}
+    with pytest.raises(HywiaError, match=r"model\.layers\.1\.mlp\.4 keeps 8 and model\.layers\.1\.mlp\.3 5"):
+        hk.prune(model, dataclasses.replace(plan, keep=keep))
+    assert before == {n: p.shape for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_resize_gives_the_shapes_of_a_cut(family):
+    for cut in ("mlp", "adaptive"):
+        model = fresh(family)
+        empty, plan = copy.deepcopy(model), make_plan(model, cut)
+        counts = {n: keep.numel() for n, keep in plan.keep.items()}
+        if family.name == "bloom" and cut == "adaptive":
+            with pytest.raises(HywiaError, match="slopes that belong to heads"):
+                surgery.resize(empty, counts)
+            continue
+        surgery.resize(empty, counts)
+        hk.prune(model, plan)
+        shapes = {n: p.shape for n, p in model.named_parameters()}
+        assert {n: p.shape for n, p in empty.named_parameters()} == shapes
+        assert hk.groups(empty) == hk.groups(model)
+        assert logits(empty, token_ids()).shape == (4, 13, 131)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_magnitude_is_the_norm_of_the_parts(family):
+    model = fresh(family)
+    scores = hk.score(model, criterion="magnitude")
+    weights = dict(model.named_parameters())
+    for group in scores.groups:
+        if group.kind == "experts" or (family.experts and group.kind == "mlp"):
+            continue
+        parts = family.attention if group.kind == "attention" else family.mlp
+        for u in range(group.units):
+            want = sum(
+                float(part(weights[f"{family.layers}.{group.layer}.{n}"], u).square().sum()) for n, part in parts
+            )
+            assert float(scores.values[group.name][u]) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_a_refitted_model_is_cut_as_it_was_solved(family):
+    model, tokens = fresh(family), token_ids()
+    plan = make_plan(model, "attention" if family.experts else "adaptive")
+    dense = logits(model, tokens)
+    masked = copy.deepcopy(model)
+    hk.mask(masked, plan)
+    plan = hk.refit(model, plan, tokens)
+    errors = plan.record["refit"]["relative_error"]
+    cut = [g for g in plan.groups if plan.keep[g.name].numel() < g.units]
+    assert sorted(errors) == sorted(g.members[-1].module for g in cut)
+    assert all(after < before for before, after in errors.values())
+    want = logits(model, tokens)
+    hk.prune(model, plan)
+    assert relative(logits(model, tokens), want) <= 1e-5
+    assert relative(want, dense) < relative(logits(masked, tokens), dense)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_are_not_refitted(name):
+    model = fresh_named(name)
+    for cut in ("mlp", "experts"):
+        with pytest.raises(HywiaError, match=r"refit: .*mlp\.experts holds experts"):
+            hk.refit(model, make_plan(model, cut), token_ids())
