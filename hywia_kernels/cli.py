@@ -88,14 +88,9 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--ratio", type=float, help="share of all parameters to remove, in (0, 1)")
     how.add_argument("--group-ratio", type=float, help="papers' protocol: this share of each layer's units")
     how.add_argument("--layers", type=_layers, metavar="A:B", help="layers A to B-1, with --group-ratio")
-    how.add_argument(
-        "--units",
-        type=_units,
-        default=selection.USUAL,
-        metavar="mlp,attention,experts",
-        help="what may go (mlp,attention)",
-    )
-    how.add_argument("--align", type=int, default=64, help="channel widths are multiples of this; default: 64")
+    kinds = ",".join(selection.KINDS)
+    how.add_argument("--units", type=_units, default=selection.USUAL, metavar=kinds, help="what may go (mlp,attention)")
+    commands_bench.add_planning(how)
     how.add_argument("--scores", metavar="DIR", help="use what 'hywia score' wrote instead of scoring again")
     _add_scoring(prune)
     _add_text(prune, 40)

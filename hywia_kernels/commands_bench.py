@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import charts, export, html_report, report
+from . import charts, constraints, export, html_report, report, targets
 from .errors import HywiaError, UsageError
 from .versions import versions
 
-__all__ = ["add_commands", "bench", "write_report"]
+__all__ = ["add_commands", "add_planning", "bench", "write_report"]
 
 
 def add_commands(commands: Any, add_options: Any) -> None:
@@ -37,6 +37,22 @@ def add_commands(commands: Any, add_options: Any) -> None:
     command.add_argument("output", metavar="OUT", help="directory that 'hywia prune' wrote")
     command.add_argument("-o", "--html", metavar="FILE", help="default: OUT.html beside it")
     command.set_defaults(run=write_report)
+
+
+def add_planning(group: Any) -> None:
+    """Add to `hywia prune` what decides which widths are good ones."""
+    group.add_argument("--align", type=int, help="channel widths are multiples of this; default: what the target likes")
+    group.add_argument(
+        "--target", default="auto", help=f"{', '.join(targets.NAMES)}, or a .json profile; default: the device at hand"
+    )
+    group.add_argument(
+        "--serve",
+        type=lambda text: tuple(part.strip() for part in text.split(",") if part.strip()),
+        default=constraints.DEFAULT,
+        metavar="NAMES",
+        help=f"keep to these servers' rules; default: {','.join(constraints.DEFAULT)}",
+    )
+    group.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that will share the model")
 
 
 def bench(arguments: argparse.Namespace) -> None:

@@ -26,8 +26,9 @@ RECORD = "hywia.json"
 def stock_config(model: Any) -> Any:
     """A stock transformers config that describes the model as it now is.
 
-    The model's own class where it accepts the widths; otherwise the table's stand-in with the same mathematics (a
-    Llama config refuses a hidden size that is no multiple of the head count, a Mistral config takes it).
+    The model's own class where it, and servers' code for it, accept the widths; otherwise the table's stand-in with
+    the same mathematics (a Llama config refuses a hidden size that is no multiple of the head count, and servers guess
+    the size of its heads; a Mistral config says it).
 
     Raises:
         HywiaError: neither can describe it.
@@ -47,16 +48,27 @@ def stock_config(model: Any) -> Any:
         inner["head_dim"] = arch.head_dim(model)
     for field, widths in arch.config_widths(model, arch.groups(model)).items():
         inner[field] = widths[0]
+    unmet = {k: v for k, v in entry.stand_in_needs.items() if getattr(model.config, k, v) != v}
+    if entry.stand_in is not None and not unmet and _head_size_is_guessed(model, inner):
+        return _stand_in(entry, values)
     try:
         return type(config).from_dict(values)
     except (ValueError, StrictDataclassError) as refused:
-        unmet = {k: v for k, v in entry.stand_in_needs.items() if getattr(model.config, k, v) != v}
         if entry.stand_in is None or unmet:
             raise HywiaError(
                 f"save: a {config.model_type} config refuses these widths ({_last_line(refused)}) and no "
                 f"stand-in describes the model{f' with {unmet}' if unmet else ''}"
             ) from refused
     return _stand_in(entry, values)
+
+
+def _head_size_is_guessed(model: Any, values: Mapping[str, Any]) -> bool:
+    """Servers' Llama code (TGI's, older vLLM's) takes hidden_size / num_attention_heads for a head's size, whatever
+    `head_dim` says; their Mistral code reads it."""
+    if model.config.model_type != "llama":
+        return False
+    heads: int = values["num_attention_heads"]
+    return heads * arch.head_dim(model) != values["hidden_size"]
 
 
 def _last_line(error: Exception) -> str:

@@ -64,6 +64,22 @@ def print_plan(plan: Plan) -> None:
         was, now = [g.units for g in groups], plan.widths(kind)
         say(f"  {kind}: {_spans(was)} -> {_spans(now)} {groups[0].unit}s a layer")
 
+    _say_planning(plan.record)
+
+
+def _say_planning(record: Mapping[str, Any]) -> None:
+    """Which constraints bind, and what the plan should gain."""
+    if record.get("binding"):
+        rules = [c for c in record["constraints"] if c.partition(":")[0] in record["binding"]]
+        say(f"  bound by {'; '.join(rules)}")
+    if "prediction" in record:
+        found = record["prediction"]
+        prefill = ", ".join(f"{s:.2f} at {t} tokens" for t, s in found["prefill"].items())
+        say(
+            f"  predicted on {found['target']}: prefill x{prefill}; decoding x{found['decode']:.2f}; "
+            f"weights {found['size']:.2f} times smaller"
+        )
+
 
 def _spans(widths: list[int]) -> str:
     """`1536` when all are equal, `1536 x4, 768 x24, 1536 x2` otherwise."""
