@@ -30,7 +30,7 @@ def test_directory_is_a_stock_checkpoint_with_a_record(pruned, tokenizer, tmp_pa
     model, plan = pruned
     hk.save(model, tokenizer, tmp_path / "out", plan=plan, record={"arguments": {"ratio": 0.4}})
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["model_type"] == "llama"
+    assert config["model_type"] == "mistral"
     assert (config["intermediate_size"], config["num_attention_heads"], config["num_key_value_heads"]) == (32, 4, 2)
     assert config["head_dim"] == 8
     record = json.loads((tmp_path / "out" / "hywia.json").read_text())
