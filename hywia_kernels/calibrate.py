@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class _Job:
         """Which sample each row of the results is about."""
         return torch.cat([chunk.index for chunk in self.plan.chunks])
 
-    @property
+    @cached_property
     def devices(self) -> list[torch.device]:
         return list(dict.fromkeys(next(m.parameters()).device for m in self.linears.values()))
 

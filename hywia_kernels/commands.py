@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import (
+    arch,
     atomic,
     constraints,
     export,
@@ -123,6 +124,12 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     )
 
 
+def _say_left_alone(model: Any) -> None:
+    others = arch.left_alone(model)
+    if others:
+        report.say(f"left alone, being no part of the language decoder: {', '.join(others)}")
+
+
 def _scored(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Scores, Statistics | None]:
     criterion, seed = _setting(arguments, "criterion"), _setting(arguments, "seed")
     if criterion != "hywia":
@@ -167,6 +174,7 @@ def score(arguments: argparse.Namespace) -> None:
     atomic.check_target(output.absolute(), overwrite=arguments.overwrite)
     _check_scoring(arguments)
     model, tokenizer = _load(arguments)
+    _say_left_alone(model)
     scores, statistics = _scored(arguments, model, tokenizer)
     storage.save_scores(output, scores, statistics, overwrite=arguments.overwrite)
     report.say(f"wrote {output}: {len(scores.groups)} groups, {sum(g.units for g in scores.groups)} units")
@@ -183,6 +191,7 @@ def prune(arguments: argparse.Namespace) -> None:
     text = None if arguments.no_eval else _evaluation_text(arguments)
     stored = _stored(arguments) if arguments.scores else None
     model, tokenizer = _load(arguments)
+    _say_left_alone(model)
     if stored is not None and stored.fingerprint != fingerprint(model):
         raise HywiaError(
             f"scores: {arguments.scores} was scored on another model than {arguments.model} "

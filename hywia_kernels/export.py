@@ -61,8 +61,10 @@ def stock_config(model: Any) -> Any:
 def _head_size_is_guessed(model: Any, values: Mapping[str, Any]) -> bool:
     """Servers' Llama code (TGI's, older vLLM's) takes hidden_size / num_attention_heads for a head's size, whatever
     `head_dim` says; their Mistral code reads it."""
-    heads = int(values["num_attention_heads"])
-    return model.config.model_type == "llama" and heads * arch.head_dim(model) != values["hidden_size"]
+    if model.config.model_type != "llama":
+        return False
+    heads: int = values["num_attention_heads"]
+    return heads * arch.head_dim(model) != values["hidden_size"]
 
 
 def _last_line(error: Exception) -> str:

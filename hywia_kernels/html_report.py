@@ -175,8 +175,8 @@ def _speed(bench: Mapping[str, Any] | None, prediction: Mapping[str, Any] | None
     if bench:
         from .commands_bench import figures
 
-        figures_head = ("model", "mode", "case", "ms", "tokens/s", "speed-up", "ideal", "peak MB")
-        figures_rows = [
+        head = ("model", "mode", "case", "ms", "tokens/s", "speed-up", "ideal", "peak MB")
+        measured = [
             (
                 model["model"], f["mode"], f"{f['phase']} {f['batch']} x {f['context']}", f"{f['ms']:.3f}",
                 f"{f['tokens_per_second']:,.1f}",
@@ -192,7 +192,7 @@ def _speed(bench: Mapping[str, Any] | None, prediction: Mapping[str, Any] | None
         ]
         text += f"<p>Measured on {escape(bench['device'])}.</p>"
         text += _table(("model", "parameters", "weight bytes", "KV bytes a token"), sizes)
-        text += "".join(figures(bench["models"])) + _table(figures_head, figures_rows)
+        text += "".join(figures(bench["models"])) + _table(head, measured)
     return f"<h2>Speed</h2>{text}" if text else ""
 
 

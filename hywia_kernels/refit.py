@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from . import arch, progress
+from .engine.layered import hidden_of
 from .engine.patches import forward_replaced, frozen
 from .engine.samples import Samples, padded
 from .errors import HywiaError, UsageError
-from .surgery import _checked_groups
+from .surgery import _checked_groups, silence_rows
 from .text import check_tokens, digest
 from .types import Group, Plan
 from .weights import fingerprint
@@ -63,7 +64,8 @@ class _Matrix:
     """One matrix to refit: which inputs stay, and its normal equations."""
 
     name: str
-    linear: nn.Linear
+    linear: Any
+    axis: int  # of the stored weight, on which the inputs lie
     kept: Tensor  # int64, ascending, on its device
     removed: Tensor
     sends_on: bool  # its output is only added to what leaves the layer
@@ -134,15 +136,20 @@ def _seen(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor
 
 
 def _arguments(model: Any, layers: nn.ModuleList, samples: Samples) -> _Run:
-    """What enters the first layer, and what else each layer is called with; no layer computes."""
+    """What enters the first layer, and what else each layer is called with; no layer but the first computes, and that
+    one to tell whether layers return their hidden states alone."""
     calls: list[_Call] = []
     entered: list[Tensor] = []
 
-    def passing(hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+    first, alone = layers[0].forward, True
+
+    def passing(hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        nonlocal alone
         if not calls:
             entered.append(hidden)
+            alone = isinstance(first(hidden, *arguments, **keywords), Tensor)
         calls.append(_Call(arguments, keywords))
-        return hidden
+        return hidden if alone else (hidden,)
 
     tokens = samples.tokens.to(model.get_input_embeddings().weight.device)
     with forward_replaced([(layer, passing) for layer in layers]):
@@ -161,15 +168,16 @@ def _matrices(model: Any, plan: Plan, found: Sequence[Group]) -> list[_Matrix]:
             continue
         stays = torch.zeros(group.units, dtype=torch.bool)
         stays[keep] = True
-        for member in group.members:
-            linear = model.get_submodule(member.module)
-            if member.axis != 1 or type(linear) is not nn.Linear:
-                continue
-            lines = stays.repeat_interleave(member.group_size).to(linear.weight.device)
-            if lines.numel() != linear.in_features:
-                continue
-            kept, removed = lines.nonzero()[:, 0], (~lines).nonzero()[:, 0]
-            chosen.append(_Matrix(member.module, linear, kept, removed, member.module == residual))
+        member = group.members[-1]
+        linear: Any = model.get_submodule(member.module)
+        if member.index is not None or getattr(linear, member.parameter).dim() != 2:
+            raise HywiaError(
+                f"refit: {member.module} holds experts, whose matrices are not refitted; "
+                "plan with units=('attention',), or prune without refit"
+            )
+        lines = stays.repeat_interleave(member.group_size).to(linear.weight.device)
+        kept, removed = lines.nonzero()[:, 0], (~lines).nonzero()[:, 0]
+        chosen.append(_Matrix(member.module, linear, member.axis, kept, removed, member.module == residual))
     return chosen
 
 
@@ -177,11 +185,12 @@ def _equations(layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[_Ru
     """Normal equations of one matrix: the pruned model's inputs against what the dense one has and it lacks."""
     linear = matrix.linear
     bias = linear.bias is not None
-    normal = _Normal(matrix.kept.numel() + bias, linear.out_features, linear.weight.device)
+    outputs = linear.weight.shape[1 - matrix.axis]
+    normal = _Normal(matrix.kept.numel() + bias, outputs, linear.weight.device)
     for run, aim in zip(runs, aims, strict=True):
         call = run.calls[index]
         with _seen([linear]) as seen:
-            out = layer(run.pruned, *call.arguments, **call.keywords)
+            out = hidden_of(layer(run.pruned, *call.arguments, **call.keywords))
         x, got = seen[linear]
         target = aim.outputs[linear].float()
         lacking = target - got.float()
@@ -210,7 +219,7 @@ class _Aim:
 def _aim(layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, drift: bool) -> _Aim:
     call = run.calls[index]
     with _seen([m.linear for m in matrices]) as seen:
-        out = layer(run.dense, *call.arguments, **call.keywords)
+        out = hidden_of(layer(run.dense, *call.arguments, **call.keywords))
     # The next norm divides by a token's rms, so errors count relative to it; tokens with huge activations (the first of
     # a text, usually) would decide the regression otherwise.
     weight = 1.0 / run.flat(out).float().square().mean(1).clamp(min=_TINY)
@@ -220,9 +229,9 @@ def _aim(layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, d
 def _apply(matrix: _Matrix, change: Tensor) -> None:
     linear = matrix.linear
     weight = linear.weight
-    columns = change[: matrix.kept.numel()].T.to(weight.device)
-    fresh = weight.index_select(1, matrix.kept).double() + columns
-    weight.index_copy_(1, matrix.kept, fresh.to(weight.dtype))
+    columns = change[: matrix.kept.numel()].to(weight.device)
+    fresh = weight.index_select(matrix.axis, matrix.kept).double() + (columns.T if matrix.axis else columns)
+    weight.index_copy_(matrix.axis, matrix.kept, fresh.to(weight.dtype))
     if linear.bias is not None:
         linear.bias.copy_((linear.bias.double() + change[-1]).to(linear.bias.dtype))
 
@@ -277,7 +286,9 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
                 else [_aim(layer, index, matrices, r, entry.residual is not None) for r in runs]
             )
             for matrix in matrices:
-                matrix.linear.weight.index_fill_(1, matrix.removed, 0.0)
+                matrix.linear.weight.index_fill_(matrix.axis, matrix.removed, 0.0)
+            if entry.attention.wide_norms:  # they see the removed heads' queries and keys
+                silence_rows(model, [g for g in found if g.layer == index and g.kind == "attention"], plan)
             for matrix in matrices:
                 change, before, after = _equations(layer, index, matrix, runs, aims).solve(ridge)
                 _apply(matrix, change)
@@ -285,7 +296,7 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
             same = same and not matrices
             for i, run in enumerate(runs):
                 call = run.calls[index]
-                run.pruned = layer(run.pruned, *call.arguments, **call.keywords)
+                run.pruned = hidden_of(layer(run.pruned, *call.arguments, **call.keywords))
                 run.dense = run.pruned if same else aims[i].out
     record = {
         "samples": len(samples),

@@ -15,7 +15,7 @@ from .errors import HywiaError
 from .types import Group, Member, Plan
 from .weights import fingerprint
 
-__all__ = ["mask", "prune", "resize"]
+__all__ = ["mask", "prune", "resize", "silence_rows"]
 
 _Parts = list[tuple[Member, Group]]
 
@@ -309,6 +309,24 @@ class _Among:
         return logits, weights, self.keep.to(indices.device)[indices]
 
 
+def _silence(model: Any, group: Group, members: Sequence[Member], plan: Plan) -> None:
+    gone = _removed(group, plan.keep[group.name])
+    for member in members:
+        part = arch.view(model, member, group.units)
+        entries = _entries(gone, member.group_size).to(part.device)
+        part.index_fill_(member.axis, entries, 0.0)
+        if member.bias is not None:
+            bias = getattr(model.get_submodule(member.module), member.bias)
+            bias.index_fill_(0, entries + member.start, 0.0)
+
+
+@torch.no_grad()
+def silence_rows(model: Any, groups: Sequence[Group], plan: Plan) -> None:
+    """Zero what makes the removed units of some groups, and leave the matrices they send on through."""
+    for group in groups:
+        _silence(model, group, group.members[:-1], plan)
+
+
 @torch.no_grad()
 def mask(model: Any, plan: Plan) -> None:
     """Zero a plan's removed units in place and keep the shapes: what `prune` must agree with.
@@ -317,16 +335,9 @@ def mask(model: Any, plan: Plan) -> None:
     zero row would still draw tokens: routers are made to choose among the experts that stay.
     """
     for group in _checked_groups(model, plan):
-        gone = _removed(group, plan.keep[group.name])
-        if not gone.numel():
+        if plan.keep[group.name].numel() == group.units:
             continue
-        for member in (*group.members, *group.vectors):
-            part = arch.view(model, member, group.units)
-            entries = _entries(gone, member.group_size).to(part.device)
-            part.index_fill_(member.axis, entries, 0.0)
-            if member.bias is not None:
-                bias = getattr(model.get_submodule(member.module), member.bias)
-                bias.index_fill_(0, entries + member.start, 0.0)
+        _silence(model, group, (*group.members, *group.vectors), plan)
         if group.kind == "experts":
             router = model.get_submodule(group.members[0].module)
             router.forward = _Among(router, plan.keep[group.name])
