@@ -24,7 +24,7 @@ from . import arch, progress
 from .engine.patches import forward_replaced, frozen
 from .engine.samples import Samples, padded
 from .errors import HywiaError, UsageError
-from .surgery import _checked_groups
+from .surgery import checked_groups, silence
 from .text import check_tokens, digest
 from .types import Group, Plan
 from .weights import fingerprint
@@ -43,6 +43,10 @@ class _Call:
     arguments: tuple
     keywords: dict[str, Any]
 
+    def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        out = layer(hidden, *self.arguments, **self.keywords)
+        return out[0] if isinstance(out, tuple) else out
+
 
 @dataclass
 class _Run:
@@ -60,12 +64,13 @@ class _Run:
 
 @dataclass
 class _Matrix:
-    """One matrix to refit: which inputs stay, and its normal equations."""
+    """One matrix to refit: which inputs stay."""
 
+    module: nn.Module
     name: str
-    linear: nn.Linear
+    weight: Tensor  # [outputs, inputs], shares the parameter's memory
+    bias: Tensor | None
     kept: Tensor  # int64, ascending, on its device
-    removed: Tensor
     sends_on: bool  # its output is only added to what leaves the layer
 
 
@@ -134,15 +139,19 @@ def _seen(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor
 
 
 def _arguments(model: Any, layers: nn.ModuleList, samples: Samples) -> _Run:
-    """What enters the first layer, and what else each layer is called with; no layer computes."""
+    """What enters the first layer, and what else each layer is called with; only the first one computes."""
     calls: list[_Call] = []
     entered: list[Tensor] = []
+    rest: list[tuple | None] = []  # what the first layer returns beside the hidden states, if it returns a tuple
+    first = layers[0].forward
 
-    def passing(hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+    def passing(hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
         if not calls:
             entered.append(hidden)
+            out: Any = first(hidden, *arguments, **keywords)
+            rest.append(out[1:] if isinstance(out, tuple) else None)
         calls.append(_Call(arguments, keywords))
-        return hidden
+        return hidden if rest[0] is None else (hidden, *rest[0])
 
     tokens = samples.tokens.to(model.get_input_embeddings().weight.device)
     with forward_replaced([(layer, passing) for layer in layers]):
@@ -151,39 +160,44 @@ def _arguments(model: Any, layers: nn.ModuleList, samples: Samples) -> _Run:
 
 
 def _matrices(model: Any, plan: Plan, found: Sequence[Group]) -> list[_Matrix]:
-    """The matrices through whose columns the removed units left, in the order of the forward pass."""
+    """The matrices through which the removed units sent their output on, in the order of the forward pass.
+
+    Matrices of stacked experts are left as they are: each sees only the tokens that are sent to it.
+    """
     entry = arch.architecture(model)
     residual = None if entry.residual is None else f"{entry.layers}.{found[0].layer}.{entry.residual}"
     chosen = []
     for group in found:
-        keep = plan.keep[group.name]
-        if keep.numel() == group.units:
+        member, keep = group.members[-1], plan.keep[group.name]
+        if keep.numel() == group.units or group.kind == "experts" or member.index is not None:
             continue
-        stays = torch.zeros(group.units, dtype=torch.bool)
-        stays[keep] = True
-        for member in group.members:
-            linear = model.get_submodule(member.module)
-            if member.axis != 1 or type(linear) is not nn.Linear:
-                continue
-            lines = stays.repeat_interleave(member.group_size).to(linear.weight.device)
-            if lines.numel() != linear.in_features:
-                continue
-            kept, removed = lines.nonzero()[:, 0], (~lines).nonzero()[:, 0]
-            chosen.append(_Matrix(member.module, linear, kept, removed, member.module == residual))
+        module = model.get_submodule(member.module)
+        weight = arch.view(model, member, group.units)
+        weight = weight if member.axis == 1 else weight.T  # transformers' Conv1D stores [in, out]
+        kept = (keep[:, None] * member.group_size + torch.arange(member.group_size)).reshape(-1).to(weight.device)
+        chosen.append(_Matrix(module, member.module, weight, module.bias, kept, member.module == residual))
     return chosen
+
+
+@dataclass
+class _Aim:
+    """What the dense layer does with one run of samples."""
+
+    out: Tensor
+    outputs: dict[nn.Module, Tensor]
+    weight: Tensor  # [tokens without padding]
+    drift: bool
 
 
 def _equations(layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[_Run], aims: Sequence[_Aim]) -> _Normal:
     """Normal equations of one matrix: the pruned model's inputs against what the dense one has and it lacks."""
-    linear = matrix.linear
-    bias = linear.bias is not None
-    normal = _Normal(matrix.kept.numel() + bias, linear.out_features, linear.weight.device)
+    bias = matrix.bias is not None
+    normal = _Normal(matrix.kept.numel() + bias, len(matrix.weight), matrix.weight.device)
     for run, aim in zip(runs, aims, strict=True):
-        call = run.calls[index]
-        with _seen([linear]) as seen:
-            out = layer(run.pruned, *call.arguments, **call.keywords)
-        x, got = seen[linear]
-        target = aim.outputs[linear].float()
+        with _seen([matrix.module]) as seen:
+            out = run.calls[index](layer, run.pruned)
+        x, got = seen[matrix.module]
+        target = aim.outputs[matrix.module].float()
         lacking = target - got.float()
         if aim.drift:
             if matrix.sends_on:  # all that the dense layer sends on, less what this one sends on beside the matrix
@@ -197,20 +211,9 @@ def _equations(layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[_Ru
     return normal
 
 
-@dataclass
-class _Aim:
-    """What the dense layer does with one run of samples."""
-
-    out: Tensor
-    outputs: dict[nn.Module, Tensor]
-    weight: Tensor  # [tokens without padding]
-    drift: bool
-
-
 def _aim(layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, drift: bool) -> _Aim:
-    call = run.calls[index]
-    with _seen([m.linear for m in matrices]) as seen:
-        out = layer(run.dense, *call.arguments, **call.keywords)
+    with _seen([m.module for m in matrices]) as seen:
+        out = run.calls[index](layer, run.dense)
     # The next norm divides by a token's rms, so errors count relative to it; tokens with huge activations (the first of
     # a text, usually) would decide the regression otherwise.
     weight = 1.0 / run.flat(out).float().square().mean(1).clamp(min=_TINY)
@@ -218,20 +221,20 @@ def _aim(layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, d
 
 
 def _apply(matrix: _Matrix, change: Tensor) -> None:
-    linear = matrix.linear
-    weight = linear.weight
+    weight = matrix.weight
     columns = change[: matrix.kept.numel()].T.to(weight.device)
     fresh = weight.index_select(1, matrix.kept).double() + columns
     weight.index_copy_(1, matrix.kept, fresh.to(weight.dtype))
-    if linear.bias is not None:
-        linear.bias.copy_((linear.bias.double() + change[-1]).to(linear.bias.dtype))
+    if matrix.bias is not None:
+        matrix.bias.copy_((matrix.bias.double() + change[-1].to(weight.device)).to(weight.dtype))
 
 
 @torch.no_grad()
 def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: float = RIDGE) -> Plan:
-    """Refit a model to a plan, before `prune` cuts it: the removed columns become zero, the surviving ones are solved.
+    """Refit a model to a plan, before `prune` cuts it: the removed units become zero, and the columns of
+    the output matrices that survive are solved.
 
-    For every matrix `W` through whose columns removed units left, in the order of the forward pass,
+    For every matrix `W` through which removed units sent their output on, in the order of the forward pass,
 
         min over ΔW of  Σ_t w_t · |r_t − ΔW x̃_t|² + λ |ΔW|²,     λ = ridge · mean(diag(Σ_t w_t x̃_t x̃_tᵀ)),
 
@@ -259,7 +262,7 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
     began = time.monotonic()
     if not ridge > 0.0:
         raise UsageError(f"ridge: expected a positive number, got {ridge}")
-    found = _checked_groups(model, plan)
+    found = checked_groups(model, plan)
     samples = padded(batches)
     check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
     entry = arch.architecture(model)
@@ -270,22 +273,21 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
         runs = [_arguments(model, layers, chunk) for chunk in samples.sorted().chunks(_CHUNK_TOKENS)]
         same = True  # both models have the same hidden states so far
         for index, layer in enumerate(progress.track(layers, "refitting")):
-            matrices = _matrices(model, plan, [g for g in found if g.layer == index])
-            aims = (
-                []
-                if same and not matrices
-                else [_aim(layer, index, matrices, r, entry.residual is not None) for r in runs]
-            )
-            for matrix in matrices:
-                matrix.linear.weight.index_fill_(1, matrix.removed, 0.0)
+            here = [g for g in found if g.layer == index]
+            cut = any(plan.keep[g.name].numel() < g.units for g in here)
+            aims: list[_Aim] = []
+            matrices = _matrices(model, plan, here)
+            if cut or not same:
+                aims = [_aim(layer, index, matrices, run, entry.residual is not None) for run in runs]
+            for group in here:
+                silence(model, group, plan.keep[group.name])
             for matrix in matrices:
                 change, before, after = _equations(layer, index, matrix, runs, aims).solve(ridge)
                 _apply(matrix, change)
                 errors[matrix.name] = [before, after]
-            same = same and not matrices
+            same = same and not cut
             for i, run in enumerate(runs):
-                call = run.calls[index]
-                run.pruned = layer(run.pruned, *call.arguments, **call.keywords)
+                run.pruned = run.calls[index](layer, run.pruned)
                 run.dense = run.pruned if same else aims[i].out
     record = {
         "samples": len(samples),

@@ -166,3 +166,20 @@ class TestContract:
             assert torch.equal(torch.load(job["out"], weights_only=True), want), job["folder"]
             assert result["ids"] == ids, job["folder"]
             assert (result["class"] != "HywiaAdaptiveForCausalLM") == job["stock"], job["folder"]
+
+    @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+    def test_refitted_is_nearer_and_cuts_like_any(self, family):
+        """The least squares see every family's output matrices; the cut model is the refitted one."""
+        model, text = fresh(family), torch.randint(2, 131, (40, 14), generator=torch.Generator().manual_seed(5))
+        plan = make_plan(model, "both")
+        masked, refitted = copy.deepcopy(model), copy.deepcopy(model)
+        hk.mask(masked, plan)
+        after = hk.refit(refitted, plan, text, ridge=1e-2)
+        errors = after.record["refit"]["relative_error"]
+        assert len(errors) == sum(1 for g in plan.groups if g.members[-1].index is None and g.kind != "experts")
+        assert all(new < old for old, new in errors.values())
+        want = logits(model, text)
+        assert relative(logits(refitted, text), want) < relative(logits(masked, text), want)
+        want = logits(refitted, text[:4])
+        hk.prune(refitted, after)
+        assert relative(logits(refitted, text[:4]), want) <= 1e-5
