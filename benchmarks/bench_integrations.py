@@ -230,6 +230,7 @@ def llm_pruner_contract(model: Any, tokens: Tensor) -> Contract:
     list(pruner.step(interactive=True))
 
     def accumulate() -> None:
+        model.zero_grad(set_to_none=True)
         for parameter in model.parameters():
             parameter.__dict__.pop("acc_grad", None)
         for sample in tokens:

@@ -7,7 +7,7 @@ namespace hywia {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTileWords = 1536;  // 24 KiB: eight blocks per SM, so that some copy while others pack
+constexpr int kTileWords = 2048;  // 32 KiB: six blocks per SM, so that some copy while others pack
 constexpr int kStripRows = 16;
 
 __device__ __forceinline__ void copy_async(uint4* to, const uint4* from) {
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 4) gather_columns(const CompactArgs 
 // its lines are read once), and is packed from there, so that no 2-byte access goes through L1. A span that shared
 // memory does not hold has few survivors and is gathered one by one.
 template <typename Word, int kWide>
-__global__ void __launch_bounds__(kThreads, 8) pack_columns(const CompactArgs a, int64_t strips) {
+__global__ void __launch_bounds__(kThreads, 6) pack_columns(const CompactArgs a, int64_t strips) {
     struct alignas(kWide * sizeof(Word)) Pack {
         Word value[kWide];
     };

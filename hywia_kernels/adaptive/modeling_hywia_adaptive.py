@@ -14,7 +14,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .alibi_hywia_adaptive import SURVIVORS, keep_heads
-from .configuration_hywia_adaptive import HywiaAdaptiveConfig, base_config, config_class
+from .configuration_hywia_adaptive import (
+    HywiaAdaptiveConfig,
+    adaptive_fields,
+    base_config,
+    bookkeeping_fields,
+    config_class,
+)
 
 __all__ = ["HywiaAdaptiveForCausalLM", "change_modules", "describe_changes", "model_class"]
 
@@ -66,7 +72,7 @@ def change_modules(model, changes):
     for name, change in changes.items():
         module = model.get_submodule(name)
         if "config" in change:
-            module.config = copy.copy(model.config)
+            module.config = copy.copy(module.config)
             for field, value in change["config"].items():
                 setattr(module.config, field, value)
         for attribute, value in change.get("attributes", {}).items():
@@ -102,7 +108,7 @@ def describe_changes(model, stock=None):
             "parameters": _parameter_changes(module, twin),
             "attributes": _attribute_changes(module, twin),
             "alibi": getattr(module, SURVIVORS, {}),
-            "config": {} if module is model else _config_changes(module, model),
+            "config": {} if module is model else _config_changes(module, twin, model.config),
         }
         change = {part: values for part, values in parts.items() if values}
         if change:
@@ -132,10 +138,12 @@ def _attribute_changes(module, twin):
     }
 
 
-def _config_changes(module, model):
-    """Fields of a module's own copy of the config; all share one where no layer needs another."""
-    own, whole = getattr(module, "config", None), model.config
+def _config_changes(module, twin, whole):
+    """Fields of a module's own copy of its config; all share one where no layer needs another."""
+    own = getattr(module, "config", None)
     if own is None or own is whole or not hasattr(own, "to_dict"):
         return {}
-    theirs = whole.to_dict()
-    return {k: v for k, v in own.to_dict().items() if k in theirs and v != theirs[k] and not k.startswith("_")}
+    theirs = twin.config.to_dict()
+    names = (k for k in theirs if not k.startswith("_") and k not in (*adaptive_fields, *bookkeeping_fields))
+    values = own.to_dict()
+    return {k: values[k] for k in names if k in values and values[k] != theirs[k]}

@@ -17,7 +17,7 @@ BEGIN, END = "<!-- support table: python -m hywia_kernels.arch.support README.md
 def _config_class(entry: Architecture):
     from transformers import AutoConfig
 
-    return type(AutoConfig.for_model(entry.model_types[0]))
+    return type(AutoConfig.for_model(entry.model_types[0]).get_text_config())
 
 
 def _is_grouped(entry: Architecture) -> bool:

@@ -96,6 +96,8 @@ TABLE: tuple[Architecture, ...] = (
         layers="model.language_model.layers",
         logits=(),
     ),
+    # Multipliers on embeddings, residuals and scores are the model's own; only the head's concerns the loss.
+    replace(_LLAMA, model_types=("granite",), title="Granite", logits=("logits_scaling",)),
     # Norms come after attention and MLP, round otherwise than LLaMA's, and take all heads' queries (keys) together.
     replace(
         _LLAMA,

@@ -19,7 +19,7 @@ from .loss import hidden_gradient, targets
 from .patches import forward_replaced
 from .samples import Samples
 
-__all__ = ["run"]
+__all__ = ["hidden_of", "run"]
 
 
 @dataclass
@@ -48,7 +48,7 @@ def _kept(hidden: Tensor, offload: bool) -> Tensor:
     return host.copy_(hidden.detach(), non_blocking=True)
 
 
-def _hidden(out: Any) -> Tensor:
+def hidden_of(out: Any) -> Tensor:
     """What a layer passes on; some return it with attention weights."""
     return out[0] if isinstance(out, tuple) else out
 
@@ -59,7 +59,7 @@ def _recording(forward: Callable, tape: _Tape, last: bool, offload: bool) -> Cal
         with torch.no_grad():
             out = forward(hidden, *arguments, **keywords)
         if last:
-            tape.last = _hidden(out).detach().requires_grad_()  # the final norm's graph begins here
+            tape.last = hidden_of(out).detach().requires_grad_()  # the final norm's graph begins here
             return (tape.last, *out[1:]) if isinstance(out, tuple) else tape.last
         return out
 
@@ -89,7 +89,7 @@ def _backward(layer: nn.Module, step: _Step, gradient: Tensor, scorer: Scorer) -
     scorer.replaying = True
     try:
         with torch.enable_grad():
-            out = _hidden(layer.forward(hidden, *step.arguments, **step.keywords))
+            out = hidden_of(layer.forward(hidden, *step.arguments, **step.keywords))
     finally:
         scorer.replaying = False
     return torch.autograd.grad(out, hidden, gradient.to(out.device))[0]

@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import checks, registry, triton
+from . import checks, registry
 from .devices import on
 
 __all__ = ["taylor_importance_both"]
@@ -61,7 +61,7 @@ def _kernel_takes(backend: str | None, *tensors: Tensor | None) -> bool:
     if 0 in given[0].shape:
         return False
     if backend is None and not os.environ.get(registry.ENVIRONMENT) and given[0].device.type == "cuda":
-        return triton.unavailable() is None and triton.unsupported("taylor_importance", *given) is None
+        return registry.refusal("triton", "taylor_importance", given) is None
     return registry.choose("taylor_importance", backend, *tensors) == "triton"
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -75,7 +76,8 @@ def availability() -> tuple[Availability, ...]:
     return tuple(states)
 
 
-def _refusal(name: str, op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+def refusal(name: str, op: str, tensors: Sequence[Tensor | None]) -> str | None:
+    """Why a backend does not take a call; None when it does. Imports the backend's module."""
     reason = _unavailable(name)
     if reason is not None:
         return reason
@@ -109,7 +111,7 @@ def choose(op: str, requested: str | None, *tensors: Tensor | None) -> str:
         requested, source = os.environ[ENVIRONMENT], ENVIRONMENT
     if requested is not None:
         require(requested, source)
-        reason = _refusal(requested, op, tensors)
+        reason = refusal(requested, op, tensors)
         if reason is not None:
             raise BackendError(
                 f"{source}: {requested!r} cannot run {op} here: {reason}; leave {source} unset for the automatic choice"
@@ -117,7 +119,7 @@ def choose(op: str, requested: str | None, *tensors: Tensor | None) -> str:
         return requested
     device = next(t.device.type for t in tensors if t is not None)
     for name in PREFERENCE.get(device, {}).get(op, _ELSEWHERE):
-        reason = _refusal(name, op, tensors)
+        reason = refusal(name, op, tensors)
         if reason is None:
             return name
         _log_once(f"{op} on {device}: not using backend {name!r}: {reason}")

@@ -62,13 +62,16 @@ def drivable(model: Any) -> str | None:
     ids = torch.arange(6, device=model.get_input_embeddings().weight.device)[None]
     try:
         with torch.no_grad():
-            want = model(ids, use_cache=False).logits[:, -1].float()
+            logits = model(ids, use_cache=False).logits[:, -1]
+            want, want_dtype = logits.float(), logits.dtype
             driver = StaticDriver(model, 1, 6, compile=False)
             found = [driver.prefill(ids), driver.step(ids[:, -1:], torch.tensor([5], device=ids.device))]
     except (TypeError, RuntimeError, AttributeError, KeyError) as error:
         return f"its layers are not LLaMA's ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     differ = max(float((got.float() - want).norm() / want.norm()) for got in found)
-    return None if differ < 2e-2 else f"its forward does more than LLaMA's (logits differ by {differ:.1e})"
+    # In 16 bits rounding alone reaches 5 % (random weights, 32 layers); a missing step makes it near 100 %.
+    allowed = 1e-3 if want_dtype == torch.float32 else 0.2
+    return None if differ < allowed else f"its forward does more than LLaMA's (logits differ by {differ:.1e})"
 
 
 class StaticDriver:

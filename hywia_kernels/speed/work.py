@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +64,12 @@ def work_of(model: Any, plan: Plan | None = None) -> Work:
         removed += (group.units - kept[group.name]) * group.unit_parameters
         for member in group.members:
             axis = _logical_axis(member, group)
+            gone = (group.units - kept[group.name]) * member.group_size
             if member.module in shapes:
-                shapes[member.module][axis] -= (group.units - kept[group.name]) * member.group_size
+                shapes[member.module][axis] -= gone
+            elif member.index == 0:  # of a stack, whose matrices stay equally wide
+                stack = shapes[f"{member.module}.{member.parameter}"]
+                stack[axis] -= gone * (_meets(model) if axis == 0 else 1)
         if group.kind == "attention":
             attention.append(kept[group.name] * group.members[-1].group_size)
             kv.append(kept[group.name] * group.members[1].group_size if len(group.members) > 2 else attention[-1])
@@ -95,6 +98,11 @@ def _logical_axis(member: Any, group: Any) -> int:
     return int(member is group.members[-1])
 
 
+def _meets(model: Any) -> int:
+    """Experts that a token goes to."""
+    return getattr(model.config, "num_experts_per_tok", None) or 1
+
+
 def _shapes(model: Any) -> dict[str, list[int]]:
     """Module -> [outputs, inputs] of every matrix multiplied by, but the head and the embeddings.
 
@@ -102,7 +110,6 @@ def _shapes(model: Any) -> dict[str, list[int]]:
     """
     shapes: dict[str, list[int]] = {}
     skip = {id(model.get_input_embeddings()), id(_head(model))}
-    config: Mapping[str, Any] = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
     for name, module in model.named_modules():
         if id(module) in skip or isinstance(module, nn.Embedding):
             continue
@@ -112,6 +119,6 @@ def _shapes(model: Any) -> dict[str, list[int]]:
             shapes[name] = list(weight.shape[::-1]) if transposed else list(weight.shape)
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3:
-                meets = config.get("num_experts_per_tok") or 1
+                meets = _meets(model)
                 shapes[f"{name}.{leaf}"] = [parameter.shape[1] * meets, parameter.shape[2]]
     return shapes

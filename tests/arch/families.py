@@ -113,12 +113,46 @@ FAMILIES: tuple[Family, ...] = (
     Family("qwen3", _WIDE, _grouped(2, 10), _gated(44)),
     Family("gemma", _WIDE, _grouped(2, 10), _gated(44)),
     Family(
+        "granite",
+        _GQA
+        | dict(
+            logits_scaling=3.0,
+            residual_multiplier=0.6,
+            attention_multiplier=0.3,
+            embedding_multiplier=2.0,
+            mlp_bias=True,
+        ),
+        _grouped(2, 6),
+        _gated(44),
+    ),
+    Family(
         "gemma2",
         _WIDE | _SLIDING | dict(final_logit_softcapping=4.0, attn_logit_softcapping=3.0, query_pre_attn_scalar=12),
         _grouped(2, 10),
         _gated(44),
     ),
     Family("gemma3_text", _WIDE | _SLIDING | dict(query_pre_attn_scalar=12), _grouped(2, 10), _gated(44)),
+    Family(
+        "gemma3",
+        dict(
+            text_config=_WIDE | _SLIDING | dict(vocab_size=131, max_position_embeddings=64, query_pre_attn_scalar=12),
+            vision_config=dict(
+                hidden_size=16,
+                intermediate_size=20,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=8,
+                patch_size=4,
+            ),
+            mm_tokens_per_image=1,
+            image_token_index=130,
+            boi_token_index=129,
+            eoi_token_index=128,
+        ),
+        _grouped(2, 10),
+        _gated(44),
+        layers="model.language_model.layers",
+    ),
     Family("olmo2", _GQA, _grouped(2, 6), _gated(44)),
     Family(
         "phi3",

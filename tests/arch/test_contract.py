@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, Family, fresh, token_ids
+from families import FAMILIES, Family, fresh, fresh_named, token_ids
 
 import hywia_kernels as hk
-from hywia_kernels import UsageError
+from hywia_kernels import HywiaError, UsageError, surgery
+from hywia_kernels.speed.work import work_of
 
 ORDERS = ("first", "second", "mixed")
 CUTS = ("mlp", "attention", "both", "adaptive")
@@ -108,8 +110,10 @@ class TestContract:
         hk.mask(masked, plan)
         want = logits(masked, tokens)
         assert relative(want, logits(model, tokens)) > 1e-2, "the mask must matter for the comparison to mean anything"
+        work = work_of(model, plan)
         hk.prune(model, plan)
         assert relative(logits(model, tokens), want) <= 1e-5
+        assert work_of(model) == work, "what a plan is said to save is what it saves"
         assert sum(p.numel() for p in model.parameters()) == plan.parameters_after
         counts = {g.name: g.units for g in hk.groups(model)}
         gone = cut == "experts"  # with the groups of their channels
@@ -183,3 +187,131 @@ class TestContract:
         want = logits(refitted, text[:4])
         hk.prune(refitted, after)
         assert relative(logits(refitted, text[:4]), want) <= 1e-5
+
+
+def test_the_vision_tower_is_left_alone():
+    model = fresh_named("gemma3")
+    before = {n: p.clone() for n, p in model.named_parameters() if "language_model.layers" not in n}
+    statistics = hk.calibrate(model, token_ids())
+    assert statistics.record["left_alone"] == ["model.vision_tower", "model.multi_modal_projector"]
+    hk.prune(model, make_plan(model, "both"))
+    after = dict(model.named_parameters())
+    assert all(torch.equal(p, after[n]) for n, p in before.items())
+    assert any("vision_tower" in n for n in before)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_removed_experts_are_as_if_the_router_gave_them_nothing(name):
+    """Masked without the package: their logits at minus infinity, softmax and choice written out."""
+    model, tokens = fresh_named(name), token_ids()
+    masked, plan = copy.deepcopy(model), make_plan(model, "experts")
+    renormalised = name == "mixtral"
+    for group in plan.groups:
+        if group.kind != "experts":
+            continue
+        keep = plan.keep[group.name].tolist()
+        assert len(keep) == 3
+        gone = [e for e in range(5) if e not in keep]
+
+        def choose(module, args, output, gone=gone):
+            logits = output[0].clone()
+            logits[:, gone] = float("-inf")
+            shares, chosen = logits.softmax(-1).topk(2, dim=-1)
+            return logits, shares / shares.sum(-1, keepdim=True) if renormalised else shares, chosen
+
+        masked.get_submodule(group.members[0].module).register_forward_hook(choose)
+    want = logits(masked, tokens)
+    hk.prune(model, plan)
+    assert relative(logits(model, tokens), want) <= 1e-5
+
+
+def test_fewer_experts_than_a_token_is_sent_to_are_refused():
+    model = fresh_named("mixtral")
+    plan = make_plan(model, "experts")
+    name = next(g.name for g in plan.groups if g.kind == "experts")
+    keep = {**plan.keep, name: torch.tensor([1])}
+    with pytest.raises(HywiaError, match=r"experts keeps 1; every such group must keep at least 2 expert"):
+        hk.prune(model, dataclasses.replace(plan, keep=keep))
+    with pytest.raises(UsageError, match="got both, which hold each other"):
+        hk.plan(hk.score(model, criterion="random"), group_ratio=0.4, units=("mlp", "experts"))
+
+
+def test_experts_of_one_layer_must_stay_equally_wide():
+    model = fresh_named("mixtral")
+    plan = make_plan(model, "mlp")
+    before = {n: p.shape for n, p in model.named_parameters()}
+    keep = {**plan.keep, "model.layers.1.mlp.3": torch.arange(5)}
+    with pytest.raises(HywiaError, match=r"model\.layers\.1\.mlp\.4 keeps 8 and model\.layers\.1\.mlp\.3 5"):
+        hk.prune(model, dataclasses.replace(plan, keep=keep))
+    assert before == {n: p.shape for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_resize_gives_the_shapes_of_a_cut(family):
+    for cut in ("mlp", "adaptive"):
+        model = fresh(family)
+        empty, plan = copy.deepcopy(model), make_plan(model, cut)
+        counts = {n: keep.numel() for n, keep in plan.keep.items()}
+        if family.name == "bloom" and cut == "adaptive":
+            with pytest.raises(HywiaError, match="slopes that belong to heads"):
+                surgery.resize(empty, counts)
+            continue
+        surgery.resize(empty, counts)
+        hk.prune(model, plan)
+        shapes = {n: p.shape for n, p in model.named_parameters()}
+        assert {n: p.shape for n, p in empty.named_parameters()} == shapes
+        assert hk.groups(empty) == hk.groups(model)
+        assert logits(empty, token_ids()).shape == (4, 13, 131)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_magnitude_is_the_norm_of_the_parts(family):
+    model = fresh(family)
+    scores = hk.score(model, criterion="magnitude")
+    weights = dict(model.named_parameters())
+    for group in scores.groups:
+        if group.kind == "experts" or (family.experts and group.kind == "mlp"):
+            continue
+        parts = family.attention if group.kind == "attention" else family.mlp
+        for u in range(group.units):
+            want = sum(
+                float(part(weights[f"{family.layers}.{group.layer}.{n}"], u).square().sum()) for n, part in parts
+            )
+            assert float(scores.values[group.name][u]) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_a_refitted_model_is_cut_as_it_was_solved(family):
+    model, tokens = fresh(family), token_ids()
+    plan = make_plan(model, "attention" if family.experts else "adaptive")
+    dense = logits(model, tokens)
+    masked = copy.deepcopy(model)
+    hk.mask(masked, plan)
+    plan = hk.refit(model, plan, tokens)
+    errors = plan.record["refit"]["relative_error"]
+    cut = [g for g in plan.groups if plan.keep[g.name].numel() < g.units]
+    assert sorted(errors) == sorted(g.members[-1].module for g in cut)
+    assert all(after < before for before, after in errors.values())
+    want = logits(model, tokens)
+    hk.prune(model, plan)
+    assert relative(logits(model, tokens), want) <= 1e-5
+    assert relative(want, dense) < relative(logits(masked, tokens), dense)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_are_cut_but_not_refitted(name):
+    for cut in ("mlp", "experts"):
+        model = fresh_named(name)
+        plan = make_plan(model, cut)
+        masked = copy.deepcopy(model)
+        hk.mask(masked, plan)
+        after = hk.refit(model, plan, token_ids())
+        dense_mlps = [g for g in plan.groups if g.kind == "mlp" and g.members[-1].index is None]
+        assert len(after.record["refit"]["relative_error"]) == (len(dense_mlps) if cut == "mlp" else 0)
+        experts = [n for n, _ in model.named_parameters() if "experts." in n]
+        parameters, want = dict(model.named_parameters()), dict(masked.named_parameters())
+        assert experts
+        assert all(torch.equal(parameters[n], want[n]) for n in experts)
+        if cut == "experts":
+            hk.prune(model, after)
+            assert relative(logits(model, token_ids()), logits(masked, token_ids())) <= 1e-5

@@ -38,7 +38,11 @@ def run_fresh(mode, jobs, folder):
         capture_output=True,
         text=True,
         cwd=folder,
-        env={**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "HF_MODULES_CACHE": str(folder / "modules"),
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        },
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,197 @@
+"""`hywia bench` and `hywia report`: their arguments, and what they do."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import charts, constraints, export, html_report, report, targets
+from .errors import HywiaError, UsageError
+from .versions import versions
+
+__all__ = ["add_commands", "add_planning", "bench", "write_report"]
+
+
+def add_commands(commands: Any, add_options: Any) -> None:
+    """Add both commands; `add_options` adds what every command that loads a model takes."""
+    command = commands.add_parser("bench", help="prefill and decoding speed, memory and cache of models")
+    command.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="as for the other commands; the first is what others are held against",
+    )
+    add_options(command)
+    command.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="sequences at once; default: 1 8")
+    command.add_argument("--context", type=int, nargs="+", default=[128, 512], help="tokens; default: 128 512")
+    command.add_argument(
+        "--modes", nargs="+", default=["eager", "static"], help="eager, captured, static; default: both"
+    )
+    command.add_argument("--runs", type=int, default=10, help="readings per figure; default: 10")
+    command.add_argument("--plot", metavar="FILE", help="write the figures as SVG")
+    command.add_argument("--record", action="store_true", help="keep the figures in each directory's hywia.json")
+    command.set_defaults(run=bench)
+    command = commands.add_parser("report", help="a pruning run's record as one HTML page")
+    command.add_argument("output", metavar="OUT", help="directory that 'hywia prune' wrote")
+    command.add_argument("-o", "--html", metavar="FILE", help="default: OUT.html beside it")
+    command.set_defaults(run=write_report)
+
+
+def add_planning(group: Any) -> None:
+    """Add to `hywia prune` what decides which widths are good ones."""
+    group.add_argument("--align", type=int, help="channel widths are multiples of this; default: what the target likes")
+    group.add_argument(
+        "--target", default="auto", help=f"{', '.join(targets.NAMES)}, or a .json profile; default: the device at hand"
+    )
+    group.add_argument(
+        "--serve",
+        type=lambda text: tuple(part.strip() for part in text.split(",") if part.strip()),
+        default=constraints.DEFAULT,
+        metavar="NAMES",
+        help=f"keep to these servers' rules; default: {','.join(constraints.DEFAULT)}",
+    )
+    group.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that will share the model")
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """`hywia bench`."""
+    from . import commands
+    from .load import load
+    from .speed import cases, measure, work_of
+
+    commands._begin(arguments)
+    wanted = cases(arguments.batch, arguments.context)
+    if arguments.plot is not None and not Path(arguments.plot).absolute().parent.is_dir():
+        raise UsageError(f"plot: no such directory: {Path(arguments.plot).absolute().parent}")
+    folders = [Path(m) for m in arguments.models]
+    if arguments.record and not any((f / export.RECORD).is_file() for f in folders):
+        raise UsageError(f"record: none of the models is a directory with a {export.RECORD}")
+    found: list[dict[str, Any]] = []
+    for name in arguments.models:
+        report.say(f"loading {name}")
+        model, _ = load(
+            name, dtype=arguments.dtype, device=arguments.device, trust_remote_code=arguments.trust_remote_code
+        )
+        work = work_of(model)
+        figures, reason = measure(model, wanted, modes=arguments.modes, runs=arguments.runs, what=name)
+        if reason is not None:
+            report.say(f"{name}: eager figures only: {reason}")
+        ideals = [_work_of_case(work, f) for f in figures]
+        found.append(
+            {
+                "model": name,
+                "parameters": work.parameters,
+                "weight_bytes": work.weight_bytes,
+                "kv_bytes_per_token": work.kv_bytes_per_token,
+                "figures": [{**f.as_dict(), "least": least} for f, least in zip(figures, ideals, strict=True)],
+            }
+        )
+        device = str(next(model.parameters()).device)
+        del model
+    _add_speedups(found)
+    environment = {"versions": versions(), "device": report.device_name(device)}
+    _print(found)
+    if arguments.plot is not None:
+        _write(arguments.plot, plot(found))
+    report.write_json(arguments.json, {**environment, "models": found})
+    for folder in folders if arguments.record else ():
+        if (folder / export.RECORD).is_file():
+            export.add_to_record(folder, {"bench": {**environment, "models": found}})
+
+
+def _work_of_case(work: Any, figure: Any) -> float:
+    """FLOPs of prefill, bytes of decoding: what an ideal time is in proportion to."""
+    if figure.phase == "prefill":
+        return work.prefill_flops(figure.batch, figure.context)
+    return work.decode_bytes(figure.batch, figure.context)
+
+
+def _key(figure: Mapping[str, Any]) -> tuple[Any, ...]:
+    return figure["mode"], figure["phase"], figure["batch"], figure["context"]
+
+
+def _add_speedups(found: Sequence[dict[str, Any]]) -> None:
+    """Over the first model, and what they would be if time went with FLOPs (prefill) or bytes (decoding)."""
+    first = {_key(f): f for f in found[0]["figures"]}
+    for model in found:
+        for figure in model["figures"]:
+            base = first.get(_key(figure))
+            figure["speedup"] = base["ms"] / figure["ms"] if base else None
+            figure["ideal"] = base["least"] / figure["least"] if base else None
+
+
+def _print(found: Sequence[Mapping[str, Any]]) -> None:
+    for model in found:
+        report.say(
+            f"{model['model']}: {model['parameters']:,} parameters, {model['weight_bytes'] / 1e6:,.1f} MB of weights, "
+            f"{model['kv_bytes_per_token']:,} bytes of KV cache a token"
+        )
+    report.say(
+        f"{'mode':<9}{'phase':<9}{'batch':>6}{'context':>9}  {'model':<28}{'ms':>10}{'tokens/s':>12}{'peak MB':>10}"
+        f"{'speed-up':>10}{'ideal':>8}"
+    )
+    keys = list(dict.fromkeys(_key(f) for model in found for f in model["figures"]))
+    for key in sorted(keys, key=lambda k: (k[0], k[1] != "prefill", k[2], k[3])):
+        for model in found:
+            for figure in model["figures"]:
+                if _key(figure) == key:
+                    peak = f"{figure['peak_bytes'] / 1e6:,.0f}" if figure["peak_bytes"] else "-"
+                    gain = (
+                        f"{figure['speedup']:>10.3f}{figure['ideal']:>8.3f}"
+                        if figure["speedup"]
+                        else f"{'-':>10}{'-':>8}"
+                    )
+                    report.say(
+                        f"{key[0]:<9}{key[1]:<9}{key[2]:>6}{key[3]:>9}  {model['model'][-27:]:<28}{figure['ms']:>10.3f}"
+                        f"{figure['tokens_per_second']:>12,.1f}{peak:>10}{gain}"
+                    )
+
+
+def plot(found: Sequence[Mapping[str, Any]]) -> str:
+    """Tokens a second of every case, a bar a model: one figure a mode and phase, stacked in one SVG."""
+    parts = figures(found)
+    height = 300
+    body = "".join(f'<g transform="translate(0 {i * height})">{part}</g>' for i, part in enumerate(parts))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height * len(parts)}" width="720" '
+        f'height="{height * len(parts)}">{body}</svg>\n'
+    )
+
+
+def figures(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of `plot`, one by one."""
+    parts = []
+    keys = dict.fromkeys(_key(f)[:2] for model in found for f in model["figures"])
+    for mode, phase in keys:
+        here = [[f for f in model["figures"] if _key(f)[:2] == (mode, phase)] for model in found]
+        labels = list(dict.fromkeys(f"{f['batch']} x {f['context']}" for part in here for f in part))
+        series = {
+            Path(model["model"]).name: [
+                next((f["tokens_per_second"] for f in part if f"{f['batch']} x {f['context']}" == label), None)
+                for label in labels
+            ]
+            for model, part in zip(found, here, strict=True)
+        }
+        parts.append(
+            charts.bars(f"{phase}, {mode}", labels, series, x_label="sequences x context", y_label="tokens a second")
+        )
+    return parts
+
+
+def _write(path: str | Path, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise HywiaError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_report(arguments: argparse.Namespace) -> None:
+    """`hywia report`."""
+    folder = Path(arguments.output)
+    target = Path(arguments.html) if arguments.html else folder.absolute().with_name(folder.absolute().name + ".html")
+    if not target.absolute().parent.is_dir():
+        raise UsageError(f"html: no such directory: {target.absolute().parent}")
+    _write(target, html_report.page(export.read_record(folder), folder.absolute().name))
+    report.say(f"wrote {target}")
