@@ -125,7 +125,8 @@ def _write_header(writer: Any, model: Any) -> None:
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
     rope: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
-    writer.add_rope_freq_base(float(rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0)))
+    theta = rope.get("rope_theta") or getattr(config, "rope_theta", None)
+    writer.add_rope_freq_base(float(theta if theta is not None else 10000.0))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
 
