@@ -22,6 +22,7 @@ from .errors import BackendError, HywiaError, UsageError
 from .evaluate import evaluate, perplexity
 from .export import save
 from .fusion import fuse, score
+from .learned import learn
 from .load import load
 from .refit import refit
 from .selection import plan
@@ -48,6 +49,7 @@ __all__ = [
     "evaluate",
     "fuse",
     "groups",
+    "learn",
     "load",
     "load_scores",
     "mask",

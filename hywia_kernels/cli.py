@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import commands, commands_bench, ops, selection
+from . import commands, commands_bench, commands_recipe, ops, selection
 from .calibrate import ENGINES, MEMORY
 from .errors import HywiaError, UsageError
 from .fusion import CRITERIA, FUSIONS
@@ -47,10 +47,11 @@ def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace DIR when it holds a model or scores")
 
 
-def _add_scoring(command: argparse.ArgumentParser) -> None:
+def _add_scoring(command: argparse.ArgumentParser, learned: bool = False) -> None:
     group = command.add_argument_group("scoring")
     group.add_argument("--criterion", choices=CRITERIA, help="default: hywia")
-    group.add_argument("--fusion", choices=FUSIONS, help="how fine and coarse are blended; default: attention")
+    fusions = (*FUSIONS, "learned") if learned else FUSIONS
+    group.add_argument("--fusion", choices=fusions, help="how fine and coarse are blended; default: attention")
     group.add_argument("--order", choices=ORDERS, help="Taylor order of both grains; default: second")
     group.add_argument("--backend", choices=ops.BACKENDS, help="kernels to use; default: automatic")
     group.add_argument("--engine", choices=ENGINES, help="how gradients are scored; default: auto")
@@ -59,7 +60,7 @@ def _add_scoring(command: argparse.ArgumentParser) -> None:
     calibration.add_argument(
         "--calib", metavar="SOURCE", help=".txt, .jsonl, or dataset NAME[:config[:split]]; default: the model writes it"
     )
-    calibration.add_argument("--samples", type=int, help="default: 10")
+    calibration.add_argument("--samples", type=int, help=f"to be scored; default: {commands_recipe.SAMPLES}")
     calibration.add_argument("--seq-len", type=int, help="tokens per sample; default: 128")
     calibration.add_argument("--seed", type=int, help="default: 0")
 
@@ -86,12 +87,19 @@ def parser() -> argparse.ArgumentParser:
     _add_output(prune)
     how = prune.add_argument_group("what goes")
     how.add_argument("--ratio", type=float, help="share of all parameters to remove, in (0, 1)")
-    how.add_argument("--group-ratio", type=float, help="papers' protocol: this share of each layer's units")
+    how.add_argument(
+        "--group-ratio",
+        type=commands_recipe.group_ratio,
+        metavar="SHARE",
+        help="papers' protocol: this share of the layers' units, or shares by kind: mlp=0.6,attention=0.34",
+    )
     how.add_argument("--layers", type=_layers, metavar="A:B", help="layers A to B-1, with --group-ratio")
-    how.add_argument("--units", type=_units, default=selection.USUAL, metavar="mlp,attention", help="what may go")
+    kinds = ",".join(selection.KINDS)
+    how.add_argument("--units", type=_units, default=selection.USUAL, metavar=kinds, help="what may go (mlp,attention)")
     commands_bench.add_planning(how)
     how.add_argument("--scores", metavar="DIR", help="use what 'hywia score' wrote instead of scoring again")
-    _add_scoring(prune)
+    _add_scoring(prune, learned=True)
+    commands_recipe.add_recipe(prune)
     _add_text(prune, 40)
     prune.add_argument("--no-eval", action="store_true", help="do not evaluate before and after")
     prune.add_argument("--prompt", help="show both models' continuation of this text")

@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from . import (
     arch,
     atomic,
+    commands_recipe,
     constraints,
     export,
     html_report,
@@ -39,7 +42,7 @@ _DEFAULTS: dict[str, Any] = {
     "criterion": "hywia",
     "fusion": "attention",
     "order": "second",
-    "samples": 10,
+    "samples": commands_recipe.SAMPLES,
     "seq_len": 128,
     "seed": 0,
     "engine": "auto",
@@ -71,6 +74,8 @@ def _check_scoring(arguments: argparse.Namespace) -> None:
             raise UsageError(f"{name}: expected at least {least}, got {_setting(arguments, name)}")
     if _setting(arguments, "criterion") != "hywia":
         for name in ("fusion", "order", "calib", "engine", "memory"):
+            if name == "calib" and getattr(arguments, "refit", None):
+                continue
             if getattr(arguments, name) is not None:
                 raise UsageError(f"{name}: goes with --criterion hywia, got --criterion {arguments.criterion}")
     if _setting(arguments, "engine") == "autograd" and _setting(arguments, "memory") == "layerwise":
@@ -81,11 +86,15 @@ def _check_scoring(arguments: argparse.Namespace) -> None:
         documents(arguments.calib)
 
 
+def _shares(group_ratio: float | dict[str, float] | None) -> list[float | None]:
+    return list(group_ratio.values()) if isinstance(group_ratio, dict) else [group_ratio]
+
+
 def _check_selection(arguments: argparse.Namespace) -> None:
     if (arguments.ratio is None) == (arguments.group_ratio is None):
         raise UsageError("ratio: expected exactly one of --ratio and --group-ratio")
-    for name in ("ratio", "group_ratio"):
-        value = getattr(arguments, name)
+    shares = arguments.group_ratio
+    for name, value in (("ratio", arguments.ratio), *((("group_ratio", v)) for v in _shares(shares))):
         if value is not None and not 0.0 < value < 1.0:
             raise UsageError(f"{name}: expected a number between 0 and 1, both excluded, got {value}")
     if arguments.layers is not None and arguments.group_ratio is None:
@@ -98,7 +107,9 @@ def _check_selection(arguments: argparse.Namespace) -> None:
     if arguments.align is not None and arguments.align < 1:
         raise UsageError(f"align: expected at least 1, got {arguments.align}")
     if arguments.scores is not None:
-        for name in ("criterion", "calib", "samples", "seq_len", "seed", "engine", "memory"):
+        # A text for the refit, or for learning, may come with stored scores.
+        unasked = ("criterion", "samples", "engine", "memory")
+        for name in unasked if arguments.calib is not None else (*unasked, "seq_len", "seed"):
             if getattr(arguments, name) is not None:
                 raise UsageError(f"{name}: does not go with --scores, which holds the outcome of an earlier scoring")
 
@@ -130,18 +141,35 @@ def _say_left_alone(model: Any) -> None:
         report.say(f"left alone, being no part of the language decoder: {', '.join(others)}")
 
 
-def _scored(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Scores, Statistics | None]:
+class _Texts:
+    """Calibration samples, written or read once per number of samples."""
+
+    def __init__(self, arguments: argparse.Namespace, model: Any, tokenizer: Any) -> None:
+        self.arguments, self.model, self.tokenizer = arguments, model, tokenizer
+        self._made: dict[int | None, Tensor] = {}
+
+    def __call__(self, samples: int | None) -> Tensor:
+        """So many; None: as many as are scored. A text that holds fewer gives all it has, but not to be scored."""
+        if samples is not None and samples == _setting(self.arguments, "samples"):
+            samples = None
+        if samples not in self._made:
+            self._made[samples] = calibration(
+                self.model,
+                self.tokenizer,
+                self.arguments.calib,
+                samples=_setting(self.arguments, "samples") if samples is None else samples,
+                seq_len=_setting(self.arguments, "seq_len"),
+                seed=_setting(self.arguments, "seed"),
+                fewer=samples is not None or self.arguments.samples is None,
+            )
+        return self._made[samples]
+
+
+def _scored(arguments: argparse.Namespace, model: Any, texts: _Texts) -> tuple[Scores, Statistics | None]:
     criterion, seed = _setting(arguments, "criterion"), _setting(arguments, "seed")
     if criterion != "hywia":
         return score_model(model, criterion=criterion, seed=seed, backend=arguments.backend), None
-    batches = calibration(
-        model,
-        tokenizer,
-        arguments.calib,
-        samples=_setting(arguments, "samples"),
-        seq_len=_setting(arguments, "seq_len"),
-        seed=seed,
-    )
+    batches = texts(None)
     statistics = calibrate(
         model,
         batches,
@@ -151,7 +179,13 @@ def _scored(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[
     )
     statistics.record["calib"] = arguments.calib or "written by the model"  # type: ignore[index]
     statistics.record["seed"] = seed  # type: ignore[index]
-    return fuse(statistics, _setting(arguments, "fusion"), _setting(arguments, "order")), statistics
+    return fuse(statistics, _blend(arguments), _setting(arguments, "order")), statistics
+
+
+def _blend(arguments: argparse.Namespace) -> str:
+    """The training-free fusion; learning starts from attention's."""
+    fusion = _setting(arguments, "fusion")
+    return "attention" if fusion == "learned" else fusion
 
 
 def _stored(arguments: argparse.Namespace) -> Scores:
@@ -164,7 +198,8 @@ def _stored(arguments: argparse.Namespace) -> Scores:
             "so --fusion and --order cannot be applied"
         )
     defaults = scores.record
-    return fuse(statistics, arguments.fusion or defaults["fusion"], arguments.order or defaults["order"])
+    fusion = defaults["fusion"] if arguments.fusion is None else _blend(arguments)
+    return fuse(statistics, fusion, arguments.order or defaults["order"])
 
 
 def score(arguments: argparse.Namespace) -> None:
@@ -175,7 +210,7 @@ def score(arguments: argparse.Namespace) -> None:
     _check_scoring(arguments)
     model, tokenizer = _load(arguments)
     _say_left_alone(model)
-    scores, statistics = _scored(arguments, model, tokenizer)
+    scores, statistics = _scored(arguments, model, _Texts(arguments, model, tokenizer))
     storage.save_scores(output, scores, statistics, overwrite=arguments.overwrite)
     report.say(f"wrote {output}: {len(scores.groups)} groups, {sum(g.units for g in scores.groups)} units")
     report.write_json(arguments.json, {"output": str(output), "scores": dict(scores.record)})
@@ -186,6 +221,7 @@ def prune(arguments: argparse.Namespace) -> None:
     _begin(arguments)
     output = Path(arguments.output)
     _check_selection(arguments)
+    commands_recipe.check_recipe(arguments)
     _check_scoring(arguments)
     atomic.check_target(output.absolute(), overwrite=arguments.overwrite)
     text = None if arguments.no_eval else _evaluation_text(arguments)
@@ -197,21 +233,12 @@ def prune(arguments: argparse.Namespace) -> None:
             f"scores: {arguments.scores} was scored on another model than {arguments.model} "
             "(the weights differ); score this one, in this dtype"
         )
-    scores = stored or _scored(arguments, model, tokenizer)[0]
-    plan = planning.plan_for(
-        scores,
-        target=arguments.target,
-        serve=arguments.serve,
-        tensor_parallel=arguments.tensor_parallel,
-        ratio=arguments.ratio,
-        group_ratio=arguments.group_ratio,
-        layers=arguments.layers,
-        units=arguments.units,
-        align=arguments.align,
-    )
+    texts = _Texts(arguments, model, tokenizer)
+    scores, plan = commands_recipe.planned(arguments, model, stored or _scored(arguments, model, texts)[0], texts)
     plan = planning.with_prediction(plan, model, arguments.target)
     report.print_plan(plan)
     before = _measure(arguments, model, tokenizer, text, arguments.model)
+    plan = commands_recipe.refitted(arguments, model, plan, texts)
     surgery.prune(model, plan, backend=arguments.backend)
     given = {k: v for k, v in vars(arguments).items() if k != "command"}
     record = {"arguments": given, "scores_summary": html_report.score_summary(scores, plan)}

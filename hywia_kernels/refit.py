@@ -25,7 +25,7 @@ from .engine.layered import hidden_of
 from .engine.patches import forward_replaced, frozen
 from .engine.samples import Samples, padded
 from .errors import HywiaError, UsageError
-from .surgery import _checked_groups, silence_rows
+from .surgery import checked_groups, silence
 from .text import check_tokens, digest
 from .types import Group, Plan
 from .weights import fingerprint
@@ -44,6 +44,9 @@ class _Call:
     arguments: tuple
     keywords: dict[str, Any]
 
+    def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        return hidden_of(layer(hidden, *self.arguments, **self.keywords))
+
 
 @dataclass
 class _Run:
@@ -61,13 +64,13 @@ class _Run:
 
 @dataclass
 class _Matrix:
-    """One matrix to refit: which inputs stay, and its normal equations."""
+    """One matrix to refit: which inputs stay."""
 
+    module: nn.Module
     name: str
-    linear: Any
-    axis: int  # of the stored weight, on which the inputs lie
+    weight: Tensor  # [outputs, inputs], shares the parameter's memory
+    bias: Tensor | None
     kept: Tensor  # int64, ascending, on its device
-    removed: Tensor
     sends_on: bool  # its output is only added to what leaves the layer
 
 
@@ -136,20 +139,19 @@ def _seen(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor
 
 
 def _arguments(model: Any, layers: nn.ModuleList, samples: Samples) -> _Run:
-    """What enters the first layer, and what else each layer is called with; no layer but the first computes, and that
-    one to tell whether layers return their hidden states alone."""
+    """What enters the first layer, and what else each layer is called with; only the first one computes."""
     calls: list[_Call] = []
     entered: list[Tensor] = []
-
-    first, alone = layers[0].forward, True
+    rest: list[tuple | None] = []  # what the first layer returns beside the hidden states, if it returns a tuple
+    first = layers[0].forward
 
     def passing(hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
-        nonlocal alone
         if not calls:
             entered.append(hidden)
-            alone = isinstance(first(hidden, *arguments, **keywords), Tensor)
+            out: Any = first(hidden, *arguments, **keywords)
+            rest.append(out[1:] if isinstance(out, tuple) else None)
         calls.append(_Call(arguments, keywords))
-        return hidden if alone else (hidden,)
+        return hidden if rest[0] is None else (hidden, *rest[0])
 
     tokens = samples.tokens.to(model.get_input_embeddings().weight.device)
     with forward_replaced([(layer, passing) for layer in layers]):
@@ -158,41 +160,44 @@ def _arguments(model: Any, layers: nn.ModuleList, samples: Samples) -> _Run:
 
 
 def _matrices(model: Any, plan: Plan, found: Sequence[Group]) -> list[_Matrix]:
-    """The matrices through whose columns the removed units left, in the order of the forward pass."""
+    """The matrices through which the removed units sent their output on, in the order of the forward pass.
+
+    Matrices of stacked experts are left as they are: each sees only the tokens that are sent to it.
+    """
     entry = arch.architecture(model)
     residual = None if entry.residual is None else f"{entry.layers}.{found[0].layer}.{entry.residual}"
     chosen = []
     for group in found:
-        keep = plan.keep[group.name]
-        if keep.numel() == group.units:
+        member, keep = group.members[-1], plan.keep[group.name]
+        if keep.numel() == group.units or group.kind == "experts" or member.index is not None:
             continue
-        stays = torch.zeros(group.units, dtype=torch.bool)
-        stays[keep] = True
-        member = group.members[-1]
-        linear: Any = model.get_submodule(member.module)
-        if member.index is not None or getattr(linear, member.parameter).dim() != 2:
-            raise HywiaError(
-                f"refit: {member.module} holds experts, whose matrices are not refitted; "
-                "plan with units=('attention',), or prune without refit"
-            )
-        lines = stays.repeat_interleave(member.group_size).to(linear.weight.device)
-        kept, removed = lines.nonzero()[:, 0], (~lines).nonzero()[:, 0]
-        chosen.append(_Matrix(member.module, linear, member.axis, kept, removed, member.module == residual))
+        module = model.get_submodule(member.module)
+        weight = arch.view(model, member, group.units)
+        weight = weight if member.axis == 1 else weight.T  # transformers' Conv1D stores [in, out]
+        kept = (keep[:, None] * member.group_size + torch.arange(member.group_size)).reshape(-1).to(weight.device)
+        chosen.append(_Matrix(module, member.module, weight, module.bias, kept, member.module == residual))
     return chosen
+
+
+@dataclass
+class _Aim:
+    """What the dense layer does with one run of samples."""
+
+    out: Tensor
+    outputs: dict[nn.Module, Tensor]
+    weight: Tensor  # [tokens without padding]
+    drift: bool
 
 
 def _equations(layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[_Run], aims: Sequence[_Aim]) -> _Normal:
     """Normal equations of one matrix: the pruned model's inputs against what the dense one has and it lacks."""
-    linear = matrix.linear
-    bias = linear.bias is not None
-    outputs = linear.weight.shape[1 - matrix.axis]
-    normal = _Normal(matrix.kept.numel() + bias, outputs, linear.weight.device)
+    bias = matrix.bias is not None
+    normal = _Normal(matrix.kept.numel() + bias, len(matrix.weight), matrix.weight.device)
     for run, aim in zip(runs, aims, strict=True):
-        call = run.calls[index]
-        with _seen([linear]) as seen:
-            out = hidden_of(layer(run.pruned, *call.arguments, **call.keywords))
-        x, got = seen[linear]
-        target = aim.outputs[linear].float()
+        with _seen([matrix.module]) as seen:
+            out = run.calls[index](layer, run.pruned)
+        x, got = seen[matrix.module]
+        target = aim.outputs[matrix.module].float()
         lacking = target - got.float()
         if aim.drift:
             if matrix.sends_on:  # all that the dense layer sends on, less what this one sends on beside the matrix
@@ -206,20 +211,9 @@ def _equations(layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[_Ru
     return normal
 
 
-@dataclass
-class _Aim:
-    """What the dense layer does with one run of samples."""
-
-    out: Tensor
-    outputs: dict[nn.Module, Tensor]
-    weight: Tensor  # [tokens without padding]
-    drift: bool
-
-
 def _aim(layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, drift: bool) -> _Aim:
-    call = run.calls[index]
-    with _seen([m.linear for m in matrices]) as seen:
-        out = hidden_of(layer(run.dense, *call.arguments, **call.keywords))
+    with _seen([m.module for m in matrices]) as seen:
+        out = run.calls[index](layer, run.dense)
     # The next norm divides by a token's rms, so errors count relative to it; tokens with huge activations (the first of
     # a text, usually) would decide the regression otherwise.
     weight = 1.0 / run.flat(out).float().square().mean(1).clamp(min=_TINY)
@@ -227,20 +221,20 @@ def _aim(layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, d
 
 
 def _apply(matrix: _Matrix, change: Tensor) -> None:
-    linear = matrix.linear
-    weight = linear.weight
-    columns = change[: matrix.kept.numel()].to(weight.device)
-    fresh = weight.index_select(matrix.axis, matrix.kept).double() + (columns.T if matrix.axis else columns)
-    weight.index_copy_(matrix.axis, matrix.kept, fresh.to(weight.dtype))
-    if linear.bias is not None:
-        linear.bias.copy_((linear.bias.double() + change[-1]).to(linear.bias.dtype))
+    weight = matrix.weight
+    columns = change[: matrix.kept.numel()].T.to(weight.device)
+    fresh = weight.index_select(1, matrix.kept).double() + columns
+    weight.index_copy_(1, matrix.kept, fresh.to(weight.dtype))
+    if matrix.bias is not None:
+        matrix.bias.copy_((matrix.bias.double() + change[-1].to(weight.device)).to(weight.dtype))
 
 
 @torch.no_grad()
 def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: float = RIDGE) -> Plan:
-    """Refit a model to a plan, before `prune` cuts it: the removed columns become zero, the surviving ones are solved.
+    """Refit a model to a plan, before `prune` cuts it: the removed units become zero, and the columns of
+    the output matrices that survive are solved.
 
-    For every matrix `W` through whose columns removed units left, in the order of the forward pass,
+    For every matrix `W` through which removed units sent their output on, in the order of the forward pass,
 
         min over ΔW of  Σ_t w_t · |r_t − ΔW x̃_t|² + λ |ΔW|²,     λ = ridge · mean(diag(Σ_t w_t x̃_t x̃_tᵀ)),
 
@@ -257,6 +251,8 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
         batches: token ids, as `calibrate` takes them; more than were scored pay (README).
         ridge: λ, relative to the inputs' mean square. It pulls towards the weights as they were, not towards zero.
 
+    Stacked experts are cut without a refit: each sees only the tokens that are sent to it.
+
     Returns:
         The same plan for the refitted model: hand this one to `prune`. Its record says what was done, and for every
         matrix the relative squared error of its output before and after.
@@ -268,7 +264,7 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
     began = time.monotonic()
     if not ridge > 0.0:
         raise UsageError(f"ridge: expected a positive number, got {ridge}")
-    found = _checked_groups(model, plan)
+    found = checked_groups(model, plan)
     samples = padded(batches)
     check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
     entry = arch.architecture(model)
@@ -279,25 +275,28 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
         runs = [_arguments(model, layers, chunk) for chunk in samples.sorted().chunks(_CHUNK_TOKENS)]
         same = True  # both models have the same hidden states so far
         for index, layer in enumerate(progress.track(layers, "refitting")):
-            matrices = _matrices(model, plan, [g for g in found if g.layer == index])
-            aims = (
-                []
-                if same and not matrices
-                else [_aim(layer, index, matrices, r, entry.residual is not None) for r in runs]
-            )
-            for matrix in matrices:
-                matrix.linear.weight.index_fill_(matrix.axis, matrix.removed, 0.0)
-            if entry.attention.wide_norms:  # they see the removed heads' queries and keys
-                silence_rows(model, [g for g in found if g.layer == index and g.kind == "attention"], plan)
+            here = [g for g in found if g.layer == index]
+            cut = any(plan.keep[g.name].numel() < g.units for g in here)
+            aims: list[_Aim] = []
+            matrices = _matrices(model, plan, here)
+            if cut or not same:
+                aims = [_aim(layer, index, matrices, run, entry.residual is not None) for run in runs]
+            routers = [model.get_submodule(g.members[0].module) for g in here if g.kind == "experts"]
+            before_cut = [(router, vars(router).get("forward")) for router in routers]
+            for group in here:
+                silence(model, group, plan.keep[group.name])
             for matrix in matrices:
                 change, before, after = _equations(layer, index, matrix, runs, aims).solve(ridge)
                 _apply(matrix, change)
                 errors[matrix.name] = [before, after]
-            same = same and not matrices
+            same = same and not cut
             for i, run in enumerate(runs):
-                call = run.calls[index]
-                run.pruned = hidden_of(layer(run.pruned, *call.arguments, **call.keywords))
+                run.pruned = run.calls[index](layer, run.pruned)
                 run.dense = run.pruned if same else aims[i].out
+            for router, forward in before_cut:  # a cut router needs no other forward
+                vars(router).pop("forward", None)
+                if forward is not None:
+                    router.forward = forward
     record = {
         "samples": len(samples),
         "tokens": samples.total,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import arch
 from .calibrate import calibrate
 from .errors import UsageError
-from .fusion import FUSIONS, coarse_estimate, fused
+from .fusion import FUSIONS, coarse_estimate, fused, prior
 from .integrations.modules import BySide, layout, magnitude_sums, taylor_sums
 from .ops.checks import ORDERS
 from .types import Group
@@ -127,7 +127,8 @@ class HyWIAScorer:
         group: Group
         for group in arch.groups(model):
             coarse = coarse_estimate(statistics.coarse[group.name], self.order)
-            values = fused(statistics.fine[group.name][self.order], coarse, self.fusion, "reference")
+            fine = statistics.fine[group.name][self.order]
+            values = fused(fine, coarse, self.fusion, "reference", prior(group.unit))
             by_member |= {(m.module, m.axis): values for m in group.members}
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
         return dict(sorted(by_member.items(), key=lambda item: (order[item[0][0]], item[0][1])))

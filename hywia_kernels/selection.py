@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .budgets import redistribute
 from .errors import HywiaError, UsageError
 from .types import Group, Plan, Scores
 
-__all__ = ["KINDS", "USUAL", "plan", "top_units"]
+__all__ = ["KINDS", "LAYOUTS", "USUAL", "plan", "top_units"]
 
 KINDS = ("mlp", "attention", "experts")
 USUAL = ("mlp", "attention")
+LAYOUTS = ("uniform", "adaptive")
 Limits = Callable[[Group, list[int]], list[int]]  # of a group's widths, ascending, those that may be chosen
 
 
@@ -23,10 +25,11 @@ def plan(
     scores: Scores,
     *,
     ratio: float | None = None,
-    group_ratio: float | None = None,
+    group_ratio: float | Mapping[str, float] | None = None,
     layers: tuple[int, int] | None = None,
     units: Sequence[str] = USUAL,
     align: int = 64,
+    layout: str = "uniform",
     limits: Limits | None = None,
 ) -> Plan:
     """Choose the units to keep.
@@ -40,21 +43,29 @@ def plan(
       heads allow.
     * `group_ratio` with `layers=(first, end)`: the papers' protocol, that share of every listed layer's units.
 
-    In both, units are ranked within their group, and of equals the lower index stays.
+    In both, units are ranked within their group, and of equals the lower index stays. With `layout="adaptive"` the
+    layers share the same number of channels out among them by what their removal is estimated to add to the loss
+    (see `budgets.redistribute`); heads and experts keep the same share in every layer.
 
     Args:
         scores: of the model to prune.
-        ratio: in (0, 1). group_ratio: in (0, 1), instead of `ratio`.
+        ratio: in (0, 1).
+        group_ratio: in (0, 1), instead of `ratio`; or kind -> such a number, for the kinds that may go.
         layers: half-open range of layers for `group_ratio`; None: all.
         units: which kinds may go: "mlp", "attention" or both; or, in models that have them, whole "experts", with
             or without "attention".
         align: widths of channels are multiples of it (or untouched).
+        layout: "uniform" or "adaptive".
         limits: leaves fewer of a group's widths (`constraints.allowed`, or what a device likes); None: all.
 
     Raises:
         UsageError: arguments outside the above, or a ratio that these units cannot reach.
     """
+    if isinstance(group_ratio, Mapping):
+        units = tuple(group_ratio)
     kinds = _kinds(units, scores.groups)
+    if layout not in LAYOUTS:
+        raise UsageError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     if align < 1:
         raise UsageError(f"align: expected at least 1, got {align}")
     if (ratio is None) == (group_ratio is None):
@@ -67,10 +78,17 @@ def plan(
         request: dict[str, Any] = {"protocol": "ratio", "ratio": ratio}
     else:
         assert group_ratio is not None
-        _in_unit_interval("group_ratio", group_ratio)
-        counts = _per_group(scores, group_ratio, layers, kinds, align, limits)
-        request = {"protocol": "group_ratio", "group_ratio": group_ratio, "layers": layers and list(layers)}
-    request |= {"units": list(kinds), "align": align}
+        shares = dict(group_ratio) if isinstance(group_ratio, Mapping) else dict.fromkeys(kinds, group_ratio)
+        for share in shares.values():
+            _in_unit_interval("group_ratio", share)
+        counts = _per_group(scores, shares, layers, align, limits)
+        given = dict(group_ratio) if isinstance(group_ratio, Mapping) else group_ratio
+        request = {"protocol": "group_ratio", "group_ratio": given, "layers": layers and list(layers)}
+    if layout == "adaptive":
+        first, end = layers or (0, 1 + max(g.layer for g in scores.groups))
+        free = [g for g in scores.groups if g.kind == "mlp" and "mlp" in kinds and first <= g.layer < end]
+        counts |= redistribute(scores, counts, free, {g.name: _widths(g, align, limits) for g in free})
+    request |= {"units": list(kinds), "align": align, "layout": layout}
     keep = {g.name: top_units(scores.values[g.name], counts[g.name]) for g in scores.groups}
     removed = sum((g.units - counts[g.name]) * g.unit_parameters for g in scores.groups)
     return Plan(
@@ -127,9 +145,8 @@ def _widths(group: Group, align: int, limits: Limits | None) -> list[int]:
 
 def _per_group(
     scores: Scores,
-    group_ratio: float,
+    shares: Mapping[str, float],
     layers: tuple[int, int] | None,
-    kinds: tuple[str, ...],
     align: int,
     limits: Limits | None,
 ) -> dict[str, int]:
@@ -139,13 +156,14 @@ def _per_group(
         raise UsageError(f"layers: expected FIRST:END with 0 <= FIRST < END <= {depth}, got {first}:{end}")
     counts = {g.name: g.units for g in scores.groups}
     for group in scores.groups:
-        if group.kind in kinds and first <= group.layer < end:
-            target = group.units * (1.0 - group_ratio)
+        if group.kind in shares and first <= group.layer < end:
+            target = group.units * (1.0 - shares[group.kind])
             # Nearest allowed width; of two equally near the wider, which removes less.
             counts[group.name] = min(_widths(group, align, limits), key=lambda w: (abs(w - target), -w))
     if all(counts[g.name] == g.units for g in scores.groups):
+        given = ", ".join(map(str, dict.fromkeys(shares.values())))
         raise UsageError(
-            f"group_ratio: {group_ratio} rounds to nothing with align={align} and whole heads; "
+            f"group_ratio: {given} rounds to nothing with align={align} and whole heads; "
             "ask for more, or a smaller align"
         )
     return counts

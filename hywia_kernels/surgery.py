@@ -15,7 +15,7 @@ from .errors import HywiaError
 from .types import Group, Member, Plan
 from .weights import fingerprint
 
-__all__ = ["mask", "prune", "resize", "silence_rows"]
+__all__ = ["mask", "prune", "resize", "silence"]
 
 _Parts = list[tuple[Member, Group]]
 
@@ -39,7 +39,7 @@ def _kept_entries(size: int, parts: Sequence[tuple[Member, Group]], keep: Mappin
     return stays.nonzero()[:, 0]
 
 
-def _checked_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
+def checked_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
     """The plan's groups, after making sure that they are still the model's: nothing is touched when they are not."""
     found = arch.groups(model)
     if found != plan.groups:
@@ -226,7 +226,7 @@ def prune(model: Any, plan: Plan, *, backend: str | None = None) -> None:
         HywiaError: the plan is not this model's.
     """
     entry = arch.architecture(model)
-    found = _checked_groups(model, plan)
+    found = checked_groups(model, plan)
     heads = getattr(arch.text_config(model), entry.attention.heads_field)
     cut = {g.name for g in found if plan.keep[g.name].numel() < g.units}
     for (name, leaf), parts in progress.track(list(_by_parameter(found).items()), "cutting"):
@@ -309,24 +309,6 @@ class _Among:
         return logits, weights, self.keep.to(indices.device)[indices]
 
 
-def _silence(model: Any, group: Group, members: Sequence[Member], plan: Plan) -> None:
-    gone = _removed(group, plan.keep[group.name])
-    for member in members:
-        part = arch.view(model, member, group.units)
-        entries = _entries(gone, member.group_size).to(part.device)
-        part.index_fill_(member.axis, entries, 0.0)
-        if member.bias is not None:
-            bias = getattr(model.get_submodule(member.module), member.bias)
-            bias.index_fill_(0, entries + member.start, 0.0)
-
-
-@torch.no_grad()
-def silence_rows(model: Any, groups: Sequence[Group], plan: Plan) -> None:
-    """Zero what makes the removed units of some groups, and leave the matrices they send on through."""
-    for group in groups:
-        _silence(model, group, group.members[:-1], plan)
-
-
 @torch.no_grad()
 def mask(model: Any, plan: Plan) -> None:
     """Zero a plan's removed units in place and keep the shapes: what `prune` must agree with.
@@ -334,10 +316,23 @@ def mask(model: Any, plan: Plan) -> None:
     Rows, their biases and columns are all zeroed, so every member of a removed unit is silent by itself. A router's
     zero row would still draw tokens: routers are made to choose among the experts that stay.
     """
-    for group in _checked_groups(model, plan):
-        if plan.keep[group.name].numel() == group.units:
-            continue
-        _silence(model, group, (*group.members, *group.vectors), plan)
-        if group.kind == "experts":
-            router = model.get_submodule(group.members[0].module)
-            router.forward = _Among(router, plan.keep[group.name])
+    for group in checked_groups(model, plan):
+        silence(model, group, plan.keep[group.name])
+
+
+@torch.no_grad()
+def silence(model: Any, group: Group, keep: Tensor) -> None:
+    """Zero the units of one group that are not kept; see `mask`."""
+    gone = _removed(group, keep)
+    if not gone.numel():
+        return
+    for member in (*group.members, *group.vectors):
+        part = arch.view(model, member, group.units)
+        entries = _entries(gone, member.group_size).to(part.device)
+        part.index_fill_(member.axis, entries, 0.0)
+        if member.bias is not None:
+            bias = getattr(model.get_submodule(member.module), member.bias)
+            bias.index_fill_(0, entries + member.start, 0.0)
+    if group.kind == "experts":
+        router = model.get_submodule(group.members[0].module)
+        router.forward = _Among(router, keep)

@@ -20,7 +20,14 @@ _FILES = (".txt", ".jsonl")
 
 
 def calibration(
-    model: Any, tokenizer: Any, source: str | None = None, *, samples: int = 10, seq_len: int = 128, seed: int = 0
+    model: Any,
+    tokenizer: Any,
+    source: str | None = None,
+    *,
+    samples: int = 96,
+    seq_len: int = 128,
+    seed: int = 0,
+    fewer: bool = False,
 ) -> Tensor:
     """Calibration token ids, int64 `[samples, seq_len]`, on the CPU; the same arguments give the same ids.
 
@@ -29,6 +36,7 @@ def calibration(
             dataset on the hub or a local directory `datasets` can read, or None: text the model writes itself.
         samples, seq_len: how many samples of how many tokens.
         seed: of the choice of windows, or of the writing.
+        fewer: take what there is when the text holds at least one sample, but not as many.
 
     Raises:
         UsageError: samples or seq_len out of range. HywiaError: the source is missing, empty, or too short.
@@ -39,7 +47,7 @@ def calibration(
         raise UsageError(f"seq_len: expected at least 2 (a next-token loss needs two tokens), got {seq_len}")
     if source is None:
         return self_written(model, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
-    return windows(documents(source), tokenizer, samples=samples, seq_len=seq_len, seed=seed)
+    return windows(documents(source), tokenizer, samples=samples, seq_len=seq_len, seed=seed, fewer=fewer)
 
 
 def documents(source: str) -> list[str] | Any:
@@ -103,7 +111,7 @@ def _dataset_documents(source: str):
         raise HywiaError(f"calib: could not read dataset {source!r}: {reason}") from error
 
 
-def windows(texts: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> Tensor:
+def windows(texts: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int, fewer: bool = False) -> Tensor:
     """Seeded windows of `seq_len` tokens, int64 `[samples, seq_len]`.
 
     Several documents: one random window from each of the documents that are long enough, in shuffled order; when they
@@ -137,7 +145,7 @@ def windows(texts: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int
         rng.shuffle(further)
         blocks += further
     chosen += blocks[: samples - len(chosen)]
-    if len(chosen) < samples:
+    if len(chosen) < samples and not (fewer and chosen):
         if not chosen:
             raise HywiaError(f"calib: the text is shorter than one sample of {seq_len} tokens; give more text")
         raise HywiaError(
@@ -159,7 +167,7 @@ def _draw(texts: Any, rng: random.Random, want: int) -> list[str]:
     return texts
 
 
-def self_written(model: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int, batch: int = 16) -> Tensor:
+def self_written(model: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int, batch: int = 64) -> Tensor:
     """Text the model writes itself, int64 `[samples, seq_len]`: no data is needed.
 
     Each sample starts from the beginning-of-text token (if there is one) and one random ordinary token, and is then

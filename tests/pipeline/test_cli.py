@@ -87,7 +87,7 @@ def test_scores_are_reused_at_another_ratio_and_fusion(here):
     cut = ["--scores", "scores", "--align", "4", "--no-eval"]
     assert main(["prune", "model", "-o", "a", "--ratio", "0.2", *cut]) == 0
     assert main(["prune", "model", "-o", "b", "--ratio", "0.3", *cut, "--fusion", "fine", "--order", "first"]) == 0
-    direct = ["--ratio", "0.3", *CALIB, *SMALL, "--no-eval", "--fusion", "fine", "--order", "first"]
+    direct = ["--ratio", "0.3", *CALIB, *SMALL, "--no-eval", "--fusion", "fine", "--order", "first", "--no-refit"]
     assert main(["prune", "model", "-o", "c", *direct]) == 0
     assert (here / "b" / "model.safetensors").read_bytes() == (here / "c" / "model.safetensors").read_bytes()
     assert hk.load("a")[0].config.intermediate_size > hk.load("b")[0].config.intermediate_size
@@ -258,3 +258,83 @@ def test_lines_not_bars_where_there_is_no_terminal(here):
     assert "scoring: done in" in done.stderr
     assert "\r" not in done.stderr
     assert "%|" not in done.stderr
+
+
+def record_of(folder):
+    record = json.loads((folder / "hywia.json").read_text())
+    return record["plan"] | {"keep": record["kept_units"]}
+
+
+def test_the_default_recipe_refits_and_says_so(here, capsys):
+    cut = ["prune", "model", "--group-ratio", "mlp=0.5,attention=0.34", "--layers", "1:3", *CALIB, *SMALL, "--no-eval"]
+    assert main([*cut, "-o", "recipe"]) == 0
+    assert "refitted 4 matrices on " in capsys.readouterr().out
+    assert main([*cut, "-o", "plain", "--no-refit"]) == 0
+    assert "refitted" not in capsys.readouterr().out
+    recipe, plain = record_of(here / "recipe"), record_of(here / "plain")
+    assert (recipe["layout"], plain["layout"]) == ("adaptive", "adaptive")  # layer 0 is whole in both
+    assert recipe["parameters_after"] == plain["parameters_after"]
+    assert plain["widths"] == {"attention": [3, 2, 2], "mlp": [56, 28, 28]}
+    assert recipe["widths"]["attention"] == [3, 2, 2]
+    assert sum(recipe["widths"]["mlp"]) == 112
+    assert recipe["refit"]["ridge"] == hk.refit.__kwdefaults__["ridge"]
+    assert recipe["refit"]["samples"] == len(TEXT) // 16, "a text with fewer samples than the refit takes gives all"
+    assert all(after < before for before, after in recipe["refit"]["relative_error"].values())
+    assert "refit" not in plain
+
+
+def test_stored_scores_are_refitted_on_a_text(here):
+    assert main(["score", "model", "-o", "scores", *CALIB, "--samples", "3", "--seq-len", "16"]) == 0
+    cut = ["prune", "model", "--scores", "scores", "--ratio", "0.2", "--align", "4", "--no-eval"]
+    assert main([*cut, "-o", "a"]) == 0
+    assert main([*cut, "-o", "b", *CALIB, "--seq-len", "16", "--refit-samples", "7"]) == 0
+    assert "refit" not in record_of(here / "a")
+    assert record_of(here / "b")["refit"]["samples"] == 7
+    assert record_of(here / "a")["keep"] == record_of(here / "b")["keep"]
+
+
+def test_learned_scores_from_the_command_line(here):
+    cut = ["prune", "model", "-o", "out", "--ratio", "0.2", *CALIB, *SMALL, "--no-eval"]
+    assert main([*cut, "--fusion", "learned", "--steps", "3"]) == 0
+    record = record_of(here / "out")
+    assert record["scores"]["fusion"] == "learned"
+    assert record["scores"]["learned"]["steps"] == 3
+    assert "refit" not in record
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--layout", "adaptive", "--criterion", "random"], "layout: adaptive goes with --criterion hywia"),
+        (["--ridge", "0.1", "--no-refit"], "ridge: goes with --refit"),
+        (["--ridge", "-1"], "ridge: expected a positive number, got -1.0"),
+        (["--refit-samples", "0"], "refit_samples: expected a positive number, got 0"),
+        (["--steps", "5"], "steps: goes with --fusion learned"),
+        (["--fusion", "learned", "--steps", "0"], "steps: expected at least 1, got 0"),
+        (["--layout", "free"], "invalid choice: 'free'"),
+    ],
+)
+def test_bad_recipes(here, capsys, more, message):
+    try:
+        code = main([*PRUNE, "--ratio", "0.2", *more])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        ("mlp=half", "expected 0.5 or mlp=0.6,attention=0.34, got 'mlp=half'"),
+        ("mlp=1.5", "group_ratio: expected a number between 0 and 1"),
+        ("norm=0.5", "units: expected some of mlp, attention"),
+    ],
+)
+def test_bad_shares(here, capsys, share, message):
+    try:
+        code = main([*PRUNE, "--group-ratio", share, *CALIB, *SMALL])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
-from hywia_kernels.fusion import coarse_estimate
+from hywia_kernels.fusion import coarse_estimate, fused
 
 
 @pytest.fixture
@@ -39,13 +41,25 @@ def test_coarse_never_exceeds_fine_of_the_same_terms(statistics):
         assert bool((coarse_estimate(samples, "first") <= bound * (1 + 1e-5)).all())
 
 
-def test_attention_is_the_op_on_both_grains(statistics):
+@pytest.mark.parametrize(("name", "share"), [("model.layers.2.mlp", 0.7), ("model.layers.2.attention", 0.05)])
+def test_attention_is_the_op_with_a_prior_for_the_kind_of_unit(statistics, name, share):
     scores = hk.fuse(statistics)
+    fine, coarse = statistics.fine[name]["second"], coarse_estimate(statistics.coarse[name], "second")
+    zf, zc = ((x.double().log() - x.double().log().mean()) / x.double().log().std(correction=0) for x in (fine, coarse))
+    query = (zf + zc) / 2
+    logits = torch.stack([query * zf + math.log(share), query * zc + math.log(1 - share)])
+    want = (torch.softmax(logits, 0) * torch.stack([zf, zc])).sum(0)
+    assert torch.allclose(scores.values[name].double(), want, atol=1e-5)
+    assert scores.record["fusion"] == "attention"
+
+
+def test_an_even_prior_is_the_op_itself(statistics):
     name = "model.layers.2.mlp"
     fine, coarse = statistics.fine[name]["second"], coarse_estimate(statistics.coarse[name], "second")
     want = hk.ops.attention_fusion(fine, coarse, backend="reference").score
-    assert torch.equal(scores.values[name], want)
-    assert scores.record["fusion"] == "attention"
+    assert torch.equal(fused(fine, coarse, "attention", "reference"), want)
+    near = fused(fine, coarse, "attention", "reference", 0.5 + 1e-9)
+    assert torch.allclose(near, want, atol=1e-6)
 
 
 def test_mean_and_product_rank_between_the_grains(statistics):

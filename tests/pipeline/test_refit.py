@@ -114,9 +114,14 @@ def test_nothing_else_changes(gqa, text):
     plan = make_plan(gqa, "adaptive")
     before = {k: v.clone() for k, v in gqa.state_dict().items()}
     hk.refit(gqa, plan, text)
+    cut = [g for g in plan.groups if plan.keep[g.name].numel() < g.units]
     changed = {k for k, v in gqa.state_dict().items() if not torch.equal(v, before[k])}
-    cut = {g.members[-1].module + ".weight" for g in plan.groups if plan.keep[g.name].numel() < g.units}
-    assert changed == cut
+    assert changed == {f"{m.module}.weight" for g in cut for m in g.members}
+    for group in cut:  # rows of survivors are as they were
+        for member in group.members[:-1]:
+            name = f"{member.module}.weight"
+            rows = plan.keep[group.name][:, None] * member.group_size + torch.arange(member.group_size)
+            assert torch.equal(gqa.state_dict()[name][rows.flatten()], before[name][rows.flatten()])
     assert all(p.requires_grad for p in gqa.parameters())
 
 

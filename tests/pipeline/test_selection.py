@@ -115,3 +115,66 @@ def test_widths_that_differ_already_need_group_ratio(gqa, scores):
     with pytest.raises(hk.HywiaError, match="widths differ already"):
         hk.plan(again, ratio=0.1)
     assert hk.plan(again, group_ratio=0.5, units=("mlp",), align=4).widths("mlp") == [28, 16, 16]
+
+
+def estimated(scores, seed=3, first_layer=1.0):
+    """The same scores with loss estimates; the first layer's are multiplied."""
+    generator = torch.Generator().manual_seed(seed)
+    loss = {
+        g.name: torch.rand(g.units, generator=generator) * (first_layer if g.layer == 0 else 1.0) for g in scores.groups
+    }
+    return hk.Scores(scores.groups, scores.values, loss, scores.parameters, scores.fingerprint)
+
+
+def test_kinds_have_their_own_shares(scores):
+    plan = hk.plan(scores, group_ratio={"mlp": 0.5, "attention": 0.34}, align=4)
+    assert plan.widths("mlp") == [28, 28, 28]
+    assert plan.widths("attention") == [2, 2, 2]
+    only = hk.plan(scores, group_ratio={"attention": 0.34}, align=4)
+    assert only.widths("mlp") == [56, 56, 56]
+    assert only.record["group_ratio"] == {"attention": 0.34}
+
+
+@pytest.mark.parametrize("call", [dict(ratio=0.2), dict(group_ratio=0.5), dict(group_ratio={"mlp": 0.5})])
+def test_adaptive_removes_as_much_where_it_costs_less(scores, call):
+    with_loss = estimated(scores, first_layer=1e3)
+    uniform = hk.plan(with_loss, align=4, **call)
+    adaptive = hk.plan(with_loss, align=4, layout="adaptive", **call)
+    assert adaptive.parameters_after == uniform.parameters_after
+    assert adaptive.widths("attention") == uniform.widths("attention")
+    assert adaptive.widths("mlp")[0] > uniform.widths("mlp")[0], "the dear layer keeps more"
+    assert all(w % 4 == 0 for w in adaptive.widths("mlp"))
+    assert adaptive.layout == "adaptive"
+    for plan in (uniform, adaptive):
+        for group in plan.groups:
+            values, keep = with_loss.values[group.name], plan.keep[group.name]
+            gone = torch.ones(group.units, dtype=torch.bool)
+            gone[keep] = False
+            assert not bool(gone.any()) or float(values[keep].min()) >= float(values[gone].max())
+
+
+def test_adaptive_spreads_evenly_where_layers_cost_the_same(scores):
+    loss = {g.name: torch.arange(g.units).float() for g in scores.groups}
+    values = {g.name: torch.arange(g.units).float() for g in scores.groups}
+    alike = hk.Scores(scores.groups, values, loss, scores.parameters, scores.fingerprint)
+    assert hk.plan(alike, group_ratio={"mlp": 0.5}, align=4, layout="adaptive").widths("mlp") == [28, 28, 28]
+
+
+def test_adaptive_stays_within_the_listed_layers(scores):
+    plan = hk.plan(estimated(scores), group_ratio=0.5, layers=(1, 3), units=("mlp",), align=4, layout="adaptive")
+    assert plan.widths("mlp")[0] == 56
+    assert sum(plan.widths("mlp")[1:]) == 56
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (dict(ratio=0.2, layout="free"), "layout: expected one of uniform, adaptive, got 'free'"),
+        (dict(ratio=0.2, align=4, layout="adaptive"), "layout: adaptive needs scores that estimate the loss"),
+        (dict(group_ratio={"mlp": 1.5}), "group_ratio: expected a number between 0 and 1"),
+        (dict(group_ratio={"norm": 0.5}), "units: expected some of mlp, attention"),
+    ],
+)
+def test_bad_layouts(scores, call, message):
+    with pytest.raises(UsageError, match=message):
+        hk.plan(scores, **call)

@@ -1,0 +1,178 @@
+"""Scores tuned end to end: masks over the units, learned for some dozens of steps on calibration text.
+
+The training-free scores are where the search starts. Every step masks the units that a plan of the present scores
+would remove, compares the masked model's next-token distributions with the whole model's, and moves the scores along
+the gradient that the masks get ("straight through": the step function's backward is a sigmoid's). Weights stay as they
+are. Unlike a single pass over gradients this sees what units do for each other, and what is missing already. A step
+costs two forward passes and a backward pass without weight gradients: README has the price and the gain.
+
+Straight-through estimators: Bengio et al. (arXiv 1308.3432).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .engine.patches import frozen
+from .engine.samples import padded
+from .errors import HywiaError, UsageError
+from .ops.reference import standardised_log
+from .progress import Bar
+from .text import check_tokens, digest
+from .types import Group, Plan, Scores
+from .weights import fingerprint
+
+__all__ = ["learn"]
+
+_RATE, _BETAS = 0.05, (0.9, 0.95)
+_SLOPE = 2.0  # of the sigmoid that stands for the step in backward, scores in standard deviations of their layer
+_LOGITS = 32  # sequences whose logits exist at a time
+
+
+@dataclass
+class _Learning:
+    """One group's scores while they are learned: those above zero stay."""
+
+    group: Group
+    count: int  # units to keep
+    module: nn.Module
+    scores: Tensor  # float32 [units], requires grad
+
+    def mask(self) -> Tensor:
+        """Ones and zeros `[units]`, as many ones as are to stay, with a sigmoid's gradient."""
+        kept = torch.zeros_like(self.scores)
+        kept[torch.sort(self.scores.detach(), descending=True, stable=True).indices[: self.count]] = 1.0
+        ordered = torch.sort(self.scores.detach(), descending=True).values
+        threshold = 0.5 * (ordered[self.count - 1] + ordered[self.count])
+        soft = torch.sigmoid(_SLOPE * (self.scores - threshold))
+        return kept + soft - soft.detach()
+
+
+@contextmanager
+def _masked(learning: Sequence[_Learning]) -> Iterator[None]:
+    """The model with its present masks on what enters the matrices that units send their output on through."""
+
+    def hook(one: _Learning) -> Any:
+        def multiply(module: nn.Module, arguments: tuple) -> tuple:
+            mask = one.mask().repeat_interleave(one.group.members[-1].group_size)
+            return (arguments[0] * mask.to(arguments[0].dtype), *arguments[1:])
+
+        return multiply
+
+    handles = [one.module.register_forward_pre_hook(hook(one)) for one in learning]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _start(values: Tensor) -> Tensor:
+    """Scores in standard deviations; positive ones are magnitudes, whose logarithms are nearer to even spacing."""
+    if bool((values >= 0).all()):
+        return standardised_log(values).float()
+    centred = values.double() - values.double().mean()
+    return (centred / centred.square().mean().sqrt().clamp(min=1e-12)).float()
+
+
+def _hidden(model: Any, tokens: Tensor) -> Tensor:
+    return model.get_decoder()(tokens, use_cache=False).last_hidden_state
+
+
+def _divergence(model: Any, dense: Tensor, masked: Tensor, counts: Tensor) -> Tensor:
+    """Mean KL divergence of the next-token distributions, from hidden states; and backward through it into them."""
+    head = model.get_output_embeddings()
+    total = masked.new_zeros((), dtype=torch.float32)
+    for want, got, valid in zip(dense.split(_LOGITS), masked.split(_LOGITS), counts.split(_LOGITS), strict=True):
+        with torch.no_grad():
+            target = functional.log_softmax(head(want).float(), -1)
+        difference = functional.kl_div(
+            functional.log_softmax(head(got).float(), -1), target, log_target=True, reduction="none"
+        ).sum(-1)
+        total = total + (difference * valid).sum()
+    return total / counts.sum()
+
+
+def learn(
+    model: Any,
+    scores: Scores,
+    plan: Plan,
+    batches: Tensor | Sequence[Tensor],
+    *,
+    steps: int = 50,
+    batch: int = 16,
+) -> Scores:
+    """Tune scores for one plan's counts.
+
+    Args:
+        model: the model the scores are of; left as it was.
+        scores: where to start, for instance attention's.
+        plan: of these scores: how many units every group is to keep. Groups it leaves whole keep their scores.
+        batches: token ids, as `calibrate` takes them; taken in turn, `batch` samples a step.
+        steps: of Adam, at a rate that falls linearly to a fifth.
+        batch: samples a step.
+
+    Returns:
+        Scores whose values are the learned ones, in standard deviations of their group; plan again with them, for the
+        same request. Only one run of one seed is behind them: the same input gives the same scores on a CPU.
+
+    Raises:
+        HywiaError: scores or plan of another model, a plan that cuts stacked experts, or a loss that is NaN.
+        UsageError: malformed batches, steps or batch.
+    """
+    began = time.monotonic()
+    if steps < 1 or batch < 1:
+        raise UsageError(f"steps: expected steps and batch of at least 1, got {steps} and {batch}")
+    if fingerprint(model) != scores.fingerprint or plan.fingerprint != scores.fingerprint:
+        raise HywiaError("scores: made for another model, or not those of the plan (the weights differ)")
+    samples = padded(batches)
+    check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
+    learning = []
+    for group in scores.groups:
+        member, count = group.members[-1], plan.keep[group.name].numel()
+        if count == group.units:
+            continue
+        if member.index is not None or group.kind == "experts":
+            raise HywiaError(f"learn: {group.name} is stacked experts, which masks of this kind do not reach")
+        module = model.get_submodule(member.module)
+        start = _start(scores.values[group.name]).to(module.weight.device).requires_grad_()
+        learning.append(_Learning(group, count, module, start))
+    device = model.get_input_embeddings().weight.device
+    optimiser = torch.optim.Adam([one.scores for one in learning], lr=_RATE, betas=_BETAS)
+    losses = []
+    with frozen(model), Bar("learning", steps) as bar:
+        for step in range(steps):
+            chosen = [(step * batch + i) % len(samples) for i in range(min(batch, len(samples)))]
+            tokens = samples.tokens[chosen].to(device)
+            valid = (torch.arange(tokens.shape[1]) < samples.lengths[chosen][:, None]).float().to(device)
+            for settings in optimiser.param_groups:
+                settings["lr"] = _RATE * (1.0 - 0.8 * step / steps)
+            with torch.no_grad():
+                dense = _hidden(model, tokens)
+            with _masked(learning), torch.enable_grad():
+                loss = _divergence(model, dense, _hidden(model, tokens), valid)
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+            optimiser.step()
+            losses.append(float(loss.detach()))
+            if losses[-1] != losses[-1]:
+                raise HywiaError("model: the loss is NaN; load the model in float32 or bfloat16")
+            bar.step()
+    values = dict(scores.values) | {one.group.name: one.scores.detach().cpu() for one in learning}
+    record = {
+        "steps": steps,
+        "batch": batch,
+        "samples": len(samples),
+        "calibration_sha256": digest(samples.tokens),
+        "divergence": [losses[0], losses[-1]],
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    return replace(scores, values=values, record={**scores.record, "fusion": "learned", "learned": record})
