@@ -44,6 +44,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.bench_linear --csv $(BENCH)/results.csv
 	$(BIN)/python -m benchmarks.bench_compact --csv $(BENCH)/results.csv
 	$(BIN)/python -m benchmarks.bench_engine --csv $(BENCH)/engine.csv
+	$(BIN)/python -m benchmarks.bench_integrations --only torch_pruning --csv $(BENCH)/integrations.csv
 	$(BIN)/python -m benchmarks.table --results $(BENCH)/results.csv --engine $(BENCH)/engine.csv
 
 clean:

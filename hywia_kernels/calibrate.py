@@ -225,7 +225,7 @@ def measure(
     loss.check_head(model)
     linears = arch.linears(model, found)
     weight = linears[found[0].members[0].module].weight
-    reason = unsupported(model, found)
+    reason = unsupported(found)
     engine, ran_on = _chosen_engine(engine, backend, weight.detach(), reason)
     if engine == "autograd" and memory == "layerwise":
         because = f" (taken because {reason})" if reason else ""

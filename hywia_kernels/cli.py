@@ -94,7 +94,8 @@ def parser() -> argparse.ArgumentParser:
         help="papers' protocol: this share of the layers' units, or shares by kind: mlp=0.6,attention=0.34",
     )
     how.add_argument("--layers", type=_layers, metavar="A:B", help="layers A to B-1, with --group-ratio")
-    how.add_argument("--units", type=_units, default=selection.USUAL, metavar="mlp,attention", help="what may go")
+    kinds = ",".join(selection.KINDS)
+    how.add_argument("--units", type=_units, default=selection.USUAL, metavar=kinds, help="what may go (mlp,attention)")
     commands_bench.add_planning(how)
     how.add_argument("--scores", metavar="DIR", help="use what 'hywia score' wrote instead of scoring again")
     _add_scoring(prune, learned=True)

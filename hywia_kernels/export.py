@@ -36,10 +36,14 @@ def stock_config(model: Any) -> Any:
     from huggingface_hub.errors import StrictDataclassError
 
     entry = arch.architecture(model)
-    values = copy.deepcopy(model.config).to_dict()
-    values.pop("module_changes", None)  # of what it was before
-    text = arch.text_config(model)
-    inner = values if text is model.config else values["text_config"]
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "base_model_type"):  # its layers differed, and perhaps do no longer
+        from .adaptive.configuration_hywia_adaptive import base_config
+
+        config = base_config(config)
+    values = config.to_dict()
+    values.pop("module_changes", None)
+    inner = values if arch.text_config(model) is model.config else values["text_config"]
     if entry.attention.free_head_dim:
         inner["head_dim"] = arch.head_dim(model)
     for field, widths in arch.config_widths(model, arch.groups(model)).items():
@@ -48,11 +52,11 @@ def stock_config(model: Any) -> Any:
     if entry.stand_in is not None and not unmet and _head_size_is_guessed(model, inner):
         return _stand_in(entry, values)
     try:
-        return type(model.config).from_dict(values)
+        return type(config).from_dict(values)
     except (ValueError, StrictDataclassError) as refused:
         if entry.stand_in is None or unmet:
             raise HywiaError(
-                f"save: a {model.config.model_type} config refuses these widths ({_last_line(refused)}) and no "
+                f"save: a {config.model_type} config refuses these widths ({_last_line(refused)}) and no "
                 f"stand-in describes the model{f' with {unmet}' if unmet else ''}"
             ) from refused
     return _stand_in(entry, values)

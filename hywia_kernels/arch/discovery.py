@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,14 +95,14 @@ def _linear(modules: Modules, name: str) -> Any:
 
 def _sizes(module: Any) -> tuple[int, int]:
     """`(outputs, inputs)` of a linear layer."""
-    out, into = module.weight.shape
+    out, into = _parameter(module, "weight").shape
     return (into, out) if _is_transposed(module) else (out, into)
 
 
 def _outputs(modules: Modules, name: str, group_size: int, start: int = 0) -> Member:
     """Units on a linear layer's outputs, with their biases."""
     module = _linear(modules, name)
-    bias = None if module.bias is None else "bias"
+    bias = None if _parameter(module, "bias") is None else "bias"
     return Member(name, 1 if _is_transposed(module) else 0, group_size, start, bias=bias)
 
 
@@ -124,10 +125,17 @@ def view(model: nn.Module | Modules, member: Member, units: int) -> Tensor:
 def _unit_parameters(modules: Modules, members: Sequence[Member], vectors: Sequence[Member] = ()) -> int:
     total = sum(vector.group_size for vector in vectors)
     for member in members:
-        total += view(modules, member, 1).numel()
-        if member.bias is not None:
-            total += member.group_size
+        shape = list(_parameter(modules[member.module], member.parameter).shape)
+        if member.index is not None:
+            del shape[0]
+        del shape[member.axis]
+        total += member.group_size * (math.prod(shape) + (member.bias is not None))
     return total
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    """Past the modules' own attribute lookup, which takes ten times as long."""
+    return module._parameters[name]
 
 
 def _mlp_group(modules: Modules, entry: Architecture, prefix: str, layer: int) -> Group:
@@ -358,7 +366,7 @@ def matrices(model: nn.Module, found: Sequence[Group]) -> list[Matrix]:
     members: dict[tuple[str, str, int | None], list[tuple[Group, int]]] = {}
     for group in found:
         for i, member in enumerate(group.members):
-            if member.index is None and getattr(modules[member.module], member.parameter).dim() > 2:
+            if member.index is None and _parameter(modules[member.module], member.parameter).dim() > 2:
                 continue
             members.setdefault((member.module, member.parameter, member.index), []).append((group, i))
     return [Matrix(*key, _is_transposed(modules[key[0]]), tuple(on)) for key, on in members.items()]

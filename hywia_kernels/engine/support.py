@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from .. import arch
 from ..types import Group
 
 __all__ = ["unsupported"]
 
 
-def unsupported(model: Any, found: Sequence[Group]) -> str | None:
-    """Why the fused passes cannot measure this model; None: they can."""
-    for matrix in arch.matrices(model, found):
-        if matrix.index is not None:
-            return f"{matrix.module} holds experts, each of which sees other tokens"
+def unsupported(found: Sequence[Group]) -> str | None:
+    """Why the fused passes cannot measure a model of these groups; None: they can."""
+    for group in found:
+        if group.together:
+            return f"{group.members[0].module} holds experts, each of which sees other tokens"
     return None

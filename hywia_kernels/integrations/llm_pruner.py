@@ -38,7 +38,7 @@ from ..errors import UsageError
 from ..ops.checks import ORDERS
 from .measured import Measured, accumulate_fisher, clear_fisher, measured
 from .modules import Sums, gradient
-from .placement import straight
+from .placement import Straight
 
 try:
     import LLMPruner.torch_pruning as tp
@@ -123,12 +123,14 @@ class _Scorer:
     def _scores(self, group: Any, members: list, roots: int, consecutive: int) -> Tensor:
         values = self._values([part for parts, _ in members for part in parts])
         home, rows = None, []
+        straight = None
         for parts, idxs in members:
-            total = next(values)
+            total = next(values)  # the first launches all
+            straight = straight or Straight(group[0][1])
             for _ in parts[1:]:
                 total = total + next(values)
             home = total.device if home is None else home
-            rows.append(self._aligned(_picked(total, idxs), roots, consecutive).to(home))
+            rows.append(self._aligned(_picked(total, idxs, straight), roots, consecutive).to(home))
         scores = self._reduced(rows)
         return scores if self.normalizer is None else self.normalizer(group, scores)
 
@@ -167,9 +169,9 @@ class _Scorer:
         raise NotImplementedError
 
 
-def _picked(values: Tensor, idxs: Sequence[int]) -> Tensor:
+def _picked(values: Tensor, idxs: Sequence[int], straight: Straight) -> Tensor:
     """The channels `idxs`, in their order."""
-    if len(idxs) == values.shape[-1] and idxs == straight(len(idxs)):
+    if len(idxs) == values.shape[-1] and straight(idxs):
         return values
     return values[..., torch.as_tensor(idxs, dtype=torch.int64, device=values.device)]
 
@@ -333,13 +335,17 @@ class HyWIAImportance(_Scorer, tp.importance.Importance):
 
     def _scores(self, group: Any, members: list, roots: int, consecutive: int) -> Tensor:
         size = consecutive if consecutive > 1 and roots % consecutive == 0 else 1
+        straight = Straight(group[0][1])
         fine = torch.zeros(roots // size)
         coarse = torch.zeros_like(fine)
         for parts, idxs in members:
             for part in parts:
                 by_channel, by_sample = self._both(part)
                 by_channel, by_sample = (
-                    self._aligned(_picked(v, idxs), roots, consecutive).cpu().unflatten(-1, (-1, size)).sum(-1)
+                    self._aligned(_picked(v, idxs, straight), roots, consecutive)
+                    .cpu()
+                    .unflatten(-1, (-1, size))
+                    .sum(-1)
                     for v in (by_channel, by_sample)
                 )
                 fine += by_channel

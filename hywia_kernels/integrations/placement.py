@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 
-__all__ = ["REDUCTIONS", "Placement", "placement", "reduced", "straight"]
+__all__ = ["REDUCTIONS", "Placement", "Straight", "placement", "reduced"]
 
 REDUCTIONS = ("sum", "mean", "max", "prod", "first", "gate", None)
 _PAD = {"max": -torch.inf, "prod": 1.0}
@@ -19,9 +19,22 @@ _START = {"max": -99999.0, "prod": 1.0}  # of roots that no member reaches: what
 
 
 @lru_cache(maxsize=64)
-def straight(n: int) -> list[int]:
-    """0 … n − 1, to compare lists with: making one takes longer."""
+def _straight(n: int) -> list[int]:
     return list(range(n))
+
+
+class Straight:
+    """Whether lists of indices are 0 … n − 1, which almost all are.
+
+    A group's lists mostly hold the very numbers of its root's, or are that list: comparing with it takes a fifth of the
+    time that comparing with other numbers takes (tens of microseconds instead of hundreds for a model's widths).
+    """
+
+    def __init__(self, root: Sequence[int]) -> None:
+        self._known = root if root == _straight(len(root)) else _straight(len(root))
+
+    def __call__(self, idxs: Sequence[int | None]) -> bool:
+        return idxs is self._known or idxs == self._known
 
 
 class Placement:
@@ -55,16 +68,18 @@ class Placement:
 _IDENTITY = Placement(None)
 
 
-def placement(idxs: Sequence[int], root_idxs: Sequence[int | None], channels: int, roots: int) -> Placement | None:
+def placement(
+    idxs: Sequence[int], root_idxs: Sequence[int | None], channels: int, roots: int, straight: Straight
+) -> Placement | None:
     """The map of one member, or None where nothing says which roots its channels belong to.
 
     Args:
         idxs: the member's channels, in any order, repeated or not.
         root_idxs: for each of them its root channel; likewise. All None, in a list as long as the root: `idxs[r]`
             serves root `r` along with others (a KV head its query heads), and each gets an equal share of its score.
-        channels: of the member. roots: of the group.
+        channels: of the member. roots: of the group. straight: made of the group's root.
     """
-    if channels == roots and idxs == straight(roots) and root_idxs == straight(roots):
+    if channels == roots and straight(idxs) and straight(root_idxs):
         return _IDENTITY
     if len(root_idxs) == 0:
         return Placement(torch.full((roots, 1), channels))

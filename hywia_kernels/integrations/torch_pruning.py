@@ -44,7 +44,7 @@ from ..errors import UsageError
 from ..ops.checks import ORDERS
 from .measured import accumulate_fisher, any_measured, clear_fisher, measured
 from .modules import BySide, Sums, SumsCache, bias_terms, gradient, magnitude_sums, taylor_sums, tensor_of
-from .placement import Placement, placement, reduced
+from .placement import Placement, Straight, placement, reduced
 
 try:
     from torch_pruning.pruner import function, importance
@@ -144,7 +144,7 @@ class _Scorer:
         return self._normalize(reduced(values, self.group_reduction, roots), self.normalizer)  # type: ignore[attr-defined]
 
     def _members(self, group: Any, roots: int) -> Iterator[_Member]:
-        types = tuple(self.target_types)
+        types, straight = tuple(self.target_types), Straight(group[0].idxs)
         for i, (dep, idxs) in enumerate(group):
             owner = dep.target.module
             if not isinstance(owner, types):
@@ -157,7 +157,7 @@ class _Scorer:
                 continue
             if isinstance(owner, Tensor) and weight.dim() != 1:
                 continue  # along which dimension of a bare parameter the channels lie is the graph's knowledge
-            place = placement(idxs, group[i].root_idxs, self._width(owner, weight, side), roots)
+            place = placement(idxs, group[i].root_idxs, self._width(owner, weight, side), roots, straight)
             if place is not None:
                 yield _Member(owner, side, idxs, place)
 

@@ -26,10 +26,11 @@ from ..speed.work import Work
 
 __all__ = ["NAMES", "Prediction", "Target", "at_hand", "predict", "resolve"]
 
-# Other names of a measured chip, and chips that were not measured: NVIDIA's guide to matrix products says that
-# dimensions should be multiples of 128 bytes on A100: 64 elements of 2 bytes.
+# Other names of a measured chip, and devices that were not measured. NVIDIA's guide to matrix products says that
+# dimensions should be multiples of 128 bytes on A100: 64 elements of 2 bytes. A CPU's rows should be whole cache lines
+# and AVX-512 vectors: 16 elements of 4 bytes.
 _SAME = {"h200": "h100"}
-_DOCUMENTED = {"a100": 64}
+_DOCUMENTED = {"a100": 64, "cpu": 16}
 _DEFAULT_ALIGN = 64
 
 

@@ -174,9 +174,25 @@ FAMILIES: tuple[Family, ...] = (
         stock=_NO_STOCK_HEADS,
     ),
     Family(
+        "gpt_neox-sequential",
+        _SIZES | dict(num_attention_heads=4, use_parallel_residual=False, attention_bias=False),
+        (rows("attention.query_key_value.weight", 27), columns("attention.dense.weight", 9)),
+        (rows("mlp.dense_h_to_4h.weight"), columns("mlp.dense_4h_to_h.weight")),
+        layers="gpt_neox.layers",
+        stock=_NO_STOCK_HEADS,
+    ),
+    Family(
         "opt",
         dict(hidden_size=36, ffn_dim=44, num_hidden_layers=3, num_attention_heads=6, word_embed_proj_dim=20),
         _grouped(1, 6, "out_proj"),
+        (rows("fc1.weight"), columns("fc2.weight")),
+        layers="model.decoder.layers",
+        stock=_NO_STOCK_HEADS,
+    ),
+    Family(
+        "opt-350m",  # norms behind attention and MLP
+        dict(hidden_size=36, ffn_dim=44, num_hidden_layers=3, num_attention_heads=4, do_layer_norm_before=False),
+        _grouped(1, 9, "out_proj"),
         (rows("fc1.weight"), columns("fc2.weight")),
         layers="model.decoder.layers",
         stock=_NO_STOCK_HEADS,

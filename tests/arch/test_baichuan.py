@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from families import fresh_named, randomised, token_ids
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_contract import CUTS, logits, make_plan, relative
+from words import text, write_tokenizer
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.adaptive.alibi_hywia_adaptive import SURVIVORS
+from hywia_kernels.cli import main
 
 CODE = Path(__file__).with_name("baichuan_code")
 BOMB = 'raise AssertionError("code of the checkpoint was run")\n'
@@ -30,15 +32,6 @@ def modules(tmp_path_factory):
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
         patch.syspath_prepend(folder)
         yield
-
-
-def write_tokenizer(folder):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.WordLevel({f"t{i}": i for i in range(131)}, unk_token="t0"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="t0").save_pretrained(folder)
 
 
 @pytest.fixture
@@ -125,8 +118,6 @@ def test_seven_pruned_and_saved_is_a_stock_llama(seven, tmp_path):
     ],
 )
 def test_a_seven_that_is_none_is_refused(seven, change, message):
-    from safetensors.torch import load_file
-
     folder, _ = seven
     state = load_file(folder / "model.safetensors")
     change(state)
@@ -219,3 +210,29 @@ def test_thirteen_is_scored(thirteen):
     fused, plain = (hk.calibrate(model, token_ids(), engine=engine) for engine in ("fused", "autograd"))
     for name, coarse in plain.coarse.items():
         torch.testing.assert_close(fused.coarse[name], coarse, rtol=1e-4, atol=1e-5 * float(coarse.abs().max()))
+
+
+def test_thirteen_by_command(thirteen, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text(text())
+    monkeypatch.chdir(tmp_path)
+    request = [
+        "--ratio",
+        "0.2",
+        "--align",
+        "4",
+        "--no-eval",
+        "--calib",
+        "text.txt",
+        "--samples",
+        "3",
+        "--seq-len",
+        "12",
+    ]
+    command = ["prune", thirteen.name, "-o", "out", *request]
+    assert main(command) == 1
+    assert "pass --trust-remote-code" in capsys.readouterr().err
+    assert main([*command, "--trust-remote-code"]) == 0
+    again, _ = hk.load("out", trust_remote_code=True)
+    assert sum(p.numel() for p in again.parameters()) < sum(
+        t.numel() for t in load_file(thirteen / "model.safetensors").values()
+    )

@@ -103,7 +103,7 @@ def test_a_pruned_model_can_be_pruned_again(tokenizer, tokens, tmp_path, name):
     hk.prune(model, make_plan(model, name))
     hk.save(model, tokenizer, tmp_path / "once")
     again, _ = hk.load(tmp_path / "once")
-    assert again.config.model_type == ("mistral" if name == "one-head" else "llama")
+    assert again.config.model_type == "mistral"  # servers guess the size of a Llama's heads
     plan = hk.plan(hk.score(again, tokens), ratio=0.1, align=4, units=("mlp",))
     want = masked_logits(again, plan, tokens)
     hk.prune(again, plan)

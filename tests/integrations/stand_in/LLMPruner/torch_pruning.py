@@ -24,15 +24,3 @@ class Importance:
 
 
 importance = SimpleNamespace(Importance=Importance)
-
-
-def member(module, handler, idxs):
-    return SimpleNamespace(target=SimpleNamespace(module=module), handler=handler), list(idxs)
-
-
-def kept(importance_, group, consecutive_groups, ratio):
-    """The root's units that stay: scores of channels, added up over a head, the lowest removed."""
-    scores = importance_(group, ch_groups=1, consecutive_groups=consecutive_groups)
-    if consecutive_groups > 1:
-        scores = scores.view(-1, consecutive_groups).sum(1)
-    return sorted(scores.argsort()[int(len(scores) * ratio) :].tolist())

@@ -1,0 +1,162 @@
+"""Whole chains on models of several families: the command line, a second cut after a reload, the ratio protocol."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, fresh, fresh_named, token_ids
+from test_contract import logits, make_plan, relative
+from words import text, write_tokenizer
+
+import hywia_kernels as hk
+from hywia_kernels.cli import main
+
+SMALL = ["--samples", "3", "--seq-len", "12", "--align", "4", "--block", "16", "--max-blocks", "3"]
+
+
+def directory(folder: Path, name: str) -> Path:
+    fresh_named(name).save_pretrained(folder / name)
+    write_tokenizer(folder / name)
+    (folder / "text.txt").write_text(text())
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("name", "request_"),
+    [
+        ("mixtral", ["--group-ratio", "0.4", "--units", "experts"]),
+        ("qwen3_moe", ["--group-ratio", "0.4"]),
+        ("gemma3", ["--ratio", "0.1"]),
+        ("bloom", ["--ratio", "0.2"]),
+        ("gpt2", ["--ratio", "0.2", "--units", "mlp"]),
+    ],
+)
+def test_prune_by_command(tmp_path, monkeypatch, capsys, name, request_):
+    directory(tmp_path, name)
+    monkeypatch.chdir(tmp_path)
+    files = ["--calib", "text.txt", "--text", "text.txt", "--json", "r.json"]
+    assert main(["prune", name, "-o", "out", *request_, *SMALL, *files]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    model, _ = hk.load("out")
+    assert report["after"]["parameters"] == sum(p.numel() for p in model.parameters()) < report["before"]["parameters"]
+    said = "left alone, being no part of the language decoder: model.vision_tower, model.multi_modal_projector"
+    assert (said in capsys.readouterr().out) == (name == "gemma3")
+    if name == "mixtral":
+        assert model.config.num_local_experts == 3
+        assert report["plan"]["widths"]["experts"] == [3, 3, 3]
+
+
+def test_a_family_without_experts_says_so(tmp_path, monkeypatch, capsys):
+    directory(tmp_path, "opt")
+    monkeypatch.chdir(tmp_path)
+    request = ["--group-ratio", "0.4", "--units", "experts", "--criterion", "random", "--no-eval"]
+    assert main(["prune", "opt", "-o", "out", *request]) == 2
+    assert "units: the model has no experts to cut" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_a_second_cut_after_a_reload(family, tmp_path):
+    """Layers of different widths, saved, loaded, measured, cut again, saved and loaded again."""
+    tokens, model = token_ids(), fresh(family)
+    hk.prune(model, make_plan(model, "adaptive"))
+    hk.save(model, None, tmp_path / "once")
+    write_tokenizer(tmp_path / "once")
+    once, tokenizer = hk.load(tmp_path / "once")
+    assert torch.equal(logits(once, tokens), logits(model, tokens))
+    assert hk.groups(once) == hk.groups(model)
+    plan = hk.plan(hk.score(once, tokens), group_ratio=0.3, align=4)
+    hk.prune(model, hk.plan(hk.score(model, tokens), group_ratio=0.3, align=4))
+    hk.prune(once, plan)
+    assert torch.equal(logits(once, tokens), logits(model, tokens))
+    hk.save(once, tokenizer, tmp_path / "twice")
+    twice, _ = hk.load(tmp_path / "twice")
+    assert torch.equal(logits(twice, tokens), logits(model, tokens))
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma3", "qwen3"])
+def test_layers_that_become_equal_again_are_stock(name, tmp_path):
+    tokens, model = token_ids(), fresh_named(name)
+    for layers in ((1, 3), (0, 1)):
+        scores = hk.score(model, criterion="random")
+        hk.prune(model, hk.plan(scores, group_ratio=0.4, layers=layers, align=4))
+        hk.save(model, None, tmp_path / str(layers[0]))
+        write_tokenizer(tmp_path / str(layers[0]))
+        reloaded, _ = hk.load(tmp_path / str(layers[0]))
+        assert torch.equal(logits(reloaded, tokens), logits(model, tokens))
+        model = reloaded
+    record = json.loads((tmp_path / "0" / "hywia.json").read_text())
+    assert record["not_stock"] is None
+    assert json.loads((tmp_path / "0" / "config.json").read_text())["model_type"] == name
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_the_ratio_is_met(family):
+    """One width for all layers, in parameters of the whole model; where layers cannot share one, an error says so."""
+    model = fresh(family)
+    scores = hk.score(model, token_ids())
+    if family.dense_layers:
+        with pytest.raises(hk.HywiaError, match="mlp widths differ already"):
+            hk.plan(scores, ratio=0.15, align=4)
+        return
+    plan = hk.plan(scores, ratio=0.12, align=4)
+    assert plan.layout == "uniform"
+    assert 0.05 < plan.ratio < 0.19
+    before = sum(p.numel() for p in model.parameters())
+    hk.prune(model, plan)
+    assert 1 - sum(p.numel() for p in model.parameters()) / before == pytest.approx(plan.ratio, abs=1e-12)
+
+
+REMOTE = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+tokens = torch.tensor(json.loads(sys.argv[2]))
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert not any(name.startswith("hywia_kernels") for name in sys.modules)
+with torch.no_grad():
+    torch.save(model(tokens).logits, sys.argv[1] + ".pt")
+"""
+
+
+def test_slopes_travel_with_a_checkpoint_that_is_loaded_without_this_package(tmp_path):
+    model, tokens = fresh_named("bloom"), token_ids()
+    hk.prune(model, make_plan(model, "adaptive"))
+    hk.save(model, None, tmp_path / "out")
+    done = subprocess.run(
+        [sys.executable, "-c", REMOTE, str(tmp_path / "out"), json.dumps(tokens.tolist())],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert torch.equal(torch.load(str(tmp_path / "out") + ".pt", weights_only=True), logits(model, tokens))
+
+
+def without_alignment(model):
+    """The grouped product of experts wants rows of whole 16 bytes, which odd sizes are not."""
+    if hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"
+    return model
+
+
+def test_bfloat16_is_cut_and_scored_in_every_family():
+    tokens = token_ids()
+    for family in FAMILIES:
+        model = without_alignment(fresh(family).bfloat16())
+        exact = hk.calibrate(fresh(family), tokens)
+        low = hk.calibrate(model, tokens)
+        name = next(g.name for g in exact.groups if g.kind == "mlp")
+        ranks = torch.corrcoef(torch.stack([s.fine[name]["second"].log() for s in (exact, low)]))
+        assert float(ranks[0, 1]) > 0.9, family.name
+        plan = make_plan(model, "both")
+        masked = without_alignment(fresh(family).bfloat16())
+        hk.mask(masked, plan)
+        hk.prune(model, plan)
+        assert model.dtype == torch.bfloat16
+        assert relative(logits(model, tokens), logits(masked, tokens)) <= 3e-2, family.name
