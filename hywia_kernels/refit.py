@@ -241,7 +241,9 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
     with `x̃` the surviving inputs of the matrix in the pruned and so far refitted model, `r` what its output lacks of
     the dense model's, and `w_t` one over the mean square of the dense layer's output. Where the architecture only adds
     the output to the hidden states (`Architecture.residual`), `r` includes what these lack already. Biases are solved
-    too. The hidden states of the text between two layers are held, in the model's dtype, for both models; wide activations
+    too. Stacked experts are cut without a refit: each sees only the tokens that are sent to it.
+
+    The hidden states of the text between two layers are held, in the model's dtype, for both models; wide activations
     only for a few thousand tokens at a time.
 
     Args:
@@ -251,8 +253,6 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
         ridge: of λ. The best penalty of a regression of many inputs is their number over that of observations, divided
             by the share of the target they explain, so this is about the latter's inverse. It pulls towards the weights
             as they were, not towards zero.
-
-    Stacked experts are cut without a refit: each sees only the tokens that are sent to it.
 
     Returns:
         The same plan for the refitted model: hand this one to `prune`. Its record says what was done, and for every
