@@ -29,7 +29,7 @@ __all__ = [
 
 # README, "The recipe", has what each of them gains and costs.
 SAMPLES = 96  # scored: on LLaMA-7B's shapes a pass over them takes less time than LLM-Pruner's over ten
-REFIT_SAMPLES = 512
+REFIT_SAMPLES = 1024
 STEPS = 50
 
 Texts = Callable[[int | None], Tensor]  # calibration samples, as many as asked for; None: those that are scored

@@ -41,7 +41,7 @@ def test_coarse_never_exceeds_fine_of_the_same_terms(statistics):
         assert bool((coarse_estimate(samples, "first") <= bound * (1 + 1e-5)).all())
 
 
-@pytest.mark.parametrize(("name", "share"), [("model.layers.2.mlp", 0.7), ("model.layers.2.attention", 0.05)])
+@pytest.mark.parametrize(("name", "share"), [("model.layers.2.mlp", 0.9), ("model.layers.2.attention", 0.05)])
 def test_attention_is_the_op_with_a_prior_for_the_kind_of_unit(statistics, name, share):
     scores = hk.fuse(statistics)
     fine, coarse = statistics.fine[name]["second"], coarse_estimate(statistics.coarse[name], "second")
