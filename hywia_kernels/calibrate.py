@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import arch, ops
 from .engine import autograd, layered, loss, whole
+from .engine.experts import whole_experts
 from .engine.instrument import instrument
 from .engine.kernels import usable
 from .engine.linear import Scorer
@@ -27,7 +28,6 @@ from .engine.patches import forward_replaced, frozen, reproducible, without_coll
 from .engine.results import Results
 from .engine.rotary import rotary_replaced
 from .engine.samples import Samples, padded
-from .engine.support import unsupported
 from .errors import BackendError, HywiaError, UsageError
 from .progress import Bar
 from .text import check_tokens, digest
@@ -72,20 +72,20 @@ class _Job:
         return list(dict.fromkeys(next(m.parameters()).device for m in self.linears.values()))
 
 
-def _chosen_engine(engine: str, backend: str | None, weight: Tensor, reason: str | None) -> tuple[str, str]:
-    """`(engine, backend of its op)`; "auto" takes autograd only where the named backend lacks the fused op, or the
-    fused passes do not serve the model, for the reason given."""
-    if engine == "fused" and reason is not None:
-        raise UsageError(f"engine: 'fused' does not serve this model: {reason}; pass 'auto' or 'autograd'")
-    if reason is not None and engine == "auto":
-        log.info("scoring with plain autograd: %s", reason)
-    elif engine != "autograd":
+def _chosen_engine(engine: str, backend: str | None, weight: Tensor) -> tuple[str, str, str | None]:
+    """`(engine, backend of its op, why it is not fused)`; "auto" takes autograd only where the named backend lacks the
+    fused op."""
+    reason = None
+    if engine != "autograd":
         try:
-            return "fused", ops.choose("linear_importance", backend, weight, weight, weight)
-        except BackendError:
+            return "fused", ops.choose("linear_importance", backend, weight, weight, weight), None
+        except BackendError as error:
             if engine == "fused":
                 raise
-    return "autograd", ops.choose("taylor_importance", backend, weight, weight.new_empty(0, dtype=torch.float32))
+            reason = str(error)
+            log.info("scoring with plain autograd: %s", reason)
+    chosen = ops.choose("taylor_importance", backend, weight, weight.new_empty(0, dtype=torch.float32))
+    return "autograd", chosen, reason
 
 
 def _run(job: _Job, scale: float, strict: bool) -> tuple[Results, Tensor]:
@@ -110,6 +110,7 @@ def _run(job: _Job, scale: float, strict: bool) -> tuple[Results, Tensor]:
                 total = whole.run(model, samples, scale)
             else:
                 total = layered.run(model, layers, job.plan.chunks, scorer, scale, job.plan.offload)
+    whole_experts(results, job.found)
     return results, total
 
 
@@ -182,8 +183,8 @@ def calibrate(
         batches: token ids int64 `[samples, length]`, or a sequence of such or of single `[length]` samples.
         backend: of the ops.
         engine: "fused" (`ops.linear_importance` in one backward over all samples), "autograd" (the reference:
-            per-sample gradients of one matrix at a time), or "auto": fused, unless the named backend lacks its op or
-            the model is of those that autograd alone serves; the record's "not_fused" says why.
+            per-sample gradients of one matrix at a time), or "auto": fused, unless the named backend lacks its op
+            (the record's "not_fused" says so).
         memory: "fast" keeps what backward needs, "lean" what enters the decoder layers, and runs each again;
             "layerwise" (fused) does that for a part of the samples at a time, and collects one layer's gradients.
             "auto" is the first that fits into the memory that is free (and the next when a CUDA device runs out
@@ -225,11 +226,15 @@ def measure(
     loss.check_head(model)
     linears = arch.linears(model, found)
     weight = linears[found[0].members[0].module].weight
-    reason = unsupported(found)
-    engine, ran_on = _chosen_engine(engine, backend, weight.detach(), reason)
-    if engine == "autograd" and memory == "layerwise":
-        because = f" (taken because {reason})" if reason else ""
-        raise UsageError(f"memory: expected auto, fast or lean with engine 'autograd'{because}, got 'layerwise'")
+    engine, ran_on, reason = _chosen_engine(engine, backend, weight.detach())
+    experts = next((g.members[0].module for g in found if g.together), None)
+    modes = MODES if engine == "fused" and experts is None else MODES[:-1]
+    if memory == "layerwise" and memory not in modes:
+        raise UsageError(
+            f"memory: expected auto, fast or lean with engine {engine!r}"
+            + (f" and {experts}, whose tokens come from all samples at once" if experts is not None else "")
+            + ", got 'layerwise'"
+        )
     kernels = usable(weight.device, backend)
 
     def job_for(requested: str) -> _Job:
@@ -237,7 +242,14 @@ def measure(
             plan = plan_whole(model, linears, architectures, samples, requested)
         else:
             plan = plan_memory(
-                model, linears, architectures, samples, requested, float64=ran_on == "reference", kernels=kernels
+                model,
+                linears,
+                architectures,
+                samples,
+                requested,
+                float64=ran_on == "reference",
+                kernels=kernels,
+                layerwise=MODES[-1] in modes,
             )
         return _Job(model, found, linears, samples, engine, plan, backend)
 
@@ -259,7 +271,7 @@ def measure(
 
     with frozen(model), without_collections():
         outcome = _attempt(job, meanwhile)
-        while outcome is None and memory == "auto" and engine == "fused" and job.plan.mode != MODES[-1]:
+        while outcome is None and memory == "auto" and engine == "fused" and job.plan.mode != modes[-1]:
             torch.cuda.empty_cache()
             job = job_for(MODES[MODES.index(job.plan.mode) + 1])
             outcome = _attempt(job, meanwhile)

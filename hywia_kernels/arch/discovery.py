@@ -385,7 +385,11 @@ def config_widths(model: nn.Module, found: Sequence[Group]) -> dict[str, list[in
     names, size = entry.attention, head_dim(model)
     aliases = getattr(type(text_config(model)), "attribute_map", None) or {}
     widths: dict[str, list[int]] = {}
+    seen = set()
     for group in found:
+        if group.together and group.together in seen:
+            continue  # as wide as the first of its layer
+        seen.add(group.together)
         by_field = {group.width_field: group.units}
         if group.kind == "attention":
             heads = group.units * (group.members[-1].group_size // size)

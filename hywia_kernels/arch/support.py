@@ -47,13 +47,12 @@ def _not_stock(entry: Architecture) -> str:
 
 
 def markdown() -> str:
-    """One row an entry: models, `model_type`, units, engine, and what a stock config cannot describe."""
-    rows = ["| models | `model_type` | units | scored by | uniform cuts no stock config describes |"]
-    rows.append("| --- | --- | --- | --- | --- |")
+    """One row an entry: models, `model_type`, units, and what a stock config cannot describe."""
+    rows = ["| models | `model_type` | units | uniform cuts no stock config describes |"]
+    rows.append("| --- | --- | --- | --- |")
     for entry in TABLE:
         types = ", ".join(f"`{name}`" for name in entry.model_types)
-        engine = "autograd" if entry.experts is not None else "fused"
-        rows.append(f"| {entry.title} | {types} | {_units(entry)} | {engine} | {_not_stock(entry)} |")
+        rows.append(f"| {entry.title} | {types} | {_units(entry)} | {_not_stock(entry)} |")
     return "\n".join(rows)
 
 

@@ -132,7 +132,7 @@ def _replacements(
             replacements.append((module, _scored_forward(module, one, offsets)))
     for name, scored_by_matrix in experts.items():
         module = model.get_submodule(name)
-        replacements.append((module, experts_forward(module, names, scored_by_matrix, samples.longest)))
+        replacements.append((module, experts_forward(module, names, scored_by_matrix, len(samples))))
     return replacements
 
 

@@ -21,20 +21,20 @@ Scored = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def experts_forward(
-    module: Any, names: arch.Experts, scored: Mapping[tuple[str, int], Scored], tokens: int
+    module: Any, names: arch.Experts, scored: Mapping[tuple[str, int], Scored], samples: int
 ) -> Callable:
     """`forward` of stacked experts, expert by expert, each one's tokens in the samples' order.
 
     Args:
         module: computes, for an expert's tokens, `columns[0](act_fn(gate) · up)`, gate and up being `rows`.
         scored: `(parameter, expert)` -> what stands for the product with that matrix.
-        tokens: of one sample, with padding.
+        samples: how many there are, equally long with their padding.
     """
     rows, columns = tuple(dict.fromkeys(names.rows)), names.columns[0]
 
     def forward(hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         total = torch.zeros_like(hidden)
-        limits = torch.arange(0, len(hidden) + 1, tokens, device=hidden.device)
+        limits = torch.arange(samples + 1, device=hidden.device) * (len(hidden) // samples)
         for expert in range(getattr(module, columns).shape[0]):
             token, rank = (chosen == expert).nonzero(as_tuple=True)  # by token, so by sample
             if not len(token):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from .. import arch
 from ..types import Group
 from . import recompute
 from .block import Block, block_forward, handed_out
+from .experts import experts_forward, router_forward
 from .gated import GatedMlp, gated_forward, watched
 from .kernels import gate_formula, norm_formula, usable
-from .linear import Scorer, Target, scored_forward
+from .linear import Scorer, Target, scored_forward, scored_rows
 
 __all__ = ["instrument"]
 
@@ -33,20 +35,31 @@ def instrument(
     entry = arch.architecture(model)
     results = scorer.results
     targets: dict[nn.Module, tuple[Target, ...]] = {}
+    experts: dict[nn.Module, dict[tuple[str, int], tuple[Target, ...]]] = {}
     for matrix in arch.matrices(model, found):
         module: Any = linears[matrix.module]
         for group, i in matrix.members:
             member = group.members[i]
             weight = arch.view(linears, member, group.units).detach()
-            whole = weight.shape == module.weight.shape
+            stored = getattr(module, matrix.parameter)
+            whole = weight.shape == stored.shape[-2:]
             outputs = None if whole else slice(member.start, member.start + group.units * member.group_size)
             results_of = results.fine[group.name], results.coarse[group.name][i]
             target = Target(member, weight, *results_of, outputs, matrix.transposed)
-            targets[module] = _with(targets.get(module, ()), target)
+            if matrix.index is None:
+                targets[module] = _with(targets.get(module, ()), target)
+            else:
+                of_module = experts.setdefault(module, {})
+                of_module[matrix.parameter, matrix.index] = _with(
+                    of_module.get((matrix.parameter, matrix.index), ()), target
+                )
     replacements: Replacements = []
     blocks = True
     for layer in model.get_submodule(entry.layers):
-        made = _in_layer(layer, entry, targets, scorer)
+        stacks = {m: experts[m] for m in layer.modules() if m in experts}
+        made = (
+            _with_experts(layer, entry, targets, stacks, scorer) if stacks else _in_layer(layer, entry, targets, scorer)
+        )
         blocks = blocks and made[0][0] is layer
         replacements += made
     if entry.final_norm is not None:
@@ -98,6 +111,32 @@ def _in_layer(
         replacements += _norm(layer.get_submodule(name), dtype, scorer.backend)
     for linear in single if whole else [*single, *rows, *columns]:
         replacements.append((linear, scored_forward(linear, targets[linear], scorer, linear is residual)))
+    return replacements
+
+
+def _with_experts(
+    layer: nn.Module,
+    entry: arch.Architecture,
+    targets: Mapping[nn.Module, tuple[Target, ...]],
+    stacks: Mapping[nn.Module, Mapping[tuple[str, int], tuple[Target, ...]]],
+    scorer: Scorer,
+) -> Replacements:
+    """A layer whose MLP is experts and their router."""
+    names: Any = entry.experts
+    attention = (entry.attention.query, entry.attention.key, entry.attention.value, entry.attention.output)
+    single: list[Any] = [layer.get_submodule(n) for n in dict.fromkeys(attention)]
+    replacements: Replacements = []
+    for name in entry.norms:
+        replacements += _norm(layer.get_submodule(name), single[0].weight.dtype, scorer.backend)
+    for linear in single:
+        replacements.append((linear, scored_forward(linear, targets[linear], scorer, False)))
+    router: Any = layer.get_submodule(names.router)
+    if router in targets:
+        product = SimpleNamespace(weight=router.weight, bias=None)
+        replacements.append((router, router_forward(router, scored_forward(product, targets[router], scorer, False))))
+    for module, by_matrix in stacks.items():
+        scored = {key: scored_rows(scorer, of) for key, of in by_matrix.items()}
+        replacements.append((module, experts_forward(module, names, scored, len(scorer.offsets) - 1)))
     return replacements
 
 

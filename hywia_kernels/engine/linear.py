@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .. import ops
 from ..ops import checks
 from ..ops.registry import implementation
 from ..progress import Bar
@@ -18,7 +19,7 @@ from . import recompute
 from .results import Results
 from .samples import Samples
 
-__all__ = ["Collected", "Scorer", "Target", "scored_forward"]
+__all__ = ["Collected", "Scorer", "Target", "scored_forward", "scored_rows"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,29 @@ class Scorer:
             mapped,
         )
         self.results.scored(target.member)
+        self.bar.step()
+
+    def score_some(self, target: Target, grad_output: Tensor, inputs: Tensor, limits: Sequence[int]) -> None:
+        """One expert's tokens, by sample: sample `s` is the rows from `limits[s]` to `limits[s + 1]`, perhaps none.
+
+        The op's means are over the samples it is given; those without tokens have no gradient, so that theirs only
+        count in the number that sums of gradients and of squares are divided by.
+        """
+        present = [s for s in range(len(limits) - 1) if limits[s] < limits[s + 1]]
+        offsets = [limits[s] for s in present] + [limits[-1]]
+        fine, coarse = ops.linear_importance(
+            grad_output,
+            inputs,
+            target.weight,
+            samples=offsets,
+            axis=target.member.axis,
+            order="all",
+            group_size=target.member.group_size,
+            scale=self.scale,
+            backend=self.backend,
+        )
+        target.fine.add_(fine, alpha=len(present) / (len(limits) - 1))
+        target.coarse.index_add_(0, torch.tensor(present, device=coarse.device), coarse)
         self.bar.step()
 
 
@@ -212,3 +236,30 @@ def scored_forward(
         return _ScoredLinear.apply(inputs, linear.bias, weight, scorer, targets, recompute.recipe(inputs), skip)
 
     return forward
+
+
+class _ScoredRows(torch.autograd.Function):
+    """A product with one expert's matrix, or matrices, that scores them by sample."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, scorer: Scorer, targets: tuple[Target, ...], limits: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.scorer, ctx.targets, ctx.limits = scorer, targets, limits
+        return functional.linear(inputs, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grads
+        inputs, weight = ctx.saved_tensors
+        limits = ctx.limits.tolist()
+        for target in ctx.targets:
+            part = grad_output if target.outputs is None else grad_output[:, target.outputs]
+            ctx.scorer.score_some(target, part.contiguous(), inputs, limits)
+        return grad_output @ weight, None, None, None, None
+
+
+def scored_rows(scorer: Scorer, targets: tuple[Target, ...]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`(inputs, weight, limits of the samples among the inputs' rows)` to outputs, scored; see `experts`."""
+    return lambda inputs, weight, limits: _ScoredRows.apply(inputs, weight, scorer, targets, limits)

@@ -202,6 +202,7 @@ def plan_memory(
     *,
     float64: bool,
     kernels: bool,
+    layerwise: bool = True,
 ) -> MemoryPlan:
     """The mode asked for, or of fast, lean and layerwise the first that fits; fast, which is a fifth to a third faster
     than lean, only while what it keeps is modest beside the weights: with many samples it would be several times them.
@@ -212,6 +213,7 @@ def plan_memory(
         requested: "auto" or one of MODES.
         float64: scoring is by the reference, which needs whole matrices in float64.
         kernels: the gate is one kernel.
+        layerwise: the last resort can be taken; lean is, where it cannot.
 
     Raises:
         HywiaError: layerwise, asked for or the last resort, does not fit.
@@ -221,11 +223,13 @@ def plan_memory(
     estimates = {"fast": sizes.fast(tokens), "lean": sizes.lean(tokens)}
     if requested in estimates:
         return MemoryPlan(requested, (samples,), False, estimates[requested])
-    if requested == "auto" and tokens <= _RAGGED * samples.total:
+    if requested == "auto" and (tokens <= _RAGGED * samples.total or not layerwise):
         modest = max(_MODEST * weight_bytes(model), _MODEST_BYTES)
         for mode, needed in estimates.items():
             if _fits(linears, needed) and (mode != "fast" or needed <= modest):
                 return MemoryPlan(mode, (samples,), False, needed)
+    if not layerwise:
+        return MemoryPlan("lean", (samples,), False, estimates["lean"])
     return _layerwise(linears, samples, sizes)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,35 @@ def test_the_ratio_is_met(family):
     before = sum(p.numel() for p in model.parameters())
     hk.prune(model, plan)
     assert 1 - sum(p.numel() for p in model.parameters()) / before == pytest.approx(plan.ratio, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_head_counts_that_a_config_refuses(name, tmp_path):
+    """`ratio` avoids them; who asks for them otherwise gets a checkpoint that is no stock one, and exact."""
+    one_each = next(f for f in FAMILIES if f.name == name)
+    model, tokens = replace(one_each, config=one_each.config | dict(num_key_value_heads=6)).build(), token_ids()
+    scores = hk.score(model, criterion="random")
+    assert {g.stock_counts for g in scores.groups if g.kind == "attention"} == {(1, 2, 3, 4, 6)}
+    for ratio in (0.05, 0.1, 0.2):
+        assert 36 % hk.plan(scores, ratio=ratio, align=4).widths("attention")[0] == 0
+    hk.prune(model, hk.plan(scores, group_ratio=0.2, units=("attention",)))
+    hk.save(model, None, tmp_path / "out")
+    write_tokenizer(tmp_path / "out")
+    reason = json.loads((tmp_path / "out" / "hywia.json").read_text())["not_stock"]
+    assert "not a multiple of the number of attention heads (5)" in reason
+    again, _ = hk.load(tmp_path / "out")
+    assert [g.units for g in hk.groups(again) if g.kind == "attention"] == [5, 5, 5]
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+
+def test_a_checkpoint_names_a_width_for_every_layer(tmp_path):
+    model = fresh_named("mixtral")
+    hk.prune(model, make_plan(model, "adaptive"))
+    hk.save(model, None, tmp_path / "out")
+    widths = json.loads((tmp_path / "out" / "config.json").read_text())["layer_widths"]
+    assert widths["intermediate_size"] == [12, 8, 8]
+    assert widths["num_key_value_heads"] == [3, 2, 2]
+    assert widths["num_local_experts"] == [5, 5, 5]
 
 
 REMOTE = """

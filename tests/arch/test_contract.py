@@ -125,18 +125,16 @@ class TestContract:
         monkeypatch.setattr("hywia_kernels.engine.memory.CHUNK_TOKENS", 27)
         model, tokens = fresh(family), token_ids()
         ways = [("auto", "auto"), ("autograd", "fast"), ("autograd", "lean")]
+        ways += [("fused", "fast"), ("fused", "lean"), ("fused", "layerwise")]
         if family.experts:
-            with pytest.raises(UsageError, match=r"mlp\.experts holds experts, each of which sees other tokens"):
-                hk.calibrate(model, tokens, engine="fused")
-        else:
-            ways += [("fused", "fast"), ("fused", "lean"), ("fused", "layerwise")]
+            with pytest.raises(UsageError, match=r"'fused' and model\.layers\.0\.mlp\.experts, whose tokens"):
+                hk.calibrate(model, tokens, engine="fused", memory=ways.pop()[1])
         for samples in (list(tokens), [tokens[0], tokens[1, :7], tokens[2, :2], tokens[3, :11]]):
             plain = plain_statistics(family, model, samples)
             for engine, memory in ways:
                 statistics = hk.calibrate(model, samples, engine=engine, memory=memory)
                 if engine == "auto":
-                    assert statistics.record["engine"] == ("autograd" if family.experts else "fused")
-                    assert (statistics.record["not_fused"] is None) == (not family.experts)
+                    assert (statistics.record["engine"], statistics.record["not_fused"]) == ("fused", None)
                 compare(statistics, plain, (engine, memory))
 
     def test_saved_and_reloaded_in_a_fresh_process(self, tmp_path):
