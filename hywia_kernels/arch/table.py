@@ -128,6 +128,14 @@ TABLE: tuple[Architecture, ...] = (
         config_readers=("self_attn",),
     ),
     Architecture(
+        model_types=("starcoder2",),
+        title="StarCoder2",
+        layers="model.layers",
+        mlp=Mlp(rows=("mlp.c_fc",), columns=("mlp.c_proj",), width_field="intermediate_size"),
+        attention=_GROUPED_QUERY,
+        residual="mlp.c_proj",
+    ),
+    Architecture(
         model_types=("gpt_neox",),
         title="GPT-NeoX, Pythia",
         layers="gpt_neox.layers",

@@ -166,6 +166,12 @@ FAMILIES: tuple[Family, ...] = (
         (rows("mlp.gate_up_proj.weight"), rows("mlp.gate_up_proj.weight", 1, 44), columns("mlp.down_proj.weight")),
     ),
     Family(
+        "starcoder2",
+        _GQA | dict(sliding_window=5),
+        _grouped(2, 6),
+        (rows("mlp.c_fc.weight"), columns("mlp.c_proj.weight")),
+    ),
+    Family(
         "gpt_neox",
         _SIZES | dict(num_attention_heads=6),
         (rows("attention.query_key_value.weight", 18), columns("attention.dense.weight", 6)),
