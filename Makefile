@@ -32,7 +32,8 @@ lint: setup
 
 demo: setup
 	mkdir -p $(DEMO)
-	$(BIN)/hywia prune smollm2 -o $(DEMO)/smollm2-20 --ratio 0.2 --overwrite --json $(DEMO)/report.json \
+	$(BIN)/hywia prune smollm2 -o $(DEMO)/smollm2-20 --ratio 0.2 --samples 32 --overwrite \
+	  --json $(DEMO)/report.json \
 	  --prompt "The capital of France is"
 
 # To publish: append the rows of $(BENCH)/*.csv, without their headers, to the files of that name in benchmarks/.

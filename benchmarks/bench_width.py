@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from hywia_kernels import charts
+
 from .rows import Appender, read
 from .timing import Environment, Timer
 
@@ -108,6 +110,16 @@ def measure(timer: Timer, form: str, tokens: int, hidden: int, width: int, dtype
     return timer.work(lambda: torch.mm(x, weight.T, out=out), cold=tokens < 256)
 
 
+def figure(rows: Sequence[WidthRow]) -> str:
+    """TFLOP/s against width, a curve a form and count of tokens, on the coarse grid."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for r in rows:
+        if r.width % GRID == 0:
+            series.setdefault(f"{r.form}, {r.tokens} tokens", []).append((r.width, r.tflop_s))
+    title = f"{rows[0].device}, {rows[0].dtype}: linear layers beside a hidden size of {rows[0].hidden}"
+    return charts.lines(title, series, x_label="width", y_label="TFLOP/s") + "\n"
+
+
 def show(found: dict, path: Path | None) -> None:
     print("alignment: time beside the line between multiples of 256")
     for a, cost in found["alignment_costs"].items():
@@ -131,9 +143,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--profile", type=Path, help="write the target's profile here (hywia_kernels/targets/NAME.json)"
     )
     parser.add_argument("--rows", type=Path, help="measure nothing: the profile of an earlier run's --csv")
+    parser.add_argument("--figure", type=Path, help="write rates against width as SVG")
     given = parser.parse_args(arguments)
     if given.rows is not None:
-        show(profile(read_rows(given.rows), given.bases), given.profile)
+        rows = [r for r in read_rows(given.rows) if r.tokens in given.tokens]
+        if given.figure is not None:
+            given.figure.write_text(figure(rows))
+        show(profile(rows, given.bases), given.profile)
         return 0
     device = torch.device(given.device)
     name = given.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -144,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = Environment.record(timer, "benchmarks.bench_width", own, 0)
     first, last, step = given.grid
     grid, fine = list(range(first, last + 1, step)), fine_widths(given.bases)
-    rows = []
+    rows: list[WidthRow] = []
     for form, tokens in ((f, t) for f in FORMS for t in given.tokens):
         for width in sorted({*grid, *fine}):
             reading = measure(timer, form, tokens, given.hidden, width, getattr(torch, name))
@@ -162,6 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         appender.append(rows)
     print(f"{found.device}, torch {found.torch}: {name}, hidden {given.hidden}, tokens {given.tokens}")
     print(f"product {found.matmul_tflop_s:.0f} TFLOP/s, copy {found.copy_gb_s:.0f} GB/s")
+    if given.figure is not None:
+        given.figure.write_text(figure(rows))
     show(profile(rows, given.bases), given.profile)
     return 0
 

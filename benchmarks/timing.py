@@ -188,7 +188,7 @@ class Environment:
         found = versions()
         return cls(
             date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
-            device=_device_name(timer.device),
+            device=device_name(timer.device),
             python=found["python"],
             torch=torch.__version__,
             triton=found.get("triton", ""),
@@ -204,9 +204,9 @@ class Environment:
         )
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()

@@ -116,7 +116,7 @@ def bars(
     ticks = _ticks(0.0, max(values, default=1.0))
     across, down = width - _LEFT - _RIGHT, height - _TOP - _BOTTOM
     slot = across / max(len(labels), 1)
-    bar = slot * 0.8 / max(len(series), 1)
+    bar = min(slot * 0.8 / max(len(series), 1), 48.0)
 
     def y(value: float) -> float:
         return _TOP + down * (1 - value / ticks[-1])
@@ -124,7 +124,7 @@ def bars(
     body = [_grid_y(ticks, y, width)]
     every = math.ceil(len(labels) * 40 / across) if labels else 1
     for j, label in enumerate(labels):
-        left = _LEFT + slot * j + slot * 0.1
+        left = _LEFT + slot * (j + 0.5) - bar * len(series) / 2
         for i, found in enumerate(series.values()):
             value = found[j]
             if value is not None:
@@ -134,7 +134,7 @@ def bars(
                     f"<title>{escape(label)}: {_label(value)}</title></rect>"
                 )
         if j % every == 0:
-            middle = left + slot * 0.4
+            middle = _LEFT + slot * (j + 0.5)
             body.append(
                 f'<text x="{middle:.1f}" y="{height - _BOTTOM + 16}" text-anchor="middle">{escape(label)}</text>'
             )

@@ -18,7 +18,8 @@ _STYLE = """
 body { font: 15px/1.5 sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
 table { border-collapse: collapse; margin: .8rem 0; } th, td { padding: .25rem .8rem; text-align: right; }
-th { border-bottom: 1px solid #999; font-weight: 600; } td:first-child, th:first-child { text-align: left; }
+th { border-bottom: 1px solid #999; font-weight: 600; }
+td:first-child, th:first-child { text-align: left; white-space: nowrap; }
 tr:nth-child(even) td { background: #f6f6f6; } svg { max-width: 100%; height: auto; display: block; margin: .8rem 0; }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px; } .note { color: #666; }
 """
@@ -147,7 +148,7 @@ def _scores(summary: Sequence[Mapping[str, Any]] | None) -> str:
         series = {name: [(r["layer"], r["quantiles"][i]) for r in rows] for i, name in enumerate(names)}
         series["least kept"] = [(r["layer"], r["least_kept"]) for r in rows]
         text += charts.lines(f"{kind}: scores of a layer's units", series, x_label="layer", y_label="score", zero=False)
-        if all(r["loss_removed"] is not None for r in rows):
+        if all(r["loss_removed"] is not None for r in rows) and any(r["loss_removed"] for r in rows):
             shares = {"removed": [100 * r["loss_removed"] for r in rows]}
             labels = [str(r["layer"]) for r in rows]
             text += charts.bars(

@@ -29,8 +29,8 @@ def plan_for(
     """`selection.plan` with widths that a device runs well and servers accept.
 
     The alignment is the target's, and of the widths so aligned those are preferred that no wider one is as fast as.
-    Both give way to an `align` of the caller's own. The plan's record names the target, the constraints, and which of
-    them bind: without such a one other widths would have been chosen.
+    Both give way to an `align` of the caller's own. The plan's record names the target, the constraints that exclude
+    any width of this model, and which of them bind: without such a one other widths would have been chosen.
 
     Args:
         scores: of the model to prune. target: as `targets.resolve` takes it; None: the device at hand.
@@ -55,7 +55,7 @@ def plan_for(
     record = {
         **chosen.record,
         "target": device.device + ("" if device.measured else " (not measured)"),
-        "constraints": [f"{r.name}: {r.says}" for r in rules],
+        "constraints": [f"{r.name}: {r.says}" for r in rules if _excludes(r, scores.groups)],
         "binding": binding,
     }
     return dataclasses.replace(chosen, record=record)

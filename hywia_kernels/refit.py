@@ -32,7 +32,7 @@ from .weights import fingerprint
 
 __all__ = ["RIDGE", "refit"]
 
-RIDGE = 0.1  # chosen on SmolLM2: README, "The recipe"
+RIDGE = 4.0  # chosen on SmolLM2: README, "The recipe"
 _CHUNK_TOKENS = 8192
 _TINY = 1e-30
 
@@ -231,17 +231,18 @@ def _apply(matrix: _Matrix, change: Tensor) -> None:
 
 @torch.no_grad()
 def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: float = RIDGE) -> Plan:
-    """Refit a model to a plan, before `prune` cuts it: the removed units become zero, and the columns of
-    the output matrices that survive are solved.
+    """Refit a model to a plan, before `prune` cuts it: removed units become zero, surviving output columns are solved.
 
     For every matrix `W` through which removed units sent their output on, in the order of the forward pass,
 
-        min over ΔW of  Σ_t w_t · |r_t − ΔW x̃_t|² + λ |ΔW|²,     λ = ridge · mean(diag(Σ_t w_t x̃_t x̃_tᵀ)),
+        min over ΔW of  Σ_t w_t · |r_t − ΔW x̃_t|² + λ |ΔW|²,
+        λ = ridge · inputs / tokens · mean(diag(Σ_t w_t x̃_t x̃_tᵀ)),
 
     with `x̃` the surviving inputs of the matrix in the pruned and so far refitted model, `r` what its output lacks of
     the dense model's, and `w_t` one over the mean square of the dense layer's output. Where the architecture only adds
     the output to the hidden states (`Architecture.residual`), `r` includes what these lack already. Biases are solved
-    too.
+    too. Stacked experts are cut without a refit: each sees only the tokens that are sent to it.
+
     The hidden states of the text between two layers are held, in the model's dtype, for both models; wide activations
     only for a few thousand tokens at a time.
 
@@ -249,9 +250,9 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
         model: the model the plan is for, not cut yet; its surviving columns change in place.
         plan: of `selection.plan`.
         batches: token ids, as `calibrate` takes them; more than were scored pay (README).
-        ridge: λ, relative to the inputs' mean square. It pulls towards the weights as they were, not towards zero.
-
-    Stacked experts are cut without a refit: each sees only the tokens that are sent to it.
+        ridge: of λ. The best penalty of a regression of many inputs is their number over that of observations, divided
+            by the share of the target they explain, so this is about the latter's inverse. It pulls towards the weights
+            as they were, not towards zero.
 
     Returns:
         The same plan for the refitted model: hand this one to `prune`. Its record says what was done, and for every
@@ -286,7 +287,9 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
             for group in here:
                 silence(model, group, plan.keep[group.name])
             for matrix in matrices:
-                change, before, after = _equations(layer, index, matrix, runs, aims).solve(ridge)
+                change, before, after = _equations(layer, index, matrix, runs, aims).solve(
+                    ridge * matrix.kept.numel() / samples.total
+                )
                 _apply(matrix, change)
                 errors[matrix.name] = [before, after]
             same = same and not cut

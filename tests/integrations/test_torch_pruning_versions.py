@@ -1,4 +1,4 @@
-"""The whole of test_torch_pruning with the oldest version that is supported, in a process of its own."""
+"""The tests of torch_pruning with the oldest version that is supported, in a process of its own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 OLDEST = "1.5.0"
+FILES = ("test_torch_pruning", "test_torch_pruning_differences", "test_torch_pruning_scorers")
 FOLDER = Path(os.environ.get("HYWIA_OLDEST_TORCH_PRUNING", ROOT / "build" / f"torch-pruning-{OLDEST}"))
 
 
@@ -24,7 +25,7 @@ FOLDER = Path(os.environ.get("HYWIA_OLDEST_TORCH_PRUNING", ROOT / "build" / f"to
 def test_the_oldest_supported_version():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(FOLDER), str(ROOT)]), "PYTEST_ADDOPTS": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_torch_pruning.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / f"{n}.py") for n in FILES)],
         capture_output=True,
         text=True,
         env=environment,

@@ -11,6 +11,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels.cli import main
+from hywia_kernels.refit import RIDGE
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 30
 
@@ -277,7 +278,7 @@ def test_the_default_recipe_refits_and_says_so(here, capsys):
     assert plain["widths"] == {"attention": [3, 2, 2], "mlp": [56, 28, 28]}
     assert recipe["widths"]["attention"] == [3, 2, 2]
     assert sum(recipe["widths"]["mlp"]) == 112
-    assert recipe["refit"]["ridge"] == hk.refit.__kwdefaults__["ridge"]
+    assert recipe["refit"]["ridge"] == RIDGE
     assert recipe["refit"]["samples"] == len(TEXT) // 16, "a text with fewer samples than the refit takes gives all"
     assert all(after < before for before, after in recipe["refit"]["relative_error"].values())
     assert "refit" not in plain

@@ -31,7 +31,7 @@ def test_one_matrix_is_the_ridge_regression_that_is_stated(text):
     scores = hk.score(dense, criterion="random", seed=2)
     plan = hk.plan(scores, group_ratio=0.5, layers=(1, 2), units=("mlp",), align=4)
     refitted = copy.deepcopy(dense)
-    hk.refit(refitted, plan, text, ridge=0.05)
+    hk.refit(refitted, plan, text, ridge=3.0)
     seen = {}
     layer, down = dense.model.layers[1], dense.model.layers[1].mlp.down_proj
     hooks = [
@@ -48,7 +48,7 @@ def test_one_matrix_is_the_ridge_regression_that_is_stated(text):
     w = w / w.mean()
     before = down.weight.detach()[:, keep].double()
     gram = (x * w[:, None]).T @ x
-    ridged = gram + 0.05 * gram.diagonal().mean() * torch.eye(len(keep), dtype=torch.float64)
+    ridged = gram + 3.0 * 28 / text.numel() * gram.diagonal().mean() * torch.eye(len(keep), dtype=torch.float64)
     want = before + torch.linalg.solve(ridged, (x * w[:, None]).T @ (y - x @ before.T)).T
     got = refitted.model.layers[1].mlp.down_proj.weight.detach()
     assert torch.allclose(got[:, keep].double(), want, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,340 @@
+"""What pruning leaves of a model: perplexity and zero-shot tasks, by criterion, setting and calibration seed.
+
+    python -m benchmarks.quality --calib c4.jsonl --text test.txt                   # SmolLM2, every criterion
+    python -m benchmarks.quality --calib c4.jsonl --text test.txt --tasks DIR --settings A50 --only recipe flap
+    python -m benchmarks.quality --calib c4.jsonl --text valid.txt --max-blocks 64 --figure quality.html
+
+The protocol: samples of 128 tokens from the calibration text, a seed each; some units of layers 4 to 27 (`--layers`)
+go; the whole text is tokenised and cut into blocks of 128 tokens. Settings: A25, A50: that share of the MLP's channels;
+B25, B60: the same, and a third of the KV groups (one of three). Units are masked, not cut: the logits are the same.
+Criteria, `name[@samples]`:
+
+    random, magnitude                                       need no data
+    lp:vectorize, lp:param_first, lp:param_second, lp:param_mix    LLM-Pruner; 10 samples unless told
+    wanda-sp, flap                                          see `peers`; 128 and 1024 samples
+    fine, coarse, attention, product, mean                  this package's fusions, second order; 10 samples
+    fine:first, coarse:first, ...                           the same of another order
+    recipe                                                  what `hywia prune` does: attention, adaptive layout, refit
+    recipe-uniform, recipe-unrefitted                       it without adaptive layout; without that and the refit
+    learned                                                 attention's scores, then masks learned for 50 steps
+
+On CUDA, products are TF32 (`--exact`: float32). Choose on one text and report on another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hywia_kernels as hk
+from hywia_kernels import charts
+from hywia_kernels.commands_recipe import REFIT_SAMPLES, SAMPLES, STEPS
+from hywia_kernels.evaluate import blocks
+
+from . import peers, tasks
+from .rows import Appender
+from .timing import commit, device_name
+
+SETTINGS: dict[str, peers.Shares] = {
+    "A25": {"mlp": 0.25},
+    "A50": {"mlp": 0.5},
+    "B25": {"mlp": 0.25, "attention": 1 / 3},
+    "B60": {"mlp": 0.6, "attention": 1 / 3},
+}
+FUSIONS = ("fine", "coarse", "attention", "mean", "product")
+RECIPES = ("recipe", "recipe-uniform", "recipe-unrefitted")
+ALL = (
+    "random",
+    "magnitude",
+    *(f"lp:{t}" for t in peers.LLM_PRUNER),
+    "wanda-sp",
+    "flap",
+    "fine",
+    "coarse",
+    "attention",
+    *RECIPES,
+    "learned",
+)
+DEFAULT_SAMPLES = {"wanda-sp": 128, "flap": 1024, "learned": SAMPLES, **dict.fromkeys(RECIPES, SAMPLES)}
+
+
+@dataclass(frozen=True)
+class QualityFigure:
+    """One row of quality.csv. New columns go to the end; earlier rows hold nothing there."""
+
+    date: str
+    model: str
+    criterion: str
+    samples: int
+    setting: str
+    layers: str
+    seed: int
+    removed: float  # share of all parameters
+    perplexity: float
+    text: str
+    blocks: int
+    seconds: float  # of everything but the evaluation
+    boolq: float | None
+    piqa: float | None
+    hellaswag: float | None
+    winogrande: float | None
+    arc_easy: float | None
+    arc_challenge: float | None
+    openbookqa: float | None
+    mean: float | None
+    device: str
+    torch: str
+    commit: str
+    command: str
+
+
+class Bench:
+    """A model, its calibration samples per seed, and statistics that criteria share."""
+
+    def __init__(self, model: Any, samples: Callable[[int, int], Tensor], layers: range, align: int = 1) -> None:
+        self.model, self.samples, self.layers, self.align = model, samples, layers, align
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._statistics: dict[tuple[int, int], hk.Statistics] = {}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(self.weights[name])
+
+    def statistics(self, seed: int, count: int) -> hk.Statistics:
+        key = (seed, count)
+        if key not in self._statistics:
+            self._statistics[key] = hk.calibrate(self.model, self.samples(seed, count))
+        return self._statistics[key]
+
+    def plan(self, scores: hk.Scores, shares: peers.Shares, layout: str = "uniform") -> hk.Plan:
+        layers = (self.layers.start, self.layers.stop)
+        return hk.plan(scores, group_ratio=shares, layers=layers, align=self.align, layout=layout)
+
+    @contextmanager
+    def pruned(self, criterion: str, count: int, shares: peers.Shares, seed: int) -> Iterator[hk.Plan]:
+        """The model masked, and refitted or biased where the criterion does that; whole again afterwards."""
+        self.restore()
+        biases: dict[str, Tensor] = {}
+        try:
+            if criterion == "wanda-sp":
+                plan = peers.wanda_sp(self.model, self.samples(seed, count), shares, self.layers)
+            elif criterion == "flap":
+                result = peers.flap(self.model, self.samples(seed, count), shares, self.layers)
+                plan, biases = result.plan, result.biases
+                hk.mask(self.model, plan)
+            elif criterion in RECIPES:
+                plan = self._recipe(criterion, count, shares, seed)
+            else:
+                plan = self.plan(self._scores(criterion, count, shares, seed), shares)
+                hk.mask(self.model, plan)
+            with peers.biased(self.model, biases):
+                yield plan
+        finally:
+            self.restore()
+
+    def _recipe(self, criterion: str, count: int, shares: peers.Shares, seed: int) -> hk.Plan:
+        scores = hk.fuse(self.statistics(seed, count))
+        plan = self.plan(scores, shares, "adaptive" if criterion == "recipe" else "uniform")
+        if criterion == "recipe-unrefitted":
+            hk.mask(self.model, plan)
+            return plan
+        return hk.refit(self.model, plan, self.samples(seed, REFIT_SAMPLES))
+
+    def _scores(self, criterion: str, count: int, shares: peers.Shares, seed: int) -> hk.Scores:
+        name, _, order = criterion.partition(":")
+        if name in ("random", "magnitude"):
+            return hk.score(self.model, criterion=name, seed=seed)
+        if name == "lp":
+            return peers.llm_pruner(self.statistics(seed, count), order)
+        statistics = self.statistics(seed, count)
+        if name == "learned":
+            scores = hk.fuse(statistics)
+            text = self.samples(seed, REFIT_SAMPLES)
+            return hk.learn(self.model, scores, self.plan(scores, shares), text, steps=STEPS)
+        return hk.fuse(statistics, name, order or "second")
+
+
+def split(criterion: str) -> tuple[str, int]:
+    """`name[@samples]` with the name's usual number of samples.
+
+    Raises:
+        ValueError: an unknown criterion.
+    """
+    name, at, count = criterion.partition("@")
+    base, colon, order = name.partition(":")
+    known = (base == "lp" and order in peers.LLM_PRUNER) or (
+        base in FUSIONS and (not colon or order in ("first", "second", "mixed"))
+    )
+    if not known and name not in ALL:
+        raise ValueError(f"expected criteria out of {', '.join(ALL)}, got {name!r}")
+    return name, int(count) if at else DEFAULT_SAMPLES.get(name, 10)
+
+
+def removed_shares(bench: Bench, statistics: hk.Statistics, share: float) -> dict[str, list[float]]:
+    """Fusion -> share of each layer's channels that one ranking over all layers by it removes.
+
+    Each grain's ranking over layers goes by its own second-order estimate of the loss; the hybrid's as `plan` does.
+    """
+    found = {}
+    for name in ("fine", "coarse", "attention"):
+        scores = hk.fuse(statistics, name)
+        if name != "attention":
+            scores = replace(scores, loss=scores.values)
+        plan = hk.plan(scores, group_ratio={"mlp": share}, align=bench.align, layout="adaptive")
+        groups = [g for g in plan.groups if g.kind == "mlp"]
+        found["hybrid" if name == "attention" else name] = [1.0 - plan.keep[g.name].numel() / g.units for g in groups]
+    return found
+
+
+def figure(bench: Bench, text: Tensor, seed: int, criteria: Sequence[str], batch: int) -> str:
+    """An HTML page: shares removed in each layer, and perplexity against the share of channels removed."""
+    shares = removed_shares(bench, bench.statistics(seed, SAMPLES), 0.5)
+    labels = [str(i) for i in range(len(next(iter(shares.values()))))]
+    page = charts.bars(
+        "Channels removed in each layer, half of all by one ranking", labels, shares, x_label="layer", y_label="share"
+    )
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for criterion in criteria:
+        name, count = split(criterion)
+        for share in (0.125, 0.25, 0.375, 0.5, 0.625):
+            with bench.pruned(name, count, {"mlp": share}, seed):
+                value = math.log10(hk.perplexity(bench.model, text, batch=batch))
+            curves.setdefault(criterion, []).append((share, value))
+    page += charts.lines(
+        "Perplexity", curves, x_label="share of channels removed", y_label="log10 perplexity", zero=False
+    )
+    return f"<!doctype html><meta charset=utf-8><title>Quality of pruned models</title>{page}"
+
+
+def table(rows: Sequence[QualityFigure]) -> str:
+    """Geometric mean of perplexity over seeds, criterion by setting, and over the settings."""
+    settings = list(dict.fromkeys(r.setting for r in rows))
+    lines = ["| criterion | " + " | ".join(settings) + " | all | tasks |", "| --- " * (len(settings) + 3) + "|"]
+    for name in dict.fromkeys((r.criterion, r.samples) for r in rows):
+        mine = [r for r in rows if (r.criterion, r.samples) == name]
+        cells = []
+        for setting in settings:
+            logs = [math.log(r.perplexity) for r in mine if r.setting == setting]
+            cells.append(math.exp(sum(logs) / len(logs)) if logs else float("nan"))
+        means = [r.mean for r in mine if r.mean is not None]
+        overall = math.exp(sum(map(math.log, cells)) / len(cells))
+        shown = " | ".join(f"{c:.4g}" for c in (*cells, overall))
+        lines.append(f"| {name[0]}@{name[1]} | {shown} | {f'{sum(means) / len(means):.2f}' if means else ''} |")
+    return "\n".join(lines)
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="as `hywia prune` takes it")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--calib", required=True, help="text or .jsonl file, or a dataset")
+    parser.add_argument("--text", type=Path, required=True, help="perplexity on this")
+    parser.add_argument("--max-blocks", type=int, help="of the text; default: all")
+    parser.add_argument("--block", type=int, default=128)
+    parser.add_argument("--tasks", type=Path, metavar="DIR", help="zero-shot tasks, see benchmarks/tasks.py")
+    parser.add_argument("--questions", type=int, help="of each task; default: all")
+    parser.add_argument("--lm-eval", action="store_true", help="the same tasks through lm-eval and the hub")
+    parser.add_argument("--only", nargs="+", default=list(ALL), metavar="CRITERION")
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--layers", default="4:28", metavar="A:B")
+    parser.add_argument("--align", type=int, default=16, help="channel widths are multiples of this")
+    parser.add_argument("--batch", type=int, default=64, help="blocks at a time")
+    parser.add_argument("--exact", action="store_true", help="float32 products on CUDA, not TF32")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="append a row per figure")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="write shares by layer and curves as an HTML page")
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.criteria = [split(name) for name in arguments.only]
+    except ValueError as error:
+        parser.error(f"--only: {error}")
+    first, _, end = arguments.layers.partition(":")
+    arguments.range = range(int(first), int(end))
+    return arguments
+
+
+def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, command: str) -> list[QualityFigure]:
+    """Every figure that was asked for; prints them as they come, and the table."""
+    device = device_name(next(model.parameters()).device)
+    text = blocks(tokenizer, arguments.text.read_text(encoding="utf-8"), arguments.block, arguments.max_blocks)
+    questions = tasks.read(arguments.tasks, tokenizer, arguments.questions) if arguments.tasks else []
+    made: dict[tuple[int, int], Tensor] = {}
+
+    def samples(seed: int, count: int) -> Tensor:
+        if (seed, count) not in made:
+            made[seed, count] = hk.calibration(
+                model, tokenizer, arguments.calib, samples=count, seq_len=arguments.block, seed=seed, fewer=True
+            )
+        return made[seed, count]
+
+    bench = Bench(model, samples, arguments.range, arguments.align)
+    appender = Appender(arguments.csv, QualityFigure) if arguments.csv else None
+    rows: list[QualityFigure] = []
+
+    def measure(criterion: str, count: int, setting: str, seed: int, removed: float, seconds: float) -> None:
+        found: dict[str, float] = tasks.evaluate(model, questions) if questions else {}
+        if arguments.lm_eval:
+            found = tasks.through_lm_eval(model, tokenizer)
+        row = QualityFigure(
+            date=time.strftime("%Y-%m-%d"),
+            model=str(arguments.model),
+            criterion=criterion,
+            samples=count,
+            setting=setting,
+            layers=arguments.layers,
+            seed=seed,
+            removed=removed,
+            perplexity=hk.perplexity(model, text, batch=arguments.batch),
+            text=arguments.text.name,
+            blocks=len(text),
+            seconds=seconds,
+            **{name: found.get(name) for name in (*tasks.NAMES, "mean")},  # type: ignore[arg-type]
+            device=device,
+            torch=torch.__version__,
+            commit=commit(),
+            command=command,
+        )
+        rows.append(row)
+        if appender:
+            appender.append([row])
+        shown = "" if row.mean is None else f", tasks {row.mean:.2f}"
+        print(f"{criterion}@{count} {setting} seed {seed}: {row.perplexity:.2f}{shown} ({seconds:.1f} s)", flush=True)
+
+    measure("dense", 0, arguments.settings[0], 0, 0.0, 0.0)
+    dense = rows.pop()
+    for seed in arguments.seeds:
+        for name, count in arguments.criteria:
+            for setting in arguments.settings:
+                began = time.monotonic()
+                with bench.pruned(name, count, SETTINGS[setting], seed) as plan:
+                    measure(name, count, setting, seed, plan.ratio, time.monotonic() - began)
+    print(f"\ndense: {dense.perplexity:.2f}\n{table(rows)}")
+    if arguments.figure:
+        wanted = [f"{name}@{count}" for name, count in arguments.criteria]
+        arguments.figure.write_text(figure(bench, text, arguments.seeds[0], wanted, arguments.batch))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = _arguments(argv)
+    model, tokenizer = hk.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    torch.backends.cuda.matmul.allow_tf32 = not arguments.exact
+    run(arguments, model, tokenizer, "python -m benchmarks.quality " + " ".join(argv))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The seven zero-shot tasks of the LLM-Pruner and HyWIA papers, from files or through lm-eval.
+
+A file `NAME.jsonl` a task; an object a line: `context` (a string, or one per choice), `choices` (each begins with a
+space), `gold` (index). A choice's score is the log-likelihood of its tokens after the context; divided by its
+characters (the leading space left out) where the task's usual measure is acc_norm.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hywia_kernels import progress
+
+NAMES = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+NOT_NORMALISED = ("boolq", "winogrande")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One choice of one question: its tokens with the context's before them."""
+
+    question: int
+    tokens: list[int]
+    scored: int  # how many tokens at the end are the choice's
+    characters: int
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    choices: list[Choice]
+    gold: list[int]
+
+
+def read(folder: Path, tokenizer: Any, limit: int | None = None) -> list[Task]:
+    """The tasks of a directory; at most `limit` questions of each."""
+    found = [folder / f"{name}.jsonl" for name in NAMES if (folder / f"{name}.jsonl").is_file()]
+    if not found:
+        raise SystemExit(f"--tasks: {folder} holds none of {', '.join(f'{n}.jsonl' for n in NAMES)}")
+    return [_task(file, tokenizer, limit) for file in found]
+
+
+def _task(file: Path, tokenizer: Any, limit: int | None) -> Task:
+    choices, gold = [], []
+    for question, line in enumerate(file.read_text(encoding="utf-8").splitlines()[:limit]):
+        row = json.loads(line)
+        gold.append(row["gold"])
+        for i, text in enumerate(row["choices"]):
+            context = row["context"] if isinstance(row["context"], str) else row["context"][i]
+            before = len(tokenizer(context, add_special_tokens=False)["input_ids"])
+            tokens = tokenizer(context + text, add_special_tokens=False)["input_ids"]
+            choices.append(Choice(question, tokens, max(1, len(tokens) - before), len(text) - 1))
+    return Task(file.stem, choices, gold)
+
+
+@torch.no_grad()
+def likelihoods(model: Any, choices: list[Choice], batch_tokens: int = 16384) -> Tensor:
+    """Log-likelihood of every choice's own tokens, float64 `[choices]`; logits at those positions alone."""
+    device, head = model.get_input_embeddings().weight.device, model.get_output_embeddings()
+    order = sorted(range(len(choices)), key=lambda i: (-len(choices[i].tokens), i))
+    result = torch.zeros(len(choices), dtype=torch.float64)
+    at = 0
+    while at < len(order):
+        longest = len(choices[order[at]].tokens)
+        part = order[at : at + max(1, batch_tokens // longest)]
+        at += len(part)
+        tokens = torch.zeros(len(part), longest, dtype=torch.int64)
+        scored = torch.zeros(len(part), longest, dtype=torch.bool)  # positions that predict a token of the choice
+        for row, i in enumerate(part):
+            ids = choices[i].tokens
+            tokens[row, : len(ids)] = torch.tensor(ids)
+            scored[row, len(ids) - choices[i].scored - 1 : len(ids) - 1] = True
+        hidden = model.get_decoder()(tokens.to(device), use_cache=False).last_hidden_state[scored.to(device)]
+        following = tokens.roll(-1, 1)[scored].to(device)
+        losses = [
+            functional.cross_entropy(head(h).float(), t, reduction="none")
+            for h, t in zip(hidden.split(4096), following.split(4096), strict=True)
+        ]
+        rows = scored.nonzero()[:, 0]
+        result[torch.tensor(part)] = torch.zeros(len(part), dtype=torch.float64).index_add_(
+            0, rows, -torch.cat(losses).double().cpu()
+        )
+    return result
+
+
+def accuracy(task: Task, scores: Tensor) -> float:
+    """Percent of questions whose best choice is the right one; of equals the first."""
+    best: dict[int, tuple[float, int]] = {}
+    seen: dict[int, int] = {}
+    for choice, score in zip(task.choices, scores.tolist(), strict=True):
+        index = seen.get(choice.question, 0)
+        seen[choice.question] = index + 1
+        value = score if task.name in NOT_NORMALISED else score / choice.characters
+        if choice.question not in best or value > best[choice.question][0]:
+            best[choice.question] = (value, index)
+    right = sum(best[question][1] == gold for question, gold in enumerate(task.gold))
+    return 100.0 * right / len(task.gold)
+
+
+def evaluate(model: Any, tasks: list[Task], batch_tokens: int = 16384) -> dict[str, float]:
+    """Task -> percent, and their `mean`."""
+    found = {
+        task.name: accuracy(task, likelihoods(model, task.choices, batch_tokens))
+        for task in progress.track(tasks, "tasks")
+    }
+    return {**found, "mean": sum(found.values()) / len(found)}
+
+
+def through_lm_eval(model: Any, tokenizer: Any) -> dict[str, float]:
+    """The same tasks as lm-eval has them on the hub, by the model in memory: acc_norm, or acc where there is none."""
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise SystemExit("--lm-eval: needs the package lm_eval: pip install lm_eval; or give --tasks DIR") from None
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
+    results = lm_eval.simple_evaluate(model=wrapped, tasks=list(NAMES))["results"]
+    found = {name: 100.0 * results[name]["acc,none" if name in NOT_NORMALISED else "acc_norm,none"] for name in NAMES}
+    return {**found, "mean": sum(found.values()) / len(found)}

@@ -1,0 +1,91 @@
+"""GGUF files of models whose layers differ in width: what they hold. (That llama.cpp runs them is measured by hand.)"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import TINY, fresh, make_plan
+
+import hywia_kernels as hk
+from hywia_kernels import HywiaError, UsageError
+from hywia_kernels.cli import main
+from hywia_kernels.gguf_export import _interleaved, write_gguf
+
+gguf = pytest.importorskip("gguf")
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    """As llama.cpp's converter would write it for the tiny models, as far as the tokenizer goes."""
+    path = tmp_path / "vocabulary.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(259)])
+    writer.add_token_merges(["t1 t2"])
+    writer.add_bos_token_id(256)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_widths_and_weights_by_layer(vocabulary, tmp_path, dtype):
+    model = fresh(TINY[2]).to(dtype)
+    hk.prune(model, make_plan(model, "adaptive"))
+    reader = gguf.GGUFReader(write_gguf(model, vocabulary, tmp_path / "out.gguf"))
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == "deci"
+    assert fields["deci.feed_forward_length"] == [56, 32, 32]
+    assert fields["deci.attention.head_count"] == [6, 4, 4]
+    assert fields["deci.attention.head_count_kv"] == [3, 2, 2]
+    assert (fields["deci.attention.key_length"], fields["deci.rope.dimension_count"]) == (8, 8)
+    assert fields["tokenizer.ggml.tokens"][:2] == ["t0", "t1"]
+    assert fields["tokenizer.ggml.merges"] == ["t1 t2"]
+    tensors = {t.name: t for t in reader.tensors}
+    assert "output.weight" not in tensors  # tied
+    for name, want in (
+        ("blk.1.ffn_down.weight", model.model.layers[1].mlp.down_proj.weight),
+        ("blk.2.attn_k.weight", _interleaved(model.model.layers[2].self_attn.k_proj.weight, 8)),
+        ("token_embd.weight", model.model.embed_tokens.weight),
+    ):
+        got = tensors[name].data
+        if dtype == torch.bfloat16:
+            got = torch.from_numpy(np.array(got)).view(torch.bfloat16)
+        assert torch.equal(torch.as_tensor(np.array(got)) if dtype != torch.bfloat16 else got, want.detach())
+    norm = tensors["blk.0.attn_norm.weight"].data
+    assert norm.dtype == np.float32
+    assert np.array_equal(norm, model.model.layers[0].input_layernorm.weight.detach().float().numpy())
+
+
+def test_interleaving_turns_halves_into_pairs():
+    rows = torch.arange(8)[:, None].float().expand(8, 3)
+    assert _interleaved(rows, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_what_does_not_fit_is_refused(vocabulary, tmp_path):
+    biased = fresh(TINY[4])
+    with pytest.raises(HywiaError, match="expected biases False, got True"):
+        write_gguf(biased, vocabulary, tmp_path / "x.gguf")
+    model = fresh(TINY[2])
+    model.config.hidden_act = "gelu"
+    with pytest.raises(HywiaError, match="expected hidden_act silu, got gelu"):
+        write_gguf(model, vocabulary, tmp_path / "x.gguf")
+    model.config.hidden_act = "silu"
+    (tmp_path / "text").write_text("x")
+    with pytest.raises(UsageError, match="is no GGUF file"):
+        write_gguf(model, tmp_path / "text", tmp_path / "x.gguf")
+    model.resize_token_embeddings(260)
+    with pytest.raises(UsageError, match="expected 260 tokens as the model has, .* has 259"):
+        write_gguf(model, vocabulary, tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_export_command(saved, vocabulary, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "model", "-o", "m.gguf", "--vocabulary", "vocabulary.gguf"]) == 0
+    assert gguf.GGUFReader(tmp_path / "m.gguf").fields["deci.block_count"].contents() == 3
+    assert main(["export", "model", "-o", "m.gguf", "--vocabulary", "vocabulary.gguf"]) == 2
+    assert "exists; choose another file" in capsys.readouterr().err
