@@ -154,6 +154,14 @@ FAMILIES: tuple[Family, ...] = (
         layers="model.language_model.layers",
     ),
     Family("olmo2", _GQA, _grouped(2, 6), _gated(44)),
+    Family("olmo3", _GQA | _SLIDING, _grouped(2, 6), _gated(44)),
+    Family("smollm3", _GQA | dict(no_rope_layers=[1, 0, 1], attention_bias=True), _grouped(2, 6), _gated(44)),
+    Family(
+        "phi",
+        _GQA | dict(hidden_size=48, tie_word_embeddings=False),
+        _grouped(2, 8, "dense"),
+        (rows("mlp.fc1.weight"), columns("mlp.fc2.weight")),
+    ),
     Family(
         "phi3",
         _GQA | dict(sliding_window=7),
