@@ -95,7 +95,7 @@ def measure(
         raise UsageError(f"modes: expected some of {', '.join(MODES)}, got {', '.join(modes) or 'none'}")
     if runs < 2:
         raise UsageError(f"runs: expected at least 2, got {runs}")
-    reason = drivable(model) if set(modes) - {"eager"} else None
+    reason = drivable(model, max((c.context for c in wanted), default=1)) if set(modes) - {"eager"} else None
     work = work_of(model)
     found = []
     for case in progress.track(list(wanted), what):
@@ -187,10 +187,10 @@ def _eager(model: Any, case: Case, runs: int) -> tuple[list[float], int | None]:
 @torch.no_grad()
 def _static(model: Any, case: Case, compile: bool, runs: int) -> tuple[list[float], int | None]:
     device = _device(model)
-    _watched(device)
     if compile:
         torch._dynamo.reset()  # it keeps eight versions of a layer, and each case is one more
     driver = StaticDriver(model, case.batch, case.context, compile=compile)
+    _watched(device)
     ids = _ids(model, case.batch, case.context if case.phase == "prefill" else 1)
     position = torch.tensor([case.context - 1], device=device)
 
