@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import hywia_kernels as hk
 
-from . import llm_pruner, models, peers, quality, tasks
+from . import bench_recipe, llm_pruner, models, peers, quality, tasks
 from .rows import read
 
 LAYERS = range(0, 2)
@@ -203,3 +203,13 @@ def test_the_table_is_the_geometric_mean_over_seeds_and_settings():
 def test_unknown_criteria_are_refused(name):
     with pytest.raises(ValueError, match="expected criteria out of random, magnitude"):
         quality.split(name)
+
+
+def test_the_recipe_is_timed_step_by_step(capsys):
+    options = ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--samples", "3", "--refit-samples", "4"]
+    assert bench_recipe.main([*options, "--ratio", "0.2", "--align", "16", "--runs", "2"]) == 0
+    lines = dict(line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line[:1] == "|")
+    assert set(bench_recipe.STEPS) < set(lines)
+    ours = sum(float(lines[name]) for name in ("calibrate", "fuse", "plan", "prune"))
+    assert float(lines["all but the refit"]) == pytest.approx(ours, abs=0.003)
+    assert all(float(lines[name]) > 0 for name in ("param_mix", "calibrate", "refit"))

@@ -28,11 +28,18 @@ def coarse_estimate(samples: Tensor, order: str) -> Tensor:
     `|mean_s h|` ("first", LLM-Pruner's "vectorize"), `½·mean_s h²` ("second", the Fisher information of a mask on the
     unit), or `|mean_s h − ½·mean_s h²|` ("mixed").
     """
-    first = None if order == "second" else samples.mean(1, dtype=torch.float64)
+    first = None if order == "second" else _mean(samples, square=False)
     if first is None or order == "mixed":
-        second = 0.5 * samples.square().mean(1, dtype=torch.float64)
+        second = 0.5 * _mean(samples, square=True)
         return (second if first is None else (first - second).abs()).sum(0).float()
     return first.abs().sum(0).float()
+
+
+def _mean(samples: Tensor, *, square: bool) -> Tensor:
+    """Mean over samples of `[members, samples, units]`, or of their squares: float64 sums of float32 sums of sixteen,
+    which are exact enough and twenty times faster than a float64 reduction across rows."""
+    parts = [part.square().sum(1) if square else part.sum(1) for part in samples.split(16, dim=1)]
+    return torch.stack(parts).sum(0, dtype=torch.float64) / samples.shape[1]
 
 
 def prior(unit: str) -> float:

@@ -224,17 +224,21 @@ def _least_loss(
     # A pair on the far side of half a step is kept only when nothing nearer exists.
     within = [c for c in by_heads.values() if abs(c[0] - target) <= step / 2] or list(by_heads.values())
     if scores.loss:
-        return min(within, key=lambda c: (_loss(scores, c[1]), abs(c[0] - target)))[1]
+        lost = _lost(scores, within[0][1])
+        return min(within, key=lambda c: (sum(lost[k][w] for k, w in c[1].items()), abs(c[0] - target)))[1]
     return min(within, key=lambda c: (_unevenness(c[1], present), abs(c[0] - target)))[1]
 
 
-def _loss(scores: Scores, choice: dict[str, int]) -> float:
-    total = 0.0
+def _lost(scores: Scores, kinds: Iterable[str]) -> dict[str, list[float]]:
+    """Kind -> by units kept in each of its groups, the estimated loss of all units that go."""
+    lost: dict[str, Tensor] = {}
     for group in scores.groups:
-        if group.kind in choice:
-            values, loss = scores.values[group.name], scores.loss[group.name].double()
-            total += float(loss.sum() - loss[top_units(values, choice[group.kind])].sum())
-    return total
+        if group.kind in kinds:
+            order = torch.sort(scores.values[group.name], descending=True, stable=True).indices
+            loss = scores.loss[group.name].double()[order]
+            gone = loss.sum() - torch.cat([loss.new_zeros(1), loss.cumsum(0)])
+            lost[group.kind] = lost[group.kind] + gone if group.kind in lost else gone
+    return {kind: by_count.tolist() for kind, by_count in lost.items()}
 
 
 def _unevenness(choice: dict[str, int], present: dict[str, int]) -> float:

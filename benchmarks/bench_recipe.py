@@ -1,0 +1,96 @@
+"""How long the recipe of `hywia prune` takes on a whole model, step by step, beside LLM-Pruner's param_mix scoring.
+
+    python -m benchmarks.bench_recipe                       # LLaMA-7B's shapes, random weights, on a GPU
+    python -m benchmarks.bench_recipe --shape tiny --device cpu
+
+Scoring, fusion and planning are timed `--runs` times after a warm-up; the refit and the cut change the model and run
+once. LLM-Pruner's flow is `benchmarks/llm_pruner.py`'s, with its ten samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import hywia_kernels as hk
+from hywia_kernels.commands_recipe import REFIT_SAMPLES, SAMPLES
+
+from . import llm_pruner, models
+from .bench_engine import measure
+from .memory import free
+from .timing import commit, device_name
+
+STEPS = ("param_mix", "calibrate", "fuse", "plan", "refit", "prune")
+
+
+def once(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds of one call, the device synchronised, and its result."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    began = time.perf_counter()
+    result = call()
+    wait()
+    return time.perf_counter() - began, result
+
+
+def run(arguments: argparse.Namespace) -> dict[str, float]:
+    """Step -> seconds."""
+    device = torch.device(arguments.device)
+    model = models.build(arguments.shape, arguments.layers, arguments.dtype, device)
+    tokens = {n: models.token_ids(model, n, 128, device) for n in (10, arguments.samples, arguments.refit_samples)}
+    found: dict[str, float] = {}
+
+    def several(name: str, call: Callable[[], Any]) -> Any:
+        reading, _, result = measure(call, device, arguments.runs, 20.0)
+        found[name] = reading.median
+        return result
+
+    several("param_mix", lambda: llm_pruner.score(model, tokens[10], "param_mix"))
+    model.zero_grad(set_to_none=True)
+    free(device)
+    scored, refitted = tokens[arguments.samples].cpu(), tokens[arguments.refit_samples].cpu()
+    statistics = several("calibrate", lambda: hk.calibrate(model, scored))
+    scores = several("fuse", lambda: hk.fuse(statistics))
+    plan = several("plan", lambda: hk.plan(scores, ratio=arguments.ratio, align=arguments.align))
+    found["refit"], plan = once(lambda: hk.refit(model, plan, refitted), device)
+    found["prune"], _ = once(lambda: hk.prune(model, plan), device)
+    return found
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", choices=models.NAMES, default="7b")
+    parser.add_argument("--layers", type=int, metavar="N", help="the first N decoder layers only")
+    parser.add_argument("--dtype", choices=tuple(models.DTYPES), default="bfloat16")
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--refit-samples", type=int, default=REFIT_SAMPLES)
+    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--align", type=int, default=64)
+    parser.add_argument("--runs", type=int, default=3)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _arguments(sys.argv[1:] if argv is None else argv)
+    found = run(arguments)
+    print(f"{device_name(torch.device(arguments.device))}, torch {torch.__version__}, commit {commit()}")
+    print("| step | s |\n| --- | --- |")
+    for name in STEPS:
+        print(f"| {name} | {found[name]:.3f} |")
+    ours = sum(found[name] for name in ("calibrate", "fuse", "plan", "prune"))
+    print(f"| all but the refit | {ours:.3f} |\n| times param_mix | {ours / found['param_mix']:.2f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
