@@ -94,7 +94,6 @@ class StaticDriver:
         ]
         self.run: Callable[..., Tensor] = _layer
         if compile:
-            torch._dynamo.reset()
             self.run = torch.compile(_layer, dynamic=False)
 
     def _through(self, ids: Tensor, positions: Tensor, decode: bool) -> Tensor:
