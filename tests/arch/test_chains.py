@@ -209,3 +209,14 @@ def test_bfloat16_is_cut_and_scored_in_every_family():
         hk.prune(model, plan)
         assert model.dtype == torch.bfloat16
         assert relative(logits(model, tokens), logits(masked, tokens)) <= 3e-2, family.name
+
+
+@pytest.mark.parametrize("name", ["olmo2", "phi3", "gpt2", "bloom", "qwen3_moe"])
+def test_scores_on_disk_keep_everything_a_group_says(name, tmp_path):
+    model, tokens = fresh_named(name), token_ids()
+    statistics = hk.calibrate(model, tokens)
+    hk.save_scores(tmp_path / "scores", hk.fuse(statistics), statistics)
+    scores, again = hk.load_scores(tmp_path / "scores")
+    assert scores.groups == again.groups == hk.groups(model)
+    hk.prune(model, hk.plan(scores, group_ratio=0.4, align=4))
+    assert sum(p.numel() for p in model.parameters()) < scores.parameters
