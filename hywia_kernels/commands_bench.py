@@ -11,7 +11,7 @@ from . import charts, constraints, export, html_report, report, targets
 from .errors import HywiaError, UsageError
 from .versions import versions
 
-__all__ = ["add_commands", "add_planning", "bench", "export_gguf", "write_report"]
+__all__ = ["add_commands", "add_planning", "bench", "export_served", "write_report"]
 
 
 def add_commands(commands: Any, add_options: Any) -> None:
@@ -33,14 +33,15 @@ def add_commands(commands: Any, add_options: Any) -> None:
     command.add_argument("--plot", metavar="FILE", help="write the figures as SVG")
     command.add_argument("--record", action="store_true", help="keep the figures in each directory's hywia.json")
     command.set_defaults(run=bench)
-    command = commands.add_parser("export", help="a GGUF file for llama.cpp, also of layers that differ in width")
+    command = commands.add_parser("export", help="for servers whose formats hold layers that differ in width")
     command.add_argument("model", help="as for the other commands")
     add_options(command)
-    command.add_argument("-o", "--output", required=True, metavar="FILE.gguf", help="file to write")
     command.add_argument(
-        "--vocabulary", required=True, metavar="GGUF", help="of the model before pruning: its tokenizer"
+        "-o", "--output", required=True, metavar="OUT", help="file (gguf) or directory (decilm) to write"
     )
-    command.set_defaults(run=export_gguf)
+    command.add_argument("--format", choices=("gguf", "decilm"), default="gguf", help="llama.cpp's, or vLLM's blocks")
+    command.add_argument("--vocabulary", metavar="GGUF", help="of the model before pruning: its tokenizer, for gguf")
+    command.set_defaults(run=export_served)
     command = commands.add_parser("report", help="a pruning run's record as one HTML page")
     command.add_argument("output", metavar="OUT", help="directory that 'hywia prune' wrote")
     command.add_argument("-o", "--html", metavar="FILE", help="default: OUT.html beside it")
@@ -195,20 +196,26 @@ def _write(path: str | Path, text: str) -> None:
         raise HywiaError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def export_gguf(arguments: argparse.Namespace) -> None:
+def export_served(arguments: argparse.Namespace) -> None:
     """`hywia export`."""
     from . import commands
-    from .gguf_export import write_gguf
     from .load import load
+    from .served import write_decilm, write_gguf
 
     commands._begin(arguments)
+    gguf = arguments.format == "gguf"
+    if gguf != (arguments.vocabulary is not None):
+        raise UsageError("vocabulary: goes with --format gguf, which needs it")
     report.say(f"loading {arguments.model}")
-    model, _ = load(
+    model, tokenizer = load(
         arguments.model, dtype=arguments.dtype, device=arguments.device, trust_remote_code=arguments.trust_remote_code
     )
-    path = write_gguf(model, arguments.vocabulary, arguments.output)
-    report.say(f"wrote {path}: {path.stat().st_size:,} bytes")
-    report.write_json(arguments.json, {"output": str(path), "bytes": path.stat().st_size})
+    if gguf:
+        path = write_gguf(model, arguments.vocabulary, arguments.output)
+    else:
+        path = write_decilm(model, tokenizer, arguments.output)
+    report.say(f"wrote {path}")
+    report.write_json(arguments.json, {"output": str(path), "format": arguments.format})
 
 
 def write_report(arguments: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .engine.loss import check_head, logits_of
 from .engine.patches import frozen
 from .engine.samples import padded
 from .errors import HywiaError, UsageError
@@ -89,13 +90,12 @@ def _hidden(model: Any, tokens: Tensor) -> Tensor:
 
 def _divergence(model: Any, dense: Tensor, masked: Tensor, counts: Tensor) -> Tensor:
     """Mean KL divergence of the next-token distributions, from hidden states; and backward through it into them."""
-    head = model.get_output_embeddings()
     total = masked.new_zeros((), dtype=torch.float32)
     for want, got, valid in zip(dense.split(_LOGITS), masked.split(_LOGITS), counts.split(_LOGITS), strict=True):
         with torch.no_grad():
-            target = functional.log_softmax(head(want).float(), -1)
+            target = functional.log_softmax(logits_of(model, want), -1)
         difference = functional.kl_div(
-            functional.log_softmax(head(got).float(), -1), target, log_target=True, reduction="none"
+            functional.log_softmax(logits_of(model, got), -1), target, log_target=True, reduction="none"
         ).sum(-1)
         total = total + (difference * valid).sum()
     return total / counts.sum()
@@ -135,6 +135,7 @@ def learn(
         raise HywiaError("scores: made for another model, or not those of the plan (the weights differ)")
     samples = padded(batches)
     check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
+    check_head(model)
     learning = []
     for group in scores.groups:
         member, count = group.members[-1], plan.keep[group.name].numel()

@@ -15,13 +15,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from . import arch
 from .calibrate import calibrate
 from .errors import UsageError
 from .fusion import FUSIONS, coarse_estimate, fused, prior
 from .integrations.modules import BySide, layout, magnitude_sums, taylor_sums
 from .ops.checks import ORDERS
-from .types import Group
 
 __all__ = ["HyWIAScorer", "MagnitudeScorer", "Scorer", "TaylorScorer", "UnitScores"]
 
@@ -123,12 +121,21 @@ class HyWIAScorer:
     def __call__(self, model: nn.Module) -> dict[tuple[str, int], Tensor]:
         """Raises HywiaError for a model that `hywia_kernels.groups` does not know."""
         statistics = calibrate(model, self.batches, **self.options)
-        by_member: dict[tuple[str, int], Tensor] = {}
-        group: Group
-        for group in arch.groups(model):
+        parts: dict[tuple[str, int], dict[int, tuple[int, Tensor]]] = {}
+        for group in statistics.groups:
             coarse = coarse_estimate(statistics.coarse[group.name], self.order)
             fine = statistics.fine[group.name][self.order]
             values = fused(fine, coarse, self.fusion, "reference", prior(group.unit))
-            by_member |= {(m.module, m.axis): values for m in group.members}
+            for member in group.members:
+                if member.parameter == "weight" and member.index is None:  # experts' stacks are no module's weight
+                    of_weight = parts.setdefault((member.module, member.axis), {})
+                    of_weight[member.start] = (member.group_size, values)
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-        return dict(sorted(by_member.items(), key=lambda item: (order[item[0][0]], item[0][1])))
+        return {key: _joined(parts[key]) for key in sorted(parts, key=lambda key: (order[key[0]], key[1]))}
+
+
+def _joined(parts: Mapping[int, tuple[int, Tensor]]) -> Tensor:
+    """Of a weight that is one matrix its units' scores, of one that holds several a score for every channel."""
+    if len(parts) == 1:
+        return next(iter(parts.values()))[1]
+    return torch.cat([parts[at][1].repeat_interleave(parts[at][0]) for at in sorted(parts)])

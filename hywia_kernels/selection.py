@@ -54,7 +54,8 @@ def plan(
         layers: half-open range of layers for `group_ratio`; None: all.
         units: which kinds may go: "mlp", "attention" or both; or, in models that have them, whole "experts", with
             or without "attention".
-        align: widths of channels are multiples of it (or untouched).
+        align: widths of channels are multiples of it (or untouched); None: what the device at hand likes
+            (`targets.at_hand`).
         layout: "uniform" or "adaptive".
         limits: leaves fewer of a group's widths (`constraints.allowed`, or what a device likes); None: all.
 
@@ -66,6 +67,10 @@ def plan(
     kinds = _kinds(units, scores.groups)
     if layout not in LAYOUTS:
         raise UsageError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if align is None:
+        from .targets import at_hand
+
+        align = at_hand().align
     if align < 1:
         raise UsageError(f"align: expected at least 1, got {align}")
     if (ratio is None) == (group_ratio is None):

@@ -43,6 +43,20 @@ _GEMMA2 = replace(
     logits=("final_logit_softcapping",),
     residual=None,
 )
+# Norms come after attention and MLP, round otherwise than LLaMA's, and take all heads' queries (keys) together.
+_OLMO2 = replace(
+    _LLAMA,
+    model_types=("olmo2",),
+    title="OLMo 2",
+    attention=replace(
+        _GROUPED_QUERY,
+        vectors=("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
+        wide_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
+    ),
+    norms=(),
+    final_norm=None,
+    residual=None,
+)
 _EXPERTS = Experts(
     module="mlp.experts",
     router="mlp.gate",
@@ -98,19 +112,16 @@ TABLE: tuple[Architecture, ...] = (
     ),
     # Multipliers on embeddings, residuals and scores are the model's own; only the head's concerns the loss.
     replace(_LLAMA, model_types=("granite",), title="Granite", logits=("logits_scaling",)),
-    # Norms come after attention and MLP, round otherwise than LLaMA's, and take all heads' queries (keys) together.
-    replace(
-        _LLAMA,
-        model_types=("olmo2",),
-        title="OLMo 2",
-        attention=replace(
-            _GROUPED_QUERY,
-            vectors=("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
-            wide_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
-        ),
-        norms=(),
-        final_norm=None,
-        residual=None,
+    replace(_LLAMA, model_types=("smollm3",), title="SmolLM3"),
+    _OLMO2,
+    replace(_OLMO2, model_types=("olmo3",), title="OLMo 3"),
+    Architecture(
+        model_types=("phi",),
+        title="Phi-1, Phi-2",
+        layers="model.layers",
+        mlp=Mlp(rows=("mlp.fc1",), columns=("mlp.fc2",), width_field="intermediate_size"),
+        attention=replace(_GROUPED_QUERY, output="self_attn.dense"),
+        residual="mlp.fc2",
     ),
     replace(
         _LLAMA,
@@ -126,6 +137,14 @@ TABLE: tuple[Architecture, ...] = (
         ),
         attributes=(("self_attn", "num_key_value_heads", "kv_heads"),),
         config_readers=("self_attn",),
+    ),
+    Architecture(
+        model_types=("starcoder2",),
+        title="StarCoder2",
+        layers="model.layers",
+        mlp=Mlp(rows=("mlp.c_fc",), columns=("mlp.c_proj",), width_field="intermediate_size"),
+        attention=_GROUPED_QUERY,
+        residual="mlp.c_proj",
     ),
     Architecture(
         model_types=("gpt_neox",),

@@ -14,7 +14,7 @@ from .. import arch
 from ..errors import HywiaError
 from .samples import Samples
 
-__all__ = ["LOGIT_BYTES", "Targets", "check_head", "hidden_gradient", "targets"]
+__all__ = ["LOGIT_BYTES", "Targets", "check_head", "hidden_gradient", "logits_of", "targets"]
 
 LOGIT_BYTES = 64 << 20  # float32 logits that exist at a time; about four times as much with what comes of them
 
@@ -47,7 +47,7 @@ def check_head(model: Any) -> None:
             )
 
 
-def _logits(model: Any, states: Tensor) -> Tensor:
+def logits_of(model: Any, states: Tensor) -> Tensor:
     """What the model makes of final states, float32; in the model's dtype up to the last step, as it does."""
     logits = model.get_output_embeddings()(states)
     config = arch.text_config(model)
@@ -86,7 +86,7 @@ def hidden_gradient(model: Any, hidden: Tensor, wanted: Targets, scale: float) -
         part = slice(start, start + step)
         states = flat[part].requires_grad_()
         with torch.enable_grad():
-            logits = _logits(model, states)
+            logits = logits_of(model, states)
             loss = functional.cross_entropy(logits, wanted.tokens[part], reduction="none")
             loss = (loss * wanted.weights[part]).sum()
             del logits

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .. import arch
@@ -52,13 +53,16 @@ def measured(owner: Any, side: str) -> Measured | None:
     """
     if not isinstance(owner, nn.Linear):
         return None
-    sides = _STORE.find(owner, (owner.weight,), "accumulate_fisher(model, batches)")
-    if sides is not None and side not in sides:
+    kept = _STORE.find(owner, (owner.weight,), "accumulate_fisher(model, batches)")
+    if kept is None:
+        return None
+    axes, sides = kept
+    if side not in sides and axes == "units":
         raise UsageError(
             f"{type(owner).__name__} {list(owner.weight.shape)}: expected its {side}put channels measured, got the "
             "others only; call accumulate_fisher(model, batches, axes='both')"
         )
-    return None if sides is None else sides[side]
+    return sides.get(side)
 
 
 def any_measured() -> bool:
@@ -87,8 +91,8 @@ def accumulate_fisher(
 
     Args:
         model, batches, backend, memory: as in `hywia_kernels.calibrate`. `L_s` is the mean next-token loss of a sample,
-            `G = mean_s G_s`, `F = mean_s G_s²`. Only the decoder layers' matrices are measured: not embeddings, norms,
-            biases and the head.
+            `G = mean_s G_s`, `F = mean_s G_s²`. Only the decoder layers' linear layers are measured: not embeddings,
+            norms, biases, the head, and stacked experts.
         axes: "both" measures output and input channels of every matrix, so that hidden dimensions can be pruned as
             well; "units" only those that heads and MLP channels consist of, in less time.
 
@@ -97,22 +101,41 @@ def accumulate_fisher(
     """
     if axes not in AXES:
         raise UsageError(f"axes: expected one of {', '.join(AXES)}, got {axes!r}")
-    native = {m.module: (g, m.axis) for g in arch.groups(model) for m in g.members}
-    groups = []
-    for name, (group, unit_axis) in native.items():
-        weight = model.get_submodule(name).weight
-        for axis in (unit_axis, 1 - unit_axis)[: 1 if axes == "units" else 2]:
-            members = (Member(name, axis, 1),)
-            groups.append(
-                Group(f"{name}:{_SIDES[axis]}", group.kind, group.layer, weight.shape[axis], "channel", members, 0)
-            )
-    statistics = measure(model, batches, tuple(groups), backend=backend, memory=memory)
-    for name in native:
+    groups, parts = _by_channel(model, axes)
+    statistics = measure(model, batches, groups, backend=backend, memory=memory)
+    for name, sides in parts.items():
         module = model.get_submodule(name)
-        names = {side: f"{name}:{side}" for side in _SIDES}
-        sides = {
-            side: Measured({order: statistics.fine[key][order] for order in ORDERS}, statistics.coarse[key][0])
-            for side, key in names.items()
-            if key in statistics.fine
-        }
-        _STORE.put(module, (module.weight,), sides)
+        found = {}
+        for side, keys in sides.items():
+            fine = {order: torch.cat([statistics.fine[key][order] for key in keys]) for order in ORDERS}
+            found[side] = Measured(fine, torch.cat([statistics.coarse[key][0] for key in keys], 1))
+        _STORE.put(module, (module.weight,), (axes, found))
+
+
+def _by_channel(model: Any, axes: str) -> tuple[tuple[Group, ...], dict[str, dict[str, list[str]]]]:
+    """The architecture's groups split into one a matrix and side, a unit a channel; and module -> side -> the names
+    of its groups, in the order of its channels.
+
+    A linear layer that holds several matrices has a group for each along its outputs, and none along its inputs. Groups
+    of anything but linear layers (stacked experts, transposed weights) stay as they are, and are not told of.
+    """
+    groups: list[Group] = []
+    starts: dict[str, dict[str, dict[int, str]]] = {}
+    for group in arch.groups(model):
+        modules = [model.get_submodule(m.module) for m in group.members]
+        if any(type(m) is not nn.Linear for m in modules) or any(m.index is not None for m in group.members):
+            groups.append(group)
+            continue
+        for member, module in zip(group.members, modules, strict=True):
+            length = group.units * member.group_size
+            whole = length == module.weight.shape[member.axis]
+            for axis in (member.axis, 1 - member.axis)[: 2 if axes == "both" and whole else 1]:
+                key = f"{member.module}:{_SIDES[axis]}:{member.start}"
+                units = length if axis == member.axis else module.weight.shape[axis]
+                part = Member(member.module, axis, 1, member.start if axis == member.axis else 0)
+                groups.append(Group(key, group.kind, group.layer, units, "channel", (part,), 0))
+                starts.setdefault(member.module, {}).setdefault(_SIDES[axis], {})[member.start] = key
+    return tuple(groups), {
+        name: {side: [keys[at] for at in sorted(keys)] for side, keys in sides.items()}
+        for name, sides in starts.items()
+    }

@@ -34,6 +34,7 @@ class _Packed:
     rows: tuple[int, int]  # of the queries, of the keys
     head_dim: int
     scale: float
+    head_norms: tuple[nn.Module, nn.Module] | None  # of queries and keys, over each head
 
 
 def _joined(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
@@ -54,11 +55,15 @@ def _packed(layer: Any) -> _Packed:
         layer.input_layernorm, layer.post_attention_layernorm, qkv, qkv_bias, attention.o_proj, gate_up, gate_up_bias,
         mlp.act_fn, mlp.down_proj, (attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]),
         attention.head_dim, attention.scaling,
+        (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
     )  # fmt: skip
 
 
-def drivable(model: Any) -> str | None:
-    """Why `StaticDriver` cannot run this model; None: it can, to the same logits."""
+def drivable(model: Any, length: int = 6) -> str | None:
+    """Why `StaticDriver` cannot run this model on `length` tokens; None: it can, to the same logits."""
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and window < length and getattr(model.config, "use_sliding_window", True):
+        return f"its attention slides over {window} tokens"
     ids = torch.arange(6, device=model.get_input_embeddings().weight.device)[None]
     try:
         with torch.no_grad():
@@ -94,7 +99,6 @@ class StaticDriver:
         ]
         self.run: Callable[..., Tensor] = _layer
         if compile:
-            torch._dynamo.reset()
             self.run = torch.compile(_layer, dynamic=False)
 
     def _through(self, ids: Tensor, positions: Tensor, decode: bool) -> Tensor:
@@ -121,7 +125,10 @@ def _layer(
     batch, tokens, _ = hidden.shape
     qkv = functional.linear(p.norm(hidden), p.qkv, p.qkv_bias)
     parts = qkv.split((p.rows[0], p.rows[1], p.rows[1]), dim=-1)
-    query, key, value = (part.view(batch, tokens, -1, p.head_dim).transpose(1, 2) for part in parts)
+    query, key, value = (part.view(batch, tokens, -1, p.head_dim) for part in parts)
+    if p.head_norms is not None:
+        query, key = p.head_norms[0](query), p.head_norms[1](key)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     query, key = rotate(query, key, *rotary)
     keys.index_copy_(2, positions, key)
     values.index_copy_(2, positions, value)

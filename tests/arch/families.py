@@ -154,6 +154,14 @@ FAMILIES: tuple[Family, ...] = (
         layers="model.language_model.layers",
     ),
     Family("olmo2", _GQA, _grouped(2, 6), _gated(44)),
+    Family("olmo3", _GQA | _SLIDING, _grouped(2, 6), _gated(44)),
+    Family("smollm3", _GQA | dict(no_rope_layers=[1, 0, 1], attention_bias=True), _grouped(2, 6), _gated(44)),
+    Family(
+        "phi",
+        _GQA | dict(hidden_size=48, tie_word_embeddings=False),
+        _grouped(2, 8, "dense"),
+        (rows("mlp.fc1.weight"), columns("mlp.fc2.weight")),
+    ),
     Family(
         "phi3",
         _GQA | dict(sliding_window=7),
@@ -164,6 +172,12 @@ FAMILIES: tuple[Family, ...] = (
             columns("self_attn.o_proj.weight", 12),
         ),
         (rows("mlp.gate_up_proj.weight"), rows("mlp.gate_up_proj.weight", 1, 44), columns("mlp.down_proj.weight")),
+    ),
+    Family(
+        "starcoder2",
+        _GQA | dict(sliding_window=5),
+        _grouped(2, 6),
+        (rows("mlp.c_fc.weight"), columns("mlp.c_proj.weight")),
     ),
     Family(
         "gpt_neox",

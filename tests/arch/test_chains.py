@@ -17,6 +17,7 @@ from words import text, write_tokenizer
 
 import hywia_kernels as hk
 from hywia_kernels.cli import main
+from hywia_kernels.learned import learn
 
 SMALL = ["--samples", "3", "--seq-len", "12", "--align", "4", "--block", "16", "--max-blocks", "3"]
 
@@ -142,6 +143,24 @@ def test_a_checkpoint_names_a_width_for_every_layer(tmp_path):
     assert widths["num_local_experts"] == [5, 5, 5]
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_masks_are_learned_on_the_model_s_own_logits(family):
+    """The first step's divergence is that of the model's logits before and after its masks; experts are refused."""
+    model, tokens = fresh(family), token_ids()
+    scores = hk.score(model, tokens)
+    plan = hk.plan(scores, group_ratio=0.4, align=4, units=("mlp",))
+    if family.experts:
+        with pytest.raises(hk.HywiaError, match="is stacked experts"):
+            learn(model, scores, plan, tokens, steps=1)
+        return
+    learned = learn(model, scores, plan, tokens, steps=2)
+    masked = fresh(family)
+    hk.mask(masked, plan)
+    dense, cut = (logits(m, tokens).double().log_softmax(-1) for m in (model, masked))
+    want = float((dense.exp() * (dense - cut)).sum(-1).mean())
+    assert learned.record["learned"]["divergence"][0] == pytest.approx(want, rel=1e-3)
+
+
 REMOTE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
@@ -190,3 +209,14 @@ def test_bfloat16_is_cut_and_scored_in_every_family():
         hk.prune(model, plan)
         assert model.dtype == torch.bfloat16
         assert relative(logits(model, tokens), logits(masked, tokens)) <= 3e-2, family.name
+
+
+@pytest.mark.parametrize("name", ["olmo2", "phi3", "gpt2", "bloom", "qwen3_moe"])
+def test_scores_on_disk_keep_everything_a_group_says(name, tmp_path):
+    model, tokens = fresh_named(name), token_ids()
+    statistics = hk.calibrate(model, tokens)
+    hk.save_scores(tmp_path / "scores", hk.fuse(statistics), statistics)
+    scores, again = hk.load_scores(tmp_path / "scores")
+    assert scores.groups == again.groups == hk.groups(model)
+    hk.prune(model, hk.plan(scores, group_ratio=0.4, align=4))
+    assert sum(p.numel() for p in model.parameters()) < scores.parameters

@@ -15,7 +15,7 @@ import torch
 from families import FAMILIES, Family, fresh, fresh_named, token_ids
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, UsageError, surgery
+from hywia_kernels import HywiaError, UsageError, arch, surgery
 from hywia_kernels.speed.work import work_of
 
 ORDERS = ("first", "second", "mixed")
@@ -25,10 +25,11 @@ CUTS = ("mlp", "attention", "both", "adaptive")
 def make_plan(model, cut: str) -> hk.Plan:
     """What its name says, ranked by seeded random scores; adaptive leaves the first layer alone."""
     scores = hk.score(model, criterion="random", seed=5)
-    if cut == "adaptive":
-        return hk.plan(scores, group_ratio=0.4, layers=(1, 3), align=4)
-    units = ("mlp", "attention") if cut == "both" else (cut,)
-    return hk.plan(scores, group_ratio=0.4, units=units, align=4)
+    shape, _, kind = cut.partition("-")
+    layers = (1, 3) if shape == "adaptive" else None
+    kind = kind or shape
+    units = ("mlp", "attention") if kind in ("both", "adaptive") else (kind,)
+    return hk.plan(scores, group_ratio=0.4, layers=layers, units=units, align=4)
 
 
 def logits(model, tokens):
@@ -44,7 +45,11 @@ def cuts(family: Family) -> tuple[str, ...]:
     return (*CUTS, "experts") if family.experts else CUTS
 
 
-CASES = [pytest.param(family, cut, id=f"{family.name}-{cut}") for family in FAMILIES for cut in cuts(family)]
+CASES = [
+    pytest.param(family, cut, id=f"{family.name}-{cut}")
+    for family in FAMILIES
+    for cut in (*cuts(family), "adaptive-mlp", "adaptive-attention")
+]
 
 
 def plain_statistics(family: Family, model, samples):
@@ -313,3 +318,26 @@ def test_experts_are_cut_but_not_refitted(name):
         if cut == "experts":
             hk.prune(model, after)
             assert relative(logits(model, token_ids()), logits(masked, token_ids())) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("gpt_neox", dict(interleaved=False)),  # q, k and v taken for three runs of rows
+        ("bloom", dict(alibi=None)),  # survivors biased by the slopes of the first heads
+        ("olmo2", dict(wide_norms={})),  # norms that divide by the rms of fewer features
+    ],
+)
+def test_a_wrong_entry_is_caught(name, wrong, monkeypatch):
+    model, tokens = fresh_named(name), token_ids()
+    entry = arch.architecture(model)
+    planted = dataclasses.replace(entry, attention=dataclasses.replace(entry.attention, **wrong))
+    table = tuple(planted if e is entry else e for e in arch.TABLE)
+    monkeypatch.setattr("hywia_kernels.arch.discovery.TABLE", table)
+    plan = make_plan(model, "attention")
+    masked = copy.deepcopy(model)
+    hk.mask(masked, plan)
+    hk.prune(model, plan)
+    if name == "bloom":  # as a model that makes biases for the heads that are left would
+        model.transformer.num_heads = 4
+    assert relative(logits(model, tokens), logits(masked, tokens)) > 1e-2

@@ -35,6 +35,9 @@ def test_the_static_driver_gives_the_models_logits(model, tokens):
 def test_models_that_compute_something_else_are_not_driven(gqa):
     gqa.model.embed_tokens.register_forward_hook(lambda module, args, out: out)  # harmless: still driven
     assert drivable(gqa) is None
+    gqa.config.sliding_window = 7
+    assert (drivable(gqa, 7), drivable(gqa, 8)) == (None, "its attention slides over 7 tokens")
+    gqa.config.sliding_window = None
     original = type(gqa.model).forward
 
     class Scaled(type(gqa.model)):

@@ -1,4 +1,4 @@
-"""GGUF files of models whose layers differ in width: what they hold. (That llama.cpp runs them is measured by hand.)"""
+"""What servers' files of models whose layers differ in width hold. (That llama.cpp runs them is tried by hand.)"""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from tiny import TINY, fresh, make_plan
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.cli import main
-from hywia_kernels.gguf_export import _interleaved, write_gguf
+from hywia_kernels.served.decilm import ffn_mult, write_decilm
+from hywia_kernels.served.gguf import _interleaved, write_gguf
 
 gguf = pytest.importorskip("gguf")
 
@@ -89,3 +90,51 @@ def test_export_command(saved, vocabulary, tmp_path, monkeypatch, capsys):
     assert gguf.GGUFReader(tmp_path / "m.gguf").fields["deci.block_count"].contents() == 3
     assert main(["export", "model", "-o", "m.gguf", "--vocabulary", "vocabulary.gguf"]) == 2
     assert "exists; choose another file" in capsys.readouterr().err
+    assert main(["export", "model", "-o", "n.gguf"]) == 2
+    assert "vocabulary: goes with --format gguf" in capsys.readouterr().err
+
+
+def vllm_width(ffn, hidden):
+    """As vLLM's nemotron_nas.py reads a block."""
+    if not hasattr(ffn, "ffn_mult"):
+        return ffn.intermediate_size
+    made = int(2 * ffn.ffn_mult * hidden / 3)
+    return made if made % 256 == 0 else made + 256 - made % 256
+
+
+@pytest.mark.parametrize("hidden", [576, 2048, 4096, 5120])
+def test_every_width_of_whole_256s_has_a_multiplier(hidden):
+    for width in range(256, 16384, 256):
+        assert vllm_width(type("ffn", (), {"ffn_mult": ffn_mult(width, hidden)}), hidden) == width
+    assert ffn_mult(300, hidden) is None
+
+
+def test_decilm_blocks(tmp_path, tokenizer, monkeypatch):
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = fresh(TINY[2])
+    scores = hk.score(model, criterion="random", seed=5)
+    hk.prune(model, hk.plan(scores, group_ratio=0.4, layers=(1, 3), units=("mlp",), align=4))
+    folder = write_decilm(model, tokenizer, tmp_path / "out")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert config.architectures == ["DeciLMForCausalLM"]
+    assert [vllm_width(b.ffn, config.hidden_size) for b in config.block_configs] == [56, 32, 32]
+    assert [config.num_attention_heads // b.attention.n_heads_in_group for b in config.block_configs] == [3, 3, 3]
+    assert not any(b.attention.no_op or b.ffn.no_op for b in config.block_configs)
+    assert (config.head_dim, config.num_key_value_heads) == (8, 3)
+    config.save_pretrained(tmp_path / "again")
+    again = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert again.block_configs == config.block_configs
+    state = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in state  # tied
+    assert torch.equal(state["model.layers.1.mlp.down_proj.weight"], model.model.layers[1].mlp.down_proj.weight)
+
+
+def test_decilm_needs_equal_heads(tmp_path):
+    model = fresh(TINY[2])
+    hk.prune(model, make_plan(model, "adaptive"))
+    with pytest.raises(HywiaError, match=r"as many heads in every layer, got \[2, 3\]; plan with --units mlp"):
+        write_decilm(model, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

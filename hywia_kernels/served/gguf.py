@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arch, progress
-from .errors import HywiaError, UsageError
+from .. import arch, progress
+from ..errors import HywiaError, UsageError
 
 __all__ = ["write_gguf"]
 

@@ -1,0 +1,104 @@
+"""A LLaMA-family model whose MLPs differ in width as a Nemotron-NAS (DeciLM) checkpoint, which vLLM serves.
+
+vLLM's `DeciLMForCausalLM` takes each layer's channels from `block_configs`; its query heads are one number for the
+whole model, so attention must be equally wide everywhere. Widths of whole 256s are also written as `ffn_mult`, the only
+form that its older releases read. The directory carries its config class: vLLM needs `--trust-remote-code` for it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .. import arch, atomic
+from ..errors import HywiaError
+
+__all__ = ["ffn_mult", "write_decilm"]
+
+FAMILIES = ("llama", "mistral")
+CONFIG_FILE = "configuration_decilm.py"
+
+
+def ffn_mult(width: int, hidden: int) -> float | None:
+    """The multiplier that vLLM turns into `width`: `int(2 · mult · hidden / 3)`, then up to a multiple of 256."""
+    if width % 256:
+        return None
+    # Half a channel more than needed: the product's rounding must not fall below a whole number.
+    mult = 1.5 * (width - 128) / hidden
+    made = int(2 * mult * hidden / 3)
+    return mult if -(-made // 256) * 256 == width else None
+
+
+def _refusal(model: Any, heads: set[int]) -> str | None:
+    config = model.config
+    family = getattr(config, "base_model_type", None) or config.model_type
+    if family not in FAMILIES:
+        return f"expected one of {', '.join(FAMILIES)}, got {family}"
+    if getattr(config, "sliding_window", None) is not None:
+        return f"expected no sliding_window, got {config.sliding_window}"
+    if len(heads) > 1:
+        return f"expected as many heads in every layer, got {sorted(heads)}; plan with --units mlp"
+    return None
+
+
+def write_decilm(model: Any, tokenizer: Any, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a directory: weights under their own names, config with `block_configs`, tokenizer.
+
+    Raises:
+        HywiaError: the format cannot hold the model exactly, or it cannot be written. UsageError: the directory exists.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    found = arch.groups(model)
+    kv_heads = {g.units for g in found if g.kind == "attention"}
+    reason = _refusal(model, kv_heads)
+    if reason is not None:
+        raise HywiaError(f"decilm: vLLM's blocks hold LLaMA's alone: {reason}")
+    path = Path(path)
+    atomic.check_target(path.absolute(), overwrite=overwrite)
+    attention = next(g for g in found if g.kind == "attention")
+    per_group = attention.members[-1].group_size // arch.head_dim(model)
+    widths = [g.units for g in found if g.kind == "mlp"]
+    config = _config(model, widths, attention.units * per_group, per_group)
+    state, stored = {}, set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in stored:  # of tied weights the first name, which is the embedding's
+            stored.add(tensor.data_ptr())
+            state[name] = tensor
+    with atomic.directory(path, overwrite=overwrite) as folder:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)
+        shutil.copyfile(Path(__file__).with_name(CONFIG_FILE), folder / CONFIG_FILE)
+        save_torch_state_dict(state, folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return path
+
+
+def _config(model: Any, widths: list[int], heads: int, per_group: int) -> dict[str, Any]:
+    values = model.config.to_dict()
+    for own in ("base_model_type", "layer_widths", "module_changes", "transformers_version"):
+        values.pop(own, None)
+    blocks = []
+    for width in widths:
+        mult = ffn_mult(width, model.config.hidden_size)
+        ffn: dict[str, Any] = {"no_op": False, "replace_with_linear": False, "intermediate_size": width}
+        if mult is not None:
+            ffn["ffn_mult"] = mult
+        attention = {"no_op": False, "replace_with_linear": False, "n_heads_in_group": per_group}
+        blocks.append({"attention": attention, "ffn": ffn})
+    return {
+        **values,
+        "model_type": "nemotron-nas",
+        "architectures": ["DeciLMForCausalLM"],
+        "auto_map": {"AutoConfig": f"{CONFIG_FILE.removesuffix('.py')}.DeciLMConfig"},
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "intermediate_size": max(widths),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // per_group,
+        "head_dim": arch.head_dim(model),
+        "block_configs": blocks,
+    }
