@@ -145,6 +145,8 @@ class Bench:
 
     def _recipe(self, criterion: str, count: int, shares: peers.Shares, seed: int) -> hk.Plan:
         scores = hk.fuse(self.statistics(seed, count))
+        if "attention" in shares and criterion != "recipe-unrefitted":
+            scores = hk.with_leftover(scores, hk.leftover(self.model, self.samples(seed, count)))
         plan = self.plan(scores, shares, "adaptive" if criterion == "recipe" else "uniform")
         if criterion == "recipe-unrefitted":
             hk.mask(self.model, plan)

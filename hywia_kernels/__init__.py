@@ -23,6 +23,7 @@ from .evaluate import evaluate, perplexity
 from .export import save
 from .fusion import fuse, score
 from .learned import learn
+from .leftover import leftover, with_leftover
 from .load import load
 from .refit import refit
 from .selection import plan
@@ -50,6 +51,7 @@ __all__ = [
     "fuse",
     "groups",
     "learn",
+    "leftover",
     "load",
     "load_scores",
     "mask",
@@ -61,6 +63,7 @@ __all__ = [
     "save",
     "save_scores",
     "score",
+    "with_leftover",
 ]
 __version__ = "0.1.0"
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import planning, report, selection
 from .errors import UsageError
 from .learned import learn
+from .leftover import leftover, with_leftover
 from .refit import RIDGE, refit
 from .types import Plan, Scores
 
@@ -101,6 +102,10 @@ def _layout(arguments: argparse.Namespace) -> str:
     return "adaptive" if arguments.group_ratio is not None and refits(arguments) else "uniform"
 
 
+def _kinds(arguments: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(arguments.group_ratio if isinstance(arguments.group_ratio, Mapping) else arguments.units)
+
+
 def planned(arguments: argparse.Namespace, model: Any, scores: Scores, texts: Texts) -> tuple[Scores, Plan]:
     """The scores that decide, learned where that is asked for, and the plan they make."""
 
@@ -118,6 +123,8 @@ def planned(arguments: argparse.Namespace, model: Any, scores: Scores, texts: Te
             layout=_layout(arguments),
         )
 
+    if refits(arguments) and arguments.fusion in (None, "attention") and "attention" in _kinds(arguments):
+        scores = with_leftover(scores, leftover(model, texts(None)))
     plan = plan_of(scores)
     if arguments.fusion == "learned":
         scores = learn(model, scores, plan, texts(REFIT_SAMPLES), steps=arguments.steps or STEPS)

@@ -113,7 +113,7 @@ def test_other_criteria(here, criterion):
 
 
 def test_papers_protocol_writes_an_adaptive_directory_that_eval_takes(here):
-    how = ["--group-ratio", "0.5", "--layers", "1:3", "--units", "mlp"]
+    how = ["--group-ratio", "0.5", "--layers", "1:3", "--units", "mlp", "--layout", "uniform", "--no-refit"]
     assert main(["prune", "model", "-o", "out", *how, *CALIB, *SMALL, "--text", "text.txt", "--json", "p.json"]) == 0
     assert main(["eval", "out", "--text", "text.txt", "--block", "32", "--max-blocks", "3", "--json", "e.json"]) == 0
     pruned, evaluated = json.loads((here / "p.json").read_text()), json.loads((here / "e.json").read_text())
@@ -282,6 +282,8 @@ def test_the_default_recipe_refits_and_says_so(here, capsys):
     assert recipe["refit"]["samples"] == len(TEXT) // 16, "a text with fewer samples than the refit takes gives all"
     assert all(after < before for before, after in recipe["refit"]["relative_error"].values())
     assert "refit" not in plain
+    assert recipe["scores"]["heads"] == "leftover"
+    assert "heads" not in plain["scores"]
 
 
 def test_stored_scores_are_refitted_on_a_text(here):
