@@ -44,6 +44,10 @@ bench: setup
 	$(BIN)/python -m benchmarks.bench_taylor_batch --csv $(BENCH)/results.csv
 	$(BIN)/python -m benchmarks.bench_linear --csv $(BENCH)/results.csv
 	$(BIN)/python -m benchmarks.bench_compact --csv $(BENCH)/results.csv
+	$(BIN)/python -m benchmarks.bench_width --csv $(BENCH)/width.csv --figure $(BENCH)/width.svg
+	$(BIN)/python -m benchmarks.bench_cut --csv $(BENCH)/cut.csv
+	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/python -m benchmarks.bench_pruned --csv $(BENCH)/speed.csv; else $(BIN)/python -m benchmarks.bench_smollm2; fi
 	$(BIN)/python -m benchmarks.bench_engine --csv $(BENCH)/engine.csv
 	$(BIN)/python -m benchmarks.bench_integrations --only torch_pruning --csv $(BENCH)/integrations.csv
 	$(BIN)/python -m benchmarks.table --results $(BENCH)/results.csv --engine $(BENCH)/engine.csv

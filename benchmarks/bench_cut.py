@@ -77,7 +77,7 @@ def cut(model, ratio: float, device: torch.device) -> dict[str, float | int | No
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_cut", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", choices=models.NAMES, default="7b")
+    parser.add_argument("--shape", choices=models.NAMES, default="7b" if torch.cuda.is_available() else "tiny")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--dtype", choices=tuple(models.DTYPES), default="bfloat16")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.5])

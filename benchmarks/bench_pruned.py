@@ -107,12 +107,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", choices=tuple(models.SHAPES), default="7b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--dtype", choices=tuple(models.DTYPES), default="bfloat16")
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--models", nargs="+", help=f"default: {' '.join(MODELS)}; of tiny shapes dense alone")
     parser.add_argument("--modes", nargs="+", default=["static", "captured"], choices=MODES)
     parser.add_argument("--context", type=int, help="of every case instead of its own (for a trial)")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--csv", type=Path, help="append rows here")
     given = parser.parse_args(arguments)
+    given.models = given.models or (list(MODELS) if given.shape == "7b" else ["dense"])
     device = torch.device(given.device)
     appender = Appender(given.csv, SpeedRow) if given.csv else None
     cases = [Case(c.phase, c.batch, given.context or c.context) for c in CASES]

@@ -133,10 +133,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_width", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=None, choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096])
-    parser.add_argument("--grid", type=int, nargs=3, metavar=("FIRST", "LAST", "STEP"), default=[1024, 11008, 64])
-    parser.add_argument("--bases", type=int, nargs="+", default=[2048, 3072, 4096, 5120, 6144, 8192])
+    cuda = torch.cuda.is_available()  # LLaMA-7B's sizes there, SmolLM2's elsewhere
+    parser.add_argument("--hidden", type=int, default=4096 if cuda else 576)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096] if cuda else [128, 512])
+    grid = [1024, 11008, 64] if cuda else [256, 1536, 64]
+    parser.add_argument("--grid", type=int, nargs=3, metavar=("FIRST", "LAST", "STEP"), default=grid)
+    bases = [2048, 3072, 4096, 5120, 6144, 8192] if cuda else [512, 768, 1024, 1280]
+    parser.add_argument("--bases", type=int, nargs="+", default=bases)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--csv", type=Path, help="append rows here")
     parser.add_argument(
