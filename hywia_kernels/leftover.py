@@ -80,11 +80,12 @@ def _energy(model: Any, group: Group, gram: Tensor, tokens: int) -> Tensor:
     weight = (weight if member.axis == 1 else weight.T).double()
     gram = gram.double()
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean() + 1e-30)
-    inverse = torch.linalg.inv(gram)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     size = member.group_size
     blocks = torch.stack([inverse[u : u + size, u : u + size] for u in range(0, group.units * size, size)])
     columns = weight.view(len(weight), group.units, size).transpose(0, 1)  # [units, outputs, size]
-    return (columns @ torch.linalg.inv(blocks) * columns).sum((1, 2)).div(tokens).float().cpu()
+    roots = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), columns.transpose(1, 2), upper=False)
+    return roots.square().sum((1, 2)).div(tokens).float().cpu()
 
 
 def with_leftover(scores: Scores, measured: dict[str, Tensor]) -> Scores:

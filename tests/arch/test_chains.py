@@ -181,7 +181,11 @@ def test_slopes_travel_with_a_checkpoint_that_is_loaded_without_this_package(tmp
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "HF_MODULES_CACHE": str(tmp_path / "modules"),
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        },
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert torch.equal(torch.load(str(tmp_path / "out") + ".pt", weights_only=True), logits(model, tokens))

@@ -165,7 +165,7 @@ class TestContract:
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         )
         assert done.returncode == 0, done.stderr[-3000:]
         results = json.loads(done.stdout.splitlines()[-1])
