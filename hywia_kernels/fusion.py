@@ -14,7 +14,7 @@ from .ops.checks import ORDERS
 from .ops.reference import standardised_log
 from .types import Group, Scores, Statistics
 from .versions import versions
-from .weights import check_finite, count_parameters, fingerprint
+from .weights import check_finite, identity
 
 __all__ = ["CRITERIA", "FUSIONS", "coarse_estimate", "fuse", "fused", "magnitude", "prior", "random", "score"]
 
@@ -143,7 +143,8 @@ def random(model: Any, seed: int = 0) -> Scores:
 
 def _without_data(model: Any, found: tuple[Group, ...], values: dict[str, Tensor], record: dict[str, Any]) -> Scores:
     record["versions"] = versions()
-    return _checked(found, values, {}, count_parameters(model), fingerprint(model), record)
+    print_, parameters = identity(model)
+    return _checked(found, values, {}, parameters, print_, record)
 
 
 def _checked(

@@ -117,8 +117,7 @@ class Block:
             grads = torch.autograd.grad(core.out, core.edges, da)
         normed = self.norms[0].forward(*kept.first)
         mapped = (None, None, core.value)
-        del da, core
-        kept.core = None  # type: ignore[assignment]
+        del da
         total: Tensor | None = None
         for i in (2, 1, 0):
             self.scorer(self.targets[i], grads[i], normed, mapped[i])

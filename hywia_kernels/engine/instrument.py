@@ -36,7 +36,7 @@ def instrument(
     results = scorer.results
     targets: dict[nn.Module, tuple[Target, ...]] = {}
     experts: dict[nn.Module, dict[tuple[str, int], tuple[Target, ...]]] = {}
-    for matrix in arch.matrices(model, found):
+    for matrix in arch.matrices(linears, found):
         module: Any = linears[matrix.module]
         for group, i in matrix.members:
             member = group.members[i]
@@ -76,15 +76,21 @@ def _with(targets: tuple[Target, ...], new: Target) -> tuple[Target, ...]:
     return (*targets, new)
 
 
+def _modules(layer: nn.Module, names: Sequence[str]) -> list[Any]:
+    """Each once: a module that holds several matrices is named several times."""
+    return [layer.get_submodule(name) for name in dict.fromkeys(names)]
+
+
+def _projections(layer: nn.Module, entry: arch.Architecture) -> list[Any]:
+    names = entry.attention
+    return _modules(layer, (names.query, names.key, names.value, names.output))
+
+
 def _in_layer(
     layer: nn.Module, entry: arch.Architecture, targets: Mapping[nn.Module, tuple[Target, ...]], scorer: Scorer
 ) -> Replacements:
-    names = entry.attention
-    # A module that holds several matrices is named several times.
-    attention = (names.query, names.key, names.value, names.output)
-    single, rows, columns = (
-        [layer.get_submodule(n) for n in dict.fromkeys(part)] for part in (attention, entry.mlp.rows, entry.mlp.columns)
-    )
+    single, rows = _projections(layer, entry), _modules(layer, entry.mlp.rows)
+    columns = _modules(layer, entry.mlp.columns)
     residual = None if entry.residual is None else layer.get_submodule(entry.residual)
     if residual is not None and residual._forward_hooks:
         residual = None  # what a hook makes of the output may depend on its values
@@ -123,8 +129,7 @@ def _with_experts(
 ) -> Replacements:
     """A layer whose MLP is experts and their router."""
     names: Any = entry.experts
-    attention = (entry.attention.query, entry.attention.key, entry.attention.value, entry.attention.output)
-    single: list[Any] = [layer.get_submodule(n) for n in dict.fromkeys(attention)]
+    single = _projections(layer, entry)
     replacements: Replacements = []
     for name in entry.norms:
         replacements += _norm(layer.get_submodule(name), single[0].weight.dtype, scorer.backend)
