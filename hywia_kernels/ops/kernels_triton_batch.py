@@ -115,8 +115,10 @@ def taylor_batch(
             # columns lie side by side.
             weight, grad, fisher = tl.multiple_of(weight, 16), tl.multiple_of(grad, 16), tl.multiple_of(fisher, 16)
             end = tl.multiple_of(end, 16)
-            run, step = tl.multiple_of(total, 16), tl.multiple_of(weight_position, 16)
-            some = tl.multiple_of(units, 16)
+            # A hint holds for the value wherever it is used, masks among them. What is a multiple for some of the
+            # matrices only is rounded down to one instead, which the compiler sees as well.
+            run = tl.multiple_of(total, 16)
+            step, across, some = weight_position // 16 * 16, group_size // 16 * 16, units // 16 * 16
             if positions_first != 0:
                 for start in range(begin, end, BLOCK_R):
                     element = start + tl.arange(0, BLOCK_R)
@@ -127,7 +129,6 @@ def taylor_batch(
                     signed += t
             elif group_size != 1:
                 # A tile's elements lie in one row: BLOCK_R divides the group.
-                across = tl.multiple_of(group_size, 16)
                 for start in range(begin, end, BLOCK_R):
                     slow = start // across
                     base = tl.multiple_of(start - slow * across + slow * step, 16)
