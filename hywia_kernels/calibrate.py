@@ -56,7 +56,8 @@ class _Job:
 
     model: Any
     found: tuple[Group, ...]
-    linears: dict[str, nn.Module]
+    modules: dict[str, nn.Module]  # all of the model's, by name
+    linears: dict[str, nn.Module]  # those that hold the groups' matrices
     samples: Samples
     engine: str
     plan: MemoryPlan
@@ -69,7 +70,8 @@ class _Job:
 
     @cached_property
     def devices(self) -> list[torch.device]:
-        return list(dict.fromkeys(next(m.parameters()).device for m in self.linears.values()))
+        parameters = (p for m in self.linears.values() for p in m._parameters.values() if p is not None)
+        return list(dict.fromkeys(p.device for p in parameters))
 
 
 def _chosen_engine(engine: str, backend: str | None, weight: Tensor) -> tuple[str, str, str | None]:
@@ -91,7 +93,7 @@ def _chosen_engine(engine: str, backend: str | None, weight: Tensor) -> tuple[st
 def _run(job: _Job, scale: float, strict: bool) -> tuple[Results, Tensor]:
     """One forward and one backward; nothing here waits for the device. `strict`: the same bits every run, on CUDA."""
     model, samples = job.model, job.samples
-    results = Results(job.linears, job.found, len(samples))
+    results = Results(job.modules, job.found, len(samples))
     layers: Any = model.get_submodule(arch.architecture(model).layers)
     with Bar("scoring", sum(len(g.members) for g in job.found)) as bar:
         if job.engine == "autograd":
@@ -101,7 +103,7 @@ def _run(job: _Job, scale: float, strict: bool) -> tuple[Results, Tensor]:
             return results, total
         ordered = job.plan.chunks[0] if len(job.plan.chunks) == 1 else samples.sorted()
         scorer = Scorer(results, ordered, scale, job.backend, bar)
-        replacements, blocks = instrument(model, job.linears, job.found, scorer)
+        replacements, blocks = instrument(model, job.modules, job.found, scorer)
         # torch's strict mode slows every cuBLAS call down, so whole layers ask for it where they need it.
         scorer.strict = strict
         whole_pass = reproducible(strict and not blocks)
@@ -138,6 +140,7 @@ def _finite(job: _Job, meanwhile: Callable[[], None]) -> _Outcome:
     bad: str | None = None
     for scale in scales:
         results, total, same = _reproducibly(job, scale)
+        results.fetch()
         meanwhile()
         fine, coarse = results.download(job.order)
         bad = results.first_bad()
@@ -219,12 +222,13 @@ def measure(
         raise UsageError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
     if memory not in MEMORY:
         raise UsageError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")
-    architectures = arch.groups(model)
+    modules = dict(model.named_modules())
+    architectures = arch.groups(model, modules)
     found = architectures if found is None else found
     samples = padded(batches)
     check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
     loss.check_head(model)
-    linears = arch.linears(model, found)
+    linears = arch.linears(modules, found)
     weight = linears[found[0].members[0].module].weight
     engine, ran_on, reason = _chosen_engine(engine, backend, weight.detach())
     experts = next((g.members[0].module for g in found if g.together), None)
@@ -251,7 +255,7 @@ def measure(
                 kernels=kernels,
                 layerwise=MODES[-1] in modes,
             )
-        return _Job(model, found, linears, samples, engine, plan, backend)
+        return _Job(model, found, modules, linears, samples, engine, plan, backend)
 
     job = job_for(memory)
     for device in job.devices:
@@ -266,10 +270,10 @@ def measure(
                 for device in job.devices:
                     if device.type == "cuda":
                         streams.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
-                facts["fingerprint"], facts["parameters"] = identity(model)
+                facts["fingerprint"], facts["parameters"] = identity(model, modules=modules)
             record.update(calibration_sha256=digest(samples.tokens), versions=versions())
 
-    with frozen(model), without_collections():
+    with frozen(model, modules.values()), without_collections():
         outcome = _attempt(job, meanwhile)
         while outcome is None and memory == "auto" and engine == "fused" and job.plan.mode != modes[-1]:
             torch.cuda.empty_cache()

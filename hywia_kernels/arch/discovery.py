@@ -114,12 +114,13 @@ def view(model: nn.Module | Modules, member: Member, units: int) -> Tensor:
     """The rows or columns of a member's parameter that its `units` units are: a matrix (or vector) that shares its
     memory, units along `member.axis` in runs of `group_size`."""
     module: Any = model.get_submodule(member.module) if isinstance(model, nn.Module) else model[member.module]
-    whole = getattr(module, member.parameter)
+    whole = _parameter(module, member.parameter)
     if member.index is not None:
         whole = whole[member.index]
     elif whole.dim() > 2:
         whole = whole.flatten(1)
-    return whole.narrow(member.axis, member.start, units * member.group_size)
+    size = units * member.group_size
+    return whole if size == whole.shape[member.axis] else whole.narrow(member.axis, member.start, size)
 
 
 def _unit_parameters(modules: Modules, members: Sequence[Member], vectors: Sequence[Member] = ()) -> int:
@@ -315,8 +316,11 @@ def _layers(model: nn.Module, entry: Architecture) -> nn.ModuleList:
     return layers
 
 
-def groups(model: nn.Module) -> tuple[Group, ...]:
+def groups(model: nn.Module, modules: Modules | None = None) -> tuple[Group, ...]:
     """Every group of a model, by layer, attention before MLP as in the forward pass.
+
+    Args:
+        modules: the model's by name, where the caller has them: walking a model takes milliseconds.
 
     Raises:
         HywiaError: an unknown model type, or modules that are not what the table says.
@@ -324,7 +328,7 @@ def groups(model: nn.Module) -> tuple[Group, ...]:
     from dataclasses import replace
 
     entry = architecture(model)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules()) if modules is None else modules
     size = head_dim(model)
     stock: dict[tuple[int, int], tuple[int, ...]] = {}
     found: list[Group] = []
@@ -372,9 +376,9 @@ def matrices(model: nn.Module | Modules, found: Sequence[Group]) -> list[Matrix]
     return [Matrix(*key, _is_transposed(modules[key[0]]), tuple(on)) for key, on in members.items()]
 
 
-def linears(model: nn.Module, found: Sequence[Group]) -> dict[str, Any]:
-    """The modules that hold groups' matrices, by name; one walk over the model."""
-    modules = dict(model.named_modules())
+def linears(model: nn.Module | Modules, found: Sequence[Group]) -> dict[str, Any]:
+    """The modules that hold groups' matrices, by name; of a model, or of its modules by name."""
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else model
     return {m.module: modules[m.module] for g in found for m in g.members}
 
 

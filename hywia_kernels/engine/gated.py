@@ -35,8 +35,13 @@ class GatedMlp:
 
 def watched(*modules: nn.Module) -> bool:
     """Whether a module has hooks, or a `forward` of its own that somebody gave it."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any("forward" in vars(m) or any(getattr(m, name, None) for name in hooks) for m in modules)
+    for module in modules:
+        own = vars(module)
+        if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]:
+            return True
+        if own.get("_backward_pre_hooks"):
+            return True
+    return False
 
 
 def mlp_forward(mlp: GatedMlp, inputs: Tensor, skip: bool) -> tuple[Tensor | None, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,26 +22,30 @@ from .linear import Scorer, Target, scored_forward, scored_rows
 __all__ = ["instrument"]
 
 Replacements = list[tuple[nn.Module, Any]]
+Targets = dict[nn.Module, tuple[Target, ...]]  # of each module's matrices
 
 
 def instrument(
-    model: Any, linears: Mapping[str, Any], found: Sequence[Group], scorer: Scorer
+    model: Any, modules: Mapping[str, Any], found: Sequence[Group], scorer: Scorer
 ) -> tuple[Replacements, bool]:
     """Replacements for `patches.forward_replaced`: linear layers score, norms and gates are not kept for backward; and
     whether every decoder layer runs as one node.
 
     A module whose `forward` somebody else has replaced keeps it, but for the linear layers, which must score.
+
+    Args:
+        modules: the model's, by name.
     """
     entry = arch.architecture(model)
     results = scorer.results
-    targets: dict[nn.Module, tuple[Target, ...]] = {}
+    targets: Targets = {}
     experts: dict[nn.Module, dict[tuple[str, int], tuple[Target, ...]]] = {}
-    for matrix in arch.matrices(linears, found):
-        module: Any = linears[matrix.module]
+    for matrix in arch.matrices(modules, found):
+        module = modules[matrix.module]
+        stored = module._parameters[matrix.parameter]
         for group, i in matrix.members:
             member = group.members[i]
-            weight = arch.view(linears, member, group.units).detach()
-            stored = getattr(module, matrix.parameter)
+            weight = arch.view(modules, member, group.units).detach()
             whole = weight.shape == stored.shape[-2:]
             outputs = None if whole else slice(member.start, member.start + group.units * member.group_size)
             results_of = results.fine[group.name], results.coarse[group.name][i]
@@ -55,16 +59,37 @@ def instrument(
                 )
     replacements: Replacements = []
     blocks = True
-    for layer in model.get_submodule(entry.layers):
-        stacks = {m: experts[m] for m in layer.modules() if m in experts}
-        made = (
-            _with_experts(layer, entry, targets, stacks, scorer) if stacks else _in_layer(layer, entry, targets, scorer)
-        )
+    for i, layer in enumerate(modules[entry.layers]):
+        parts = _Parts(layer, entry, modules, f"{entry.layers}.{i}.")
+        stacks = {m: experts[m] for m in layer.modules() if m in experts} if experts else {}
+        made = _with_experts(parts, targets, stacks, scorer) if stacks else _in_layer(parts, targets, scorer)
         blocks = blocks and made[0][0] is layer
         replacements += made
     if entry.final_norm is not None:
-        replacements += _norm(model.get_submodule(entry.final_norm), model.dtype, scorer.backend)
+        replacements += _norm(modules[entry.final_norm], model.dtype, scorer.backend)
     return replacements, blocks
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A decoder layer, and its modules by their names in the architecture's entry. They are looked up among all of the
+    model's: walking down from the layer would take longer."""
+
+    layer: nn.Module
+    entry: arch.Architecture
+    modules: Mapping[str, Any]
+    prefix: str
+
+    def __getitem__(self, name: str) -> Any:
+        return self.modules[self.prefix + name]
+
+    def several(self, names: Sequence[str]) -> list[Any]:
+        """Each once: a module that holds several matrices is named several times."""
+        return [self[name] for name in dict.fromkeys(names)]
+
+    def projections(self) -> list[Any]:
+        names = self.entry.attention
+        return self.several((names.query, names.key, names.value, names.output))
 
 
 def _with(targets: tuple[Target, ...], new: Target) -> tuple[Target, ...]:
@@ -76,66 +101,51 @@ def _with(targets: tuple[Target, ...], new: Target) -> tuple[Target, ...]:
     return (*targets, new)
 
 
-def _modules(layer: nn.Module, names: Sequence[str]) -> list[Any]:
-    """Each once: a module that holds several matrices is named several times."""
-    return [layer.get_submodule(name) for name in dict.fromkeys(names)]
-
-
-def _projections(layer: nn.Module, entry: arch.Architecture) -> list[Any]:
-    names = entry.attention
-    return _modules(layer, (names.query, names.key, names.value, names.output))
-
-
-def _in_layer(
-    layer: nn.Module, entry: arch.Architecture, targets: Mapping[nn.Module, tuple[Target, ...]], scorer: Scorer
-) -> Replacements:
-    single, rows = _projections(layer, entry), _modules(layer, entry.mlp.rows)
-    columns = _modules(layer, entry.mlp.columns)
-    residual = None if entry.residual is None else layer.get_submodule(entry.residual)
+def _in_layer(parts: _Parts, targets: Targets, scorer: Scorer) -> Replacements:
+    entry, layer = parts.entry, parts.layer
+    single, rows, columns = parts.projections(), parts.several(entry.mlp.rows), parts.several(entry.mlp.columns)
+    residual = None if entry.residual is None else parts[entry.residual]
     if residual is not None and residual._forward_hooks:
         residual = None  # what a hook makes of the output may depend on its values
-    dtype: Any = columns[0].weight.dtype
+    weight: Any = columns[0].weight
     replacements: Replacements = []
     whole = False
     if entry.mlp.gated is not None:
-        module = layer.get_submodule(entry.mlp.gated.module)
-        activation = layer.get_submodule(entry.mlp.gated.activation)
-        weight: Any = columns[0].weight
+        module, activation = parts[entry.mlp.gated.module], parts[entry.mlp.gated.activation]
         formula = gate_formula(activation, usable(weight.device, scorer.backend))
         whole = not watched(module, activation, *rows, *columns)
         if whole:
             modules: Any = (rows[0], rows[1], columns[0])
             gate, up, down = (targets[m][0] for m in modules)
             mlp = GatedMlp(gate, up, down, modules, formula, scorer, columns[0] is residual)
-            block = _block(layer, entry, single, targets, mlp)
+            block = _block(parts, single, targets, mlp)
             if block is not None:
                 return [(layer, block_forward(block)), *((m, handed_out(block, m)) for m in block.projections)]
             replacements.append((module, gated_forward(mlp)))
         elif "forward" not in vars(module):
             replacements.append((module, _gated(rows[0], rows[1], columns[0], formula)))
     for name in entry.norms:
-        replacements += _norm(layer.get_submodule(name), dtype, scorer.backend)
+        replacements += _norm(parts[name], weight.dtype, scorer.backend)
     for linear in single if whole else [*single, *rows, *columns]:
         replacements.append((linear, scored_forward(linear, targets[linear], scorer, linear is residual)))
     return replacements
 
 
 def _with_experts(
-    layer: nn.Module,
-    entry: arch.Architecture,
-    targets: Mapping[nn.Module, tuple[Target, ...]],
+    parts: _Parts,
+    targets: Targets,
     stacks: Mapping[nn.Module, Mapping[tuple[str, int], tuple[Target, ...]]],
     scorer: Scorer,
 ) -> Replacements:
     """A layer whose MLP is experts and their router."""
-    names: Any = entry.experts
-    single = _projections(layer, entry)
+    names: Any = parts.entry.experts
+    single = parts.projections()
     replacements: Replacements = []
-    for name in entry.norms:
-        replacements += _norm(layer.get_submodule(name), single[0].weight.dtype, scorer.backend)
+    for name in parts.entry.norms:
+        replacements += _norm(parts[name], single[0].weight.dtype, scorer.backend)
     for linear in single:
         replacements.append((linear, scored_forward(linear, targets[linear], scorer, False)))
-    router: Any = layer.get_submodule(names.router)
+    router = parts[names.router]
     if router in targets:
         product = SimpleNamespace(weight=router.weight, bias=None)
         replacements.append((router, router_forward(router, scored_forward(product, targets[router], scorer, False))))
@@ -145,18 +155,13 @@ def _with_experts(
     return replacements
 
 
-def _block(
-    layer: nn.Module,
-    entry: arch.Architecture,
-    single: Sequence[Any],
-    targets: Mapping[nn.Module, tuple[Target, ...]],
-    mlp: GatedMlp,
-) -> Block | None:
+def _block(parts: _Parts, single: Sequence[Any], targets: Targets, mlp: GatedMlp) -> Block | None:
     """The layer as one node, where it is of a class known to be built so, and nobody watches its parts."""
+    entry, layer = parts.entry, parts.layer
     if f"{type(layer).__module__}.{type(layer).__name__}" not in entry.blocks:
         return None
-    attention: Any = layer.get_submodule(entry.attention.query.rpartition(".")[0])
-    norms: Any = [layer.get_submodule(name) for name in entry.norms]
+    attention = parts[entry.attention.query.rpartition(".")[0]]
+    norms = [parts[name] for name in entry.norms]
     if len(norms) != 2 or watched(layer, attention, *norms, *attention.children()):
         return None
     weight = single[0].weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,14 +34,15 @@ def forward_replaced(replacements: Sequence[tuple[nn.Module, Any]]) -> Iterator[
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter gradients; both restored."""
-    modules = list(model.modules())
+def frozen(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
+    """Eval mode and no parameter gradients; both restored. `modules`: all of the model's, where they are at hand."""
+    modules = list(model.modules() if modules is None else modules)
     training = [m for m in modules if m.training]
     learning = [p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad]
     try:
+        # Through the dictionaries, as above.
         for module in training:
-            module.training = False
+            vars(module)["training"] = False
         for parameter in learning:
             parameter.requires_grad_(False)
         yield
@@ -49,7 +50,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         for parameter in learning:
             parameter.requires_grad_(True)
         for module in training:
-            module.training = True
+            vars(module)["training"] = True
 
 
 class reproducible:

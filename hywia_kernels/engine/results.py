@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.checks import ORDERS
 from ..types import Group, Member
 
 __all__ = ["Results", "result_bytes"]
 
+T = TypeVar("T")
+
+_LARGE = 256 << 20  # bytes of results from which on copies are worth beginning before the backward ends
 _ALIGN = 64  # float32 numbers: every piece starts on its own 256 bytes
 
 
@@ -29,30 +34,33 @@ def result_bytes(found: Sequence[Group], samples: int) -> int:
     return 4 * sum(_pieces(found, samples))
 
 
-class _Pages:
-    """Memory of the host whose pages are there before anything is copied into it, made beside the pass: the system
-    takes longer to find them than the copies take."""
+class _Beside(Generic[T]):
+    """A function that runs beside the caller; `take` waits for what it returns, and raises what it raised."""
 
-    def __init__(self, numbers: int) -> None:
-        self._made: list[Tensor] = []
-        self._thread = threading.Thread(target=lambda: self._made.append(torch.zeros(numbers)), daemon=True)
-        self._thread.start()
+    def __init__(self, function: Callable[..., T], *arguments: Any) -> None:
+        self._future: Future[T] = Future()
+        threading.Thread(target=self._run, args=(function, arguments), daemon=True).start()
 
-    def take(self) -> Tensor:
-        self._thread.join()
-        return self._made.pop()
+    def _run(self, function: Callable[..., T], arguments: tuple) -> None:
+        try:
+            self._future.set_result(function(*arguments))
+        except BaseException as error:
+            self._future.set_exception(error)
+
+    def take(self) -> T:
+        return self._future.result()
 
 
 class Results:
     """`fine[name]` float32 `[3, units]` (first, second, mixed) and `coarse[name]` `[members, samples, units]`, zero at
     first; of all groups of one device in one allocation."""
 
-    def __init__(self, linears: Mapping[str, nn.Module], found: Sequence[Group], samples: int) -> None:
+    def __init__(self, modules: Mapping[str, Any], found: Sequence[Group], samples: int) -> None:
         self.groups, self.samples = found, samples
         self.fine: dict[str, Tensor] = {}
         self.coarse: dict[str, Tensor] = {}
         self._flat: list[tuple[Tensor, list[Group]]] = []
-        device_of = {g.name: next(linears[g.members[0].module].parameters()).device for g in found}
+        device_of = {g.name: modules[m.module]._parameters[m.parameter].device for g in found for m in g.members[:1]}
         for device in dict.fromkeys(device_of.values()):
             here = [g for g in found if device_of[g.name] == device]
             flat = torch.zeros(sum(_pieces(here, samples)), dtype=torch.float32, device=device)
@@ -62,7 +70,11 @@ class Results:
         self._owner = {(m.module, m.axis, m.start): g.name for g in found for m in g.members}
         self._missing = {g.name: len(g.members) for g in found}
         self._ready: dict[str, torch.cuda.Event] = {}
-        self._host = {flat.device: _Pages(flat.numel()) for flat, _ in self._flat if flat.device.type == "cuda"}
+        # Memory of the host whose pages are there before anything is copied into it, made beside the pass: the system
+        # takes longer to find them than the copies take.
+        cuda = [flat for flat, _ in self._flat if flat.device.type == "cuda"]
+        self._pages = {flat.device: _Beside(torch.zeros, flat.numel()) for flat in cuda}
+        self._copies: dict[torch.device, _Beside[dict[str, Tensor]]] = {}
 
     def scored(self, member: Member) -> None:
         """This matrix is in, as far as the stream goes; a group that is complete can be downloaded from here on."""
@@ -102,6 +114,14 @@ class Results:
                 return group.members[-1].module
         return None
 
+    def fetch(self) -> None:
+        """All is launched: copy what is on CUDA devices to the host, beside what the caller does next. (Not earlier: a
+        thread that copies during the backward holds up its launches.)"""
+        for flat, here in self._flat:
+            if flat.device.type == "cuda":
+                stream = torch.cuda.current_stream(flat.device)
+                self._copies[flat.device] = _Beside(self._copied, flat, here, stream)
+
     def download(self, order: Tensor) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """`(fine, coarse)` of `Statistics`, on the CPU; sample `s` of the results becomes sample `order[s]`."""
         inverse = torch.argsort(order)
@@ -117,15 +137,19 @@ class Results:
         return fine, coarse
 
     def _on_host(self, flat: Tensor, here: Sequence[Group]) -> dict[str, Tensor]:
-        """One device's pieces by group. Each is copied as soon as it is complete, on a stream of its own, while the
-        backward of earlier layers still runs, or all at once where nothing runs any more. (From the calling thread,
-        when all is launched: a thread of its own would hold up the launches.)"""
+        """One device's pieces by group."""
+        if flat.device in self._copies:
+            return self._copies.pop(flat.device).take()
+        return dict(zip([g.name for g in here], flat.cpu().split(_pieces(here, self.samples)), strict=True))
+
+    def _copied(self, flat: Tensor, here: Sequence[Group], scoring: torch.cuda.Stream) -> dict[str, Tensor]:
+        """A CUDA device's pieces on the host: large ones each as soon as it is complete, on a stream of its own, while
+        the backward of earlier layers still runs; all at once where that is over soon, or already."""
         sizes, names = _pieces(here, self.samples), [g.name for g in here]
-        if flat.device.type != "cuda":
-            return dict(zip(names, flat.split(sizes), strict=True))
-        scoring, host = torch.cuda.current_stream(flat.device), self._host[flat.device].take()
+        host = self._pages[flat.device].take()
         copies = dict(zip(names, host.split(sizes), strict=True))
-        if scoring.query():
+        if flat.nbytes < _LARGE or scoring.query():
+            scoring.synchronize()
             host.copy_(flat)
             return copies
         pieces = dict(zip(names, flat.split(sizes), strict=True))

@@ -139,7 +139,7 @@ def test_fast_keeps_what_it_says(tiny, tokens):
     with Bar("", 1) as bar, frozen(model):
         linears = arch.linears(model, found)
         scorer = Scorer(Results(linears, found, len(samples)), samples, 1.0, None, bar)
-        replaced, blocks = instrument(model, linears, found, scorer)
+        replaced, blocks = instrument(model, dict(model.named_modules()), found, scorer)
         assert blocks
         embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
         with forward_replaced(replaced), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
