@@ -103,9 +103,9 @@ def _run(job: _Job, scale: float, strict: bool) -> tuple[Results, Tensor]:
             return results, total
         ordered = job.plan.chunks[0] if len(job.plan.chunks) == 1 else samples.sorted()
         scorer = Scorer(results, ordered, scale, job.backend, bar)
-        replacements, blocks = instrument(model, job.modules, job.found, scorer)
         # torch's strict mode slows every cuBLAS call down, so whole layers ask for it where they need it.
         scorer.strict = strict
+        replacements, blocks = instrument(model, job.modules, job.found, scorer)
         whole_pass = reproducible(strict and not blocks)
         with forward_replaced(replacements), rotary_replaced(model, job.backend), whole_pass:
             if job.plan.mode == "fast":

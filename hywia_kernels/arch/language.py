@@ -85,6 +85,8 @@ class Attention:
         alibi: see there.
         rotary: the function, in the Python module that defines the attention, that returns queries and keys
             `[batch, heads, tokens, head_dim]` rotated by `(cos, sin)`, the halves of a head paired.
+        plain: full names of attention classes that do no more than `o(attend(rotate(q), rotate(k), v))`, by `scaling`
+            and causally: calibration writes that out.
     """
 
     query: str
@@ -99,6 +101,7 @@ class Attention:
     wide_norms: Mapping[str, str] = field(default_factory=dict)
     alibi: Alibi | None = None
     rotary: str = ""
+    plain: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:

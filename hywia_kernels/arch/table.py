@@ -22,6 +22,11 @@ _GROUPED_QUERY = Attention(
     heads_field="num_attention_heads",
     kv_heads_field="num_key_value_heads",
     rotary="apply_rotary_pos_emb",
+    plain=(
+        "transformers.models.llama.modeling_llama.LlamaAttention",
+        "transformers.models.mistral.modeling_mistral.MistralAttention",
+        "transformers.models.qwen2.modeling_qwen2.Qwen2Attention",
+    ),
 )
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _LLAMA = Architecture(

@@ -1,8 +1,9 @@
 """A whole decoder layer as one node of the graph: `h = x + o(attend(q(n), k(n), v(n)))`, `y = h + mlp(norm(h))`.
 
 What lies between the projections (rotary embedding, norms of queries and keys, windows, sinks) is the attention
-module's own code, run under autograd; all else is written out, forward and backward. Beside the same modules one by one
-a layer takes a third of the host's time, which on a GPU is what a pass waits for. For layers that nobody watches.
+module's own code, run under autograd, or `flash`; all else is written out, forward and backward. Beside the same
+modules one by one a layer takes a third of the host's time, which on a GPU is what a pass waits for. For layers that
+nobody watches.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
 from . import recompute
+from .flash import FlashAttention, FlashCore
 from .gated import GatedMlp, mlp_backward, mlp_forward
 from .linear import Scorer, Target
 from .patches import reproducible
@@ -40,9 +42,19 @@ class _Sources(torch.autograd.Function):
 class _Core:
     """The attention between its projections: what leaves it, and where its inputs' gradients come out."""
 
-    out: Tensor
+    graph: Tensor
     edges: tuple[GradientEdge, ...]
     value: Tensor | None
+    strict: bool
+    cublas: bool
+
+    @property
+    def out(self) -> Tensor:
+        return self.graph.detach()
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, ...]:
+        with reproducible(self.strict, cublas=self.cublas):
+            return torch.autograd.grad(self.graph, self.edges, grad)
 
 
 @dataclass
@@ -50,7 +62,7 @@ class _Kept:
     """What a layer keeps for its backward: the attention's graph, what the norms are computed from again, gate and
     up."""
 
-    core: _Core
+    core: _Core | FlashCore
     first: tuple[Tensor, ...]
     second: tuple[Tensor, ...]
     gates: tuple[Tensor, ...]
@@ -66,13 +78,16 @@ class Block:
     norms: tuple[recompute.Formula, recompute.Formula]
     mlp: GatedMlp
     scorer: Scorer
+    flash: FlashAttention | None = None  # the attention's own code written out, for the calls that it serves
     cublas: bool = True  # the attention may call it
     slots: dict[nn.Module, Tensor] = field(default_factory=dict)
     captured: Tensor | None = None
 
-    def attend(self, normed: Tensor, keywords: dict[str, Any], differentiable: bool) -> _Core:
+    def attend(self, normed: Tensor, keywords: dict[str, Any], differentiable: bool) -> _Core | FlashCore:
         """What enters the output projection `[samples, tokens, heads · head_dim]`."""
         made = tuple(functional.linear(normed, m.weight, m.bias) for m in self.projections[:3])
+        if self.flash is not None and self.flash.serves(made, keywords):
+            return self.flash.forward(made, keywords)
         edges: tuple[GradientEdge, ...] = ()
         given = made
         try:
@@ -88,8 +103,9 @@ class Block:
                     self.attention.forward(hidden_states=normed, **keywords)
             assert self.captured is not None
             # The kernel keeps the values in any case where no head is repeated.
-            value = made[2] if differentiable and self.projections[2].bias is None else None
-            return _Core(self.captured, edges, value if made[2].shape == made[0].shape else None)
+            value = made[2] if differentiable else None
+            value = value if made[2].shape == made[0].shape else None
+            return _Core(self.captured, edges, value, self.scorer.strict, self.cublas)
         finally:
             self.slots.clear()
             self.captured = None
@@ -99,7 +115,7 @@ class Block:
         small = self.norms[0].small(x)
         core = self.attend(self.norms[0].forward(x, *small), keywords, differentiable)
         output = self.projections[3]
-        h = x + functional.linear(core.out.detach(), output.weight, output.bias)
+        h = x + functional.linear(core.out, output.weight, output.bias)
         second = self.norms[1].small(h)
         down, g, u = mlp_forward(self.mlp, self.norms[1].forward(h, *second), skip)
         y = x.new_zeros(()).expand(h.shape) if down is None else h + down
@@ -112,11 +128,10 @@ class Block:
         dh = self.norms[1].backward(dn, *kept.second)[0].add_(dy)
         core = kept.core
         da = dh @ self.projections[3].weight
-        self.scorer(self.targets[3], dh, core.out.detach(), da)
-        with reproducible(self.scorer.strict, cublas=self.cublas):
-            grads = torch.autograd.grad(core.out, core.edges, da)
+        self.scorer(self.targets[3], dh, core.out, da)
+        grads = core.backward(da)
         normed = self.norms[0].forward(*kept.first)
-        mapped = (None, None, core.value)
+        mapped = (None, None, core.value if self.projections[2].bias is None else None)
         del da
         total: Tensor | None = None
         for i in (2, 1, 0):

@@ -15,6 +15,7 @@ from ..types import Group
 from . import recompute
 from .block import Block, block_forward, handed_out
 from .experts import experts_forward, router_forward
+from .flash import flash_attention
 from .gated import GatedMlp, gated_forward, watched
 from .kernels import gate_formula, norm_formula, usable
 from .linear import Scorer, Target, scored_forward, scored_rows
@@ -160,7 +161,7 @@ def _block(parts: _Parts, single: Sequence[Any], targets: Targets, mlp: GatedMlp
     entry, layer = parts.entry, parts.layer
     if f"{type(layer).__module__}.{type(layer).__name__}" not in entry.blocks:
         return None
-    attention = parts[entry.attention.query.rpartition(".")[0]]
+    attention = parts[entry.attention.module]
     norms = [parts[name] for name in entry.norms]
     if len(norms) != 2 or watched(layer, attention, *norms, *attention.children()):
         return None
@@ -169,7 +170,11 @@ def _block(parts: _Parts, single: Sequence[Any], targets: Targets, mlp: GatedMlp
     first, second = (norm_formula(norm, weight.dtype, on_device) for norm in norms)
     found: Any = tuple(targets[m][0] for m in single)
     cublas = getattr(getattr(attention, "config", None), "_attn_implementation", None) != "sdpa"
-    return Block(attention, tuple(single), found, (first, second), mlp, mlp.scorer, cublas)  # type: ignore[arg-type]
+    flash = None
+    if on_device and f"{type(attention).__module__}.{type(attention).__name__}" in entry.attention.plain:
+        flash = flash_attention(attention, mlp.scorer.strict, mlp.scorer.chosen)
+    projections: Any = tuple(single)
+    return Block(attention, projections, found, (first, second), mlp, mlp.scorer, flash, cublas)
 
 
 def _norm(norm: nn.Module, dtype: torch.dtype, backend: str | None) -> Replacements:

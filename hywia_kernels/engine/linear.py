@@ -53,6 +53,7 @@ class Scorer:
         self.collected: Collected | None = None
         self.replaying = False  # a layer is run again for the sake of its backward
         self.strict = False  # whole layers ask for torch's deterministic kernels themselves, where it matters
+        self.chosen: dict[tuple, bool] = {}  # see `flash`
         self._rows: dict[torch.device, Tensor] = {}
         self._cpu_rows: Tensor | None = None
         self.select(samples)

@@ -14,7 +14,7 @@ from .. import arch
 from .kernels import kernels_module, power_of_two, usable
 from .launch import Launcher
 
-__all__ = ["rotary_replaced", "rotated"]
+__all__ = ["rotary_replaced", "rotate", "rotated", "tables_serve"]
 
 _HEADS = 8  # of one step of a program
 
@@ -26,38 +26,49 @@ def _launcher(backward: bool, half: int) -> Launcher:
     return Launcher(kernels_module().rotary, constants, num_warps=4, enable_fp_fusion=False)
 
 
-def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
-    """Queries and keys `[batch, heads, tokens, head_dim]`, as views of `[batch, tokens, heads, head_dim]`."""
-    q, k = (x.transpose(1, 2).contiguous() for x in (q, k))
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
+    """Queries and keys `[batch, tokens, heads, head_dim]`, or their gradients; tables `[batch or 1, tokens, head_dim]`,
+    contiguous."""
+    q, k = q.contiguous(), k.contiguous()
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     half, rows = q.shape[-1] // 2, cos.shape[0] * cos.shape[1]
     _launcher(backward, power_of_two(half))(
         q.device, (q.shape[0] * q.shape[1], 2), q, k, q_out, k_out, cos, sin, rows, q.shape[2], k.shape[2], half
     )
-    return q_out.transpose(1, 2), k_out.transpose(1, 2)
+    return q_out, k_out
+
+
+def tables_serve(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> bool:
+    """Whether the kernel can rotate `x` `[batch, tokens, ...]`: whole heads, by tables of its dtype and device."""
+    shape = (x.shape[1], head_dim)
+    fitting = cos.shape == sin.shape and cos.shape[1:] == shape and cos.shape[0] in (1, x.shape[0])
+    return fitting and head_dim % 2 == 0 and all(t.dtype == x.dtype and t.device == x.device for t in (cos, sin))
+
+
+def _rotated_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
+    """`rotate` where heads come before tokens."""
+    q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin, backward)
+    return q.transpose(1, 2), k.transpose(1, 2)
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _launch(q, k, cos, sin, False)
+        return _rotated_heads(q, k, cos, sin, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return *_launch(grads[0], grads[1], cos, sin, True), None, None
+        return *_rotated_heads(grads[0], grads[1], cos, sin, True), None, None
 
 
 def rotated(original: Callable) -> Callable:
     """`original`, by the kernel where the operands are what it serves: whole heads rotated, all in one dtype."""
 
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, **others: Any) -> Any:
-        width, tokens = q.shape[-1], q.shape[2]
-        tables = (q.shape[0], tokens, width), (1, tokens, width)
-        served = tuple(cos.shape) in tables and cos.shape == sin.shape and width % 2 == 0 and k.shape[-1] == width
-        served = served and all(x.dtype == q.dtype and x.device == q.device for x in (k, cos, sin))
-        if others or unsqueeze_dim != 1 or not served or k.shape[2] != tokens:
+        served = tables_serve(q.transpose(1, 2), cos, sin, q.shape[-1]) and k.shape[2:] == q.shape[2:]
+        if others or unsqueeze_dim != 1 or not served or k.dtype != q.dtype or k.device != q.device:
             return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, **others)
         return _Rotary.apply(q, k, cos.contiguous(), sin.contiguous())
 

@@ -6,10 +6,12 @@ import os
 
 import pytest
 import torch
+from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
 import hywia_kernels as hk
-from hywia_kernels.engine import instrument, kernels, rotary
+from hywia_kernels.engine import flash, instrument, kernels, rotary
+from hywia_kernels.engine.patches import forward_replaced, reproducible
 
 triton = pytest.importorskip("triton")
 ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
@@ -89,6 +91,9 @@ def test_statistics_with_the_kernels_in_place(gqa, tokens, monkeypatch):
     for module in (instrument, rotary):
         monkeypatch.setattr(module, "usable", lambda device, backend: True)
     before = modeling_llama.apply_rotary_pos_emb
+    written_out = []
+    forward = flash.FlashAttention.forward
+    monkeypatch.setattr(flash.FlashAttention, "forward", lambda *a: written_out.append(1) or forward(*a))
     for mode in ("fast", "lean"):
         fused = hk.calibrate(gqa, tokens, engine="fused", memory=mode, backend=None if not ON_CPU else "reference")
         for name, fine in plain.fine.items():
@@ -96,6 +101,9 @@ def test_statistics_with_the_kernels_in_place(gqa, tokens, monkeypatch):
                 error = (fused.fine[name][order] - want).abs().max() / want.abs().max()
                 assert float(error) <= 1e-5
     assert modeling_llama.apply_rotary_pos_emb is before
+    layers = gqa.config.num_hidden_layers
+    # float32 on a GPU is not for torch's flash kernel. Lean runs every layer twice.
+    assert len(written_out) == (3 * layers if ON_CPU else 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -129,3 +137,50 @@ def test_rotary_leaves_other_rotations_to_the_model():
     apply(q, q, table.half(), table.half())
     apply(q, q, table, table, unsqueeze_dim=2)
     assert seen == [1, 1, 2]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("dtype", DTYPES if ON_CPU else DTYPES[1:])  # on a GPU flash is for the narrow ones
+def test_flash(dtype, kv_heads):
+    """The attention between its projections, written out, against the module's own code and autograd."""
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=16)
+    config._attn_implementation = "sdpa"
+    module = modeling_llama.LlamaAttention(config, 0).to(DEVICE, dtype).eval()
+    widths = 64, 16 * kv_heads, 16 * kv_heads
+    made = [random(seed, 2, 6, width, dtype=dtype).requires_grad_() for seed, width in enumerate(widths)]
+    angle = random(4, 1, 6, 8, dtype=torch.float32).repeat(1, 1, 2)
+    keywords = {"position_embeddings": (angle.cos().to(dtype), angle.sin().to(dtype)), "attention_mask": None}
+    left = []
+    with forward_replaced(
+        [(module.q_proj, lambda x: made[0]), (module.k_proj, lambda x: made[1]), (module.v_proj, lambda x: made[2])]
+        + [(module.o_proj, lambda x: left.append(x) or x)]
+    ):
+        module(hidden_states=made[0], **keywords)
+    found = flash.flash_attention(module, True, {})
+    assert found.serves(made, {**keywords, "use_cache": False, "position_ids": angle})
+    assert not found.serves(made, {**keywords, "attention_mask": angle})
+    assert not found.serves(made, {"position_embeddings": [t[..., :8] for t in keywords["position_embeddings"]]})
+    core = found.forward(tuple(m.detach() for m in made), keywords)
+    assert_near(core.out, left[0].detach(), dtype)
+    assert (core.value is None) == (kv_heads == 2)
+    if core.value is not None:
+        assert torch.equal(core.value, made[2])
+    gradient = random(5, *core.out.shape, dtype=dtype)
+    with reproducible(True):
+        wanted = torch.autograd.grad(left[0], made, gradient)
+    for got, want in zip(core.backward(gradient), wanted, strict=True):
+        assert got.shape == want.shape
+        # Rotated forward and back by the interpreter, which truncates bfloat16 each time.
+        error = (got.double() - want.double()).abs().max() / want.double().abs().max()
+        assert float(error) <= 2 * STEP[dtype]
+        assert ON_CPU or torch.equal(got, want)
+    assert ON_CPU or torch.equal(core.out, left[0])
+
+
+def test_flash_is_not_for_an_attention_of_somebodys_own():
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, head_dim=8)
+    config._attn_implementation = "eager"
+    module = modeling_llama.LlamaAttention(config, 0)
+    assert flash.flash_attention(module, True, {}) is None
+    config._attn_implementation = "sdpa"
+    assert flash.flash_attention(module, True, {}).head_dim == 8
