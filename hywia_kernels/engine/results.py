@@ -17,7 +17,6 @@ __all__ = ["Results", "result_bytes"]
 
 T = TypeVar("T")
 
-_LARGE = 256 << 20  # bytes of results from which on copies are worth beginning before the backward ends
 _ALIGN = 64  # float32 numbers: every piece starts on its own 256 bytes
 
 
@@ -143,18 +142,17 @@ class Results:
         return dict(zip([g.name for g in here], flat.cpu().split(_pieces(here, self.samples)), strict=True))
 
     def _copied(self, flat: Tensor, here: Sequence[Group], scoring: torch.cuda.Stream) -> dict[str, Tensor]:
-        """A CUDA device's pieces on the host: large ones each as soon as it is complete, on a stream of its own, while
-        the backward of earlier layers still runs; all at once where that is over soon, or already."""
+        """A CUDA device's pieces on the host: each as soon as it is complete, on a stream of its own, while the backward
+        of earlier layers still runs; all at once where that is over."""
         sizes, names = _pieces(here, self.samples), [g.name for g in here]
         host = self._pages[flat.device].take()
         copies = dict(zip(names, host.split(sizes), strict=True))
-        if flat.nbytes < _LARGE or scoring.query():
-            scoring.synchronize()
-            host.copy_(flat)
-            return copies
-        pieces = dict(zip(names, flat.split(sizes), strict=True))
         copying = torch.cuda.Stream(flat.device)
         with torch.cuda.stream(copying):
+            if scoring.query():
+                host.copy_(flat)
+                return copies
+            pieces = dict(zip(names, flat.split(sizes), strict=True))
             for name in (n for n in self._ready if n in pieces):
                 copying.wait_event(self._ready[name])
                 copies[name].copy_(pieces[name])
