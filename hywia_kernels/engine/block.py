@@ -23,7 +23,7 @@ from .gated import GatedMlp, mlp_backward, mlp_forward
 from .linear import Scorer, Target
 from .patches import reproducible
 
-__all__ = ["Block", "block_forward", "handed_out"]
+__all__ = ["Block", "BlockForward", "Kept", "handed_out"]
 
 
 class _Sources(torch.autograd.Function):
@@ -58,7 +58,7 @@ class _Core:
 
 
 @dataclass
-class _Kept:
+class Kept:
     """What a layer keeps for its backward: the attention's graph, what the norms are computed from again, gate and
     up."""
 
@@ -110,7 +110,7 @@ class Block:
             self.slots.clear()
             self.captured = None
 
-    def forward(self, x: Tensor, keywords: dict[str, Any], differentiable: bool, skip: bool) -> tuple[Tensor, _Kept]:
+    def forward(self, x: Tensor, keywords: dict[str, Any], differentiable: bool, skip: bool) -> tuple[Tensor, Kept]:
         """`y`, and what backward needs."""
         small = self.norms[0].small(x)
         core = self.attend(self.norms[0].forward(x, *small), keywords, differentiable)
@@ -119,9 +119,9 @@ class Block:
         second = self.norms[1].small(h)
         down, g, u = mlp_forward(self.mlp, self.norms[1].forward(h, *second), skip)
         y = x.new_zeros(()).expand(h.shape) if down is None else h + down
-        return y, _Kept(core, (x, *small), (h, *second), (g, u))
+        return y, Kept(core, (x, *small), (h, *second), (g, u))
 
-    def backward(self, dy: Tensor, kept: _Kept) -> Tensor:
+    def backward(self, dy: Tensor, kept: Kept) -> Tensor:
         """The gradient at `x`; every matrix scored on the way. Sums are made in the order in which autograd would."""
         gate, up = kept.gates
         dn = mlp_backward(self.mlp, dy, gate, up, lambda: self.norms[1].forward(*kept.second))
@@ -156,22 +156,40 @@ class _Block(torch.autograd.Function):
         core, ctx.core = ctx.core, None
         first, second = ctx.sizes
         saved = ctx.saved_tensors
-        kept = _Kept(core, saved[:first], saved[first : first + second], saved[first + second :])
+        kept = Kept(core, saved[:first], saved[first : first + second], saved[first + second :])
         return ctx.block.backward(grads[0], kept), None, None, None
 
 
-def block_forward(block: Block) -> Callable[..., Tensor]:
-    """`forward` for the layer's module while its matrices are scored; arguments are the attention's own."""
+class BlockForward:
+    """`forward` for the layer's module while its matrices are scored; arguments are the attention's own.
 
-    def forward(hidden_states: Tensor, *, past_key_values: Any = None, **keywords: Any) -> Tensor:
-        if past_key_values is not None:
-            raise AssertionError("a calibration pass keeps no cache")
-        keywords["past_key_values"] = None
+    A pass that runs layers one by one spares autograd: what `kept` returns with the output goes to `backward`.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+
+    def __call__(self, hidden_states: Tensor, **keywords: Any) -> Tensor:
+        keywords = _without_cache(keywords)
+        block = self.block
         if not (torch.is_grad_enabled() and hidden_states.requires_grad):
             return block.forward(hidden_states, keywords, False, False)[0]
         return _Block.apply(hidden_states, block, keywords, block.mlp.skippable and block.scorer.replaying)
 
-    return forward
+    @torch.no_grad()
+    def kept(self, hidden_states: Tensor, **keywords: Any) -> tuple[Tensor, Kept]:
+        skip = self.block.mlp.skippable and self.block.scorer.replaying
+        return self.block.forward(hidden_states, _without_cache(keywords), True, skip)
+
+    @torch.no_grad()
+    def backward(self, gradient: Tensor, kept: Kept) -> Tensor:
+        return self.block.backward(gradient, kept)
+
+
+def _without_cache(keywords: dict[str, Any]) -> dict[str, Any]:
+    if keywords.get("past_key_values") is not None:
+        raise AssertionError("a calibration pass keeps no cache")
+    return {**keywords, "past_key_values": None}
 
 
 def handed_out(block: Block, linear: nn.Linear) -> Callable[[Tensor], Tensor]:

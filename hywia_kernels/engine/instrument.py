@@ -13,7 +13,7 @@ from torch import nn
 from .. import arch
 from ..types import Group
 from . import recompute
-from .block import Block, block_forward, handed_out
+from .block import Block, BlockForward, handed_out
 from .experts import experts_forward, router_forward
 from .flash import flash_attention
 from .gated import GatedMlp, gated_forward, watched
@@ -121,7 +121,7 @@ def _in_layer(parts: _Parts, targets: Targets, scorer: Scorer) -> Replacements:
             mlp = GatedMlp(gate, up, down, modules, formula, scorer, columns[0] is residual)
             block = _block(parts, single, targets, mlp)
             if block is not None:
-                return [(layer, block_forward(block)), *((m, handed_out(block, m)) for m in block.projections)]
+                return [(layer, BlockForward(block)), *((m, handed_out(block, m)) for m in block.projections)]
             replacements.append((module, gated_forward(mlp)))
         elif "forward" not in vars(module):
             replacements.append((module, _gated(rows[0], rows[1], columns[0], formula)))

@@ -1,7 +1,7 @@
 """The lean and the layerwise pass: what enters each decoder layer is kept, and backward runs one layer at a time again.
 
-Lean is one run of all samples. Layerwise takes them in several runs, and scores a layer when its matrices' gradients
-and inputs have arrived from all of them.
+Lean is one run of all samples; the last layers, whose backward comes first, can keep all that theirs needs. Layerwise
+takes them in several runs, and scores a layer when its matrices' gradients and inputs have arrived from all of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HywiaError
+from .block import BlockForward, Kept
 from .linear import Collected, Scorer
 from .loss import hidden_gradient, targets
 from .patches import forward_replaced
@@ -30,6 +31,7 @@ class _Step:
     device: torch.device
     arguments: tuple
     keywords: dict[str, Any]
+    kept: Kept | None = None  # what backward needs, where it need not be made again
 
 
 @dataclass
@@ -53,11 +55,16 @@ def hidden_of(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _recording(forward: Callable, tape: _Tape, last: bool, offload: bool) -> Callable:
+def _recording(forward: Callable, tape: _Tape, last: bool, offload: bool, whole: bool) -> Callable:
     def record(hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
-        tape.steps.append(_Step(_kept(hidden, offload), hidden.device, arguments, keywords))
-        with torch.no_grad():
-            out = forward(hidden, *arguments, **keywords)
+        step = _Step(_kept(hidden, offload), hidden.device, arguments, keywords)
+        tape.steps.append(step)
+        out: Any
+        if whole and isinstance(forward, BlockForward):
+            out, step.kept = forward.kept(hidden, **keywords)
+        else:
+            with torch.no_grad():
+                out = forward(hidden, *arguments, **keywords)
         if last:
             tape.last = hidden_of(out).detach().requires_grad_()  # the final norm's graph begins here
             return (tape.last, *out[1:]) if isinstance(out, tuple) else tape.last
@@ -67,11 +74,14 @@ def _recording(forward: Callable, tape: _Tape, last: bool, offload: bool) -> Cal
 
 
 def _forward(
-    model: Any, layers: nn.ModuleList, samples: Samples, scale: float, offload: bool
+    model: Any, layers: nn.ModuleList, samples: Samples, scale: float, offload: bool, whole: int
 ) -> tuple[_Tape, Tensor, Tensor]:
     """`(tape, gradient at what left the last layer, Σ_s L_s)` of one run of samples."""
     tape = _Tape()
-    replacements = [(layer, _recording(layer.forward, tape, layer is layers[-1], offload)) for layer in layers]
+    replacements = [
+        (layer, _recording(layer.forward, tape, i == len(layers) - 1, offload, i >= len(layers) - whole))
+        for i, layer in enumerate(layers)
+    ]
     wanted = targets(samples, model.get_output_embeddings().weight.device)
     tokens = samples.tokens.to(model.get_input_embeddings().weight.device)
     with forward_replaced(replacements), torch.enable_grad():
@@ -85,18 +95,29 @@ def _forward(
 
 
 def _backward(layer: nn.Module, step: _Step, gradient: Tensor, scorer: Scorer) -> Tensor:
-    hidden = step.hidden.to(step.device, non_blocking=True).requires_grad_()
+    hidden = step.hidden.to(step.device, non_blocking=True)
+    forward: Any = layer.forward
     scorer.replaying = True
     try:
+        if isinstance(forward, BlockForward):
+            kept = forward.kept(hidden, **step.keywords)[1] if step.kept is None else step.kept
+            return forward.backward(gradient.to(step.device), kept)
+        hidden = hidden.requires_grad_()
         with torch.enable_grad():
-            out = hidden_of(layer.forward(hidden, *step.arguments, **step.keywords))
+            out = hidden_of(forward(hidden, *step.arguments, **step.keywords))
     finally:
         scorer.replaying = False
     return torch.autograd.grad(out, hidden, gradient.to(out.device))[0]
 
 
 def run(
-    model: Any, layers: nn.ModuleList, chunks: Sequence[Samples], scorer: Scorer, scale: float, offload: bool
+    model: Any,
+    layers: nn.ModuleList,
+    chunks: Sequence[Samples],
+    scorer: Scorer,
+    scale: float,
+    offload: bool,
+    whole: int = 0,
 ) -> Tensor:
     """Forward and backward of `scale · Σ_s L_s` through an instrumented model; `Σ_s L_s`, on the head's device.
 
@@ -104,6 +125,7 @@ def run(
         layers: the decoder's.
         chunks: runs of samples, in the order of the results.
         offload: keep what enters the layers in the host's pinned memory (CUDA).
+        whole: how many of the last layers, where they run as one node, keep all that backward needs.
 
     Raises:
         HywiaError: hooks on a whole layer: backward runs `forward` alone again, so they would not count.
@@ -116,7 +138,7 @@ def run(
             )
     tapes, gradients, losses = [], [], []
     for chunk in chunks:
-        tape, gradient, loss = _forward(model, layers, chunk, scale, offload)
+        tape, gradient, loss = _forward(model, layers, chunk, scale, offload, whole)
         tapes.append(tape)
         gradients.append(gradient)
         losses.append(loss)

@@ -11,7 +11,8 @@ attention's matrices, `i` the MLP's width and `n` the attention heads:
     collected = e·(8h + 3i) or so             layerwise: every matrix's output gradient and input
 
     fast       tokens · (Σ_layers kept + work)
-    lean       tokens · ((layers + 1)·e·h + kept + work)
+    lean       tokens · ((layers + 1)·e·h + kept + work), and kept again for each of the last layers that a
+               twentieth of the weights' bytes has room for
     layerwise  tokens · ([layers·e·h, unless on the host] + collected) + tokens of a run · (kept + work)
 
 plus, in all of them, the results; or, in the place of the work, three tensors `[tokens, h]` and what the loss makes of
@@ -43,6 +44,7 @@ MODES = ("fast", "lean", "layerwise")
 Linears = Mapping[str, nn.Module]
 CHUNK_TOKENS = 4096  # of a layerwise run: enough for the matrix products to be fast
 _MODEST, _MODEST_BYTES = 0.6, 2 << 30  # of the weights' bytes, or at all: what "auto" lets fast take
+_WHOLE = 0.05  # of the weights' bytes: what lean spends on not running the last layers twice
 _SHARE = 0.9  # of the free memory: the rest is for what the formulas leave out
 _SCRATCH = 64 << 20
 _RAGGED = 2.0  # padded tokens per token from which fast and lean would waste more than layerwise costs
@@ -50,13 +52,14 @@ _RAGGED = 2.0  # padded tokens per token from which fast and lean would waste mo
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How to run: the mode, samples per run (layerwise), whether layer inputs go to the host, and the estimate of what
-    is needed beside the weights, in bytes, on all devices together."""
+    """How to run: the mode, samples per run (layerwise), whether layer inputs go to the host, the estimate of what is
+    needed beside the weights, in bytes, on all devices together, and how many of the last layers lean keeps whole."""
 
     mode: str
     chunks: tuple[Samples, ...]
     offload: bool
     estimate: int
+    whole: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,14 @@ class _Sizes:
     def fast(self, tokens: int) -> int:
         return tokens * self.kept_all + max(self._loss(tokens), tokens * self.work) + self.fixed
 
-    def lean(self, tokens: int) -> int:
+    def lean(self, tokens: int, whole: int = 0) -> int:
         inside = tokens * (self.boundary + self.kept + self.work)
-        return tokens * self.layers * self.boundary + max(self._loss(tokens), inside) + self.fixed
+        boundaries = tokens * (self.layers * self.boundary + whole * self.kept)
+        return boundaries + max(self._loss(tokens), inside) + self.fixed
+
+    def whole(self, tokens: int, weights: int) -> int:
+        """Layers that lean keeps whole beside weights of so many bytes."""
+        return min(int(_WHOLE * weights / max(tokens * self.kept, 1)), self.layers - 1)
 
     def layerwise(self, tokens: int, run: int, offload: bool) -> int:
         boundaries = 1 if offload else self.layers + 1
@@ -220,16 +228,21 @@ def plan_memory(
     """
     sizes = _sizes(model, linears, found, samples, float64=float64, kernels=kernels)
     tokens = samples.tokens.numel()
-    estimates = {"fast": sizes.fast(tokens), "lean": sizes.lean(tokens)}
+    whole = sizes.whole(tokens, weight_bytes(model)) if kernels else 0
+    estimates = {"fast": sizes.fast(tokens), "lean": sizes.lean(tokens, whole)}
+
+    def plan(mode: str) -> MemoryPlan:
+        return MemoryPlan(mode, (samples,), False, estimates[mode], whole if mode == "lean" else 0)
+
     if requested in estimates:
-        return MemoryPlan(requested, (samples,), False, estimates[requested])
+        return plan(requested)
     if requested == "auto" and (tokens <= _RAGGED * samples.total or not layerwise):
         modest = max(_MODEST * weight_bytes(model), _MODEST_BYTES)
         for mode, needed in estimates.items():
             if _fits(linears, needed) and (mode != "fast" or needed <= modest):
-                return MemoryPlan(mode, (samples,), False, needed)
+                return plan(mode)
     if not layerwise:
-        return MemoryPlan("lean", (samples,), False, estimates["lean"])
+        return plan("lean")
     return _layerwise(linears, samples, sizes)
 
 

@@ -142,8 +142,8 @@ class Results:
         return dict(zip([g.name for g in here], flat.cpu().split(_pieces(here, self.samples)), strict=True))
 
     def _copied(self, flat: Tensor, here: Sequence[Group], scoring: torch.cuda.Stream) -> dict[str, Tensor]:
-        """A CUDA device's pieces on the host: each as soon as it is complete, on a stream of its own, while the backward
-        of earlier layers still runs; all at once where that is over."""
+        """A CUDA device's pieces on the host: each as soon as it is complete, on a stream of its own, while backward
+        still runs; all at once where that is over."""
         sizes, names = _pieces(here, self.samples), [g.name for g in here]
         host = self._pages[flat.device].take()
         copies = dict(zip(names, host.split(sizes), strict=True))

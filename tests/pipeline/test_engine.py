@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import os
+import sys
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tiny import TINY, fresh
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError, arch, ops
-from hywia_kernels.engine import memory, recompute, whole
+from hywia_kernels.engine import block, memory, recompute, whole
 from hywia_kernels.engine.instrument import instrument
 from hywia_kernels.engine.linear import Scorer
 from hywia_kernels.engine.loss import hidden_gradient, targets
@@ -287,6 +289,27 @@ def test_estimates_for_the_shapes_of_llama_7b():
     assert small.fast(10 * 128) < 0.35 * weights
     assert small.lean(10 * 128) < 0.10 * weights
     assert large.lean(128 * 128) < 0.60 * weights
+    whole = small.whole(10 * 128, weights)
+    assert whole == 5  # last layers that lean does not run twice
+    assert small.lean(10 * 128, whole) - small.lean(10 * 128) == whole * 10 * 128 * small.kept <= 0.05 * weights
+    assert large.whole(128 * 128, weights) == 0
+
+
+@pytest.mark.parametrize("whole", [1, 2])
+def test_lean_does_not_run_the_layers_twice_that_it_keeps(gqa, tokens, whole, monkeypatch):
+    want = hk.calibrate(gqa, tokens, memory="lean")
+    runs = []
+    forward = block.Block.forward
+    monkeypatch.setattr(block.Block, "forward", lambda self, *a: runs.append(a[2]) or forward(self, *a))
+    module = sys.modules["hywia_kernels.calibrate"]
+    plan = module.plan_memory
+    monkeypatch.setattr(module, "plan_memory", lambda *a, **k: dataclasses.replace(plan(*a, **k), whole=whole))
+    got = hk.calibrate(gqa, tokens, memory="lean")
+    layers = gqa.config.num_hidden_layers
+    assert runs == [False] * (layers - whole) + [True] * whole + [True] * (layers - whole)
+    for name in want.fine:
+        assert torch.equal(got.coarse[name], want.coarse[name])
+        assert all(torch.equal(got.fine[name][order], want.fine[name][order]) for order in want.fine[name])
 
 
 @pytest.mark.parametrize("mode", MODES)
