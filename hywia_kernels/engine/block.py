@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -166,8 +167,12 @@ class BlockForward:
     A pass that runs layers one by one spares autograd: what `kept` returns with the output goes to `backward`.
     """
 
-    def __init__(self, block: Block) -> None:
-        self.block = block
+    def __init__(self, make: Callable[[], Block]) -> None:
+        self._make = make
+
+    @cached_property
+    def block(self) -> Block:
+        return self._make()
 
     def __call__(self, hidden_states: Tensor, **keywords: Any) -> Tensor:
         keywords = _without_cache(keywords)
@@ -192,13 +197,14 @@ def _without_cache(keywords: dict[str, Any]) -> dict[str, Any]:
     return {**keywords, "past_key_values": None}
 
 
-def handed_out(block: Block, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+def handed_out(forward: BlockForward, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     """`forward` for one of the projections: what `Block.attend` made of it, or, of the output, its operand noted."""
-    if linear is not block.projections[3]:
-        return lambda inputs: block.slots[linear]
 
-    def capture(inputs: Tensor) -> Tensor:
+    def hand_out(inputs: Tensor) -> Tensor:
+        block = forward.block
+        if linear is not block.projections[3]:
+            return block.slots[linear]
         block.captured = inputs
         return inputs  # of another width than the module's output, which nobody reads
 
-    return capture
+    return hand_out

@@ -24,6 +24,7 @@ __all__ = ["instrument"]
 
 Replacements = list[tuple[nn.Module, Any]]
 Targets = dict[nn.Module, tuple[Target, ...]]  # of each module's matrices
+Stacks = dict[nn.Module, dict[tuple[str, int], tuple[Target, ...]]]  # of each stacked parameter's
 
 
 def instrument(
@@ -32,40 +33,28 @@ def instrument(
     """Replacements for `patches.forward_replaced`: linear layers score, norms and gates are not kept for backward; and
     whether every decoder layer runs as one node.
 
-    A module whose `forward` somebody else has replaced keeps it, but for the linear layers, which must score.
+    A module whose `forward` somebody else has replaced keeps it, but for the linear layers, which must score. What a
+    layer that runs as one node needs is made when it is first called, while the device works on those before it.
 
     Args:
         modules: the model's, by name.
     """
     entry = arch.architecture(model)
-    results = scorer.results
-    targets: Targets = {}
-    experts: dict[nn.Module, dict[tuple[str, int], tuple[Target, ...]]] = {}
-    for matrix in arch.matrices(modules, found):
-        module = modules[matrix.module]
-        stored = module._parameters[matrix.parameter]
-        for group, i in matrix.members:
-            member = group.members[i]
-            weight = arch.view(modules, member, group.units).detach()
-            whole = weight.shape == stored.shape[-2:]
-            outputs = None if whole else slice(member.start, member.start + group.units * member.group_size)
-            results_of = results.fine[group.name], results.coarse[group.name][i]
-            target = Target(member, weight, *results_of, outputs, matrix.transposed)
-            if matrix.index is None:
-                targets[module] = _with(targets.get(module, ()), target)
-            else:
-                of_module = experts.setdefault(module, {})
-                of_module[matrix.parameter, matrix.index] = _with(
-                    of_module.get((matrix.parameter, matrix.index), ()), target
-                )
+    by_layer: dict[int, list[Group]] = {}
+    for group in found:
+        by_layer.setdefault(group.layer, []).append(group)
     replacements: Replacements = []
     blocks = True
     for i, layer in enumerate(modules[entry.layers]):
-        parts = _Parts(layer, entry, modules, f"{entry.layers}.{i}.")
-        stacks = {m: experts[m] for m in layer.modules() if m in experts} if experts else {}
-        made = _with_experts(parts, targets, stacks, scorer) if stacks else _in_layer(parts, targets, scorer)
-        blocks = blocks and made[0][0] is layer
-        replacements += made
+        parts = _Parts(layer, entry, modules, f"{entry.layers}.{i}.", by_layer.get(i, []), scorer)
+        if _is_block(parts):
+            forward = BlockForward(parts.block)
+            replacements.append((layer, forward))
+            replacements += [(m, handed_out(forward, m)) for m in parts.projections()]
+            continue
+        blocks = False
+        targets, stacks = parts.targets()
+        replacements += _with_experts(parts, targets, stacks) if stacks else _in_layer(parts, targets)
     if entry.final_norm is not None:
         replacements += _norm(modules[entry.final_norm], model.dtype, scorer.backend)
     return replacements, blocks
@@ -80,6 +69,8 @@ class _Parts:
     entry: arch.Architecture
     modules: Mapping[str, Any]
     prefix: str
+    groups: Sequence[Group]
+    scorer: Scorer
 
     def __getitem__(self, name: str) -> Any:
         return self.modules[self.prefix + name]
@@ -92,6 +83,78 @@ class _Parts:
         names = self.entry.attention
         return self.several((names.query, names.key, names.value, names.output))
 
+    def mlp(self) -> tuple[Any, ...]:
+        """Gate, up and down of a gated MLP."""
+        return (*self.several(self.entry.mlp.rows), *self.several(self.entry.mlp.columns))
+
+    def gated(self) -> tuple[Any, Any]:
+        """The gated MLP's own module, and its activation."""
+        assert self.entry.mlp.gated is not None
+        return self[self.entry.mlp.gated.module], self[self.entry.mlp.gated.activation]
+
+    def residual(self) -> Any:
+        """The matrix whose output is only added to what leaves the layer."""
+        module = None if self.entry.residual is None else self[self.entry.residual]
+        # What a hook makes of the output may depend on its values.
+        return None if module is not None and module._forward_hooks else module
+
+    def targets(self) -> tuple[Targets, Stacks]:
+        targets: Targets = {}
+        experts: Stacks = {}
+        results = self.scorer.results
+        for matrix in arch.matrices(self.modules, self.groups):
+            module = self.modules[matrix.module]
+            stored = module._parameters[matrix.parameter]
+            for group, i in matrix.members:
+                member = group.members[i]
+                weight = arch.view(self.modules, member, group.units).detach()
+                whole = weight.shape == stored.shape[-2:]
+                outputs = None if whole else slice(member.start, member.start + group.units * member.group_size)
+                results_of = results.fine[group.name], results.coarse[group.name][i]
+                target = Target(member, weight, *results_of, outputs, matrix.transposed)
+                if matrix.index is None:
+                    targets[module] = _with(targets.get(module, ()), target)
+                else:
+                    of_module = experts.setdefault(module, {})
+                    key = matrix.parameter, matrix.index
+                    of_module[key] = _with(of_module.get(key, ()), target)
+        return targets, experts
+
+    def gated_mlp(self, targets: Targets) -> GatedMlp:
+        modules: Any = self.mlp()
+        gate, up, down = (targets[m][0] for m in modules)
+        formula = gate_formula(self.gated()[1], usable(modules[2].weight.device, self.scorer.backend))
+        return GatedMlp(gate, up, down, modules, formula, self.scorer, modules[2] is self.residual())
+
+    def block(self) -> Block:
+        targets, _ = self.targets()
+        names, scorer = self.entry.attention, self.scorer
+        attention, projections = self[names.module], self.projections()
+        weight = projections[0].weight
+        on_device = usable(weight.device, scorer.backend)
+        norms: Any = tuple(norm_formula(self[name], weight.dtype, on_device) for name in self.entry.norms)
+        found: Any = tuple(targets[m][0] for m in projections)
+        cublas = getattr(getattr(attention, "config", None), "_attn_implementation", None) != "sdpa"
+        flash = None
+        if on_device and _name(attention) in names.plain:
+            flash = flash_attention(attention, scorer.strict, scorer.chosen)
+        made: Any = tuple(projections)
+        return Block(attention, made, found, norms, self.gated_mlp(targets), scorer, flash, cublas)
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def _is_block(parts: _Parts) -> bool:
+    """Whether the layer is of a class known to be built as one node can be, and nobody watches its parts."""
+    entry, layer = parts.entry, parts.layer
+    if _name(layer) not in entry.blocks or len(entry.norms) != 2 or entry.mlp.gated is None:
+        return False
+    attention = parts[entry.attention.module]
+    norms = (parts[name] for name in entry.norms)
+    return not watched(layer, attention, *norms, *attention.children(), *parts.gated(), *parts.mlp())
+
 
 def _with(targets: tuple[Target, ...], new: Target) -> tuple[Target, ...]:
     """`targets` and one more; a matrix that is there already goes on under the one that came first: layers bring what
@@ -102,28 +165,19 @@ def _with(targets: tuple[Target, ...], new: Target) -> tuple[Target, ...]:
     return (*targets, new)
 
 
-def _in_layer(parts: _Parts, targets: Targets, scorer: Scorer) -> Replacements:
-    entry, layer = parts.entry, parts.layer
+def _in_layer(parts: _Parts, targets: Targets) -> Replacements:
+    entry, scorer, residual = parts.entry, parts.scorer, parts.residual()
     single, rows, columns = parts.projections(), parts.several(entry.mlp.rows), parts.several(entry.mlp.columns)
-    residual = None if entry.residual is None else parts[entry.residual]
-    if residual is not None and residual._forward_hooks:
-        residual = None  # what a hook makes of the output may depend on its values
     weight: Any = columns[0].weight
     replacements: Replacements = []
     whole = False
     if entry.mlp.gated is not None:
-        module, activation = parts[entry.mlp.gated.module], parts[entry.mlp.gated.activation]
-        formula = gate_formula(activation, usable(weight.device, scorer.backend))
+        module, activation = parts.gated()
         whole = not watched(module, activation, *rows, *columns)
         if whole:
-            modules: Any = (rows[0], rows[1], columns[0])
-            gate, up, down = (targets[m][0] for m in modules)
-            mlp = GatedMlp(gate, up, down, modules, formula, scorer, columns[0] is residual)
-            block = _block(parts, single, targets, mlp)
-            if block is not None:
-                return [(layer, BlockForward(block)), *((m, handed_out(block, m)) for m in block.projections)]
-            replacements.append((module, gated_forward(mlp)))
+            replacements.append((module, gated_forward(parts.gated_mlp(targets))))
         elif "forward" not in vars(module):
+            formula = gate_formula(activation, usable(weight.device, scorer.backend))
             replacements.append((module, _gated(rows[0], rows[1], columns[0], formula)))
     for name in entry.norms:
         replacements += _norm(parts[name], weight.dtype, scorer.backend)
@@ -132,15 +186,10 @@ def _in_layer(parts: _Parts, targets: Targets, scorer: Scorer) -> Replacements:
     return replacements
 
 
-def _with_experts(
-    parts: _Parts,
-    targets: Targets,
-    stacks: Mapping[nn.Module, Mapping[tuple[str, int], tuple[Target, ...]]],
-    scorer: Scorer,
-) -> Replacements:
+def _with_experts(parts: _Parts, targets: Targets, stacks: Stacks) -> Replacements:
     """A layer whose MLP is experts and their router."""
     names: Any = parts.entry.experts
-    single = parts.projections()
+    scorer, single = parts.scorer, parts.projections()
     replacements: Replacements = []
     for name in parts.entry.norms:
         replacements += _norm(parts[name], single[0].weight.dtype, scorer.backend)
@@ -154,27 +203,6 @@ def _with_experts(
         scored = {key: scored_rows(scorer, of) for key, of in by_matrix.items()}
         replacements.append((module, experts_forward(module, names, scored, len(scorer.offsets) - 1)))
     return replacements
-
-
-def _block(parts: _Parts, single: Sequence[Any], targets: Targets, mlp: GatedMlp) -> Block | None:
-    """The layer as one node, where it is of a class known to be built so, and nobody watches its parts."""
-    entry, layer = parts.entry, parts.layer
-    if f"{type(layer).__module__}.{type(layer).__name__}" not in entry.blocks:
-        return None
-    attention = parts[entry.attention.module]
-    norms = [parts[name] for name in entry.norms]
-    if len(norms) != 2 or watched(layer, attention, *norms, *attention.children()):
-        return None
-    weight = single[0].weight
-    on_device = usable(weight.device, mlp.scorer.backend)
-    first, second = (norm_formula(norm, weight.dtype, on_device) for norm in norms)
-    found: Any = tuple(targets[m][0] for m in single)
-    cublas = getattr(getattr(attention, "config", None), "_attn_implementation", None) != "sdpa"
-    flash = None
-    if on_device and f"{type(attention).__module__}.{type(attention).__name__}" in entry.attention.plain:
-        flash = flash_attention(attention, mlp.scorer.strict, mlp.scorer.chosen)
-    projections: Any = tuple(single)
-    return Block(attention, projections, found, (first, second), mlp, mlp.scorer, flash, cublas)
 
 
 def _norm(norm: nn.Module, dtype: torch.dtype, backend: str | None) -> Replacements:
