@@ -529,7 +529,9 @@ void strip_task(const TaylorImportanceArgs& a, ColumnKernel kernel, int64_t unit
 
 void by_columns(const TaylorImportanceArgs& a) {
     const int64_t strips = (a.units + kStrip - 1) / kStrip;
-    const int64_t length = std::max(kFlush, kColumnTask / std::min(a.units, kStrip));
+    // A matrix of a small model is less than one task of the usual size: then an eighth of it, for threads to share.
+    const int64_t eighth = ((a.reduce + 7) / 8 + kFlush - 1) / kFlush * kFlush;
+    const int64_t length = std::max(kFlush, std::min(eighth, kColumnTask / std::min(a.units, kStrip)));
     const int64_t pieces = (a.reduce + length - 1) / length;
     const int threads = useful_threads(a.threads, a.units * a.reduce);
     const ColumnKernel kernel = fused(a).column;

@@ -83,8 +83,7 @@ class Scorer:
     def score(self, target: Target, grad_output: Tensor, inputs: Tensor, mapped: Tensor | None = None) -> None:
         """All samples' tokens of one matrix, without padding: what `ops.linear_importance` does with `out=`."""
         weight, axis, size = target.weight, target.member.axis, target.member.group_size
-        if target.also is not None:
-            self.score(target.also, grad_output, inputs)
+        brought = grad_output, inputs
         if target.transposed:
             grad_output, inputs = inputs, grad_output
         key: tuple = (weight.shape, weight.is_contiguous(), weight.dtype, weight.device, axis, size)
@@ -97,6 +96,14 @@ class Scorer:
             )
             run = implementation("linear_importance", self.backend, grad_output, inputs, weight, mapped)
             self._runs[key] = run
+        also = target.also
+        more: dict[str, Any] = {}
+        if also is not None and also.also is None and getattr(run, "takes_also", False):
+            more["also"] = (also.member.axis, also.member.group_size, also.fine, also.coarse)
+            self.results.scored(also.member)
+            self.bar.step()
+        elif also is not None:
+            self.score(also, *brought)
         run(
             grad_output,
             inputs,
@@ -111,6 +118,7 @@ class Scorer:
             target.coarse,
             True,
             mapped,
+            **more,
         )
         self.results.scored(target.member)
         self.bar.step()

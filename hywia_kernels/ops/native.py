@@ -143,8 +143,12 @@ def linear_importance(
     coarse: Tensor,
     accumulate: bool,
     mapped: Tensor | None = None,
+    also: tuple[int, int, Tensor, Tensor] | None = None,
 ) -> None:
+    """`also`: axis, group size, fine and coarse of other units on the same matrix: the products, nearly all of the work,
+    are made once."""
     run, threads = _extension().sample_importance, torch.get_num_threads()
+    results = [(axis, group_size, fine, coarse), *([] if also is None else [also])]
     if not per_sample:  # first order alone: one product over all tokens, as if of one sample
         scale, offsets = scale / (len(offsets) - 1), [0, offsets[-1]]
     samples, squares = len(offsets) - 1, order != "first"
@@ -154,43 +158,48 @@ def linear_importance(
     across = _pieces(columns, min(WIDEST, BLOCK_BYTES // (4 * chunk * 16)))
     widest = across[0][1] if across else 1
     down = _pieces(rows, BLOCK_BYTES // (4 * chunk * widest))
-    size = weight.shape[axis]
-    sums = torch.zeros(3 + samples, size, dtype=torch.float64)
+    sums = [torch.zeros(3 + samples, weight.shape[result[0]], dtype=torch.float64) for result in results]
     tallest = down[0][1] if down else 1
     store = torch.empty(chunk * tallest * widest)
-    running = torch.empty(2, tallest * widest) if len(limits) > 1 else store.view(1, -1).expand(2, -1)
+    running = [torch.empty(2, tallest * widest) if len(limits) > 1 else store.view(1, -1).expand(2, -1) for _ in sums]
     with _float32_products():
         for left, right in across:
             x = input[:, left:right].to(torch.float32, memory_format=torch.contiguous_format)
             for top, bottom in down:
                 dy = grad_output[:, top:bottom].to(torch.float32, memory_format=torch.contiguous_format)
-                block, unit = weight[top:bottom, left:right], left if axis else top
+                block = weight[top:bottom, left:right]
                 for number, part in enumerate(limits):
                     shape = (len(part) - 1, bottom - top, right - left)
                     gradients = store[: shape[0] * shape[1] * shape[2]].view(shape)
                     _products(dy, x, part, scale, gradients)
-                    run(
-                        gradients=gradients.data_ptr(),
-                        weight=operand(block, 0),
-                        samples=shape[0],
-                        rows=shape[1],
-                        columns=shape[2],
-                        axis=axis,
-                        squares=squares,
-                        share=1.0 / samples,
-                        first=number == 0,
-                        last=number == len(limits) - 1,
-                        mean=running[0].data_ptr(),
-                        square=running[1].data_ptr(),
-                        fine=sums[0, unit:].data_ptr(),
-                        coarse=sums[3 + number * chunk, unit:].data_ptr(),
-                        pitch=size,
-                        threads=threads,
-                    )
-    sums = sums.view(3 + samples, -1, group_size).sum(2)
-    kept = sums[:3] if order == "all" else sums[ORDER_CODES[order]]
-    for out, total in ((fine, kept), (coarse, sums[3:])):
-        out.copy_(total + out if accumulate else total)
+                    for (along, *_), total, (mean, square) in zip(results, sums, running, strict=True):
+                        unit = left if along else top
+                        run(
+                            gradients=gradients.data_ptr(),
+                            weight=operand(block, 0),
+                            samples=shape[0],
+                            rows=shape[1],
+                            columns=shape[2],
+                            axis=along,
+                            squares=squares,
+                            share=1.0 / samples,
+                            first=number == 0,
+                            last=number == len(limits) - 1,
+                            mean=mean.data_ptr(),
+                            square=square.data_ptr(),
+                            fine=total[0, unit:].data_ptr(),
+                            coarse=total[3 + number * chunk, unit:].data_ptr(),
+                            pitch=total.shape[1],
+                            threads=threads,
+                        )
+    for (_, size, into, by_sample), total in zip(results, sums, strict=True):
+        total = total.view(3 + samples, -1, size).sum(2)
+        kept = total[:3] if order == "all" else total[ORDER_CODES[order]]
+        for out, found in ((into, kept), (by_sample, total[3:])):
+            out.copy_(found + out if accumulate else found)
+
+
+linear_importance.takes_also = True  # type: ignore[attr-defined]
 
 
 def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor) -> None:
