@@ -188,7 +188,8 @@ def calibrate(
         engine: "fused" (`ops.linear_importance` in one backward over all samples), "autograd" (the reference:
             per-sample gradients of one matrix at a time), or "auto": fused, unless the named backend lacks its op
             (the record's "not_fused" says so).
-        memory: "fast" keeps what backward needs, "lean" what enters the decoder layers, and runs each again;
+        memory: "fast" keeps what backward needs, "lean" what enters the decoder layers, and runs each again (but the
+            last ones, where a twentieth of the weights' bytes has room for what their backward needs);
             "layerwise" (fused) does that for a part of the samples at a time, and collects one layer's gradients.
             "auto" is the first that fits into the memory that is free (and the next when a CUDA device runs out
             all the same); lean also where fast would keep more than 0.6 of the weights' bytes (and 2 GiB); and

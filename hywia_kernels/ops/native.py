@@ -145,8 +145,8 @@ def linear_importance(
     mapped: Tensor | None = None,
     also: tuple[int, int, Tensor, Tensor] | None = None,
 ) -> None:
-    """`also`: axis, group size, fine and coarse of other units on the same matrix: the products, nearly all of the work,
-    are made once."""
+    """`also`: axis, group size, fine and coarse of other units on the same matrix. The products, nearly all of the
+    work, are made once."""
     run, threads = _extension().sample_importance, torch.get_num_threads()
     results = [(axis, group_size, fine, coarse), *([] if also is None else [also])]
     if not per_sample:  # first order alone: one product over all tokens, as if of one sample

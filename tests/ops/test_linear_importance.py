@@ -367,6 +367,22 @@ def test_more_samples_than_a_chunk(axis):
         assert_right(raw("native", *arguments), *arguments)
 
 
+@pytest.mark.parametrize("order", ["all", "first"])
+@pytest.mark.parametrize("samples", [3, 130])
+def test_both_axes_from_the_same_products(samples, order):
+    """`also`, for one chunk of samples and for running sums between chunks, against a call for each."""
+    need("native", OP)
+    made, offsets = operands(2 * samples, (150, 1100), torch.bfloat16), list(range(0, 2 * samples + 1, 2))
+    fines = [torch.full((3, n) if order == "all" else (n,), 2.0) for n in (75, 220)]
+    coarses = [torch.full((samples, n), 2.0) for n in (75, 220)]
+    run = implementation(OP, "native", *made)
+    run(*made, offsets, 0, order, 2, True, 0.5, fines[0], coarses[0], False, None, (1, 5, fines[1], coarses[1]))
+    for axis, size in ((0, 2), (1, 5)):
+        fine, coarse = raw("native", *made, offsets, axis, order, size, True, 0.5)
+        assert torch.equal(bits(fines[axis]), bits(fine))
+        assert torch.equal(bits(coarses[axis]), bits(coarse))
+
+
 def test_float32_products_stay_float32():
     """Whatever precision the caller allows elsewhere: bfloat16 products would be wrong by 1e-3."""
     need("native", OP)
