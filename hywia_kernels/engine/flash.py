@@ -19,8 +19,8 @@ from .rotary import rotate, tables_serve
 
 __all__ = ["FlashAttention", "FlashCore", "flash_attention"]
 
-# What a decoder may pass to a layer that changes nothing here, whatever it is; of anything else only None and False.
 _OPS: Any = torch.ops.aten
+# What a decoder may pass to a layer that changes nothing here, whatever it is; of anything else only None and False.
 _IGNORED = ("position_ids", "position_embeddings", "cache_position")
 
 
