@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ from .agreement import BOUNDS, compare
 from .memory import Peak, free, resident
 from .rows import Appender
 from .timing import Environment, Reading, Timer
+
+T = TypeVar("T")
 
 PLAIN = "plain"
 PEERS = ("param_first", "param_mix")
@@ -105,25 +108,27 @@ def planned(samples: Sequence[int], only: Sequence[str]) -> list[tuple[str, int]
     return plan
 
 
+def once(call: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """Seconds of one call, the device synchronised, and its result."""
+    _synchronize(device)
+    began = time.perf_counter()
+    result = call()
+    _synchronize(device)
+    return time.perf_counter() - began, result
+
+
 def measure(
     call: Callable[[], object], device: torch.device, runs: int, limit: float, base: int = 0
 ) -> tuple[Reading, int | None, object]:
     """Times in seconds, peak bytes (see `Peak`), and the last result; two runs are enough once `limit` seconds went."""
 
-    def run() -> tuple[float, object]:
-        _synchronize(device)
-        began = time.perf_counter()
-        result = call()
-        _synchronize(device)
-        return time.perf_counter() - began, result
-
-    run()
+    once(call, device)
     free(device)
     peak = Peak(device, base)
     times: list[float] = []
     result: object = None
     while len(times) < runs and (len(times) < 2 or sum(times) < limit):
-        seconds, result = run()
+        seconds, result = once(call, device)
         times.append(seconds)
     return Reading.of(times), peak.bytes(), result
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,25 +20,11 @@ import hywia_kernels as hk
 from hywia_kernels.commands_recipe import REFIT_SAMPLES, SAMPLES
 
 from . import llm_pruner, models
-from .bench_engine import measure
+from .bench_engine import measure, once
 from .memory import free
 from .timing import commit, device_name
 
 STEPS = ("param_mix", "calibrate", "fuse", "plan", "leftover", "refit", "prune")
-
-
-def once(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds of one call, the device synchronised, and its result."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wait()
-    began = time.perf_counter()
-    result = call()
-    wait()
-    return time.perf_counter() - began, result
 
 
 def run(arguments: argparse.Namespace) -> dict[str, float]:

@@ -364,8 +364,10 @@ class Matrix:
 
 
 def matrices(model: nn.Module | Modules, found: Sequence[Group]) -> list[Matrix]:
-    """The matrices that groups are about, each once, in the groups' order; of a model, or of its `linears`. Stacks of
-    whole experts are left out: their matrices are there with the experts' channels."""
+    """The matrices that groups are about, each once, in the groups' order; of a model, or of its modules by name.
+
+    Stacks of whole experts are left out: their matrices are there with the experts' channels.
+    """
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else model
     members: dict[tuple[str, str, int | None], list[tuple[Group, int]]] = {}
     for group in found:

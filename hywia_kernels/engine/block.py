@@ -104,8 +104,7 @@ class Block:
                     self.attention.forward(hidden_states=normed, **keywords)
             assert self.captured is not None
             # The kernel keeps the values in any case where no head is repeated.
-            value = made[2] if differentiable else None
-            value = value if made[2].shape == made[0].shape else None
+            value = made[2] if differentiable and made[2].shape == made[0].shape else None
             return _Core(self.captured, edges, value, self.scorer.strict, self.cublas)
         finally:
             self.slots.clear()
@@ -179,12 +178,11 @@ class BlockForward:
         block = self.block
         if not (torch.is_grad_enabled() and hidden_states.requires_grad):
             return block.forward(hidden_states, keywords, False, False)[0]
-        return _Block.apply(hidden_states, block, keywords, block.mlp.skippable and block.scorer.replaying)
+        return _Block.apply(hidden_states, block, keywords, block.mlp.skips)
 
     @torch.no_grad()
     def kept(self, hidden_states: Tensor, **keywords: Any) -> tuple[Tensor, Kept]:
-        skip = self.block.mlp.skippable and self.block.scorer.replaying
-        return self.block.forward(hidden_states, _without_cache(keywords), True, skip)
+        return self.block.forward(hidden_states, _without_cache(keywords), True, self.block.mlp.skips)
 
     @torch.no_grad()
     def backward(self, gradient: Tensor, kept: Kept) -> Tensor:

@@ -32,6 +32,11 @@ class GatedMlp:
     scorer: Scorer
     skippable: bool  # see `linear.scored_forward`
 
+    @property
+    def skips(self) -> bool:
+        """Whether nobody needs the output: the layer is run again for the sake of its backward."""
+        return self.skippable and self.scorer.replaying
+
 
 def watched(*modules: nn.Module) -> bool:
     """Whether a module has hooks, or a `forward` of its own that somebody gave it."""
@@ -93,6 +98,6 @@ def gated_forward(mlp: GatedMlp) -> Callable[[Tensor], Tensor]:
             output = mlp_forward(mlp, inputs, False)[0]
             assert output is not None
             return output
-        return _Gated.apply(inputs, mlp, recompute.recipe(inputs), mlp.skippable and mlp.scorer.replaying)
+        return _Gated.apply(inputs, mlp, recompute.recipe(inputs), mlp.skips)
 
     return forward

@@ -228,21 +228,21 @@ def plan_memory(
     """
     sizes = _sizes(model, linears, found, samples, float64=float64, kernels=kernels)
     tokens = samples.tokens.numel()
-    whole = sizes.whole(tokens, weight_bytes(model)) if kernels else 0
-    estimates = {"fast": sizes.fast(tokens), "lean": sizes.lean(tokens, whole)}
-
-    def plan(mode: str) -> MemoryPlan:
-        return MemoryPlan(mode, (samples,), False, estimates[mode], whole if mode == "lean" else 0)
-
-    if requested in estimates:
-        return plan(requested)
+    fast = MemoryPlan("fast", (samples,), False, sizes.fast(tokens))
+    if requested == "fast":
+        return fast
+    weights = weight_bytes(model)
+    whole = sizes.whole(tokens, weights) if kernels else 0
+    lean = MemoryPlan("lean", (samples,), False, sizes.lean(tokens, whole), whole)
+    if requested == "lean":
+        return lean
     if requested == "auto" and (tokens <= _RAGGED * samples.total or not layerwise):
-        modest = max(_MODEST * weight_bytes(model), _MODEST_BYTES)
-        for mode, needed in estimates.items():
-            if _fits(linears, needed) and (mode != "fast" or needed <= modest):
-                return plan(mode)
+        if fast.estimate <= max(_MODEST * weights, _MODEST_BYTES) and _fits(linears, fast.estimate):
+            return fast
+        if _fits(linears, lean.estimate):
+            return lean
     if not layerwise:
-        return plan("lean")
+        return lean
     return _layerwise(linears, samples, sizes)
 
 

@@ -85,7 +85,7 @@ def rotary_replaced(model: Any, backend: str | None) -> Iterator[None]:
     entry = arch.architecture(model)
     layer = model.get_submodule(entry.layers)[0]
     query = layer.get_submodule(entry.attention.query)
-    attention = layer.get_submodule(entry.attention.query.rpartition(".")[0])
+    attention = layer.get_submodule(entry.attention.module)
     names = getattr(type(attention).forward, "__globals__", {})
     original = names.get(entry.attention.rotary)
     if original is None or not usable(query.weight.device, backend):
