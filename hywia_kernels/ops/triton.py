@@ -13,7 +13,8 @@ try:
     import triton
 
     from . import kernels_triton as kernels
-    from . import triton_linear
+    from . import triton_batch, triton_linear
+    from .triton_tiles import LONGEST_CHAIN, TILE, power_of_two
 
     _import_error: str | None = None
 except ImportError as error:
@@ -24,8 +25,6 @@ OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion", 
 # Enough programs for eight on each of 132 multiprocessors. A constant, so that the cut of the work, and with it the
 # bits of the result, depends on the shape alone.
 _PROGRAMS = 1056
-TILE = 2048  # elements of each operand a program holds: 16 a thread, 32 bytes of bf16 a load
-LONGEST_CHAIN = 128  # float32 additions in a row, so that a sum keeps six digits
 _TEMPERATURES = (1e-37, 1e37)  # Triton hands a float over as float32; beyond these the blend is 0, 1 or 1/2 already
 
 
@@ -48,10 +47,6 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
         return None
     mode = "under TRITON_INTERPRET=1" if _interpreted() else "without TRITON_INTERPRET=1"
     return f"{mode} it takes tensors on {wanted}, got {elsewhere}"
-
-
-def power_of_two(n: int, most: int) -> int:
-    return min(triton.next_power_of_2(max(n, 1)), most)
 
 
 def _cut(lines: int, reduce: int, group_size: int, reduce_contiguous: bool) -> tuple[int, int, int, int]:
@@ -187,6 +182,4 @@ def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, score: Te
 
 
 def taylor_importance_batch(*arguments) -> None:
-    from . import triton_batch  # imports triton, which may be absent
-
     triton_batch.taylor_importance_batch(*arguments)

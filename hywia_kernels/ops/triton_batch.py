@@ -10,7 +10,7 @@ from . import kernels_triton_batch as kernels
 from .batch import Operands, by_result, triples
 from .devices import on
 from .native import DTYPE_CODES
-from .triton import LONGEST_CHAIN, TILE, power_of_two
+from .triton_tiles import LONGEST_CHAIN, TILE, power_of_two
 
 _PROGRAMS = 2112  # sixteen on each of 132 multiprocessors; a constant, so that the bits depend on the call alone
 _RESULT_FIELDS, _MEMBER_FIELDS = 6, 15
