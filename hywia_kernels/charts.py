@@ -23,7 +23,7 @@ COLOURS = ("#3583c6", "#e07f2e", "#3f9c5a", "#c65590", "#8b7bd0", "#a98732")
 _STYLES = ("-", "--", ":")  # once all colours are used
 _INK = "#010203"  # a colour that nothing else has: it becomes the page's
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-_RC = {
+_RC: Any = {
     "svg.fonttype": "none",  # text stays text: it can be searched, read out and styled
     "svg.hashsalt": "hywia",  # the same figure gives the same file
     "text.parse_math": False,
@@ -69,6 +69,7 @@ def _draw(
 ) -> str:
     """SVG of one pair of axes; `plot` draws on them and returns what the legend names, (artist, name) pairs."""
     require()
+    title, x_label, y_label = _text(title), _text(x_label), _text(y_label)
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -77,23 +78,27 @@ def _draw(
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         axes = figure.add_subplot()
         named = plot(axes)
-        axes.set_title(_text(title), loc="left", fontsize=12, fontweight="bold", color=_INK, pad=24 if named else 8)
-        axes.set_xlabel(_text(x_label), color=_INK)
-        axes.set_ylabel(_text(y_label), color=_INK)
+        axes.set_xlabel(x_label, color=_INK)
+        axes.set_ylabel(y_label, color=_INK)
         axes.tick_params(colors=_INK)
         axes.grid(axis="y", color=_INK, alpha=0.15)
         axes.set_axisbelow(True)
         for side, spine in axes.spines.items():
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(_INK)
+        rows = 0
         if named:
+            widths = [34 + 6.2 * len(name) for _, name in named]
+            columns = max(1, min(len(named), int((width - 80) // max(widths))))
+            columns = len(named) if sum(widths) <= width - 80 else columns
+            rows = -(-len(named) // columns)
             # Names go in afterwards: a legend leaves out those that begin with an underscore.
             legend = axes.legend(
                 [artist for artist, _ in named],
                 [str(i) for i in range(len(named))],
                 loc="lower left",
                 bbox_to_anchor=(0.0, 1.0),
-                ncols=max(1, min(len(named), width // (50 + 7 * max(len(n) for _, n in named)))),
+                ncols=columns,
                 frameon=False,
                 borderpad=0.0,
                 handlelength=1.2,
@@ -102,8 +107,7 @@ def _draw(
             )
             for label, (_, name) in zip(legend.get_texts(), named, strict=True):
                 label.set_text(_text(name))
-            rows = -(-len(named) // legend._ncols)
-            axes.set_title(_text(title), loc="left", fontsize=12, fontweight="bold", color=_INK, pad=8 + 16 * rows)
+        axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=8 + 16 * rows)
         written = io.StringIO()
         figure.savefig(written, format="svg", transparent=True)
     return _inline(written.getvalue(), title, width, height)
@@ -119,18 +123,18 @@ def _inline(svg: str, title: str, width: int, height: int) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="0 0 {width} {height}" width="{width}" height="{height}" stroke-linejoin="round" role="img" '
-        f'aria-label="{escape(_text(title), quote=True)}">{body.rstrip()}'
+        f'aria-label="{escape(title, quote=True)}">{body.rstrip()}'
     )
 
 
 def standalone(figures: Sequence[str]) -> str:
-    """One SVG file of several figures, one below the other; in a browser its ground follows the reader's light or dark."""
-    sizes = [[int(n) for n in re.findall(r"\d+", re.search(r'viewBox="([^"]*)"', f).group(1))] for f in figures]  # type: ignore[union-attr]
-    width, height = max((s[2] for s in sizes), default=1), sum(s[3] for s in sizes)
-    placed, top = [], 0
-    for figure, size in zip(figures, sizes, strict=True):
-        placed.append(figure.replace("<svg ", f'<svg y="{top}" ', 1))
-        top += size[3]
+    """One SVG file of several figures, one below another; in a browser its ground is the reader's, light or dark."""
+    placed, width, height = [], 1, 0
+    for figure in figures:
+        size = re.search(r'viewBox="0 0 (\d+) (\d+)"', figure)
+        assert size is not None, "made by `_inline`"
+        placed.append(figure.replace("<svg ", f'<svg y="{height}" ', 1))
+        width, height = max(width, int(size[1])), height + int(size[2])
     style = (
         "svg{color:#1b1f24;background:#fff}"
         "@media(prefers-color-scheme:dark){svg{color:#dfe3e8;background:#14171b}}text{fill:currentColor}"
@@ -173,12 +177,15 @@ def bars(
         named = []
         each = 0.8 / max(len(series), 1)
         for i, (name, values) in enumerate(series.items()):
-            at = [j + (i - (len(series) - 1) / 2) * each for j in range(len(labels))]
-            drawn = axes.bar(at, [_finite(v) for v in values], each * 0.94, color=COLOURS[i % len(COLOURS)])
-            for j, bar in enumerate(drawn):
+            there = [j for j, v in enumerate(values) if v is not None and math.isfinite(v)]
+            at = [j + (i - (len(series) - 1) / 2) * each for j in there]
+            drawn = axes.bar(at, [values[j] for j in there], each * 0.94, color=COLOURS[i % len(COLOURS)])
+            for j, bar in zip(there, drawn, strict=True):
                 bar.set_gid(f"bar-{i}-{j}")
             named.append((drawn, name))
         _label_categories(axes, labels, width)
+        if all(isinstance(v, int) for values in series.values() for v in values if v is not None):
+            axes.yaxis.get_major_locator().set_params(integer=True)
         axes.yaxis.set_major_formatter("{x:,.10g}")
         return named
 
@@ -261,6 +268,8 @@ def spread(
             )
             points.set_gid(f"mark-{i}")
             named.append((points, name))
+        if all(float(p).is_integer() for p in positions):
+            axes.xaxis.get_major_locator().set_params(integer=True)
         known = [v for row in rows for v in row if math.isfinite(v)]
         if known and min(known) > 0 and max(known) > 1000 * min(known):
             axes.set_yscale("log")

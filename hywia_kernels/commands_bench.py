@@ -40,7 +40,9 @@ def add_commands(commands: Any, add_options: Any) -> None:
     command.add_argument(
         "-o", "--output", required=True, metavar="OUT", help="file (gguf) or directory (decilm) to write"
     )
-    command.add_argument("--format", choices=("gguf", "decilm"), default="gguf", help="llama.cpp's, or vLLM's blocks")
+    command.add_argument(
+        "--format", choices=("gguf", "decilm"), default="gguf", help="for llama.cpp, or for vLLM (not tried there)"
+    )
     command.add_argument("--vocabulary", metavar="GGUF", help="of the model before pruning: its tokenizer, for gguf")
     command.set_defaults(run=export_served)
     command = commands.add_parser("report", help="a pruning run's record as one HTML page")

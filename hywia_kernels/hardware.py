@@ -27,4 +27,5 @@ def device_name(device: torch.device | str) -> str:
 def threaded_device_name(device: torch.device | str) -> str:
     """The same, and for a processor the number of threads that torch uses, without which its figures say little."""
     name = device_name(device)
-    return f"{name}, {torch.get_num_threads()} threads" if torch.device(device).type == "cpu" else name
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads != 1)}" if torch.device(device).type == "cpu" else name

@@ -35,8 +35,10 @@ def _folder(source: str | Path | None) -> Path | None:
 
 
 def _is_step(value: Any) -> bool:
-    counts = [value.get(key) for key in ("parameters_before", "parameters_after")] if isinstance(value, Mapping) else []
-    return len(counts) == 2 and all(isinstance(c, int) and c > 0 for c in counts) and counts[0] >= counts[1]
+    if not isinstance(value, Mapping):
+        return False
+    before, after = value.get("parameters_before"), value.get("parameters_after")
+    return isinstance(before, int) and isinstance(after, int) and before >= after > 0
 
 
 def history(source: str | Path | None, plan: Plan) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import charts, figures, run_record
-from .errors import HywiaError
 from .metrics import compare
 from .templating import render
 
@@ -26,9 +25,14 @@ def page(record: Mapping[str, Any], title: str) -> str:
         record: content of the file. title: what the model is called.
 
     Raises:
-        HywiaError: the record's benchmark is damaged.
+        HywiaError: the record is damaged.
     """
-    from markupsafe import Markup
+    with run_record.reading():
+        return run_record.plain(render(TEMPLATE, _context(record, title)))
+
+
+def _context(record: Mapping[str, Any], title: str) -> dict[str, Any]:
+    from markupsafe import Markup  # part of jinja2
 
     plan = run_record.mapping(record.get("plan"))
     bench, prediction = run_record.mapping(record.get("bench")), run_record.mapping(plan.get("prediction"))
@@ -40,16 +44,8 @@ def page(record: Mapping[str, Any], title: str) -> str:
     def drawn(what: Any, of: Any) -> list[Markup]:
         return [Markup(svg) for svg in what(of)] if drawing and of else []
 
-    try:
-        measured = _measured(bench)
-        speed = drawn(figures.speed_figures, bench.get("models"))
-        predicted = _predicted(prediction)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise HywiaError(
-            f"hywia.json: its speed figures are damaged ({type(error).__name__}: {error}); run 'hywia bench --record' again"
-        ) from error
-    context = {
-        "title": run_record.plain(title),
+    return {
+        "title": title,
         "base": run_record.base_of(record),
         "cut": cut,
         "total": total,
@@ -62,22 +58,21 @@ def page(record: Mapping[str, Any], title: str) -> str:
         "score_figures": drawn(figures.score_figures, record),
         "has_scores": bool(run_record.summary_rows(record)),
         "without_figures": None if drawing else "pip install 'hywia_kernels[report]'",
-        "predicted": predicted,
-        "measured": measured,
-        "speed_figures": speed,
+        "predicted": _predicted(prediction),
+        "measured": _measured(bench),
+        "speed_figures": drawn(figures.speed_figures, bench.get("models")),
         "settings": run_record.settings(record),
         "command": run_record.command_line(record),
         "versions": run_record.versions_of(record),
         "raw": _raw(record, plan),
     }
-    return render(TEMPLATE, context)
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
     before, after = (run_record.mapping(evaluation.get(side)) for side in ("before", "after"))
     rows = compare(before, after)
     continued = [
-        (name, run_record.plain(side["continuation"]))
+        (name, side["continuation"])
         for name, side in (("before", before), ("after", after))
         if isinstance(side.get("continuation"), str)
     ]

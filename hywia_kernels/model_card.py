@@ -1,7 +1,7 @@
 """The model card of a written directory: its README.md, from what `hywia.json` records.
 
-The hub shows the card as the model's page; its YAML head says what the model was made from, how it is licensed and how it
-is found.
+The hub shows the card as the model's page; its YAML head says what the model was made from, how it is licensed and how
+it is found.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Markdown(str):
 
 
 def escape_markdown(value: Any) -> str:
-    """Text on one line that Markdown shows as it is: no emphasis, link, code, table cell, HTML or formula comes of it."""
+    """Text on one line that Markdown shows as it is: no emphasis, link, code, cell, HTML or formula comes of it."""
     if isinstance(value, _Markdown):
         return value
     line = " ".join(run_record.plain(value).split())
@@ -248,14 +248,15 @@ def write_card(folder: str | Path, record: Mapping[str, Any], *, name: str | Non
         Whether it was written.
 
     Raises:
-        HywiaError: it cannot be written.
+        HywiaError: it cannot be written, or the record is damaged.
     """
     path = Path(folder) / CARD
     try:
         if path.is_symlink() or (path.exists() and not _is_ours(path.read_text(encoding="utf-8", errors="replace"))):
             return False
         beside = path.with_name(f".{CARD}.partial")
-        content = _sealed(model_card(record, run_record.base_of(record), Path(folder), name=name))
+        with run_record.reading():
+            content = _sealed(model_card(record, run_record.base_of(record), Path(folder), name=name))
         beside.write_text(content, encoding="utf-8", newline="\n")
         beside.replace(path)
     except OSError as error:

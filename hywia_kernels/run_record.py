@@ -12,12 +12,14 @@ import platform
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .errors import HywiaError
 from .types import Plan, Scores
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "kind_widths",
     "mapping",
     "plain",
+    "reading",
     "reduction",
     "score_summary",
     "settings",
@@ -141,6 +144,24 @@ def score_summary(scores: Scores, plan: Plan) -> list[dict[str, Any]]:
     return rows
 
 
+@contextmanager
+def reading() -> Iterator[None]:
+    """Turn what a damaged record does to its reader into an error that says so.
+
+    Raises:
+        HywiaError: the block failed on a value that the record should not hold.
+    """
+    try:
+        yield
+    except HywiaError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise HywiaError(
+            f"hywia.json is damaged ({type(error).__name__}: {error}): expected what 'hywia prune' and 'hywia bench "
+            "--record' write; take back what was changed by hand, or write the directory again"
+        ) from error
+
+
 def mapping(value: Any) -> Mapping[str, Any]:
     """The value where it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}
@@ -209,7 +230,7 @@ def summary_rows(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def reduction(record: Mapping[str, Any]) -> tuple[Reduction | None, Reduction | None]:
-    """What this cut removed, and what all cuts since the original did; the latter only where there were earlier ones."""
+    """What this cut removed, and what all cuts since the original did, where there were earlier ones."""
     plan = mapping(record.get("plan"))
     before, after = plan.get("parameters_before"), plan.get("parameters_after")
     if not (isinstance(before, int) and isinstance(after, int) and before >= after > 0):
@@ -302,8 +323,10 @@ def _facts(record: Mapping[str, Any], table: Sequence[tuple[str, str]]) -> Itera
 
 
 def settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Name and value of everything that decided the outcome: the recorded recipe where there is one, else the request as
-    the plan states it, and then what the run made of it."""
+    """Name and value of everything that decided the outcome.
+
+    The recorded recipe where there is one, else the request as the plan states it; then what the run made of it.
+    """
     recipe = mapping(record.get("recipe"))
     if recipe:
         rows = [(str(k).replace("_", " "), shown) for k, v in recipe.items() if (shown := _shown(v)) is not None]

@@ -17,7 +17,7 @@ def render(name: str, context: dict[str, Any], *, escape: Callable[[Any], str] |
     """
     import jinja2
 
-    source = resources.files(__package__).joinpath("templates", name).read_text(encoding="utf-8")
+    source = resources.files(__package__).joinpath("templates").joinpath(name).read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=escape is None,
         finalize=escape,
