@@ -252,7 +252,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         (folder / RECORD).write_text(json.dumps(content) + "\n")
+        model_card.write_card(folder, content, name=path.absolute().name, config=described.config.to_dict())
         _copy_vocabulary(model, folder)
         described.save_pretrained(folder, **_sharding(model))
-        model_card.write_card(folder, content, name=path.absolute().name)
     return path

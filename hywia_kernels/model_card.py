@@ -120,7 +120,7 @@ def _loading(record: Mapping[str, Any], config: Mapping[str, Any], name: str) ->
     """How the directory loads: its kind, the reason where it is no stock checkpoint, and the lines of Python."""
     reason = record.get("not_stock")
     own_layers = config.get("model_type") == "hywia_adaptive"
-    remote = isinstance(config.get("auto_map"), Mapping) and not own_layers
+    remote = bool(config.get("auto_map")) and not own_layers
     changed = "module_changes" in config
     load = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
     trust = ", trust_remote_code=True" if remote else ""
@@ -173,24 +173,32 @@ def _evaluated(record: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def model_card(record: Mapping[str, Any], base: str | None, folder: Path, *, name: str | None = None) -> str:
+def model_card(
+    record: Mapping[str, Any],
+    base: str | None,
+    folder: Path,
+    *,
+    name: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> str:
     """The card as Markdown with a YAML head.
 
     Args:
         record: content of the directory's `hywia.json`; what it does not hold is left out of the card.
         base: the model that was cut, a hub id or a directory; its card, where this machine has it, gives the licence.
-        folder: the directory; its config.json says how it loads.
+        folder: the directory.
         name: what the model is called; None: as the directory is.
+        config: of the model, which says how it loads; None: the directory's config.json.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     name = folder.absolute().name if name is None else name
-    config = _read_json(folder / "config.json")
+    config = _read_json(folder / "config.json") if config is None else config
     metadata = _base_metadata(base) if base is not None else {}
     hub_id = _hub_id(base, metadata)
     loading = _loading(record, config, name)
     cut, total = run_record.reduction(record)
-    tags = [*TAGS, *(["custom_code"] if "auto_map" in config else [])]
+    tags = [*TAGS, *(["custom_code"] if loading["kind"] != "stock" else [])]
     head = ModelCardData(
         base_model=hub_id,
         library_name="transformers",
@@ -238,11 +246,17 @@ def _is_ours(text: str) -> bool:
     return seal is not None and hashlib.sha256(text[: seal.start()].encode()).hexdigest() == seal.group(1)
 
 
-def write_card(folder: str | Path, record: Mapping[str, Any], *, name: str | None = None) -> bool:
+def write_card(
+    folder: str | Path,
+    record: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> bool:
     """Write README.md into a directory, or renew the one that is there; one that somebody wrote or edited is kept.
 
     Args:
-        folder: the directory. record: content of its `hywia.json`. name: as `model_card` takes it.
+        folder: the directory. record: content of its `hywia.json`. name, config: as `model_card` takes them.
 
     Returns:
         Whether it was written.
@@ -256,7 +270,8 @@ def write_card(folder: str | Path, record: Mapping[str, Any], *, name: str | Non
             return False
         beside = path.with_name(f".{CARD}.partial")
         with run_record.reading():
-            content = _sealed(model_card(record, run_record.base_of(record), Path(folder), name=name))
+            base = run_record.base_of(record)
+            content = _sealed(model_card(record, base, Path(folder), name=name, config=config))
         beside.write_text(content, encoding="utf-8", newline="\n")
         beside.replace(path)
     except OSError as error:

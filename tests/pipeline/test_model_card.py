@@ -78,6 +78,10 @@ def test_a_model_without_evaluation_has_no_table_of_it(tmp_path):
     assert "hywia prune" not in card
     assert "import hywia_kernels  # makes transformers know the layers" in card
     assert "`trust_remote_code=True` does" in card
+    record = json.loads((tmp_path / "out" / "hywia.json").read_text())
+    assert (
+        model_card.model_card(record, None, tmp_path / "out") in card
+    )  # the same from the config.json that was written
     assert "custom_code" in metadata_load(tmp_path / "out" / "README.md")["tags"]
     assert f"{100 * plan.ratio:.2f} %" in card
 
@@ -226,7 +230,7 @@ def test_fences_are_longer_than_what_they_hold(tmp_path):
             "Its architecture is Python code that the checkpoint carries",
         ),
         (
-            {"model_type": "baichuan", "auto_map": {}, "module_changes": {}},
+            {"model_type": "baichuan", "auto_map": {"AutoConfig": "c.C"}, "module_changes": {}},
             "it needs hywia\\_kernels and `trust_remote_code=True`",
         ),
         ({"model_type": "hywia_adaptive", "auto_map": {}, "module_changes": {}}, "Without the package"),
@@ -259,3 +263,18 @@ def test_records_of_other_shapes_make_a_card(tmp_path, record):
 def test_a_card_that_cannot_be_written_is_an_error(tmp_path):
     with pytest.raises(HywiaError, match="cannot write"):
         model_card.write_card(tmp_path / "absent", {})
+
+
+def test_the_card_is_there_before_what_makes_a_directory_load(tmp_path, monkeypatch):
+    """A killed run must leave nothing that loads: the weights and the config come after everything else."""
+    model = fresh(TINY[2])
+    present = []
+    write = model_card.write_card
+
+    def watched(folder, *arguments, **options):
+        present.append(sorted(p.name for p in folder.iterdir()))
+        return write(folder, *arguments, **options)
+
+    monkeypatch.setattr(model_card, "write_card", watched)
+    hk.save(model, None, tmp_path / "out")
+    assert present == [["hywia.json"]]
