@@ -117,7 +117,7 @@ def figure(rows: Sequence[WidthRow]) -> str:
         if r.width % GRID == 0:
             series.setdefault(f"{r.form}, {r.tokens} tokens", []).append((r.width, r.tflop_s))
     title = f"{rows[0].device}, {rows[0].dtype}: linear layers beside a hidden size of {rows[0].hidden}"
-    return charts.lines(title, series, x_label="width", y_label="TFLOP/s") + "\n"
+    return charts.standalone([charts.lines(title, series, x_label="width", y_label="TFLOP/s")])
 
 
 def show(found: dict, path: Path | None) -> None:

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+from hywia_kernels.hardware import device_name
 from hywia_kernels.versions import versions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -202,15 +203,6 @@ class Environment:
             read_gb_s=timer.read_bandwidth(),
             matmul_tflop_s=timer.matmul_rate(),
         )
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "cpu"
 
 
 def commit() -> str:

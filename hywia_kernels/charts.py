@@ -1,104 +1,160 @@
-"""Figures as SVG text, for reports and benchmarks: lines, steps and grouped bars, with no plotting library."""
+"""Figures as SVG text, drawn by matplotlib: bars, lines and the spread of values.
+
+A figure has no background and takes its ink from the text colour around it, so that one file serves a light page and a
+dark one. Nothing in it is fetched, and what it is labelled with is text, never markup or a formula.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from typing import Any
 
-__all__ = ["bars", "lines"]
+from .errors import HywiaError
 
-COLOURS = ("#2a6f97", "#e07a1f", "#3a7d44", "#9b2c5a", "#6b5b95", "#8a6d3b")
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 40, 48
+__all__ = ["available", "bars", "lines", "require", "spread", "standalone"]
+
+COLOURS = ("#3583c6", "#e07f2e", "#3f9c5a", "#c65590", "#8b7bd0", "#a98732")
+_STYLES = ("-", "--", ":")  # once all colours are used
+_INK = "#010203"  # a colour that nothing else has: it becomes the page's
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_RC: Any = {
+    "svg.fonttype": "none",  # text stays text: it can be searched, read out and styled
+    "svg.hashsalt": "hywia",  # the same figure gives the same file
+    "text.parse_math": False,
+    "text.usetex": False,
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.size": 11.0,
+    "axes.formatter.use_mathtext": False,
+    "axes.unicode_minus": False,
+}
 
 Points = Sequence[tuple[float, float]]
 
 
-def _ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers that span [low, high]."""
-    if high <= low:
-        high = low + 1.0
-    raw = (high - low) / most
-    magnitude = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= raw)
-    first = math.floor(low / step) * step
-    return [first + i * step for i in range(math.ceil((high - first) / step - 1e-9) + 1)]
+def require() -> None:
+    """Refuse figures where matplotlib is not installed.
+
+    Raises:
+        HywiaError: it is not.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise HywiaError(
+            f"figures: the package 'matplotlib' is missing or broken ({error}): pip install 'hywia_kernels[report]'"
+        ) from error
 
 
-def _label(value: float) -> str:
-    if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
-        return f"{value:.0e}"
-    return f"{value:,.10g}" if abs(value) >= 1000 else f"{value:.4g}"
+def available() -> bool:
+    """Whether figures can be drawn here."""
+    try:
+        require()
+    except HywiaError:
+        return False
+    return True
 
 
-def _frame(title: str, x_label: str, y_label: str, width: int, height: int, body: str, legend: Sequence[str]) -> str:
-    entries, at = [], _LEFT
-    for i, name in enumerate(legend):
-        colour = COLOURS[i % len(COLOURS)]
-        entries.append(
-            f'<rect x="{at}" y="{_TOP - 16}" width="10" height="10" fill="{colour}"/>'
-            f'<text x="{at + 14}" y="{_TOP - 7}">{escape(name)}</text>'
-        )
-        at += 26 + round(6.6 * len(name))
-    middle = _LEFT + (width - _LEFT - _RIGHT) / 2
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'font-family="sans-serif" font-size="11" role="img" aria-label="{escape(title, quote=True)}">'
-        f'<rect width="{width}" height="{height}" fill="white"/>'
-        f'<text x="{_LEFT}" y="15" font-size="13" font-weight="bold">{escape(title)}</text>'
-        f"{''.join(entries)}{body}"
-        f'<text x="{middle:.0f}" y="{height - 8}" text-anchor="middle">{escape(x_label)}</text>'
-        f'<text transform="translate(13 {_TOP + (height - _TOP - _BOTTOM) / 2:.0f}) rotate(-90)" '
-        f'text-anchor="middle">{escape(y_label)}</text></svg>'
-    )
+def _text(value: object) -> str:
+    return _UNPRINTABLE.sub(" ", str(value))
 
 
-def _grid_y(ticks: Sequence[float], y: Callable[[float], float], width: int) -> str:
-    return "".join(
-        f'<line x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}" stroke="#ddd"/>'
-        f'<text x="{_LEFT - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{_label(t)}</text>'
-        for t in ticks
-    )
-
-
-def lines(
-    title: str,
-    series: Mapping[str, Points],
-    *,
-    x_label: str = "",
-    y_label: str = "",
-    width: int = 720,
-    height: int = 300,
-    zero: bool = True,
+def _draw(
+    title: str, x_label: str, y_label: str, width: int, height: int, plot: Callable[[Any], Sequence[tuple[Any, str]]]
 ) -> str:
-    """A curve a series, through its points by x; `zero` lets the y axis start at 0. Series without points are empty."""
-    points = [p for s in series.values() for p in s]
-    if not points:
-        return _frame(title, x_label, y_label, width, height, "", list(series))
-    ys = [p[1] for p in points] + ([0.0] if zero else [])
-    y_ticks, x_ticks = _ticks(min(ys), max(ys)), _ticks(min(p[0] for p in points), max(p[0] for p in points), 8)
-    low, high = min(p[0] for p in points), max(p[0] for p in points)
-    across, down = width - _LEFT - _RIGHT, height - _TOP - _BOTTOM
+    """SVG of one pair of axes; `plot` draws on them and returns what the legend names, (artist, name) pairs."""
+    require()
+    title, x_label, y_label = _text(title), _text(x_label), _text(y_label)
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    def x(value: float) -> float:
-        return _LEFT + across * (value - low) / ((high - low) or 1.0)
+    with rc_context(_RC), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of glyphs that the fonts here lack: a reader's have them
+        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+        axes = figure.add_subplot()
+        named = plot(axes)
+        axes.set_xlabel(x_label, color=_INK)
+        axes.set_ylabel(y_label, color=_INK)
+        axes.tick_params(colors=_INK)
+        axes.grid(axis="y", color=_INK, alpha=0.15)
+        axes.set_axisbelow(True)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(_INK)
+        rows = 0
+        if named:
+            widths = [34 + 6.2 * len(name) for _, name in named]
+            columns = max(1, min(len(named), int((width - 80) // max(widths))))
+            columns = len(named) if sum(widths) <= width - 80 else columns
+            rows = -(-len(named) // columns)
+            # Names go in afterwards: a legend leaves out those that begin with an underscore.
+            legend = axes.legend(
+                [artist for artist, _ in named],
+                [str(i) for i in range(len(named))],
+                loc="lower left",
+                bbox_to_anchor=(0.0, 1.0),
+                ncols=columns,
+                frameon=False,
+                borderpad=0.0,
+                handlelength=1.2,
+                fontsize=10,
+                labelcolor=_INK,
+            )
+            for label, (_, name) in zip(legend.get_texts(), named, strict=True):
+                label.set_text(_text(name))
+        axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=8 + 16 * rows)
+        written = io.StringIO()
+        figure.savefig(written, format="svg", transparent=True)
+    return _inline(written.getvalue(), title, width, height)
 
-    def y(value: float) -> float:
-        return _TOP + down * (1 - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
 
-    body = [_grid_y(y_ticks, y, width)]
-    body += [
-        f'<text x="{x(t):.1f}" y="{height - _BOTTOM + 16}" text-anchor="middle">{_label(t)}</text>'
-        for t in x_ticks
-        if low <= t <= high
-    ]
-    for i, found in enumerate(series.values()):
-        colour = COLOURS[i % len(COLOURS)]
-        path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in sorted(found))
-        body.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-        if len(found) <= 40:
-            body += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.4" fill="{colour}"/>' for a, b in found]
-    return _frame(title, x_label, y_label, width, height, "".join(body), list(series))
+def _inline(svg: str, title: str, width: int, height: int) -> str:
+    """The SVG element alone, in the page's colour, with names of its own: several stand in one page."""
+    body = svg[svg.index("<svg") :]
+    body = body[body.index(">") + 1 :]
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
+    prefix = f"f{hashlib.sha256((title + body).encode()).hexdigest()[:10]}-"
+    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", body).replace(_INK, "currentColor")
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {width} {height}" width="{width}" height="{height}" stroke-linejoin="round" role="img" '
+        f'aria-label="{escape(title, quote=True)}">{body.rstrip()}'
+    )
+
+
+def standalone(figures: Sequence[str]) -> str:
+    """One SVG file of several figures, one below another; in a browser its ground is the reader's, light or dark."""
+    placed, width, height = [], 1, 0
+    for figure in figures:
+        size = re.search(r'viewBox="0 0 (\d+) (\d+)"', figure)
+        assert size is not None, "made by `_inline`"
+        placed.append(figure.replace("<svg ", f'<svg y="{height}" ', 1))
+        width, height = max(width, int(size[1])), height + int(size[2])
+    style = (
+        "svg{color:#1b1f24;background:#fff}"
+        "@media(prefers-color-scheme:dark){svg{color:#dfe3e8;background:#14171b}}text{fill:currentColor}"
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        f"<style>{style}</style>{''.join(placed)}</svg>\n"
+    )
+
+
+def _finite(value: float | None) -> float:
+    """The value, or NaN, which leaves a gap, for None and what has no place on an axis."""
+    return float(value) if value is not None and math.isfinite(value) else math.nan
+
+
+def _label_categories(axes: Any, labels: Sequence[str], width: int) -> None:
+    every = max(1, math.ceil(len(labels) * (10 + 7 * max(map(len, labels), default=1)) / max(width - 80, 1)))
+    shown = range(0, len(labels), every)
+    axes.set_xticks(list(shown), [_text(labels[i]) for i in shown])
+    axes.set_xlim(-0.6, max(len(labels), 1) - 0.4)
 
 
 def bars(
@@ -111,31 +167,112 @@ def bars(
     width: int = 720,
     height: int = 300,
 ) -> str:
-    """A group of bars a label, one of each series; None leaves a gap."""
-    values = [v for s in series.values() for v in s if v is not None]
-    ticks = _ticks(0.0, max(values, default=1.0))
-    across, down = width - _LEFT - _RIGHT, height - _TOP - _BOTTOM
-    slot = across / max(len(labels), 1)
-    bar = min(slot * 0.8 / max(len(series), 1), 48.0)
+    """A group of bars a label, one of each series; None and what is not finite leave a gap.
 
-    def y(value: float) -> float:
-        return _TOP + down * (1 - value / ticks[-1])
+    Raises:
+        HywiaError: matplotlib is not installed.
+    """
 
-    body = [_grid_y(ticks, y, width)]
-    every = math.ceil(len(labels) * 40 / across) if labels else 1
-    for j, label in enumerate(labels):
-        left = _LEFT + slot * (j + 0.5) - bar * len(series) / 2
-        for i, found in enumerate(series.values()):
-            value = found[j]
-            if value is not None:
-                body.append(
-                    f'<rect x="{left + bar * i:.1f}" y="{y(value):.1f}" width="{max(bar - 0.5, 0.5):.1f}" '
-                    f'height="{max(_TOP + down - y(value), 0):.1f}" fill="{COLOURS[i % len(COLOURS)]}">'
-                    f"<title>{escape(label)}: {_label(value)}</title></rect>"
-                )
-        if j % every == 0:
-            middle = _LEFT + slot * (j + 0.5)
-            body.append(
-                f'<text x="{middle:.1f}" y="{height - _BOTTOM + 16}" text-anchor="middle">{escape(label)}</text>'
+    def plot(axes: Any) -> list[tuple[Any, str]]:
+        named = []
+        each = 0.8 / max(len(series), 1)
+        for i, (name, values) in enumerate(series.items()):
+            there = [j for j, v in enumerate(values) if v is not None and math.isfinite(v)]
+            at = [j + (i - (len(series) - 1) / 2) * each for j in there]
+            drawn = axes.bar(at, [values[j] for j in there], each * 0.94, color=COLOURS[i % len(COLOURS)])
+            for j, bar in zip(there, drawn, strict=True):
+                bar.set_gid(f"bar-{i}-{j}")
+            named.append((drawn, name))
+        _label_categories(axes, labels, width)
+        if all(isinstance(v, int) for values in series.values() for v in values if v is not None):
+            axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_formatter("{x:,.10g}")
+        return named
+
+    return _draw(title, x_label, y_label, width, height, plot)
+
+
+def lines(
+    title: str,
+    series: Mapping[str, Points],
+    *,
+    x_label: str = "",
+    y_label: str = "",
+    width: int = 720,
+    height: int = 300,
+    zero: bool = True,
+) -> str:
+    """A curve a series, through its points by x; `zero` lets the y axis start at 0. Series without points are empty.
+
+    Raises:
+        HywiaError: matplotlib is not installed.
+    """
+
+    def plot(axes: Any) -> list[tuple[Any, str]]:
+        named = []
+        for i, (name, points) in enumerate(series.items()):
+            ordered = sorted(points)
+            (line,) = axes.plot(
+                [_finite(x) for x, _ in ordered],
+                [_finite(y) for _, y in ordered],
+                color=COLOURS[i % len(COLOURS)],
+                linestyle=_STYLES[i // len(COLOURS) % len(_STYLES)],
+                linewidth=1.6,
+                marker="o" if len(ordered) <= 40 else None,
+                markersize=4,
             )
-    return _frame(title, x_label, y_label, width, height, "".join(body), list(series))
+            line.set_gid(f"line-{i}")
+            named.append((line, name))
+        values = [y for points in series.values() for _, y in points if math.isfinite(y)]
+        if zero and values and min(values) >= 0:
+            axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter("{x:,.10g}")
+        return named
+
+    return _draw(title, x_label, y_label, width, height, plot)
+
+
+def spread(
+    title: str,
+    positions: Sequence[float],
+    quantiles: Sequence[Sequence[float]],
+    marks: Mapping[str, Sequence[float | None]],
+    *,
+    x_label: str = "",
+    y_label: str = "",
+    width: int = 720,
+    height: int = 300,
+) -> str:
+    """How values spread at each position: from the least to the largest, the middle half, the median; and marks.
+
+    The axis is logarithmic where all values are positive and span more than three decades.
+
+    Args:
+        positions: on the x axis. quantiles: at each, least, lower quartile, median, upper quartile, largest.
+        marks: name -> a value at each position; None leaves it out.
+
+    Raises:
+        HywiaError: matplotlib is not installed.
+    """
+
+    def plot(axes: Any) -> list[tuple[Any, str]]:
+        rows = [[_finite(v) for v in column] for column in zip(*quantiles, strict=True)] or [[]] * 5
+        whole = axes.fill_between(positions, rows[0], rows[4], color=COLOURS[0], alpha=0.15, linewidth=0)
+        half = axes.fill_between(positions, rows[1], rows[3], color=COLOURS[0], alpha=0.35, linewidth=0)
+        (median,) = axes.plot(positions, rows[2], color=COLOURS[0], linewidth=1.6)
+        median.set_gid("median")
+        named = [(whole, "least to largest"), (half, "middle half"), (median, "median")]
+        for i, (name, values) in enumerate(marks.items()):
+            (points,) = axes.plot(
+                positions, [_finite(v) for v in values], "_", color=COLOURS[i + 1], markersize=9, markeredgewidth=2
+            )
+            points.set_gid(f"mark-{i}")
+            named.append((points, name))
+        if all(float(p).is_integer() for p in positions):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        known = [v for row in rows for v in row if math.isfinite(v)]
+        if known and min(known) > 0 and max(known) > 1000 * min(known):
+            axes.set_yscale("log")
+        return named
+
+    return _draw(title, x_label, y_label, width, height, plot)

@@ -117,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = parser().parse_args(argv)
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)  # recorded: how to repeat the run
     try:
         run = getattr(arguments, "run", None)
         (run or getattr(commands, arguments.command.replace("eval", "evaluate")))(arguments)

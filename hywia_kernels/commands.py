@@ -15,11 +15,11 @@ from . import (
     commands_recipe,
     constraints,
     export,
-    html_report,
     ops,
     planning,
     progress,
     report,
+    run_record,
     selection,
     storage,
     surgery,
@@ -31,6 +31,7 @@ from .evaluate import continuation
 from .evaluate import evaluate as evaluate_model
 from .fusion import fuse
 from .fusion import score as score_model
+from .hardware import threaded_device_name
 from .load import load
 from .text import calibration, documents
 from .types import Plan, Scores, Statistics
@@ -241,12 +242,15 @@ def prune(arguments: argparse.Namespace) -> None:
     plan = commands_recipe.refitted(arguments, model, plan, texts)
     surgery.prune(model, plan, backend=arguments.backend)
     given = {k: v for k, v in vars(arguments).items() if k != "command"}
-    record = {"arguments": given, "scores_summary": html_report.score_summary(scores, plan)}
+    record = {"arguments": given, "scores_summary": run_record.score_summary(scores, plan)}
     export.save(model, tokenizer, output, plan=plan, record=record, overwrite=arguments.overwrite)
     after = _measure(arguments, model, tokenizer, text, output)
     report.print_comparison(before, after)
-    if before is not None:
-        export.add_to_record(output, {"evaluation": {"before": before, "after": after}})
+    if before is not None and text is not None:
+        on = run_record.text_record(text, arguments.text, arguments.block, arguments.max_blocks)
+        device = threaded_device_name(next(model.parameters()).device)
+        evaluation = {"text": on, "device": device, "before": before, "after": after}
+        export.add_to_record(output, {"evaluation": evaluation})
     report.say(f"wrote {output}")
     _write_prune_json(arguments, plan, before, after)
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import charts, constraints, export, html_report, report, targets
+from . import charts, constraints, export, figures, html_report, report, targets
 from .errors import HywiaError, UsageError
+from .hardware import threaded_device_name
 from .versions import versions
 
 __all__ = ["add_commands", "add_planning", "bench", "export_served", "write_report"]
@@ -30,7 +31,7 @@ def add_commands(commands: Any, add_options: Any) -> None:
         "--modes", nargs="+", default=["eager", "static"], help="eager, captured, static; default: both"
     )
     command.add_argument("--runs", type=int, default=10, help="readings per figure; default: 10")
-    command.add_argument("--plot", metavar="FILE", help="write the figures as SVG")
+    command.add_argument("--plot", metavar="FILE", help="write the figures as SVG, by matplotlib")
     command.add_argument("--record", action="store_true", help="keep the figures in each directory's hywia.json")
     command.set_defaults(run=bench)
     command = commands.add_parser("export", help="for servers whose formats hold layers that differ in width")
@@ -39,7 +40,9 @@ def add_commands(commands: Any, add_options: Any) -> None:
     command.add_argument(
         "-o", "--output", required=True, metavar="OUT", help="file (gguf) or directory (decilm) to write"
     )
-    command.add_argument("--format", choices=("gguf", "decilm"), default="gguf", help="llama.cpp's, or vLLM's blocks")
+    command.add_argument(
+        "--format", choices=("gguf", "decilm"), default="gguf", help="for llama.cpp, or for vLLM (not tried there)"
+    )
     command.add_argument("--vocabulary", metavar="GGUF", help="of the model before pruning: its tokenizer, for gguf")
     command.set_defaults(run=export_served)
     command = commands.add_parser("report", help="a pruning run's record as one HTML page")
@@ -74,6 +77,8 @@ def bench(arguments: argparse.Namespace) -> None:
     wanted = cases(arguments.batch, arguments.context)
     if arguments.plot is not None and not Path(arguments.plot).absolute().parent.is_dir():
         raise UsageError(f"plot: no such directory: {Path(arguments.plot).absolute().parent}")
+    if arguments.plot is not None:
+        charts.require()
     folders = [Path(m) for m in arguments.models]
     if arguments.record and not any((f / export.RECORD).is_file() for f in folders):
         raise UsageError(f"record: none of the models is a directory with a {export.RECORD}")
@@ -84,26 +89,26 @@ def bench(arguments: argparse.Namespace) -> None:
             name, dtype=arguments.dtype, device=arguments.device, trust_remote_code=arguments.trust_remote_code
         )
         work = work_of(model)
-        figures, reason = measure(model, wanted, modes=arguments.modes, runs=arguments.runs, what=name)
+        readings, reason = measure(model, wanted, modes=arguments.modes, runs=arguments.runs, what=name)
         if reason is not None:
             report.say(f"{name}: eager figures only: {reason}")
-        ideals = [_work_of_case(work, f) for f in figures]
+        ideals = [_work_of_case(work, f) for f in readings]
         found.append(
             {
                 "model": name,
                 "parameters": work.parameters,
                 "weight_bytes": work.weight_bytes,
                 "kv_bytes_per_token": work.kv_bytes_per_token,
-                "figures": [{**f.as_dict(), "least": least} for f, least in zip(figures, ideals, strict=True)],
+                "figures": [{**f.as_dict(), "least": least} for f, least in zip(readings, ideals, strict=True)],
             }
         )
         device = str(next(model.parameters()).device)
         del model
     _add_speedups(found)
-    environment = {"versions": versions(), "device": report.device_name(device)}
+    environment = {"versions": versions(), "device": threaded_device_name(device)}
     _print(found)
     if arguments.plot is not None:
-        _write(arguments.plot, plot(found))
+        _write(arguments.plot, charts.standalone(figures.speed_figures(found)))
     report.write_json(arguments.json, {**environment, "models": found})
     for folder in folders if arguments.record else ():
         if (folder / export.RECORD).is_file():
@@ -156,37 +161,6 @@ def _print(found: Sequence[Mapping[str, Any]]) -> None:
                         f"{key[0]:<9}{key[1]:<9}{key[2]:>6}{key[3]:>9}  {model['model'][-27:]:<28}{figure['ms']:>10.3f}"
                         f"{figure['tokens_per_second']:>12,.1f}{peak:>10}{gain}"
                     )
-
-
-def plot(found: Sequence[Mapping[str, Any]]) -> str:
-    """Tokens a second of every case, a bar a model: one figure a mode and phase, stacked in one SVG."""
-    parts = figures(found)
-    height = 300
-    body = "".join(f'<g transform="translate(0 {i * height})">{part}</g>' for i, part in enumerate(parts))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height * len(parts)}" width="720" '
-        f'height="{height * len(parts)}">{body}</svg>\n'
-    )
-
-
-def figures(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of `plot`, one by one."""
-    parts = []
-    keys = dict.fromkeys(_key(f)[:2] for model in found for f in model["figures"])
-    for mode, phase in keys:
-        here = [[f for f in model["figures"] if _key(f)[:2] == (mode, phase)] for model in found]
-        labels = list(dict.fromkeys(f"{f['batch']} x {f['context']}" for part in here for f in part))
-        series = {
-            Path(model["model"]).name: [
-                next((f["tokens_per_second"] for f in part if f"{f['batch']} x {f['context']}" == label), None)
-                for label in labels
-            ]
-            for model, part in zip(found, here, strict=True)
-        }
-        parts.append(
-            charts.bars(f"{phase}, {mode}", labels, series, x_label="sequences x context", y_label="tokens a second")
-        )
-    return parts
 
 
 def _write(path: str | Path, text: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import arch, atomic
+from . import arch, atomic, model_card
 from .adaptive import adapted, remote
 from .errors import HywiaError
 from .types import Plan
@@ -161,13 +161,16 @@ def _copy_vocabulary(model: Any, folder: Path) -> None:
 
 def plan_record(plan: Plan) -> dict[str, Any]:
     """A plan without its indices, for records and reports."""
+    groups = sorted(plan.groups, key=lambda g: g.layer)
+    kinds = sorted({g.kind for g in groups})
     return {
         **plan.record,
         "layout": plan.layout,
         "parameters_before": plan.parameters_before,
         "parameters_after": plan.parameters_after,
         "removed_ratio": plan.ratio,
-        "widths": {kind: plan.widths(kind) for kind in sorted({g.kind for g in plan.groups})},
+        "widths": {kind: plan.widths(kind) for kind in kinds},
+        "widths_before": {kind: [g.units for g in groups if g.kind == kind] for kind in kinds},
         "fingerprint": plan.fingerprint,
     }
 
@@ -199,15 +202,18 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def add_to_record(folder: str | Path, more: Mapping[str, Any]) -> None:
-    """Add what was found out after saving; the record is the old one or the new one at any moment."""
+    """Add what was found out after saving; the record is the old one or the new one at any moment. The model card is
+    renewed, unless somebody edited it."""
     path = Path(folder) / RECORD
-    content = json.dumps({**read_record(folder), **more}) + "\n"
+    record = {**read_record(folder), **more}
+    content = json.dumps(record) + "\n"
     beside = path.with_name(f".{RECORD}.partial")
     try:
         beside.write_text(content)
         beside.replace(path)
     except OSError as error:
         raise HywiaError(f"cannot write {path}: {error.strerror or error}") from error
+    model_card.write_card(folder, record)
 
 
 def save(
@@ -219,7 +225,7 @@ def save(
     record: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write safetensors, config, generation config, tokenizer and a `hywia.json` record.
+    """Write safetensors, config, generation config, tokenizer, a `hywia.json` record and a model card, README.md.
 
     A model whose layers are equally wide becomes a stock checkpoint that `AutoModelForCausalLM.from_pretrained` loads
     with no trace of this package, where the family's config can say how wide (README lists where it cannot). Any other
@@ -239,11 +245,14 @@ def save(
     path = Path(path)
     atomic.check_target(path.absolute(), overwrite=overwrite)
     described, reason = _described(model)
+    base = str(getattr(model, "name_or_path", "") or "")
+    content = {"base": base, **_record(plan, record), "not_stock": reason}
     with atomic.directory(path, overwrite=overwrite) as folder:
         # The weights come last: until they are whole, the directory does not load.
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        (folder / RECORD).write_text(json.dumps({**_record(plan, record), "not_stock": reason}) + "\n")
+        (folder / RECORD).write_text(json.dumps(content) + "\n")
+        model_card.write_card(folder, content, name=path.absolute().name, config=described.config.to_dict())
         _copy_vocabulary(model, folder)
         described.save_pretrained(folder, **_sharding(model))
     return path

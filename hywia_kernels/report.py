@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import ops
 from .errors import HywiaError
+from .metrics import compare, figures_of
+from .run_record import plain, reduction, spans
 from .types import Plan
 from .versions import versions
 
 __all__ = [
-    "device_name",
     "environment",
+    "extreme_cuts",
     "print_comparison",
     "print_environment",
     "print_evaluation",
+    "print_history",
     "print_plan",
     "python_topics",
     "say",
     "write_json",
 ]
 
-_ROWS = (
-    ("parameters", "parameters", "{:,}"),
-    ("bytes", "bytes", "{:,}"),
-    ("perplexity", "perplexity", "{:.2f}"),
-    ("tokens_per_second", "tokens a second", "{:.1f}"),
-)
+# A larger share of a layer's units than this goes seldom without great harm.
+EXTREME = 0.75
 
 
 def say(line: str) -> None:
@@ -38,8 +37,8 @@ def say(line: str) -> None:
 
 
 def print_evaluation(found: Mapping[str, Any]) -> None:
-    for key, title, form in _ROWS:
-        say(f"{title:<16} {form.format(found[key]):>16}")
+    for metric, value in figures_of(found):
+        say(f"{metric.name:<16} {value:>16}")
 
 
 def print_comparison(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> None:
@@ -47,12 +46,11 @@ def print_comparison(before: Mapping[str, Any] | None, after: Mapping[str, Any] 
     if before is None or after is None:
         return
     say(f"{'':<16} {'before':>16} {'after':>16} {'ratio':>8}")
-    for key, title, form in _ROWS:
-        ratio = after[key] / before[key]
-        say(f"{title:<16} {form.format(before[key]):>16} {form.format(after[key]):>16} {ratio:>8.3f}")
+    for row in compare(before, after):
+        say(f"{row.metric.name:<16} {row.before:>16} {row.after:>16} {row.ratio:>8}")
     for name, side in (("before", before), ("after", after)):
         if "continuation" in side:
-            say(f"{name} continues: {' '.join(side['continuation'].split())}")
+            say(f"{name} continues: {' '.join(plain(side['continuation']).split())}")
 
 
 def print_plan(plan: Plan) -> None:
@@ -62,9 +60,45 @@ def print_plan(plan: Plan) -> None:
     for kind in sorted({g.kind for g in plan.groups}):
         groups = sorted((g for g in plan.groups if g.kind == kind), key=lambda g: g.layer)
         was, now = [g.units for g in groups], plan.widths(kind)
-        say(f"  {kind}: {_spans(was)} -> {_spans(now)} {groups[0].unit}s a layer")
+        say(f"  {kind}: {spans(was)} -> {spans(now)} {groups[0].unit}s a layer")
 
     _say_planning(plan.record)
+    for warning in extreme_cuts(plan):
+        say(f"  warning: {warning}")
+
+
+def extreme_cuts(plan: Plan) -> list[str]:
+    """A sentence for each kind of which any layer loses more than 75 % of its units; none for a moderate plan."""
+    sentences = []
+    for kind in sorted({g.kind for g in plan.groups}):
+        groups = [g for g in plan.groups if g.kind == kind]
+        shares = [1.0 - plan.keep[g.name].numel() / g.units for g in groups]
+        extreme = [share for share in shares if share > EXTREME]
+        if extreme:
+            unit = f"{groups[0].unit}s".replace("_", " ")
+            where = "every layer" if len(extreme) == len(groups) else f"{len(extreme)} of {len(groups)} layers"
+            upto = f"{100 * max(extreme):.0f} %" if max(extreme) < 0.995 else f"{100 * max(extreme):.2f} %"
+            sentences.append(
+                f"{kind}: up to {upto} of the {unit} go in {where}; so deep a cut seldom leaves a usable model. "
+                f"Lower --ratio or --group-ratio, let more kinds of units go (--units), cut in steps, or train the "
+                "model afterwards"
+            )
+    return sentences
+
+
+def print_history(steps: Sequence[Mapping[str, Any]], plan: Plan) -> None:
+    """What all cuts together removed, for a model that was cut before; `steps` as `history.history` gives them."""
+    _, total = reduction(
+        {
+            "plan": {"parameters_before": plan.parameters_before, "parameters_after": plan.parameters_after},
+            "history": list(steps),
+        }
+    )
+    if total is not None:
+        say(
+            f"  since the original: {total.removed:,} of {total.before:,} parameters, {100 * total.share:.3f} %, "
+            f"in {len(steps) + 1} cuts"
+        )
 
 
 def _say_planning(record: Mapping[str, Any]) -> None:
@@ -79,29 +113,6 @@ def _say_planning(record: Mapping[str, Any]) -> None:
             f"  predicted on {found['target']}: prefill x{prefill}; decoding x{found['decode']:.2f}; "
             f"weights {found['size']:.2f} times smaller"
         )
-
-
-def _spans(widths: list[int]) -> str:
-    """`1536` when all are equal, `1536 x4, 768 x24, 1536 x2` otherwise."""
-    runs: list[list[int]] = []
-    for width in widths:
-        if runs and runs[-1][0] == width:
-            runs[-1][1] += 1
-        else:
-            runs.append([width, 1])
-    return str(runs[0][0]) if len(runs) == 1 else ", ".join(f"{w} x{n}" for w, n in runs)
-
-
-def device_name(device: str) -> str:
-    """What a person calls it."""
-    import torch
-
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
-    return "cpu"
 
 
 def environment() -> dict[str, Any]:

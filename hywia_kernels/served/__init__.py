@@ -1,4 +1,7 @@
-"""Formats of serving software that hold layers of different widths exactly."""
+"""Formats of serving software that hold layers of different widths exactly.
+
+`write_gguf` was run under llama.cpp; `write_decilm` follows vLLM's source and was not run under vLLM so far.
+"""
 
 from .decilm import write_decilm
 from .gguf import write_gguf

@@ -1,6 +1,7 @@
 """Config of a Nemotron-NAS (DeciLM) checkpoint: LLaMA's fields, and each layer's widths in `block_configs`.
 
-It travels in the checkpoint, since transformers has no such class; servers read the blocks as attributes.
+It travels in the checkpoint, since transformers has no such class. vLLM's source reads the blocks as attributes; the
+checkpoint was not run under vLLM so far.
 """
 
 from types import SimpleNamespace

@@ -1,6 +1,9 @@
-"""A LLaMA-family model whose MLPs differ in width as a Nemotron-NAS (DeciLM) checkpoint, which vLLM serves.
+"""A LLaMA-family model whose MLPs differ in width as a Nemotron-NAS (DeciLM) checkpoint, meant for vLLM.
 
-vLLM's `DeciLMForCausalLM` takes each layer's channels from `block_configs`; its query heads are one number for the
+**Not run under vLLM so far.** The format follows the source of vLLM's `nemotron_nas.py`, and the tests read a directory
+the way that source does; whether vLLM loads and serves it, and with the same tokens, nobody has tried.
+
+That `DeciLMForCausalLM` takes each layer's channels from `block_configs`; its query heads are one number for the
 whole model, so attention must be equally wide everywhere. Widths of whole 256s are also written as `ffn_mult`, the only
 form that its older releases read. The directory carries its config class: vLLM needs `--trust-remote-code` for it.
 """
@@ -45,6 +48,8 @@ def _refusal(model: Any, heads: set[int]) -> str | None:
 
 def write_decilm(model: Any, tokenizer: Any, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write a directory: weights under their own names, config with `block_configs`, tokenizer.
+
+    It follows vLLM's source and was not run under vLLM: compare its output with transformers' before you rely on it.
 
     Raises:
         HywiaError: the format cannot hold the model exactly, or it cannot be written. UsageError: the directory exists.

@@ -1,0 +1,335 @@
+"""What the content of a `hywia.json` says, for the model card, the HTML page and the console.
+
+The readers take any JSON object: what is missing or of another type than `hywia prune` writes is left out, so that a
+record of an older or newer version still makes a page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import HywiaError
+from .types import Plan, Scores
+
+__all__ = [
+    "KindWidths",
+    "Reduction",
+    "base_of",
+    "command_line",
+    "evaluation_text",
+    "kind_widths",
+    "mapping",
+    "plain",
+    "reading",
+    "reduction",
+    "score_summary",
+    "settings",
+    "spans",
+    "summary_rows",
+    "text_record",
+    "versions_of",
+]
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+# Where a fact stands in the record, and what a reader calls it. The first are the request, which a recorded recipe
+# states more exactly; the others are what the run made of it.
+_REQUEST = (
+    ("plan.ratio", "share of all parameters asked for"),
+    ("plan.group_ratio", "share of each group's units asked for"),
+    ("plan.layers", "layers that may be cut (first, end)"),
+    ("plan.units", "kinds of units that may go"),
+    ("plan.layout", "layout"),
+    ("plan.align", "channel widths are multiples of"),
+    ("plan.scores.criterion", "criterion"),
+    ("plan.scores.fusion", "fusion of fine and coarse importance"),
+    ("plan.scores.order", "Taylor order"),
+    ("plan.scores.heads", "heads are ranked by"),
+    ("plan.scores.statistics.calib", "calibration text"),
+    ("plan.scores.statistics.samples", "calibration samples"),
+    ("plan.scores.statistics.seq_len", "tokens a sample"),
+    ("plan.scores.statistics.seed", "seed"),
+    ("plan.refit.ridge", "ridge of the reconstruction"),
+)
+_OUTCOME = (
+    ("plan.target", "planned for the device"),
+    ("plan.constraints", "serving rules"),
+    ("plan.binding", "serving rules that bind"),
+    ("plan.scores.statistics.calibration_sha256", "SHA-256 of the calibration tokens"),
+    ("plan.scores.statistics.dtype", "calibrated in"),
+    ("plan.scores.statistics.device", "calibrated on"),
+    ("plan.scores.statistics.backend", "kernels"),
+    ("plan.refit.samples", "samples of the reconstruction"),
+    ("plan.refit.tokens", "tokens of the reconstruction"),
+    ("plan.fingerprint", "fingerprint of the weights that were cut"),
+)
+
+
+@dataclass(frozen=True)
+class KindWidths:
+    """Units of one kind by layer.
+
+    Attributes:
+        kind: "mlp", "attention" or "experts".
+        before: units in each layer before the cut; None where the record does not say.
+        after: units kept in each layer.
+    """
+
+    kind: str
+    before: list[int] | None
+    after: list[int]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How many parameters a cut, or several in a row, took away.
+
+    Attributes:
+        before, after: parameters of the whole model.
+    """
+
+    before: int
+    after: int
+
+    @property
+    def removed(self) -> int:
+        return self.before - self.after
+
+    @property
+    def share(self) -> float:
+        """Of all parameters before, in [0, 1]."""
+        return 1.0 - self.after / self.before
+
+
+def score_summary(scores: Scores, plan: Plan) -> list[dict[str, Any]]:
+    """What a record keeps of the scores, a mapping a group.
+
+    Its keys: "group", "kind", "layer", "units", "kept"; "quantiles", the least, lower quartile, median, upper quartile
+    and largest score; "least_kept" and "largest_removed", scores (None where nothing goes); "loss_removed", the
+    estimated loss of the units that go as a share of the group's (None where the criterion estimates none).
+    """
+    rows = []
+    for group in scores.groups:
+        values = scores.values[group.name].double()
+        kept = torch.zeros(group.units, dtype=torch.bool)
+        kept[plan.keep[group.name]] = True
+        loss = scores.loss.get(group.name)
+        quantiles = torch.quantile(values, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)).tolist()
+        rows.append(
+            {
+                "group": group.name,
+                "kind": group.kind,
+                "layer": group.layer,
+                "units": group.units,
+                "kept": int(kept.sum()),
+                "quantiles": quantiles,
+                "least_kept": float(values[kept].min()),
+                "largest_removed": float(values[~kept].max()) if not kept.all() else None,
+                "loss_removed": float(loss.double()[~kept].sum() / loss.double().sum().clamp_min(1e-300))
+                if loss is not None
+                else None,
+            }
+        )
+    return rows
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Turn what a damaged record does to its reader into an error that says so.
+
+    Raises:
+        HywiaError: the block failed on a value that the record should not hold.
+    """
+    try:
+        yield
+    except HywiaError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise HywiaError(
+            f"hywia.json is damaged ({type(error).__name__}: {error}): expected what 'hywia prune' and 'hywia bench "
+            "--record' write; take back what was changed by hand, or write the directory again"
+        ) from error
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value where it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def plain(value: Any) -> str:
+    """Text without control characters, marks of writing direction and lone surrogates; lines and tabs stay."""
+    return _CONTROL.sub("\ufffd", str(value).replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def spans(widths: Sequence[int]) -> str:
+    """`1,536` when all are equal, `1,536 x4, 768 x24, 1,536 x2` otherwise."""
+    runs: list[list[int]] = []
+    for width in widths:
+        if runs and runs[-1][0] == width:
+            runs[-1][1] += 1
+        else:
+            runs.append([width, 1])
+    return f"{runs[0][0]:,}" if len(runs) == 1 else ", ".join(f"{w:,} x{n}" for w, n in runs)
+
+
+def _counts(value: Any) -> list[int] | None:
+    """The value where it is a list of whole numbers, one a layer."""
+    whole = isinstance(value, list) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    return value if whole else None
+
+
+def kind_widths(record: Mapping[str, Any]) -> list[KindWidths]:
+    """Units by layer before and after, a row a kind of unit."""
+    plan = mapping(record.get("plan"))
+    before = {kind: _counts(widths) for kind, widths in mapping(plan.get("widths_before")).items()}
+    if not before:
+        by_kind: dict[str, dict[int, int]] = {}
+        for row in summary_rows(record):
+            by_kind.setdefault(row["kind"], {})[row["layer"]] = row["units"]
+        before = {kind: [layers[i] for i in sorted(layers)] for kind, layers in by_kind.items()}
+    rows = []
+    for kind, widths in mapping(plan.get("widths")).items():
+        after, old = _counts(widths), before.get(kind)
+        if after is not None:
+            rows.append(KindWidths(str(kind), old if old is not None and len(old) == len(after) else None, after))
+    return rows
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def summary_rows(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of `score_summary` that are whole, by layer."""
+
+    def is_whole(row: Any) -> bool:
+        if not isinstance(row, Mapping) or not isinstance(row.get("kind"), str):
+            return False
+        quantiles = row.get("quantiles")
+        return (
+            all(isinstance(row.get(key), int) for key in ("layer", "units", "kept"))
+            and isinstance(quantiles, list)
+            and len(quantiles) == 5
+            and all(_is_number(q) for q in quantiles)
+            and _is_number(row.get("least_kept"))
+        )
+
+    rows = record.get("scores_summary")
+    return sorted(filter(is_whole, rows), key=lambda row: row["layer"]) if isinstance(rows, list) else []
+
+
+def reduction(record: Mapping[str, Any]) -> tuple[Reduction | None, Reduction | None]:
+    """What this cut removed, and what all cuts since the original did, where there were earlier ones."""
+    plan = mapping(record.get("plan"))
+    before, after = plan.get("parameters_before"), plan.get("parameters_after")
+    if not (isinstance(before, int) and isinstance(after, int) and before >= after > 0):
+        return None, None
+    steps = record.get("history")
+    first = mapping(steps[0]).get("parameters_before") if isinstance(steps, list) and steps else None
+    total = Reduction(first, after) if isinstance(first, int) and first >= before else None
+    return Reduction(before, after), total
+
+
+def base_of(record: Mapping[str, Any]) -> str | None:
+    """The model that was cut, as it was named: a hub id, a directory, a file."""
+    for value in (mapping(record.get("arguments")).get("model"), record.get("base")):
+        if isinstance(value, str) and value:
+            return value
+    return None
+
+
+def command_line(record: Mapping[str, Any]) -> str | None:
+    """The command that made the model; None where it was made from Python, or the record is of an older version."""
+    words = mapping(record.get("arguments")).get("argv")
+    if not isinstance(words, list) or not words or not all(isinstance(w, str) for w in words):
+        return None
+    return shlex.join(["hywia", *words])
+
+
+def text_record(text: str, source: str | None, block: int, max_blocks: int | None) -> dict[str, Any]:
+    """What a record keeps of the text that perplexity was measured on.
+
+    Args:
+        text: all of it. source: the file it is from; None: Python's own help topics, which differ between versions.
+        block: tokens a block. max_blocks: how many of them at most; None: all.
+    """
+    own = f"Python {platform.python_version()}'s help topics"
+    return {
+        "name": own if source is None else Path(source).name,
+        "sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
+        "characters": len(text),
+        "block": block,
+        "max_blocks": max_blocks,
+    }
+
+
+def versions_of(record: Mapping[str, Any]) -> dict[str, str]:
+    return {str(name): str(version) for name, version in mapping(record.get("versions")).items()}
+
+
+def evaluation_text(record: Mapping[str, Any]) -> str | None:
+    """One sentence part on what the perplexity was measured; None where the record does not say."""
+    text = mapping(mapping(record.get("evaluation")).get("text"))
+    if not isinstance(text.get("name"), str):
+        return None
+    parts = [text["name"]]
+    if isinstance(text.get("sha256"), str):
+        parts.append(f"SHA-256 {text['sha256']}")
+    if isinstance(text.get("block"), int):
+        blocks = text.get("max_blocks")
+        which = f"the first {blocks} blocks" if isinstance(blocks, int) else "all blocks"
+        parts.append(f"{which} of {text['block']} tokens")
+    return ", ".join(parts)
+
+
+def _shown(value: Any) -> str | None:
+    """A setting's value as a reader writes it; None for what is no setting (nothing, a long list, a nested mapping)."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}" if math.isfinite(value) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}" if value > 9999 else str(value)
+    if isinstance(value, str):
+        return value or None
+    if isinstance(value, Mapping):
+        parts = [(k, _shown(v)) for k, v in value.items()]
+        return ", ".join(f"{k} {v}" for k, v in parts if v is not None) or None
+    if isinstance(value, (list, tuple)) and 0 < len(value) <= 16:
+        parts_ = [_shown(v) for v in value]
+        return ", ".join(p for p in parts_ if p is not None) or None
+    return None
+
+
+def _facts(record: Mapping[str, Any], table: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    for path, name in table:
+        value: Any = record
+        for key in path.split("."):
+            value = mapping(value).get(key)
+        shown = _shown(value)
+        if shown is not None:
+            yield name, shown
+
+
+def settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of everything that decided the outcome.
+
+    The recorded recipe where there is one, else the request as the plan states it; then what the run made of it.
+    """
+    recipe = mapping(record.get("recipe"))
+    if recipe:
+        rows = [(str(k).replace("_", " "), shown) for k, v in recipe.items() if (shown := _shown(v)) is not None]
+    else:
+        rows = list(_facts(record, _REQUEST))
+    return rows + list(_facts(record, _OUTCOME))
