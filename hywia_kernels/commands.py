@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +178,8 @@ def _scored(arguments: argparse.Namespace, model: Any, texts: _Texts) -> tuple[S
         engine=_setting(arguments, "engine"),
         memory=_setting(arguments, "memory"),
     )
-    statistics.record["calib"] = arguments.calib or "written by the model"  # type: ignore[index]
-    statistics.record["seed"] = seed  # type: ignore[index]
+    asked = {"calib": arguments.calib or "written by the model", "seed": seed}
+    statistics = replace(statistics, record={**statistics.record, **asked}, known_finite=True)
     return fuse(statistics, _blend(arguments), _setting(arguments, "order")), statistics
 
 
