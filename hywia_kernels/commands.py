@@ -35,7 +35,6 @@ from .fusion import score as score_model
 from .load import load
 from .text import calibration, documents
 from .types import Plan, Scores, Statistics
-from .weights import fingerprint
 
 __all__ = ["evaluate", "info", "prune", "score"]
 
@@ -229,11 +228,8 @@ def prune(arguments: argparse.Namespace) -> None:
     stored = _stored(arguments) if arguments.scores else None
     model, tokenizer = _load(arguments)
     _say_left_alone(model)
-    if stored is not None and stored.fingerprint != fingerprint(model):
-        raise HywiaError(
-            f"scores: {arguments.scores} was scored on another model than {arguments.model} "
-            "(the weights differ); score this one, in this dtype"
-        )
+    if stored is not None:
+        storage.check_scored_on(stored, model, arguments.scores, arguments.model)
     texts = _Texts(arguments, model, tokenizer)
     scores, plan = commands_recipe.planned(arguments, model, stored or _scored(arguments, model, texts)[0], texts)
     plan = planning.with_prediction(plan, model, arguments.target)

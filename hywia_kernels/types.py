@@ -1,4 +1,4 @@
-"""What the stages hand each other: small frozen dataclasses, all tensors on the CPU, that check themselves when made."""
+"""What the stages hand each other: small frozen dataclasses that check themselves; all tensors are on the CPU."""
 
 from __future__ import annotations
 
@@ -322,8 +322,8 @@ class Plan:
         removed = sum((g.units - counts[g.name]) * g.unit_parameters for g in self.groups)
         if self.parameters_before - removed != self.parameters_after:
             raise HywiaError(
-                f"parameters_after: expected {self.parameters_before - removed:,}, which is what the kept units leave of "
-                f"{self.parameters_before:,}, got {self.parameters_after:,}"
+                f"parameters_after: expected {self.parameters_before - removed:,}, which is what the kept units leave "
+                f"of {self.parameters_before:,}, got {self.parameters_after:,}"
             )
 
     @property

@@ -33,54 +33,16 @@ _STAND_INS = {name: entry.stand_in for entry in TABLE for name in entry.model_ty
 
 # Fields of a config that no logit depends on, or that shapes and names of the parameters tell already (a config need
 # not hold them where layers differ in width). Those of an unknown name count.
-_NO_MATHEMATICS = frozenset(
-    [
-        "architectures",
-        "auto_map",
-        "attn_implementation",
-        "base_model_type",
-        "chunk_size_feed_forward",
-        "dtype",
-        "finetuning_task",
-        "gradient_checkpointing",
-        "hidden_size",
-        "id2label",
-        "intermediate_size",
-        "ffn_dim",
-        "ffn_hidden_size",
-        "label2id",
-        "layer_widths",
-        "module_changes",
-        "moe_intermediate_size",
-        "n_embd",
-        "n_head",
-        "n_inner",
-        "n_layer",
-        "name_or_path",
-        "num_attention_heads",
-        "num_experts",
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "num_labels",
-        "num_local_experts",
-        "prefix",
-        "pretraining_tp",
-        "problem_type",
-        "pruned_heads",
-        "quantization_config",
-        "return_dict",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "router_z_loss_coef",
-        "task_specific_params",
-        "tie_word_embeddings",
-        "tokenizer_class",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "vocab_size",
-    ]
-)
+_NO_MATHEMATICS = {
+    *("architectures", "auto_map", "attn_implementation", "base_model_type", "chunk_size_feed_forward", "dtype"),
+    *("ffn_dim", "ffn_hidden_size", "finetuning_task", "gradient_checkpointing", "hidden_size", "id2label"),
+    *("intermediate_size", "label2id", "layer_widths", "module_changes", "moe_intermediate_size", "n_embd", "n_head"),
+    *("n_inner", "n_layer", "name_or_path", "num_attention_heads", "num_experts", "num_hidden_layers"),
+    *("num_key_value_heads", "num_labels", "num_local_experts", "prefix", "pretraining_tp", "problem_type"),
+    *("pruned_heads", "quantization_config", "return_dict", "router_aux_loss_coef", "router_jitter_noise"),
+    *("router_z_loss_coef", "task_specific_params", "tie_word_embeddings", "tokenizer_class", "torch_dtype"),
+    *("transformers_version", "use_cache", "vocab_size"),
+}
 _NO_MATHEMATICS_START = ("_", "initializer", "output_", "summary_")
 _NO_MATHEMATICS_END = ("dropout", "pdrop", "_drop", "layerdrop", "token_id", "token_ids", "token_index")
 
