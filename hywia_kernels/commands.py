@@ -101,9 +101,7 @@ def _check_selection(arguments: argparse.Namespace) -> None:
         raise UsageError("layers: goes with --group-ratio; --ratio prunes every layer to the same width")
     targets.resolve(arguments.target)
     constraints.constraints(arguments.serve, arguments.tensor_parallel)
-    unknown = [u for u in arguments.units if u not in selection.KINDS]
-    if unknown or not arguments.units:
-        raise UsageError(f"units: expected some of {', '.join(selection.KINDS)}, got {','.join(arguments.units)!r}")
+    selection.check_kinds(tuple(arguments.group_ratio) if isinstance(arguments.group_ratio, dict) else arguments.units)
     if arguments.align is not None and arguments.align < 1:
         raise UsageError(f"align: expected at least 1, got {arguments.align}")
     if arguments.scores is not None:
@@ -198,8 +196,8 @@ def _stored(arguments: argparse.Namespace) -> Scores:
             "so --fusion and --order cannot be applied"
         )
     defaults = scores.record
-    fusion = defaults["fusion"] if arguments.fusion is None else _blend(arguments)
-    return fuse(statistics, fusion, arguments.order or defaults["order"])
+    fusion = defaults.get("fusion", _DEFAULTS["fusion"]) if arguments.fusion is None else _blend(arguments)
+    return fuse(statistics, fusion, arguments.order or defaults.get("order", _DEFAULTS["order"]))
 
 
 def score(arguments: argparse.Namespace) -> None:
@@ -230,6 +228,9 @@ def prune(arguments: argparse.Namespace) -> None:
     _say_left_alone(model)
     if stored is not None:
         storage.check_scored_on(stored, model, arguments.scores, arguments.model)
+    planning.check_reachable(
+        model, stored, criterion=_setting(arguments, "criterion"), **commands_recipe.plan_request(arguments)
+    )
     texts = _Texts(arguments, model, tokenizer)
     scores, plan = commands_recipe.planned(arguments, model, stored or _scored(arguments, model, texts)[0], texts)
     plan = planning.with_prediction(plan, model, arguments.target)
