@@ -31,9 +31,16 @@ def save_scores(
     second calibration.
 
     Raises:
-        UsageError: the directory exists. HywiaError: it cannot be written.
+        UsageError: the directory exists. HywiaError: it cannot be written, or the statistics are of something else.
     """
     from safetensors.torch import save_file
+
+    if statistics is not None and (statistics.fingerprint, statistics.parameters, statistics.groups) != (
+        scores.fingerprint,
+        scores.parameters,
+        scores.groups,
+    ):
+        raise HywiaError("statistics: expected those the scores came from, got those of another model or other groups")
 
     tensors: dict[str, Tensor] = {}
     for name, value in scores.values.items():
@@ -55,11 +62,21 @@ def save_scores(
         for name, value in statistics.coarse.items():
             tensors[f"coarse/{name}"] = value
     with atomic.directory(Path(path), overwrite=overwrite) as folder:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / _TENSORS)
+        save_file(_apart(tensors), folder / _TENSORS)
         index[_TENSORS_DIGEST] = _file_digest(folder / _TENSORS)
         index[_DIGEST] = _index_digest(index)
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return Path(path)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors none of which is another's memory, which the format does not take."""
+    apart, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return apart
 
 
 def load_scores(path: str | Path) -> tuple[Scores, Statistics | None]:

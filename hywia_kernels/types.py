@@ -184,8 +184,15 @@ def _check_finite(name: str, what: str, value: Tensor, way_out: str) -> None:
 
 def _check_whole(self: Statistics | Scores | Plan, **parameters: int) -> None:
     for name, value in parameters.items():
-        if not _is(value, 1):
+        if not _is(value, 1) or value >= 1 << 63:
             raise HywiaError(f"{name}: expected the number of parameters of a model, got {_short(value)}")
+    whole = max(parameters.values())
+    for group in self.groups:
+        if group.units * group.unit_parameters > whole:
+            raise HywiaError(
+                f"{group.name}: expected units of at most {whole:,} parameters together, which are the model's, got "
+                f"{group.units} of {_short(group.unit_parameters)}"
+            )
     if type(self.fingerprint) is not str:
         raise HywiaError(f"fingerprint: expected a string, got {_short(self.fingerprint)}")
     object.__setattr__(self, "record", frozen_record(self.record))
