@@ -37,7 +37,7 @@ def redistribute(
     Args:
         counts: units that each group would keep under equal shares.
         groups: those that may differ.
-        widths: allowed counts of each group, ascending, the present one last.
+        widths: allowed counts of each group, ascending, at least one.
 
     Raises:
         UsageError: scores without an estimate of the loss.
@@ -53,9 +53,10 @@ def redistribute(
     steps = [s for i, members in enumerate(items.values()) for s in _steps(scores, i, members, widths)]
     steps.sort(key=lambda s: (s.price, s.item, s.order))
     budget = sum((g.units - counts[g.name]) * g.unit_parameters for g in groups)
-    result = {g.name: g.units for g in groups}
+    # Where the present width is none of the allowed, the first step down is no choice.
+    result = {g.name: widths[g.name][-1] for g in groups}
     taken = [0] * len(items)
-    removed = 0
+    removed = sum((g.units - result[g.name]) * g.unit_parameters for g in groups)
     for step in steps:
         # A step that would leave the target further than before is not taken, and closes its layer.
         if step.order != taken[step.item] or removed + step.parameters - budget > budget - removed:
@@ -68,7 +69,7 @@ def redistribute(
 
 
 def _steps(scores: Scores, item: int, members: Sequence[Group], widths: Mapping[str, Sequence[int]]) -> list[_Step]:
-    allowed = list(widths[members[0].name])[::-1]  # present width first
+    allowed = list(widths[members[0].name])[::-1]  # widest first
     parameters = sum(g.unit_parameters for g in members)
     costs = torch.zeros(members[0].units + 1, dtype=torch.float64)  # of removing the lowest k units
     for group in members:

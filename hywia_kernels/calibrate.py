@@ -6,7 +6,6 @@ the model asks for gradients. `engine` holds the passes.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ from .progress import Bar
 from .text import check_tokens, digest
 from .types import Group, Statistics
 from .versions import versions
-from .weights import check_finite, identity
+from .weights import check_finite, identity_after, queued
 
 __all__ = ["ENGINES", "MEMORY", "calibrate", "measure"]
 
@@ -264,14 +263,11 @@ def measure(
             torch.cuda.reset_peak_memory_stats(device)
     record: dict[str, Any] = {}
     facts: dict[str, Any] = {}  # of the model, taken while its devices work
+    written = queued(job.devices)  # what may still write weights, before anything of the pass
 
     def meanwhile() -> None:
         if not facts:
-            with contextlib.ExitStack() as streams:
-                for device in job.devices:
-                    if device.type == "cuda":
-                        streams.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
-                facts["fingerprint"], facts["parameters"] = identity(model, modules=modules)
+            facts["fingerprint"], facts["parameters"] = identity_after(written, model, modules)
             record.update(calibration_sha256=digest(samples.tokens), versions=versions())
 
     with frozen(model, modules.values()), without_collections():
@@ -311,5 +307,6 @@ def measure(
         fine=fine,
         coarse=coarse,
         record=record,
+        known_finite=True,
         **facts,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ from .hardware import threaded_device_name
 from .load import load
 from .text import calibration, documents
 from .types import Plan, Scores, Statistics
-from .weights import fingerprint
 
 __all__ = ["evaluate", "info", "prune", "score"]
 
@@ -102,9 +102,7 @@ def _check_selection(arguments: argparse.Namespace) -> None:
         raise UsageError("layers: goes with --group-ratio; --ratio prunes every layer to the same width")
     targets.resolve(arguments.target)
     constraints.constraints(arguments.serve, arguments.tensor_parallel)
-    unknown = [u for u in arguments.units if u not in selection.KINDS]
-    if unknown or not arguments.units:
-        raise UsageError(f"units: expected some of {', '.join(selection.KINDS)}, got {','.join(arguments.units)!r}")
+    selection.check_kinds(tuple(arguments.group_ratio) if isinstance(arguments.group_ratio, dict) else arguments.units)
     if arguments.align is not None and arguments.align < 1:
         raise UsageError(f"align: expected at least 1, got {arguments.align}")
     if arguments.scores is not None:
@@ -178,8 +176,8 @@ def _scored(arguments: argparse.Namespace, model: Any, texts: _Texts) -> tuple[S
         engine=_setting(arguments, "engine"),
         memory=_setting(arguments, "memory"),
     )
-    statistics.record["calib"] = arguments.calib or "written by the model"  # type: ignore[index]
-    statistics.record["seed"] = seed  # type: ignore[index]
+    asked = {"calib": arguments.calib or "written by the model", "seed": seed}
+    statistics = replace(statistics, record={**statistics.record, **asked}, known_finite=True)
     return fuse(statistics, _blend(arguments), _setting(arguments, "order")), statistics
 
 
@@ -199,8 +197,8 @@ def _stored(arguments: argparse.Namespace) -> Scores:
             "so --fusion and --order cannot be applied"
         )
     defaults = scores.record
-    fusion = defaults["fusion"] if arguments.fusion is None else _blend(arguments)
-    return fuse(statistics, fusion, arguments.order or defaults["order"])
+    fusion = defaults.get("fusion", _DEFAULTS["fusion"]) if arguments.fusion is None else _blend(arguments)
+    return fuse(statistics, fusion, arguments.order or defaults.get("order", _DEFAULTS["order"]))
 
 
 def score(arguments: argparse.Namespace) -> None:
@@ -229,11 +227,11 @@ def prune(arguments: argparse.Namespace) -> None:
     stored = _stored(arguments) if arguments.scores else None
     model, tokenizer = _load(arguments)
     _say_left_alone(model)
-    if stored is not None and stored.fingerprint != fingerprint(model):
-        raise HywiaError(
-            f"scores: {arguments.scores} was scored on another model than {arguments.model} "
-            "(the weights differ); score this one, in this dtype"
-        )
+    if stored is not None:
+        storage.check_scored_on(stored, model, arguments.scores, arguments.model)
+    planning.check_reachable(
+        model, stored, criterion=_setting(arguments, "criterion"), **commands_recipe.plan_request(arguments)
+    )
     texts = _Texts(arguments, model, tokenizer)
     scores, plan = commands_recipe.planned(arguments, model, stored or _scored(arguments, model, texts)[0], texts)
     plan = planning.with_prediction(plan, model, arguments.target)

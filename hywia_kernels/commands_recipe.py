@@ -23,6 +23,7 @@ __all__ = [
     "add_recipe",
     "check_recipe",
     "group_ratio",
+    "plan_request",
     "planned",
     "refits",
     "refitted",
@@ -38,13 +39,24 @@ Texts = Callable[[int | None], Tensor]  # calibration samples, as many as asked 
 
 def group_ratio(text: str) -> float | dict[str, float]:
     """`0.5`, or shares by kind: `mlp=0.6,attention=0.34`."""
+    if "=" not in text:
+        return _share(text, text)
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        kind, _, share = (piece.strip() for piece in part.partition("="))
+        if kind in shares:
+            raise argparse.ArgumentTypeError(f"expected each kind once, got {kind} twice in {text!r}")
+        if not kind:
+            raise argparse.ArgumentTypeError(f"expected KIND=SHARE, got {part!r} in {text!r}")
+        shares[kind] = _share(share, text)
+    return shares
+
+
+def _share(text: str, whole: str) -> float:
     try:
-        if "=" not in text:
-            return float(text)
-        pairs = [part.split("=") for part in text.split(",")]
-        return {kind.strip(): float(share) for kind, share in pairs}
+        return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected 0.5 or mlp=0.6,attention=0.34, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected 0.5 or mlp=0.6,attention=0.34, got {whole!r}") from None
 
 
 def add_recipe(command: argparse.ArgumentParser) -> None:
@@ -106,26 +118,18 @@ def _kinds(arguments: argparse.Namespace) -> tuple[str, ...]:
     return tuple(arguments.group_ratio if isinstance(arguments.group_ratio, Mapping) else arguments.units)
 
 
+def plan_request(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `planning.plan_for` is asked for."""
+    names = ("target", "serve", "tensor_parallel", "ratio", "group_ratio", "layers", "units", "align")
+    return {name: getattr(arguments, name) for name in names} | {"layout": _layout(arguments)}
+
+
 def planned(arguments: argparse.Namespace, model: Any, scores: Scores, texts: Texts) -> tuple[Scores, Plan]:
     """The scores that decide, learned where that is asked for, and the plan they make."""
 
-    def plan_of(chosen: Scores) -> Plan:
-        return planning.plan_for(
-            chosen,
-            target=arguments.target,
-            serve=arguments.serve,
-            tensor_parallel=arguments.tensor_parallel,
-            ratio=arguments.ratio,
-            group_ratio=arguments.group_ratio,
-            layers=arguments.layers,
-            units=arguments.units,
-            align=arguments.align,
-            layout=_layout(arguments),
-        )
-
     if refits(arguments) and arguments.fusion in (None, "attention") and "attention" in _kinds(arguments):
         scores = with_leftover(scores, leftover(model, texts(None)))
-    plan = plan_of(scores)
+    plan = planning.plan_for(scores, **plan_request(arguments))
     if arguments.fusion == "learned":
         scores = learn(model, scores, plan, texts(REFIT_SAMPLES), steps=arguments.steps or STEPS)
         again = {name: selection.top_units(scores.values[name], keep.numel()) for name, keep in plan.keep.items()}

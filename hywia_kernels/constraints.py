@@ -3,13 +3,17 @@
 Each rule was read in its project's source (vLLM and llama.cpp of 2026, TGI of January 2026):
 
 * vLLM, `model_executor/models/llama.py`: query heads are a multiple of the tensor-parallel size; KV heads are a
-  multiple of it, or it of them; every dimension that is sharded is divided by it.
+  multiple of it, or it of them; every dimension that is sharded is divided by it: channels, and the vocabulary after
+  padding to a multiple of 64 (the hidden size is not sharded).
 * TGI, `custom_modeling/flash_*_modeling.py`: query heads, KV heads and sharded dimensions are divided by the number of
   shards. Its Llama code takes hidden_size / num_attention_heads for the size of a head whatever `head_dim` says, so a
   Llama with fewer heads is stored as Mistral, whose code reads `head_dim` (`export.stock_config`).
-* llama.cpp, `convert_hf_to_gguf.py` and the quantiser: any width converts, as long as KV heads divide query heads. Rows
-  are quantised in blocks of 32 (Q4_0, Q8_0, ...) or 256 (K-quants); others fall back to larger types. Those are rules
-  by name, no refusals, and not among the defaults.
+* llama.cpp, `convert_hf_to_gguf.py` and the quantiser: any width converts, as long as KV heads divide query heads,
+  which whole groups always do: no rule. Rows are quantised in blocks of 32 (Q4_0, Q8_0, ...) or 256 (K-quants); others
+  fall back to larger types. Those are rules by name, no refusals, and not among the defaults.
+
+A model that breaks a hard rule is not served at all, so it holds for what is not cut as well. All of them are about
+sharing: a model for one GPU breaks none.
 """
 
 from __future__ import annotations
@@ -20,10 +24,11 @@ from dataclasses import dataclass
 from .errors import UsageError
 from .types import Group
 
-__all__ = ["DEFAULT", "SERVERS", "Constraint", "allowed", "constraints"]
+__all__ = ["DEFAULT", "SERVERS", "Constraint", "allowed", "check_untouched", "check_vocabulary", "constraints"]
 
 SERVERS = ("vllm", "tgi", "llama.cpp")
 DEFAULT = SERVERS
+_VLLM_PADDING = 64  # rows of the embedding
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,13 @@ class Constraint:
         name: `server.rule`.
         says: the rule in words.
         admits: whether a group may keep that many units.
+        hard: the server refuses a model that breaks it; otherwise a width that is not cut may.
     """
 
     name: str
     says: str
     admits: Callable[[Group, int], bool]
+    hard: bool = True
 
 
 def _heads(group: Group, units: int) -> int:
@@ -55,13 +62,18 @@ def _units(_: Group, units: int) -> int:
     return units
 
 
+def _whole_rows(size: int) -> Callable[[Group, int], bool]:
+    return lambda group, units: _row(group, units) % size == 0
+
+
 def _row(group: Group, units: int) -> int:
     """Length of the rows of the matrix that takes the units: what is quantised in blocks."""
     return units * group.members[-1].group_size
 
 
 def constraints(serve: Sequence[str] = DEFAULT, tensor_parallel: int = 1) -> tuple[Constraint, ...]:
-    """The rules of servers, and others by name ("llama.cpp.blocks", "llama.cpp.k_quants", "vllm.marlin").
+    """The rules of servers, and others by name ("llama.cpp.blocks", "llama.cpp.k_quants", "vllm.marlin"); of hard rules
+    none for one GPU, since it can break none.
 
     Args:
         serve: of `SERVERS`, or single rules' names. tensor_parallel: how many GPUs share the model.
@@ -83,31 +95,79 @@ def constraints(serve: Sequence[str] = DEFAULT, tensor_parallel: int = 1) -> tup
         Constraint("tgi.heads", f"query heads are a multiple of {n}", _divisible("attention", n, _heads)),
         Constraint("tgi.kv_heads", f"KV heads are a multiple of {n}", _divisible("attention", n, _units)),
         Constraint("tgi.width", f"channels are a multiple of {n}", _divisible("mlp", n, _units)),
-        Constraint(
-            "llama.cpp.heads",
-            "KV heads divide query heads",
-            lambda g, u: g.kind != "attention" or _heads(g, u) % u == 0,
-        ),
     )
-    extra = (
-        Constraint("llama.cpp.blocks", "rows of down and o are multiples of 32", lambda g, u: _row(g, u) % 32 == 0),
-        Constraint("llama.cpp.k_quants", "rows of down and o are multiples of 256", lambda g, u: _row(g, u) % 256 == 0),
-        # GPTQ's and AWQ's kernel: a shard's inputs are multiples of 128, its outputs of 64.
-        Constraint(
-            "vllm.marlin", f"rows of down and o are multiples of {128 * n}", lambda g, u: _row(g, u) % (128 * n) == 0
-        ),
+    # GPTQ's and AWQ's kernel ("marlin"): a shard's inputs are multiples of 128, its outputs of 64.
+    blocks = (("llama.cpp.blocks", 32), ("llama.cpp.k_quants", 256), ("vllm.marlin", 128 * n))
+    extra = tuple(
+        Constraint(name, f"rows of down and o are multiples of {size}", _whole_rows(size), hard=False)
+        for name, size in blocks
     )
     chosen: list[Constraint] = []
     for name in serve:
         found = [c for c in known if c.name == name or c.name.rpartition(".")[0] == name]
         found += [c for c in extra if c.name == name]
-        if not found:
+        if not found and name not in SERVERS:
             names = [*SERVERS, *(c.name for c in extra)]
             raise UsageError(f"serve: expected some of {', '.join(names)}, got {name!r}")
-        chosen += [c for c in found if c not in chosen]
+        chosen += [c for c in found if c not in chosen and (n > 1 or not c.hard)]
     return tuple(chosen)
 
 
 def allowed(rules: Sequence[Constraint]) -> Callable[[Group, list[int]], list[int]]:
-    """A limit for `selection.plan`: the widths that all rules admit, and the present one, which is not a cut."""
-    return lambda group, widths: [w for w in widths if w == group.units or all(r.admits(group, w) for r in rules)]
+    """A limit for `selection.plan`: the widths that all rules admit; the present one, which is not a cut, needs to meet
+    the hard rules alone."""
+
+    def admitted(group: Group, width: int) -> bool:
+        return all(r.admits(group, width) for r in rules if r.hard or width != group.units)
+
+    return lambda group, widths: [w for w in widths if admitted(group, w)]
+
+
+def check_untouched(rules: Sequence[Constraint], groups: Sequence[Group], cut: Callable[[Group], bool]) -> None:
+    """What hard rules say of a model's groups before any is cut.
+
+    Args:
+        cut: whether a group may lose units.
+
+    Raises:
+        UsageError: a group that stays as it is breaks a rule, or no width of one that is cut meets them all.
+    """
+    hard = [r for r in rules if r.hard]
+    for group in groups:
+        broken = [r for r in hard if not r.admits(group, group.units)]
+        if not broken:
+            continue
+        if not cut(group):
+            raise UsageError(
+                f"serve: {_said(broken)}, but {group.name} keeps its {_counted(group, group.units)}; let {group.kind} "
+                "be cut as well, pass another --tensor-parallel, or leave the server out of --serve"
+            )
+        if not any(all(r.admits(group, w) for r in hard) for w in range(group.least, group.units)):
+            raise UsageError(
+                f"serve: {_said(broken)}, which {group.name} cannot meet with at most {_counted(group, group.units)}; "
+                "pass another --tensor-parallel, or leave the server out of --serve"
+            )
+
+
+def check_vocabulary(serve: Sequence[str], tensor_parallel: int, vocabulary: int) -> None:
+    """The rule about what is never cut.
+
+    Raises:
+        UsageError: vLLM could not share out a vocabulary of so many rows.
+    """
+    padded = -(-vocabulary // _VLLM_PADDING) * _VLLM_PADDING
+    if any(name.partition(".")[0] == "vllm" for name in serve) and padded % tensor_parallel:
+        raise UsageError(
+            f"serve: vllm pads the vocabulary of {vocabulary} to {padded}, which is no multiple of {tensor_parallel} "
+            "GPUs; pass another --tensor-parallel, or leave vllm out of --serve"
+        )
+
+
+def _said(rules: Sequence[Constraint]) -> str:
+    return " and ".join(f"{r.name} ({r.says})" for r in rules)
+
+
+def _counted(group: Group, units: int) -> str:
+    if group.kind != "attention":
+        return f"{units} {group.unit}s"
+    return f"{units} KV heads and {_heads(group, units)} query heads"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import arch, ops
 from .calibrate import calibrate
-from .errors import HywiaError, UsageError
+from .errors import UsageError
 from .ops.checks import ORDERS
 from .ops.reference import standardised_log
 from .types import Group, Scores, Statistics
@@ -104,7 +104,7 @@ def fuse(
         values[group.name] = fused(statistics.fine[group.name][order], coarse, fusion, backend, prior(group.unit))
         loss[group.name] = _loss_estimate(statistics, group)
     record = {"criterion": "hywia", "fusion": fusion, "order": order, "statistics": dict(statistics.record)}
-    return _checked(statistics.groups, values, loss, statistics.parameters, statistics.fingerprint, record)
+    return Scores(statistics.groups, values, loss, statistics.parameters, statistics.fingerprint, record)
 
 
 def magnitude(model: Any, *, backend: str | None = None) -> Scores:
@@ -144,21 +144,7 @@ def random(model: Any, seed: int = 0) -> Scores:
 def _without_data(model: Any, found: tuple[Group, ...], values: dict[str, Tensor], record: dict[str, Any]) -> Scores:
     record["versions"] = versions()
     print_, parameters = identity(model)
-    return _checked(found, values, {}, parameters, print_, record)
-
-
-def _checked(
-    found: tuple[Group, ...],
-    values: dict[str, Tensor],
-    loss: dict[str, Tensor],
-    parameters: int,
-    print_: str,
-    record: dict[str, Any],
-) -> Scores:
-    for name, value in values.items():
-        if not bool(torch.isfinite(value).all()):
-            raise HywiaError(f"{name}: expected finite scores, got NaN or Inf; check the statistics of this group")
-    return Scores(found, values, loss, parameters, print_, record)
+    return Scores(found, values, {}, parameters, print_, record)
 
 
 def score(

@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import constraints, selection, targets
+import torch
+
+from . import arch, constraints, selection, targets
 from .errors import UsageError
 from .speed.work import work_of
 from .types import Group, Plan, Scores
+from .weights import count_parameters
 
-__all__ = ["plan_for", "with_prediction"]
+__all__ = ["check_reachable", "plan_for", "with_prediction"]
 
 Limit = Callable[[Group, list[int]], list[int]]
 
@@ -30,49 +33,85 @@ def plan_for(
 
     The alignment is the target's, and of the widths so aligned those are preferred that no wider one is as fast as.
     Both give way to an `align` of the caller's own. The plan's record names the target, the constraints that exclude
-    any width of this model, and which of them bind: without such a one other widths would have been chosen.
+    any width of this model, and which of them bind: the widths chosen without any would have broken it.
 
     Args:
         scores: of the model to prune. target: as `targets.resolve` takes it; None: the device at hand.
         serve, tensor_parallel: as `constraints.constraints` takes them. align, request: as `selection.plan` takes them.
 
     Raises:
-        UsageError: an unknown target or server, or a request that no widths meet.
+        UsageError: an unknown target or server, a request that no widths meet, or a server's rule that what is not cut
+            breaks.
     """
     device = target if isinstance(target, targets.Target) else targets.resolve(target)
     rules = constraints.constraints(serve, tensor_parallel)
+    excluding = [r for r in rules if _excludes(r, scores.groups)]
     step = device.align if align is None else align
     preferred = _worthwhile(device) if align is None else None
-    chosen = _plan(scores, rules, preferred, step, request)
-    # Identical rules of two servers hide each other one by one, so all rules of one effect are left out together.
-    binding = [
-        rule.name
-        for rule in rules
-        if _excludes(rule, scores.groups)
-        and _counts(_plan(scores, [r for r in rules if not _same(r, rule, scores.groups)], preferred, step, request))
-        != _counts(chosen)
-    ]
+    binding: list[str] = []
+    if not excluding:
+        chosen = _plan(scores, (), preferred, step, request)
+    else:
+        constraints.check_untouched(rules, scores.groups, selection.may_go(scores.groups, **request))
+        try:
+            chosen = _plan(scores, rules, preferred, step, request)
+        except UsageError as error:
+            raise UsageError(
+                f"{error}; {', '.join(r.name for r in excluding)} leave fewer widths: another --serve or "
+                "--tensor-parallel would leave more"
+            ) from error
+        free = _free_widths(scores, preferred, step, request)
+        binding = [r.name for r in excluding if not all(r.admits(g, w) for g, w in free if r.hard or w < g.units)]
     record = {
         **chosen.record,
         "target": device.device + ("" if device.measured else " (not measured)"),
-        "constraints": [f"{r.name}: {r.says}" for r in rules if _excludes(r, scores.groups)],
+        "constraints": [f"{r.name}: {r.says}" for r in excluding],
         "binding": binding,
     }
     return dataclasses.replace(chosen, record=record)
 
 
-def _counts(plan: Plan) -> dict[str, int]:
-    return {name: keep.numel() for name, keep in plan.keep.items()}
+def check_reachable(
+    model: Any, scores: Scores | None = None, *, criterion: str | None = "hywia", **request: Any
+) -> None:
+    """Make sure that a request can be planned before anything is measured: what widths are reachable, servers' rules,
+    layers and kinds depend on the model alone.
+
+    Args:
+        model: the model to prune. scores: its scores, where there are some already. criterion: what it is to be scored
+            by; only "hywia" estimates the loss. request: as `plan_for` takes it.
+
+    Raises:
+        UsageError, HywiaError: what `plan_for` would raise with the model's scores; a server's rule that the vocabulary
+            breaks.
+    """
+    vocabulary = model.get_input_embeddings().num_embeddings
+    constraints.check_vocabulary(
+        request.get("serve", constraints.DEFAULT), request.get("tensor_parallel", 1), vocabulary
+    )
+    if scores is None:
+        groups = arch.groups(model)
+        alike = {g.name: torch.zeros(g.units) for g in groups}
+        loss = alike if criterion == "hywia" else {}
+        scores = Scores(groups, alike, loss, count_parameters(model), "", {"criterion": criterion})
+    plan_for(scores, **request)
+
+
+def _free_widths(
+    scores: Scores, preferred: Limit | None, align: int, request: dict[str, Any]
+) -> list[tuple[Group, int]]:
+    """What each group would keep if servers had no rules; the present widths where nothing would be cut."""
+    try:
+        keep = _plan(scores, (), preferred, align, request).keep
+    except UsageError:
+        return [(g, g.units) for g in scores.groups]
+    return [(g, keep[g.name].numel()) for g in scores.groups]
 
 
 def _excludes(rule: constraints.Constraint, groups: Sequence[Group]) -> bool:
+    """Whether a rule forbids any width of this model, the present ones included where it is hard."""
     shapes = {(g.kind, g.units): g for g in groups}.values()
-    return any(not rule.admits(g, w) for g in shapes for w in range(1, g.units))
-
-
-def _same(one: constraints.Constraint, other: constraints.Constraint, groups: Sequence[Group]) -> bool:
-    shapes = {(g.kind, g.units): g for g in groups}.values()
-    return all(one.admits(g, w) == other.admits(g, w) for g in shapes for w in range(1, g.units))
+    return any(not rule.admits(g, w) for g in shapes for w in range(1, g.units + rule.hard))
 
 
 def _worthwhile(device: targets.Target) -> Limit | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,13 +12,11 @@ from torch import Tensor
 
 from .budgets import redistribute
 from .errors import HywiaError, UsageError
-from .types import Group, Plan, Scores
+from .types import KINDS, LAYOUTS, Group, Plan, Scores
 
-__all__ = ["KINDS", "LAYOUTS", "USUAL", "plan", "top_units"]
+__all__ = ["KINDS", "LAYOUTS", "USUAL", "check_kinds", "may_go", "plan", "top_units"]
 
-KINDS = ("mlp", "attention", "experts")
 USUAL = ("mlp", "attention")
-LAYOUTS = ("uniform", "adaptive")
 Limits = Callable[[Group, list[int]], list[int]]  # of a group's widths, ascending, those that may be chosen
 
 
@@ -62,9 +61,8 @@ def plan(
     Raises:
         UsageError: arguments outside the above, or a ratio that these units cannot reach.
     """
-    if isinstance(group_ratio, Mapping):
-        units = tuple(group_ratio)
-    kinds = _kinds(units, scores.groups)
+    scores.check()
+    kinds = _kinds(tuple(group_ratio) if isinstance(group_ratio, Mapping) else units, scores.groups)
     if layout not in LAYOUTS:
         raise UsageError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     if align is None:
@@ -86,13 +84,15 @@ def plan(
         shares = dict(group_ratio) if isinstance(group_ratio, Mapping) else dict.fromkeys(kinds, group_ratio)
         for share in shares.values():
             _in_unit_interval("group_ratio", share)
-        counts = _per_group(scores, shares, layers, align, limits)
+        counts = _per_group(scores, shares, layers, align, limits, isinstance(group_ratio, Mapping))
         given = dict(group_ratio) if isinstance(group_ratio, Mapping) else group_ratio
         request = {"protocol": "group_ratio", "group_ratio": given, "layers": layers and list(layers)}
     if layout == "adaptive":
         first, end = layers or (0, 1 + max(g.layer for g in scores.groups))
         free = [g for g in scores.groups if g.kind == "mlp" and "mlp" in kinds and first <= g.layer < end]
-        counts |= redistribute(scores, counts, free, {g.name: _widths(g, align, limits) for g in free})
+        widths = {g.name: _widths(g, align, limits) for g in free}
+        _some_width(free, widths)
+        counts |= redistribute(scores, counts, free, widths)
     request |= {"units": list(kinds), "align": align, "layout": layout}
     keep = {g.name: top_units(scores.values[g.name], counts[g.name]) for g in scores.groups}
     removed = sum((g.units - counts[g.name]) * g.unit_parameters for g in scores.groups)
@@ -107,20 +107,45 @@ def plan(
     )
 
 
+def may_go(
+    groups: Sequence[Group],
+    *,
+    group_ratio: float | Mapping[str, float] | None = None,
+    layers: tuple[int, int] | None = None,
+    units: Sequence[str] = USUAL,
+    **_: Any,
+) -> Callable[[Group], bool]:
+    """Which groups a request of `plan` cuts, by kind and layer."""
+    kinds = _kinds(tuple(group_ratio) if isinstance(group_ratio, Mapping) else units, groups)
+    first, end = _span(groups, layers)
+    return lambda group: group.kind in kinds and first <= group.layer < end
+
+
 def top_units(values: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest values, ascending, int64; of equals the lower index stays."""
     order = torch.sort(values, descending=True, stable=True).indices
     return order[:count].sort().values
 
 
-def _kinds(units: Sequence[str], groups: Sequence[Group]) -> tuple[str, ...]:
-    chosen = tuple(k for k in KINDS if k in units)
+def check_kinds(units: Sequence[str]) -> None:
+    """Raise UsageError where one of the kinds of units that may go is none, or there is none."""
     unknown = [u for u in units if u not in KINDS]
-    if unknown or not chosen:
-        raise UsageError(f"units: expected some of {', '.join(KINDS)}, got {', '.join(map(str, units)) or 'none'}")
+    if unknown or not units:
+        near = [difflib.get_close_matches(str(u), KINDS, 1, 0.5) for u in unknown]
+        meant = ", ".join(match[0] for match in near if match)
+        raise UsageError(
+            f"units: expected some of {', '.join(KINDS)}, got {', '.join(map(str, units)) or 'none'}"
+            + (f"; did you mean {meant}?" if meant else "")
+        )
+
+
+def _kinds(units: Sequence[str], groups: Sequence[Group]) -> tuple[str, ...]:
+    check_kinds(units)
+    chosen = tuple(k for k in KINDS if k in units)
     missing = set(chosen) - {g.kind for g in groups}
     if missing:
-        raise UsageError(f"units: the model has no {', '.join(sorted(missing))} to cut; leave it out")
+        has = ", ".join(k for k in KINDS if any(g.kind == k for g in groups))
+        raise UsageError(f"units: the model has no {', '.join(sorted(missing))} to cut, only {has}; leave it out")
     if {"mlp", "experts"} <= set(chosen):
         raise UsageError(
             "units: expected mlp or experts, got both, which hold each other; cut one, score again, then cut the other"
@@ -154,24 +179,48 @@ def _per_group(
     layers: tuple[int, int] | None,
     align: int,
     limits: Limits | None,
+    named: bool,
 ) -> dict[str, int]:
-    depth = 1 + max(g.layer for g in scores.groups)
+    first, end = _span(scores.groups, layers)
+    counts = {g.name: g.units for g in scores.groups}
+    cut = [g for g in scores.groups if g.kind in shares and first <= g.layer < end]
+    widths = {g.name: _widths(g, align, limits) for g in cut}
+    _some_width(cut, widths)
+    for group in cut:
+        target = group.units * (1.0 - shares[group.kind])
+        # Nearest allowed width; of two equally near the wider, which removes less.
+        counts[group.name] = min(widths[group.name], key=lambda w: (abs(w - target), -w))
+    whole = [k for k in shares if all(counts[g.name] == g.units for g in cut if g.kind == k)]
+    # One share for all kinds may leave one of them whole; a share of its own must do something.
+    if whole and (named or len(whole) == len(shares)):
+        given = ", ".join(str(s) for s in dict.fromkeys(shares[k] for k in whole))
+        raise UsageError(
+            f"group_ratio: {given} rounds to nothing with align={align} and whole heads"
+            + (f" for {' and '.join(whole)}" if named else "")
+            + f"; ask for more, or a smaller align{_too_wide(cut, align)}"
+        )
+    return counts
+
+
+def _span(groups: Sequence[Group], layers: tuple[int, int] | None) -> tuple[int, int]:
+    """`layers`, or all of them."""
+    depth = 1 + max(g.layer for g in groups)
     first, end = layers if layers is not None else (0, depth)
     if not 0 <= first < end <= depth:
         raise UsageError(f"layers: expected FIRST:END with 0 <= FIRST < END <= {depth}, got {first}:{end}")
-    counts = {g.name: g.units for g in scores.groups}
-    for group in scores.groups:
-        if group.kind in shares and first <= group.layer < end:
-            target = group.units * (1.0 - shares[group.kind])
-            # Nearest allowed width; of two equally near the wider, which removes less.
-            counts[group.name] = min(_widths(group, align, limits), key=lambda w: (abs(w - target), -w))
-    if all(counts[g.name] == g.units for g in scores.groups):
-        given = ", ".join(map(str, dict.fromkeys(shares.values())))
-        raise UsageError(
-            f"group_ratio: {given} rounds to nothing with align={align} and whole heads; "
-            "ask for more, or a smaller align"
-        )
-    return counts
+    return first, end
+
+
+def _some_width(groups: Sequence[Group], widths: Mapping[str, Sequence[int]]) -> None:
+    for group in groups:
+        if not widths[group.name]:
+            raise UsageError(f"limits: expected some width that {group.name} of {group.units} may have, got none")
+
+
+def _too_wide(groups: Iterable[Group], align: int) -> str:
+    """What to add to a message where the alignment leaves no width to cut to."""
+    narrow = max((g.units for g in groups if g.kind == "mlp"), default=align + 1)
+    return f" (the widest MLP has {narrow} channels, so none can be cut)" if narrow <= align else ""
 
 
 def _uniform(scores: Scores, ratio: float, kinds: tuple[str, ...], align: int, limits: Limits | None) -> dict[str, int]:
@@ -193,10 +242,10 @@ def _uniform(scores: Scores, ratio: float, kinds: tuple[str, ...], align: int, l
     near = [c for c in candidates if abs(c[0] - target) <= step]
     if not near:
         reach = sorted(c[0] / scores.parameters for c in candidates)
-        span = f"[{reach[0]:.4f}, {reach[-1]:.4f}]" if reach else "nothing"
+        span = f"[{reach[0]:.4f}, {reach[-1]:.4f}]; the largest is {reach[-1]:.4f}" if reach else "nothing"
         raise UsageError(
             f"ratio: {ratio} cannot be reached to within one step of {step / scores.parameters:.4f}; "
-            f"{' and '.join(kinds)} with align={align} reach {span}"
+            f"{' and '.join(kinds)} with align={align} reach {span}{_too_wide(scores.groups, align)}"
         )
     chosen = _least_loss(scores, near, target, present, step)
     return {g.name: chosen.get(g.kind, g.units) for g in scores.groups}

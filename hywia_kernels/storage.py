@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import atomic
+from . import arch, atomic
 from .errors import HywiaError
 from .types import Group, Member, Scores, Statistics
+from .weights import fingerprint
 
-__all__ = ["load_scores", "save_scores"]
+__all__ = ["check_scored_on", "load_scores", "save_scores"]
 
 _TENSORS, _INDEX = "scores.safetensors", "scores.json"
-_FORMAT = 2
+_FORMAT = 3  # 3: digests, and a fingerprint that sees every row and column, the config and the buffers
+_DIGEST = "sha256"  # of the index without this entry, in the index
+_TENSORS_DIGEST = "tensors_sha256"
 
 
 def save_scores(
@@ -26,9 +31,16 @@ def save_scores(
     second calibration.
 
     Raises:
-        UsageError: the directory exists. HywiaError: it cannot be written.
+        UsageError: the directory exists. HywiaError: it cannot be written, or the statistics are of something else.
     """
     from safetensors.torch import save_file
+
+    if statistics is not None and (statistics.fingerprint, statistics.parameters, statistics.groups) != (
+        scores.fingerprint,
+        scores.parameters,
+        scores.groups,
+    ):
+        raise HywiaError("statistics: expected those the scores came from, got those of another model or other groups")
 
     tensors: dict[str, Tensor] = {}
     for name, value in scores.values.items():
@@ -50,49 +62,160 @@ def save_scores(
         for name, value in statistics.coarse.items():
             tensors[f"coarse/{name}"] = value
     with atomic.directory(Path(path), overwrite=overwrite) as folder:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / _TENSORS)
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        save_file(_apart(tensors), folder / _TENSORS)
+        index[_TENSORS_DIGEST] = _file_digest(folder / _TENSORS)
+        index[_DIGEST] = _index_digest(index)
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return Path(path)
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors none of which is another's memory, which the format does not take."""
+    apart, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return apart
+
+
 def load_scores(path: str | Path) -> tuple[Scores, Statistics | None]:
-    """Read what `save_scores` wrote.
+    """Read what `save_scores` wrote, as it was written: both files carry digests.
 
     Raises:
-        HywiaError: no such directory, or not one of scores, or damaged.
+        HywiaError: no such directory, or not one of scores; of another version; or damaged (the message says what is).
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(path)
     if not (folder / _INDEX).is_file() or not (folder / _TENSORS).is_file():
         raise HywiaError(f"scores: {folder} is not a directory written by 'hywia score'")
+    index = _read_index(folder)
+    tensors = _read_tensors(folder, index)
     try:
-        index = json.loads((folder / _INDEX).read_text())
-        tensors = load_file(folder / _TENSORS)
-        if index["format"] != _FORMAT:
-            raise HywiaError(f"scores: {folder} has format {index['format']}, expected {_FORMAT}; score again")
-        groups = tuple(_group(g) for g in index["groups"])
-        common = {"groups": groups, "parameters": index["parameters"], "fingerprint": index["fingerprint"]}
-        scores = Scores(
-            values=_part(tensors, "values/"), loss=_part(tensors, "loss/"), record=index["scores"], **common
-        )
+        groups = tuple(_group(g) for g in _entry(index, "groups", list))
+        common: dict[str, Any] = {"groups": groups}
+        common |= {name: index.get(name) for name in ("parameters", "fingerprint")}
+        values, loss, fine, coarse = _sorted_out(tensors)
+        scores = Scores(values=values, loss=loss, record=_entry(index, "scores", dict), **common)
         statistics = None
         if "statistics" in index:
-            fine: dict[str, dict[str, Tensor]] = {}
-            for key, value in _part(tensors, "fine/").items():
-                order, _, name = key.partition("/")
-                fine.setdefault(name, {})[order] = value
-            statistics = Statistics(fine=fine, coarse=_part(tensors, "coarse/"), record=index["statistics"], **common)
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise HywiaError(f"scores: {folder} is damaged ({error}); score again") from error
+            statistics = Statistics(fine=fine, coarse=coarse, record=_entry(index, "statistics", dict), **common)
+        elif fine or coarse:
+            raise HywiaError("holds statistics that its index does not tell of")
+    except HywiaError as error:
+        raise _damaged(folder, error) from error
     return scores, statistics
 
 
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+def check_scored_on(scores: Scores, model: nn.Module, source: str, name: str) -> None:
+    """Make sure that scores are a model's.
+
+    Args:
+        source, name: what the scores and the model are called in the message.
+
+    Raises:
+        HywiaError: other weights, another config, or other groups.
+    """
+    if scores.fingerprint != fingerprint(model):
+        raise HywiaError(
+            f"scores: {source} was scored on another model than {name} "
+            "(the weights differ, or what the config says of them); score this one, in this dtype"
+        )
+    if scores.groups != arch.groups(model):
+        raise HywiaError(f"scores: {source} is of other groups of units than {name} has; score this one again")
 
 
-def _group(values: dict[str, Any]) -> Group:
-    lists = {k: tuple(Member(**m) for m in values[k]) for k in ("members", "vectors")}
-    return Group(**{**values, **lists, "stock_counts": tuple(values["stock_counts"])})
+def _damaged(folder: Path, what: object) -> HywiaError:
+    return HywiaError(f"scores: {folder} is damaged ({what}); score again")
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """The JSON file, of this version and with its digest."""
+    try:
+        index = json.loads((folder / _INDEX).read_bytes())
+    except OSError as error:
+        raise HywiaError(f"scores: cannot read {folder / _INDEX}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(folder, f"{_INDEX}: {error}") from error
+    if not isinstance(index, dict) or type(index.get("format")) is not int:
+        raise _damaged(folder, f"{_INDEX}: expected an object with a format")
+    if index["format"] != _FORMAT:
+        age = "an older" if index["format"] < _FORMAT else "a newer"
+        raise HywiaError(
+            f"scores: {folder} was scored by {age} version of this package (format {index['format']}, expected "
+            f"{_FORMAT}); score again"
+        )
+    try:
+        digest = _index_digest(index)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(folder, f"{_INDEX}: {error}") from error
+    if index.get(_DIGEST) != digest:
+        raise _damaged(folder, f"{_INDEX}: its content is not what its digest says")
+    return index
+
+
+def _read_tensors(folder: Path, index: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors, if they are those the index was written with."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if index.get(_TENSORS_DIGEST) != _file_digest(folder / _TENSORS):
+            raise _damaged(folder, f"{_TENSORS}: cut short, changed, or not written with this {_INDEX}")
+        return load_file(folder / _TENSORS)
+    except OSError as error:
+        raise HywiaError(f"scores: cannot read {folder / _TENSORS}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, f"{_TENSORS}: {error}") from error
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _index_digest(index: Mapping[str, Any]) -> str:
+    rest = {k: v for k, v in index.items() if k != _DIGEST}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _sorted_out(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """`(values, loss, fine, coarse)` by the tensors' names."""
+    fine: dict[str, dict[str, Tensor]] = {}
+    plain: dict[str, dict[str, Tensor]] = {"values": {}, "loss": {}, "coarse": {}}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind == "fine":
+            order, _, name = name.partition("/")
+            fine.setdefault(name, {})[order] = tensor
+        elif kind in plain:
+            plain[kind][name] = tensor
+        else:
+            raise HywiaError(f"{_TENSORS}: expected values, loss, fine and coarse, got a tensor {key!r}")
+    return plain["values"], plain["loss"], fine, plain["coarse"]
+
+
+def _entry(index: Mapping[str, Any], name: str, kind: type) -> Any:
+    found = index.get(name)
+    if type(found) is not kind:
+        raise HywiaError(f"{_INDEX}: expected {name} as {kind.__name__}, got {type(found).__name__}")
+    return found
+
+
+def _group(values: Any) -> Group:
+    values = dict(_fields(Group, values))
+    for name in ("members", "vectors"):
+        values[name] = tuple(Member(**_fields(Member, m)) for m in _entry(values, name, list))
+    values["stock_counts"] = tuple(_entry(values, "stock_counts", list))
+    return Group(**values)
+
+
+def _fields(kind: type, values: Any) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(kind)]
+    if not isinstance(values, dict) or sorted(values) != sorted(names):
+        raise HywiaError(f"{_INDEX}: expected a {kind.__name__.lower()} with the fields {', '.join(names)}")
+    return values

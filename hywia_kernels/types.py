@@ -1,14 +1,31 @@
-"""What the stages hand each other: small frozen dataclasses, all tensors on the CPU."""
+"""What the stages hand each other: small frozen dataclasses that check themselves; all tensors are on the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Group", "Member", "Plan", "Scores", "Statistics"]
+from .errors import HywiaError
+from .record import Record, frozen_record
+
+__all__ = ["KINDS", "LAYOUTS", "ORDERS", "Group", "Member", "Plan", "Scores", "Statistics", "check_together"]
+
+KINDS = ("mlp", "attention", "experts")
+LAYOUTS = ("uniform", "adaptive")
+ORDERS = ("first", "second", "mixed")
+
+
+def _is(value: Any, least: int) -> bool:
+    """Whether a value is an integer (no bool) of at least so much."""
+    return type(value) is int and value >= least
+
+
+def _is_name(value: Any) -> bool:
+    return type(value) is str and value != ""
 
 
 @dataclass(frozen=True)
@@ -24,6 +41,9 @@ class Member:
         index: which of a stacked parameter's matrices it is; None: the parameter is one matrix (or a vector), or the
             units are the matrices of a stacked one.
         bias: parameter of the module with one entry per row or column of `axis`; None: there is none.
+
+    Raises:
+        HywiaError: a field of another type, or outside the above.
     """
 
     module: str
@@ -33,6 +53,20 @@ class Member:
     parameter: str = "weight"
     index: int | None = None
     bias: str | None = None
+
+    def __post_init__(self) -> None:
+        if (
+            type(self.module) is str
+            and type(self.axis) is int
+            and 0 <= self.axis <= 1
+            and _is(self.group_size, 1)
+            and _is(self.start, 0)
+            and _is_name(self.parameter)
+            and (self.index is None or _is(self.index, 0))
+            and (self.bias is None or _is_name(self.bias))
+        ):
+            return
+        raise HywiaError(f"member: expected a matrix's module, axis, sizes and names, got {self}")
 
 
 @dataclass(frozen=True)
@@ -52,6 +86,9 @@ class Group:
         least: fewest units that can stay.
         together: groups of one such name must keep as many units as each other; "" means that it is alone.
         width_field: config field that holds the width; "" where the config has none.
+
+    Raises:
+        HywiaError: a field of another type, or outside the above.
     """
 
     name: str
@@ -67,10 +104,103 @@ class Group:
     together: str = ""
     width_field: str = ""
 
+    def __post_init__(self) -> None:
+        bad = self._bad()
+        if bad is not None:
+            raise HywiaError(f"group {self.name!r}: expected {bad[1]}, got {bad[0]}={getattr(self, bad[0])!r}")
 
-@dataclass(frozen=True)
+    def _bad(self) -> tuple[str, str] | None:
+        """The first field that is wrong, and what it should be."""
+        if not _is_name(self.name):
+            return "name", "a name"
+        if self.kind not in KINDS:
+            return "kind", f"one of {', '.join(KINDS)}"
+        if not _is(self.layer, 0):
+            return "layer", "a layer's index"
+        if not _is(self.units, 1):
+            return "units", "at least one unit"
+        if not _is(self.unit_parameters, 0):
+            return "unit_parameters", "a number of parameters"
+        if not (_is(self.least, 1) and self.least <= self.units):
+            return "least", f"1 to {self.units} units"
+        if not self.members:
+            return "members", "at least one matrix"
+        for name in ("members", "vectors"):
+            members = getattr(self, name)
+            if type(members) is not tuple or not all(type(m) is Member for m in members):
+                return name, "a tuple of members"
+        if type(self.stock_counts) is not tuple or not all(_is(n, 1) for n in self.stock_counts):
+            return "stock_counts", "a tuple of unit counts"
+        for name in ("unit", "together", "width_field"):
+            if type(getattr(self, name)) is not str:
+                return name, "a string"
+        return None
+
+
+def _by_name(groups: Any) -> dict[str, Group]:
+    """The groups by name, after making sure that each has one of its own."""
+    if type(groups) is not tuple or not groups or not all(isinstance(g, Group) for g in groups):
+        raise HywiaError(f"groups: expected a tuple of at least one group, got {_short(groups)}")
+    named = {g.name: g for g in groups}
+    if len(named) != len(groups):
+        names = [g.name for g in groups]
+        twice = next(n for n in names if names.count(n) > 1)
+        raise HywiaError(f"groups: expected each name once, got {twice} twice")
+    return named
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _check_entries(what: str, entries: Any, groups: Mapping[str, Group]) -> None:
+    """One entry for every group, and none beside."""
+    if not isinstance(entries, Mapping):
+        raise HywiaError(f"{what}: expected a mapping from groups' names, got {_short(entries)}")
+    if entries.keys() == groups.keys():
+        return
+    missing, beside = [n for n in groups if n not in entries], [n for n in entries if n not in groups]
+    if missing:
+        raise HywiaError(f"{missing[0]}: expected an entry of {what} for every group, got none for it")
+    raise HywiaError(f"{what}: expected entries of the groups alone, got one of {beside[0]!r}")
+
+
+def _check_tensor(name: str, what: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+    if not isinstance(value, Tensor):
+        raise HywiaError(f"{name}: expected {what} as a tensor, got {_short(value)}")
+    if value.shape != shape or value.dtype is not dtype or not value.is_cpu or value.layout is not torch.strided:
+        kind = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+        raise HywiaError(
+            f"{name}: expected {what} {str(dtype).removeprefix('torch.')} {list(shape)} on the CPU, got {kind}"
+        )
+
+
+def _check_finite(name: str, what: str, value: Tensor, way_out: str) -> None:
+    # The sum of finite numbers is finite but for an overflow, and takes no mask as large as they are.
+    if not bool(torch.isfinite(value.detach().sum(dtype=torch.float64))):
+        raise HywiaError(f"{name}: expected finite {what}, got NaN or Inf; {way_out}")
+
+
+def _check_whole(self: Statistics | Scores | Plan, **parameters: int) -> None:
+    for name, value in parameters.items():
+        if not _is(value, 1) or value >= 1 << 63:
+            raise HywiaError(f"{name}: expected the number of parameters of a model, got {_short(value)}")
+    whole = max(parameters.values())
+    for group in self.groups:
+        if group.units * group.unit_parameters > whole:
+            raise HywiaError(
+                f"{group.name}: expected units of at most {whole:,} parameters together, which are the model's, got "
+                f"{group.units} of {_short(group.unit_parameters)}"
+            )
+    if type(self.fingerprint) is not str:
+        raise HywiaError(f"fingerprint: expected a string, got {_short(self.fingerprint)}")
+    object.__setattr__(self, "record", frozen_record(self.record))
+
+
+@dataclass(frozen=True, eq=False)
 class Statistics:
-    """What one calibration pass yields, per unit.
+    """What one calibration pass yields, per unit. Equal to itself alone.
 
     Attributes:
         groups: the groups measured.
@@ -79,7 +209,11 @@ class Statistics:
             member, the derivative of sample `s`'s loss with respect to a multiplicative mask on it.
         parameters: parameters of the whole model (tied ones once).
         fingerprint: of the weights that were measured.
-        record: how it was done: samples, seed, calibration hash, backend, device, versions.
+        record: how it was done: samples, seed, calibration hash, backend, device, versions. Read-only, and JSON.
+        known_finite: the caller has made sure that all are finite numbers; no attribute.
+
+    Raises:
+        HywiaError: anything outside the above, or NaN or Inf, by the group's name.
     """
 
     groups: tuple[Group, ...]
@@ -87,12 +221,35 @@ class Statistics:
     coarse: Mapping[str, Tensor]
     parameters: int
     fingerprint: str
-    record: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=Record)
+    known_finite: InitVar[bool] = False
+
+    def __post_init__(self, known_finite: bool) -> None:
+        groups = _by_name(self.groups)
+        _check_entries("fine", self.fine, groups)
+        _check_entries("coarse", self.coarse, groups)
+        samples: int | None = None
+        for name, group in groups.items():
+            orders, coarse = self.fine[name], self.coarse[name]
+            if not isinstance(orders, Mapping) or set(orders) != set(ORDERS):
+                raise HywiaError(
+                    f"{name}: expected fine estimates of the orders {', '.join(ORDERS)}, got {_short(orders)}"
+                )
+            for order in ORDERS:
+                _check_tensor(name, f"fine {order}", orders[order], (group.units,))
+            if samples is None:
+                samples = coarse.shape[1] if isinstance(coarse, Tensor) and coarse.dim() == 3 else 1
+                if not samples:
+                    raise HywiaError(f"{name}: expected coarse estimates of at least one sample, got none")
+            _check_tensor(name, "coarse", coarse, (len(group.members), samples, group.units))
+            for value in () if known_finite else (*orders.values(), coarse):
+                _check_finite(name, "statistics", value, "the measurement is damaged: calibrate again")
+        _check_whole(self, parameters=self.parameters)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
-    """One number per unit; larger is more important, comparable within one group.
+    """One number per unit; larger is more important, comparable within one group. Equal to itself alone.
 
     Attributes:
         groups: the groups scored.
@@ -101,7 +258,10 @@ class Scores:
             between kinds of units; empty where the criterion has none (magnitude, random).
         parameters: parameters of the whole model (tied ones once).
         fingerprint: of the weights that were scored.
-        record: criterion, fusion, order and the statistics' record.
+        record: criterion, fusion, order and the statistics' record. Read-only, and JSON.
+
+    Raises:
+        HywiaError: anything outside the above, or NaN or Inf, by the group's name.
     """
 
     groups: tuple[Group, ...]
@@ -109,12 +269,32 @@ class Scores:
     loss: Mapping[str, Tensor]
     parameters: int
     fingerprint: str
-    record: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=Record)
+
+    def __post_init__(self) -> None:
+        self.check()
+        _check_whole(self, parameters=self.parameters)
+
+    def check(self) -> None:
+        """The tensors against the groups, once more: for those who use them later, when they may have been written to.
+
+        Raises:
+            HywiaError: as when they are made.
+        """
+        groups = _by_name(self.groups)
+        _check_entries("values", self.values, groups)
+        if not isinstance(self.loss, Mapping) or self.loss:
+            _check_entries("loss", self.loss, groups)
+        for name, group in groups.items():
+            for what, entries in (("scores", self.values), ("loss estimates", self.loss)):
+                if entries:
+                    _check_tensor(name, what, entries[name], (group.units,))
+                    _check_finite(name, what, entries[name], "check the statistics of this group, or score again")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """Units to keep per group, and what that costs.
+    """Units to keep per group, and what that costs. Equal to itself alone.
 
     Attributes:
         groups: the groups as they are before the cut.
@@ -122,7 +302,12 @@ class Plan:
         parameters_before, parameters_after: of the whole model.
         layout: "uniform" (every layer of a kind equally wide: a stock config describes it) or "adaptive".
         fingerprint: of the weights the scores came from.
-        record: the request (ratio, protocol, alignment, ...) and the scores' record.
+        record: the request (ratio, protocol, alignment, ...) and the scores' record. Read-only, and JSON.
+
+    Raises:
+        HywiaError: anything outside the above: a group without an entry or with too few units, indices that are not
+            ascending or not the group's, stacked experts of different widths, or a number of parameters that is not
+            what the kept units leave.
     """
 
     groups: tuple[Group, ...]
@@ -131,7 +316,22 @@ class Plan:
     parameters_after: int
     layout: str
     fingerprint: str
-    record: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=Record)
+
+    def __post_init__(self) -> None:
+        groups = _by_name(self.groups)
+        _check_entries("keep", self.keep, groups)
+        counts = {name: _kept(group, self.keep[name]) for name, group in groups.items()}
+        check_together(self.groups, counts)
+        if self.layout not in LAYOUTS:
+            raise HywiaError(f"layout: expected one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        _check_whole(self, parameters_before=self.parameters_before, parameters_after=self.parameters_after)
+        removed = sum((g.units - counts[g.name]) * g.unit_parameters for g in self.groups)
+        if self.parameters_before - removed != self.parameters_after:
+            raise HywiaError(
+                f"parameters_after: expected {self.parameters_before - removed:,}, which is what the kept units leave "
+                f"of {self.parameters_before:,}, got {self.parameters_after:,}"
+            )
 
     @property
     def ratio(self) -> float:
@@ -142,3 +342,50 @@ class Plan:
         """Units kept in each layer's group of `kind`, by layer."""
         groups = sorted((g for g in self.groups if g.kind == kind), key=lambda g: g.layer)
         return [self.keep[g.name].numel() for g in groups]
+
+
+def _kept(group: Group, keep: Any) -> int:
+    """How many units a group keeps, after a look at which."""
+    count = keep.numel() if isinstance(keep, Tensor) else 0
+    if isinstance(keep, Tensor) and count < group.least:
+        raise HywiaError(
+            f"plan: {group.name} keeps {count or 'nothing'}; every such group must keep at least "
+            f"{'one' if group.least == 1 else group.least} {group.unit}"
+        )
+    _check_tensor(group.name, "kept units", keep, (count,), torch.int64)
+    # Ascending, so the first and the last tell the range.
+    if keep[0] < 0 or keep[-1] >= group.units or bool((keep[1:] <= keep[:-1]).any()):
+        raise HywiaError(
+            f"plan: {group.name} keeps units {_short(keep.tolist())}; expected each once, ascending, and of 0 to "
+            f"{group.units - 1}"
+        )
+    return count
+
+
+def check_together(groups: Sequence[Group], counts: Mapping[str, int]) -> None:
+    """What groups that hold each other may keep.
+
+    Raises:
+        HywiaError: matrices stacked in one parameter keep different counts, or a layer loses whole experts and channels
+            of experts.
+    """
+    widths: dict[str, dict[int, str]] = {}
+    cut: dict[int, set[str]] = {}
+    for group in groups:
+        if counts[group.name] != group.units:
+            cut.setdefault(group.layer, set()).add(f"{group.kind}{bool(group.together)}")
+        if group.together:
+            widths.setdefault(group.together, {})[counts[group.name]] = group.name
+    for name, by_count in widths.items():
+        if len(by_count) > 1:
+            (a, one), (b, two) = list(by_count.items())[:2]
+            raise HywiaError(
+                f"plan: {one} keeps {a} and {two} {b}, but the matrices of {name} are stacked in one parameter and "
+                "must stay equally wide; plan with the same share for both"
+            )
+    for layer, kinds in cut.items():
+        if {"mlpTrue", "expertsFalse"} <= kinds:
+            raise HywiaError(
+                f"plan: cuts whole experts and channels of experts of layer {layer}, which hold each other; "
+                "cut one kind, score again, then cut the other"
+            )

@@ -2,15 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .arch.table import TABLE
 from .errors import HywiaError
 
-__all__ = ["check_finite", "count_parameters", "fingerprint", "identity", "weight_bytes"]
+__all__ = [
+    "check_finite",
+    "count_parameters",
+    "fingerprint",
+    "identity",
+    "identity_after",
+    "queued",
+    "weight_bytes",
+]
+
+_LEAST = 1024  # values read of every tensor that has as many
+_ROUNDING = 12  # bits: of what a machine computes anew at every load, the last ones are its own
+_STAND_INS = {name: entry.stand_in for entry in TABLE for name in entry.model_types if entry.stand_in is not None}
+
+# Fields of a config that no logit depends on, or that shapes and names of the parameters tell already (a config need
+# not hold them where layers differ in width). Those of an unknown name count.
+_NO_MATHEMATICS = {
+    *("architectures", "auto_map", "attn_implementation", "base_model_type", "chunk_size_feed_forward", "dtype"),
+    *("ffn_dim", "ffn_hidden_size", "finetuning_task", "gradient_checkpointing", "hidden_size", "id2label"),
+    *("intermediate_size", "label2id", "layer_widths", "module_changes", "moe_intermediate_size", "n_embd", "n_head"),
+    *("n_inner", "n_layer", "name_or_path", "num_attention_heads", "num_experts", "num_hidden_layers"),
+    *("num_key_value_heads", "num_labels", "num_local_experts", "prefix", "pretraining_tp", "problem_type"),
+    *("pruned_heads", "quantization_config", "return_dict", "router_aux_loss_coef", "router_jitter_noise"),
+    *("router_z_loss_coef", "task_specific_params", "tie_word_embeddings", "tokenizer_class", "torch_dtype"),
+    *("transformers_version", "use_cache", "vocab_size"),
+}
+_NO_MATHEMATICS_START = ("_", "initializer", "output_", "summary_")
+_NO_MATHEMATICS_END = ("dropout", "pdrop", "_drop", "layerdrop", "token_id", "token_ids", "token_index")
+
+
+class _Sampled(NamedTuple):
+    """What is read of one tensor."""
+
+    described: str
+    group: tuple[torch.device, torch.dtype]
+    size: int
+    derived: bool  # computed when the model is made, not stored with it
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -23,52 +66,172 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def fingerprint(model: nn.Module, per_tensor: int = 1024) -> str:
-    """sha256 over names, shapes and an even sample of every parameter's values.
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over the config's mathematics, and names, shapes and a sample of the values of parameters and buffers.
 
-    The values are taken as float32, so that an exact change of dtype keeps the fingerprint; reads `per_tensor` values
-    a parameter, not the whole model, and waits once a device.
+    The sample has a value of every row and every column of every matrix. Values are taken as float32, so that an exact
+    change of dtype keeps the fingerprint; so do moves between devices, modes, gradients' switches, and a save and load.
+    Waits once a device.
+
+    Raises:
+        HywiaError: a tensor whose values are not here (meta, offloaded, distributed or quantised by a subclass).
     """
-    return identity(model, per_tensor)[0]
+    return identity(model)[0]
 
 
 @torch.no_grad()
-def identity(
-    model: nn.Module, per_tensor: int = 1024, modules: Mapping[str, nn.Module] | None = None
-) -> tuple[str, int]:
+def identity(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> tuple[str, int]:
     """`(fingerprint, count_parameters)` from one walk over the model, or none where its modules are given by name."""
-    found: list[tuple[str, torch.device, int]] = []
-    values: dict[torch.device, list[torch.Tensor]] = {}
+    sampled: list[_Sampled] = []
+    parts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     seen: set[int] = set()
     total = 0
+
+    def read(name: str, tensor: Tensor, derived: bool) -> None:
+        sample = _sample(name, tensor)
+        group = (sample.device, sample.dtype)
+        parts.setdefault(group, []).append(sample)
+        sampled.append(_Sampled(f"{name}{tuple(tensor.shape)}", group, sample.numel(), derived))
+
     # As `named_parameters`, which takes as long to walk as the rest of this.
     for prefix, module in (dict(model.named_modules()) if modules is None else modules).items():
+        dot = f"{prefix}." if prefix else ""
         for own, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            count = parameter.numel()
-            step = max(1, count // per_tensor)
-            size = min(per_tensor, -(-count // step))
-            # A view, so that one concatenation a device is all that has to be launched; made in one step where it can.
-            if parameter.is_contiguous():
-                sample = parameter.as_strided((size,), (step,), parameter.storage_offset())
-            else:
-                sample = parameter.reshape(-1)[::step][:size]
-            device = parameter.device
-            values.setdefault(device, []).append(sample)
-            name = f"{prefix}.{own}" if prefix else own
-            found.append((f"{name}{tuple(parameter.shape)}", device, size))
-            total += count
-    # Bytes of all samples of a device, in which each parameter's lie one after the other.
-    host = {device: torch.cat(parts).float().cpu().numpy().data.cast("B") for device, parts in values.items()}
-    at = dict.fromkeys(host, 0)
-    digest = hashlib.sha256()
-    for described, device, size in found:
-        begin, at[device] = at[device], at[device] + 4 * size
+            read(dot + own, parameter, False)
+            total += parameter.numel()
+        for own, buffer in module._buffers.items():
+            derived = own in module._non_persistent_buffers_set
+            if buffer is None or id(buffer) in seen or (derived and _forward_writes(module, own)):
+                continue
+            seen.add(id(buffer))
+            read(f"buffer {dot}{own}", buffer, derived)
+    host = _downloaded(parts)
+    at = dict.fromkeys(parts, 0)
+    digest = hashlib.sha256(_mathematics(model))
+    for described, group, size, derived in sampled:
+        begin, at[group] = at[group], at[group] + size
+        values = host[group][begin : begin + size]
         digest.update(described.encode())
-        digest.update(host[device][begin : at[device]])
+        digest.update((_rounded(values) if derived else values).numpy().data.cast("B") if size else b"")
     return digest.hexdigest(), total
+
+
+def queued(devices: Iterable[torch.device]) -> dict[torch.device, torch.cuda.Event]:
+    """For each CUDA device an event after all that is queued on its current stream: what `identity_after` waits for."""
+    events = {}
+    for device in devices:
+        if device.type == "cuda":
+            events[device] = torch.cuda.Event()
+            events[device].record(torch.cuda.current_stream(device))
+    return events
+
+
+def identity_after(
+    events: Mapping[torch.device, torch.cuda.Event], model: nn.Module, modules: Mapping[str, nn.Module] | None = None
+) -> tuple[str, int]:
+    """`identity` beside what CUDA devices do since `events`: read on streams of its own, after those events."""
+    with contextlib.ExitStack() as streams:
+        for device, event in events.items():
+            stream = torch.cuda.Stream(device)
+            stream.wait_event(event)
+            streams.enter_context(torch.cuda.stream(stream))
+        return identity(model, modules)
+
+
+@lru_cache(maxsize=4096)
+def _step(shape: torch.Size) -> int:
+    """Every how many-th value to read, so that all rows and all columns of every matrix are met.
+
+    A step no larger than a row meets every row; one no larger than a column, and coprime with the rows' length, meets
+    each column once in as many values as a row has, of which a matrix then gives at least so many.
+    """
+    numel = math.prod(shape)
+    if len(shape) < 2 or numel == 0:
+        return 1
+    # Three dimensions are stacked matrices; more are a convolution's, whose filters are rows.
+    rows, columns = shape[-2:] if len(shape) == 3 else (shape[0], numel // shape[0])
+    step = max(1, min(rows, columns, numel // _LEAST))
+    while math.gcd(step, columns) != 1:
+        step -= 1
+    return step
+
+
+def _sample(name: str, tensor: Tensor) -> Tensor:
+    """A view, so that one concatenation is all that has to be launched; made in one step where it can."""
+    if tensor.device.type == "meta" or is_traceable_wrapper_subclass(tensor):
+        what = "on the meta device" if tensor.device.type == "meta" else f"in a {type(tensor).__name__}"
+        raise HywiaError(
+            f"{name}: expected a plain tensor with its values in memory, got one {what}; load the model whole, without "
+            "offloading, sharding or quantisation"
+        )
+    step = _step(tensor.shape)
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if tensor.is_contiguous():
+        return tensor.as_strided((-(-tensor.numel() // step),), (step,), tensor.storage_offset())
+    return tensor.reshape(-1)[::step]
+
+
+def _downloaded(
+    parts: Mapping[tuple[torch.device, torch.dtype], list[Tensor]],
+) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+    """The samples of each device and dtype one after the other, float32 on the host: one copy a device, of bytes."""
+    host = {}
+    for device in dict.fromkeys(device for device, _ in parts):
+        # Wide dtypes first, so that each starts at a multiple of its size.
+        dtypes = sorted((t for d, t in parts if d == device), key=lambda t: (-t.itemsize, str(t)))
+        joined = [torch.cat(parts[device, dtype]).view(torch.uint8) for dtype in dtypes]
+        raw = (joined[0] if len(joined) == 1 else torch.cat(joined)).cpu()
+        for dtype, piece in zip(dtypes, raw.split([len(j) for j in joined]), strict=True):
+            host[device, dtype] = piece.view(dtype).float()
+    return host
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """Nearest float32 whose significand has few bits: powers and sines differ in the last ones between machines."""
+    bits = values.contiguous().view(torch.int32)
+    return bits.add(1 << (_ROUNDING - 1)).bitwise_and_(-(1 << _ROUNDING))
+
+
+def _forward_writes(module: nn.Module, name: str) -> bool:
+    """Whether a derived buffer is a forward pass's own: tables that grow with the text, and frequencies that follow
+    its length, beside which the module keeps the original ones."""
+    if "cache" in name or "mask" in name:
+        return True
+    kind = str(getattr(module, "rope_type", ""))
+    return name.endswith("inv_freq") and "original" not in name and ("dynamic" in kind or "longrope" in kind)
+
+
+def _mathematics(model: nn.Module) -> bytes:
+    """What a config says about the function that the weights are part of, whichever class holds it."""
+    config: Any = getattr(model, "config", None)
+    values = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(values, Mapping):
+        return b""
+    kind = values.get("base_model_type") or values.get("model_type")
+    kept = {**_kept(values), "model_type": _STAND_INS.get(str(kind), kind)}
+    return json.dumps(kept, sort_keys=True, default=str).encode()
+
+
+def _kept(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Fields that count. One that is absent, None or False is the same: other versions and classes of a config know
+    other fields, which are off where the mathematics is the same."""
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        field = str(name)
+        off = value is None or value is False
+        if off or field in _NO_MATHEMATICS or field.startswith(_NO_MATHEMATICS_START):
+            continue
+        if not field.endswith(_NO_MATHEMATICS_END):
+            kept[field] = _kept(value) if isinstance(value, Mapping) else value
+    heads = values.get("num_attention_heads") or values.get("n_head")
+    hidden = values.get("hidden_size") or values.get("n_embd")
+    if "head_dim" not in kept and isinstance(heads, int) and isinstance(hidden, int):
+        kept["head_dim"] = hidden // heads
+    return kept
 
 
 def check_finite(model: nn.Module) -> None:

@@ -21,10 +21,8 @@ its chunk of logits, where that is more.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +32,7 @@ from .. import arch
 from ..errors import HywiaError
 from ..types import Group
 from ..weights import weight_bytes
+from .host import free_on_host
 from .loss import LOGIT_BYTES
 from .results import result_bytes
 from .samples import Samples
@@ -101,21 +100,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return _free_on_host()
-
-
-def _free_on_host() -> int:
-    """What the kernel says could be had without swapping, and, in a container, what its limit leaves."""
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        return free if limit == "max" else min(free, max(int(limit) - int(used), 0))
-    except (OSError, ValueError):
-        return free
+    return free_on_host()
 
 
 def _sizes(

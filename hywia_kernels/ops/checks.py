@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..types import ORDERS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ORDERS = ("first", "second", "mixed")
 LINEAR_ORDERS = (*ORDERS, "all")
 
 
