@@ -144,7 +144,7 @@ class _Parts:
             flash = flash_attention(attention, scorer.strict, scorer.chosen)
         made: Any = tuple(projections)
         strict = scorer.strict and self.implementation() != "eager"  # whose products and sums have one order anyway
-        absent = no_cache(type(attention))
+        absent = no_cache(attention.__class__)
         return Block(attention, made, found, norms, self.gated_mlp(targets), scorer, flash, absent, strict)
 
 

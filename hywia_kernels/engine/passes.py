@@ -19,12 +19,12 @@ from torch import nn
 from .patches import STRICT, WORKSPACE, unhook
 from .rotary import REPLACED
 
-__all__ = ["apart", "plain_modes"]
+__all__ = ["apart", "plain_modes", "put_back"]
 
 _LOCK = threading.RLock()
 _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 _COMPILED = "_compiled_call_impl"  # of `module.compile()`: a call of compiled code, which knows no other `forward`
-_SWITCHES = (STRICT, WORKSPACE, REPLACED)
+_SWITCHES: tuple[Any, ...] = (STRICT, WORKSPACE, REPLACED)
 
 
 class _Before:
@@ -74,16 +74,27 @@ class _Before:
 
 
 class _Net:
-    """Restores when it is left. Two of them hold whatever one interrupt does: the outer one is left in any case."""
+    """Restores when it is left, unless that was done already."""
 
-    def __init__(self, restore: Callable[[], None]) -> None:
-        self._restore = restore
+    def __init__(self, restore: Callable[[], None], done: list[bool]) -> None:
+        self._restore, self._done = restore, done
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        if not self._done:
+            self._restore()
+            self._done.append(True)
+
+
+@contextmanager
+def put_back(restore: Callable[[], None]) -> Iterator[None]:
+    """Calls `restore` at the end, to its end whenever an interrupt comes: the second net begins again what one kept the
+    first from. `restore` must come to the same end from anywhere in the middle of it."""
+    done: list[bool] = []
+    with _Net(restore, done), _Net(restore, done):
+        yield
 
 
 @contextmanager
@@ -96,7 +107,7 @@ def apart(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """
     with _LOCK:
         before = _Before(modules)
-        with _Net(before.restore), _Net(before.restore), ExitStack() as modes:
+        with put_back(before.restore), ExitStack() as modes:
             _plain_modes(modes)
             if before.dtype != torch.float32:
                 torch.set_default_dtype(torch.float32)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import arch
 from ..switch import Held, Switch
@@ -60,6 +61,7 @@ class _Rotary(torch.autograd.Function):
         return _rotated_heads(q, k, cos, sin, False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return *_rotated_heads(grads[0], grads[1], cos, sin, True), None, None
