@@ -63,15 +63,19 @@ class Switch:
 class Held:
     """Context manager of one holder; one that could not leave does so when it is freed."""
 
+    _switch: Switch | None = None
+
     def __init__(self, switch: Switch) -> None:
         self._switch = switch
 
     def __enter__(self) -> None:
+        assert self._switch is not None
         self._switch.hold(id(self))
 
     def __exit__(self, *error: object) -> None:
+        assert self._switch is not None
         self._switch.release(id(self))
 
     def __del__(self) -> None:
-        if id(self) in self._switch._holders:
+        if self._switch is not None and id(self) in self._switch.holders():
             self._switch.release(id(self))

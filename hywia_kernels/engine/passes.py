@@ -98,6 +98,21 @@ def put_back(restore: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
+def _alone() -> Iterator[None]:
+    """The one pass of the process; of the same thread, inside another of its own."""
+    held: list[bool] = []
+
+    def let_go() -> None:
+        if held:
+            held.pop()
+            _LOCK.release()
+
+    with put_back(let_go):
+        held.append(_LOCK.acquire())
+        yield
+
+
+@contextmanager
 def apart(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """A pass over the model of these modules (all of it, by name): in eval mode, without parameter gradients, compiled
     calls or a narrower type than the model's own; what the caller's modes are does not change its results.
@@ -105,7 +120,7 @@ def apart(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     One pass at a time runs in a process: a second thread waits, since settings of the whole process are turned. While
     it runs, the model is not for anybody else.
     """
-    with _LOCK:
+    with _alone():
         before = _Before(modules)
         with put_back(before.restore), ExitStack() as modes:
             _plain_modes(modes)
@@ -118,7 +133,7 @@ def apart(modules: Mapping[str, nn.Module]) -> Iterator[None]:
 @contextmanager
 def plain_modes() -> Iterator[None]:
     """The modes of `apart` alone, for changes to a model: what is made inside is as good as what it replaces."""
-    with _LOCK, ExitStack() as modes:
+    with _alone(), ExitStack() as modes:
         _plain_modes(modes)
         yield
 
