@@ -103,9 +103,7 @@ def _alone() -> Iterator[None]:
     held: list[bool] = []
 
     def let_go() -> None:
-        if held:
-            held.pop()
-            _LOCK.release()
+        _LOCK.release() if held and held.pop() else None  # on one line: neither twice nor not at all
 
     with put_back(let_go):
         held.append(_LOCK.acquire())
