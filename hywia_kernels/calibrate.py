@@ -23,11 +23,13 @@ from .engine.instrument import instrument
 from .engine.kernels import usable
 from .engine.linear import Scorer
 from .engine.memory import MODES, MemoryPlan, plan_memory, plan_whole
-from .engine.patches import forward_replaced, frozen, reproducible, without_collections
+from .engine.passes import apart
+from .engine.patches import forward_replaced, reproducible, without_collections
 from .engine.results import Results
 from .engine.rotary import rotary_replaced
 from .engine.samples import Samples, padded
 from .errors import BackendError, HywiaError, UsageError
+from .holding import check_held, unwrapped
 from .progress import Bar
 from .text import check_tokens, digest
 from .types import Group, Statistics
@@ -104,8 +106,8 @@ def _run(job: _Job, scale: float, strict: bool) -> tuple[Results, Tensor]:
         scorer = Scorer(results, ordered, scale, job.backend, bar)
         # torch's strict mode slows every cuBLAS call down, so whole layers ask for it where they need it.
         scorer.strict = strict
-        replacements, blocks = instrument(model, job.modules, job.found, scorer)
-        whole_pass = reproducible(strict and not blocks)
+        replacements, asked = instrument(model, job.modules, job.found, scorer)
+        whole_pass = reproducible(strict and not asked)
         with forward_replaced(replacements), rotary_replaced(model, job.backend), whole_pass:
             if job.plan.mode == "fast":
                 total = whole.run(model, samples, scale)
@@ -217,12 +219,27 @@ def measure(
     """`calibrate` for other groups than the architecture's own (None: those), over the same matrices. Each must be in
     one group along the axis it has there, and may then, with the fused engine, be in another along the other. The
     estimate of the memory needed is that of the architecture's groups."""
-    began = time.monotonic()
     if engine not in ENGINES:
         raise UsageError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
     if memory not in MEMORY:
         raise UsageError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")
+    model = unwrapped(model)
     modules = dict(model.named_modules())
+    check_held(modules)
+    with apart(modules):
+        return _measured(model, modules, batches, found, backend, engine, memory)
+
+
+def _measured(
+    model: Any,
+    modules: dict[str, nn.Module],
+    batches: Tensor | Sequence[Tensor],
+    found: tuple[Group, ...] | None,
+    backend: str | None,
+    engine: str,
+    memory: str,
+) -> Statistics:
+    began = time.monotonic()
     architectures = arch.groups(model, modules)
     found = architectures if found is None else found
     samples = padded(batches)
@@ -270,7 +287,7 @@ def measure(
             facts["fingerprint"], facts["parameters"] = identity_after(written, model, modules)
             record.update(calibration_sha256=digest(samples.tokens), versions=versions())
 
-    with frozen(model, modules.values()), without_collections():
+    with without_collections():
         outcome = _attempt(job, meanwhile)
         while outcome is None and memory == "auto" and engine == "fused" and job.plan.mode != modes[-1]:
             torch.cuda.empty_cache()

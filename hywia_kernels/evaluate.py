@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from . import progress
 from .errors import HywiaError, UsageError
+from .holding import unwrapped
 from .weights import count_parameters, weight_bytes
 
 __all__ = ["blocks", "continuation", "evaluate", "perplexity", "stored_bytes", "tokens_per_second"]
@@ -43,6 +44,7 @@ def perplexity(model: Any, tokens: Tensor, *, batch: int = 8) -> float:
     Raises:
         HywiaError: the loss is NaN.
     """
+    model = unwrapped(model)
     device = model.get_input_embeddings().weight.device
     total = 0.0
     for chunk in progress.track(tokens.split(batch), "perplexity"):
@@ -61,6 +63,7 @@ def tokens_per_second(model: Any, *, prompt: int = 16, new: int = 32, repeats: i
     """Tokens a second of greedy generation: one sequence, a KV cache, median of `repeats` after a warm-up."""
     from transformers import GenerationConfig
 
+    model = unwrapped(model)
     weight = model.get_input_embeddings().weight
     ids = torch.arange(prompt, device=weight.device)[None] % weight.shape[0]
     config = GenerationConfig(do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)

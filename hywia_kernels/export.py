@@ -14,6 +14,7 @@ import torch
 from . import arch, atomic, model_card
 from .adaptive import adapted, remote
 from .errors import HywiaError
+from .holding import plain_model
 from .types import Plan
 from .versions import versions
 from .weights import weight_bytes
@@ -242,7 +243,7 @@ def save(
     Raises:
         UsageError: the directory exists. HywiaError: it cannot be written, or no config describes the model.
     """
-    path = Path(path)
+    path, model = Path(path), plain_model(model)
     atomic.check_target(path.absolute(), overwrite=overwrite)
     described, reason = _described(model)
     base = str(getattr(model, "name_or_path", "") or "")

@@ -21,10 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .engine.loss import check_head, logits_of
-from .engine.patches import frozen
-from .engine.samples import padded
+from . import arch
+from .engine import loss
+from .engine.passes import apart
+from .engine.patches import hooked
+from .engine.samples import Samples, padded
 from .errors import HywiaError, UsageError
+from .holding import check_held, unwrapped
 from .ops.reference import standardised_log
 from .progress import Bar
 from .text import check_tokens, digest
@@ -35,7 +38,6 @@ __all__ = ["learn"]
 
 _RATE, _BETAS = 0.05, (0.9, 0.95)
 _SLOPE = 2.0  # of the sigmoid that stands for the step in backward, scores in standard deviations of their layer
-_LOGITS = 32  # sequences whose logits exist at a time
 
 
 @dataclass
@@ -68,12 +70,8 @@ def _masked(learning: Sequence[_Learning]) -> Iterator[None]:
 
         return multiply
 
-    handles = [one.module.register_forward_pre_hook(hook(one)) for one in learning]
-    try:
+    with hooked([(one.module, hook(one)) for one in learning], before=True):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _start(values: Tensor) -> Tensor:
@@ -89,16 +87,31 @@ def _hidden(model: Any, tokens: Tensor) -> Tensor:
 
 
 def _divergence(model: Any, dense: Tensor, masked: Tensor, counts: Tensor) -> Tensor:
-    """Mean KL divergence of the next-token distributions, from hidden states; and backward through it into them."""
-    total = masked.new_zeros((), dtype=torch.float32)
-    for want, got, valid in zip(dense.split(_LOGITS), masked.split(_LOGITS), counts.split(_LOGITS), strict=True):
+    """Mean KL divergence of the next-token distributions, from hidden states; and backward through it.
+
+    Some tokens' logits exist at a time: each part goes back to its hidden states before the next one's logits are made,
+    and from all of these the model's backward runs once.
+    """
+    total = counts.sum()
+    mean = masked.new_zeros((), dtype=torch.float32)
+    want, got = (states.detach().flatten(0, 1) for states in (dense, masked))
+    gradient = torch.empty_like(got)
+    step = max(1, loss.LOGIT_BYTES // (4 * arch.text_config(model).vocab_size))
+    for start in range(0, len(got), step):
+        part = slice(start, start + step)
+        states = got[part].requires_grad_()
         with torch.no_grad():
-            target = functional.log_softmax(logits_of(model, want), -1)
+            target = functional.log_softmax(loss.logits_of(model, want[part]), -1)
         difference = functional.kl_div(
-            functional.log_softmax(logits_of(model, got), -1), target, log_target=True, reduction="none"
+            functional.log_softmax(loss.logits_of(model, states), -1), target, log_target=True, reduction="none"
         ).sum(-1)
-        total = total + (difference * valid).sum()
-    return total / counts.sum()
+        share = (difference * counts.flatten()[part].to(difference.device)).sum() / total.to(difference.device)
+        share.backward()
+        assert states.grad is not None
+        gradient[part] = states.grad
+        mean += share.detach().to(mean.device)
+    torch.autograd.backward(masked, gradient.view_as(masked))
+    return mean
 
 
 def learn(
@@ -131,42 +144,17 @@ def learn(
     began = time.monotonic()
     if steps < 1 or batch < 1:
         raise UsageError(f"steps: expected steps and batch of at least 1, got {steps} and {batch}")
-    if fingerprint(model) != scores.fingerprint or plan.fingerprint != scores.fingerprint:
-        raise HywiaError("scores: made for another model, or not those of the plan (the weights differ)")
-    samples = padded(batches)
-    check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
-    check_head(model)
-    learning = []
-    for group in scores.groups:
-        member, count = group.members[-1], plan.keep[group.name].numel()
-        if count == group.units:
-            continue
-        if member.index is not None or group.kind == "experts":
-            raise HywiaError(f"learn: {group.name} is stacked experts, which masks of this kind do not reach")
-        module = model.get_submodule(member.module)
-        start = _start(scores.values[group.name]).to(module.weight.device).requires_grad_()
-        learning.append(_Learning(group, count, module, start))
-    device = model.get_input_embeddings().weight.device
-    optimiser = torch.optim.Adam([one.scores for one in learning], lr=_RATE, betas=_BETAS)
-    losses = []
-    with frozen(model), Bar("learning", steps) as bar:
-        for step in range(steps):
-            chosen = [(step * batch + i) % len(samples) for i in range(min(batch, len(samples)))]
-            tokens = samples.tokens[chosen].to(device)
-            valid = (torch.arange(tokens.shape[1]) < samples.lengths[chosen][:, None]).float().to(device)
-            for settings in optimiser.param_groups:
-                settings["lr"] = _RATE * (1.0 - 0.8 * step / steps)
-            with torch.no_grad():
-                dense = _hidden(model, tokens)
-            with _masked(learning), torch.enable_grad():
-                loss = _divergence(model, dense, _hidden(model, tokens), valid)
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-            optimiser.step()
-            losses.append(float(loss.detach()))
-            if losses[-1] != losses[-1]:
-                raise HywiaError("model: the loss is NaN; load the model in float32 or bfloat16")
-            bar.step()
+    model = unwrapped(model)
+    modules = dict(model.named_modules())
+    check_held(modules)
+    with apart(modules):
+        if fingerprint(model) != scores.fingerprint or plan.fingerprint != scores.fingerprint:
+            raise HywiaError("scores: made for another model, or not those of the plan (the weights differ)")
+        samples = padded(batches)
+        check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
+        loss.check_head(model)
+        learning = _learning(model, scores, plan)
+        losses = _steps(model, learning, samples, steps, batch)
     values = dict(scores.values) | {one.group.name: one.scores.detach().cpu() for one in learning}
     record = {
         "steps": steps,
@@ -177,3 +165,44 @@ def learn(
         "seconds": round(time.monotonic() - began, 3),
     }
     return replace(scores, values=values, record={**scores.record, "fusion": "learned", "learned": record})
+
+
+def _learning(model: Any, scores: Scores, plan: Plan) -> list[_Learning]:
+    learning = []
+    for group in scores.groups:
+        member, count = group.members[-1], plan.keep[group.name].numel()
+        if count == group.units:
+            continue
+        if member.index is not None or group.kind == "experts":
+            raise HywiaError(f"learn: {group.name} is stacked experts, which masks of this kind do not reach")
+        module = model.get_submodule(member.module)
+        start = _start(scores.values[group.name]).to(module.weight.device).requires_grad_()
+        learning.append(_Learning(group, count, module, start))
+    if not learning:
+        raise UsageError("plan: expected one that removes units, got one that keeps all; there is nothing to learn")
+    return learning
+
+
+def _steps(model: Any, learning: Sequence[_Learning], samples: Samples, steps: int, batch: int) -> list[float]:
+    """The scores, moved; the divergence at every step."""
+    device = model.get_input_embeddings().weight.device
+    optimiser = torch.optim.Adam([one.scores for one in learning], lr=_RATE, betas=_BETAS)
+    losses = []
+    with Bar("learning", steps) as bar:
+        for step in range(steps):
+            chosen = [(step * batch + i) % len(samples) for i in range(min(batch, len(samples)))]
+            tokens = samples.tokens[chosen].to(device)
+            valid = (torch.arange(tokens.shape[1]) < samples.lengths[chosen][:, None]).float().to(device)
+            for settings in optimiser.param_groups:
+                settings["lr"] = _RATE * (1.0 - 0.8 * step / steps)
+            with torch.no_grad():
+                dense = _hidden(model, tokens)
+            with _masked(learning), torch.enable_grad():
+                optimiser.zero_grad(set_to_none=True)
+                divergence = _divergence(model, dense, _hidden(model, tokens), valid)
+            optimiser.step()
+            losses.append(float(divergence))
+            if losses[-1] != losses[-1]:
+                raise HywiaError("model: the loss is NaN; load the model in float32 or bfloat16")
+            bar.step()
+    return losses

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from . import arch
-from .engine.patches import frozen
+from .engine.passes import apart
+from .engine.patches import hooked
 from .engine.samples import Samples, padded
+from .holding import check_held, unwrapped
+from .moments import exact_products, factored, moment_dtype
 from .progress import track
 from .text import check_tokens
 from .types import Group, Scores
@@ -40,8 +43,17 @@ def leftover(model: Any, batches: Tensor | Sequence[Tensor]) -> dict[str, Tensor
         model: a causal language model of a known architecture. batches: token ids, as `calibrate` takes them.
 
     Raises:
-        HywiaError: an unknown architecture, or ids beyond the vocabulary. UsageError: malformed batches.
+        HywiaError: an unknown architecture, ids beyond the vocabulary, or activations that are NaN or Inf. UsageError:
+            malformed batches.
     """
+    model = unwrapped(model)
+    modules = dict(model.named_modules())
+    check_held(modules)
+    with apart(modules):
+        return _measured(model, batches)
+
+
+def _measured(model: Any, batches: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
     found = [g for g in arch.groups(model) if g.kind == "attention"]
     samples = padded(batches)
     check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
@@ -53,21 +65,18 @@ def leftover(model: Any, batches: Tensor | Sequence[Tensor]) -> dict[str, Tensor
             x = arguments[0].reshape(-1, arguments[0].shape[-1])
             if rows[0] is not None:
                 x = x.index_select(0, rows[0].to(x.device))
-            x = x.to(torch.float64 if x.device.type == "cpu" else torch.float32)
+            x = x.to(moment_dtype(x.device))
             grams[name] = grams[name] + x.T @ x if name in grams else x.T @ x
 
         return hook
 
-    handles = [model.get_submodule(g.members[-1].module).register_forward_pre_hook(watch(g.name)) for g in found]
-    try:
-        with frozen(model):
-            for run in track(samples.sorted().chunks(_CHUNK_TOKENS), "measuring heads"):
-                rows[0] = run.rows() if run.ragged else None
-                _forward(model, run)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {g.name: _energy(model, g, grams.pop(g.name), samples.total) for g in found}
+    watched = [(model.get_submodule(g.members[-1].module), watch(g.name)) for g in found]
+    devices = [module.weight.device for module, _ in watched]
+    with hooked(watched, before=True), exact_products(*devices):
+        for run in track(samples.sorted().chunks(_CHUNK_TOKENS), "measuring heads"):
+            rows[0] = run.rows() if run.ragged else None
+            _forward(model, run)
+        return {g.name: _energy(model, g, grams.pop(g.name), samples.total) for g in found}
 
 
 def _forward(model: Any, run: Samples) -> None:
@@ -78,9 +87,7 @@ def _energy(model: Any, group: Group, gram: Tensor, tokens: int) -> Tensor:
     member = group.members[-1]
     weight = arch.view(model, member, group.units).detach()
     weight = (weight if member.axis == 1 else weight.T).double()
-    gram = gram.double()
-    gram.diagonal().add_(_RIDGE * gram.diagonal().mean() + 1e-30)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    inverse = torch.cholesky_inverse(factored(gram.double(), _RIDGE, member.module))
     size = member.group_size
     blocks = torch.stack([inverse[u : u + size, u : u + size] for u in range(0, group.units * size, size)])
     columns = weight.view(len(weight), group.units, size).transpose(0, 1)  # [units, outputs, size]

@@ -11,6 +11,7 @@ streaming second moments to GPTQ and SparseGPT (arXiv 2210.17323, 2301.00774).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +23,12 @@ from torch import Tensor, nn
 
 from . import arch, progress
 from .engine.layered import hidden_of
-from .engine.patches import forward_replaced, frozen
+from .engine.passes import apart, put_back
+from .engine.patches import forward_replaced, hooked
 from .engine.samples import Samples, padded
 from .errors import HywiaError, UsageError
+from .holding import plain_model
+from .moments import exact_products, factored, moment_dtype
 from .surgery import checked_groups, silence
 from .text import check_tokens, digest
 from .types import Group, Plan
@@ -80,8 +84,9 @@ class _Normal:
     float64 on the CPU, float32 products elsewhere; a matrix with a bias has a constant input at the end.
     """
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
-        self.dtype = torch.float64 if device.type == "cpu" else torch.float32
+    def __init__(self, name: str, inputs: int, outputs: int, device: torch.device) -> None:
+        self.name = name
+        self.dtype = moment_dtype(device)
         self.gram = torch.zeros(inputs, inputs, dtype=self.dtype, device=device)
         self.cross = torch.zeros(inputs, outputs, dtype=self.dtype, device=device)
         self.energy = torch.zeros((), dtype=torch.float64, device=device)
@@ -96,30 +101,16 @@ class _Normal:
         self.target += (target.to(self.dtype).square() * weight).sum(dtype=torch.float64)
 
     def solve(self, ridge: float) -> tuple[Tensor, float, float]:
-        """`(change of the weight [inputs, outputs], relative squared error before, and after)`, in float64."""
+        """`(change of the weight [inputs, outputs], relative squared error before, and after)`, in float64.
+
+        Raises:
+            HywiaError: activations that are NaN or Inf, or equations without a solution.
+        """
         gram, cross = self.gram.double(), self.cross.double()
-        damped = gram.clone()
-        damped.diagonal().add_(ridge * gram.diagonal().mean() + _TINY)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed):
-            raise HywiaError("refit: normal equations are singular; use a larger ridge or more calibration text")
-        change = torch.cholesky_solve(cross, factor)
+        change = torch.cholesky_solve(cross, factored(gram, ridge, self.name))
         after = self.energy - 2 * (change * cross).sum() + (change * (gram @ change)).sum()
         scale = self.target.clamp(min=_TINY)
         return change, float(self.energy / scale), float(after / scale)
-
-
-@contextmanager
-def _exact_products(device: torch.device) -> Iterator[None]:
-    """float32 products in float32: second moments of correlated inputs do not survive TF32's eleven bits."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    try:
-        if device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = False
-        yield
-    finally:
-        if device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @contextmanager
@@ -130,12 +121,8 @@ def _seen(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor
     def keep(module: nn.Module, arguments: tuple, output: Tensor) -> None:
         seen[module] = (arguments[0], output)
 
-    handles = [m.register_forward_hook(keep) for m in modules]
-    try:
+    with hooked([(module, keep) for module in modules]):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _arguments(model: Any, layers: nn.ModuleList, samples: Samples) -> _Run:
@@ -192,7 +179,7 @@ class _Aim:
 def _equations(layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[_Run], aims: Sequence[_Aim]) -> _Normal:
     """Normal equations of one matrix: the pruned model's inputs against what the dense one has and it lacks."""
     bias = matrix.bias is not None
-    normal = _Normal(matrix.kept.numel() + bias, len(matrix.weight), matrix.weight.device)
+    normal = _Normal(matrix.name, matrix.kept.numel() + bias, len(matrix.weight), matrix.weight.device)
     for run, aim in zip(runs, aims, strict=True):
         with _seen([matrix.module]) as seen:
             out = run.calls[index](layer, run.pruned)
@@ -220,13 +207,74 @@ def _aim(layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, d
     return _Aim(out, {module: pair[1] for module, pair in seen.items()}, weight, drift)
 
 
-def _apply(matrix: _Matrix, change: Tensor) -> None:
-    weight = matrix.weight
-    columns = change[: matrix.kept.numel()].T.to(weight.device)
-    fresh = weight.index_select(1, matrix.kept).double() + columns
-    weight.index_copy_(1, matrix.kept, fresh.to(weight.dtype))
-    if matrix.bias is not None:
-        matrix.bias.copy_((matrix.bias.double() + change[-1].to(weight.device)).to(weight.dtype))
+@dataclass
+class _Solved:
+    """What a matrix is to be, on the host: the columns that stay `[outputs, kept]`, and the bias."""
+
+    columns: Tensor
+    bias: Tensor | None
+
+
+def _solved(matrix: _Matrix, change: Tensor) -> _Solved:
+    """In the weight's dtype, which may not hold it.
+
+    Raises:
+        HywiaError: it does not.
+    """
+    weight, change = matrix.weight, change.to(matrix.weight.device)
+    columns = (weight.index_select(1, matrix.kept).double() + change[: matrix.kept.numel()].T).to(weight.dtype)
+    bias = None if matrix.bias is None else (matrix.bias.double() + change[-1]).to(weight.dtype)
+    if not all(bool(torch.isfinite(x).all()) for x in (columns, bias) if x is not None):
+        raise HywiaError(
+            f"{matrix.name}: its solution is beyond the range of {str(weight.dtype).removeprefix('torch.')}; load the "
+            "model in bfloat16 or float32, or use a larger ridge"
+        )
+    return _Solved(columns.cpu(), None if bias is None else bias.cpu())
+
+
+def _apply(matrix: _Matrix, solved: _Solved) -> None:
+    matrix.weight.index_copy_(1, matrix.kept, solved.columns.to(matrix.weight.device))
+    if matrix.bias is not None and solved.bias is not None:
+        matrix.bias.copy_(solved.bias)
+
+
+@contextmanager
+def _tried(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
+    """One layer's cut groups changed for a while: their parameters have their values again afterwards, and routers
+    their forward (a cut router needs no other)."""
+    members = [(model.get_submodule(m.module), m) for g in groups for m in (*g.members, *g.vectors)]
+    named = [(module, name) for module, m in members for name in (m.parameter, "bias")]
+    parameters = {id(p): p for module, name in named if (p := module._parameters.get(name)) is not None}
+    before = [(parameter, parameter.clone()) for parameter in parameters.values()]
+    routers = [vars(model.get_submodule(g.members[0].module)) for g in groups if g.kind == "experts"]
+    forwards = [(router, router.get("forward")) for router in routers]
+
+    def restore() -> None:
+        for parameter, values in before:
+            parameter.copy_(values)
+        for router, forward in forwards:
+            router.pop("forward", None)
+            if forward is not None:
+                router["forward"] = forward
+
+    with put_back(restore):
+        yield
+
+
+def _write(model: Any, plan: Plan, found: Sequence[Group], solved: Sequence[tuple[_Matrix, _Solved]]) -> None:
+    """All that was solved, into the model; an interrupt waits until all of it is there."""
+    interrupted: KeyboardInterrupt | None = None
+    while True:
+        try:
+            for group in found:
+                silence(model, group, plan.keep[group.name])  # a router's forward ends with the pass
+            for matrix, values in solved:
+                _apply(matrix, values)
+            break
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
 
 
 @torch.no_grad()
@@ -244,7 +292,8 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
     too. Stacked experts are cut without a refit: each sees only the tokens that are sent to it.
 
     The hidden states of the text between two layers are held, in the model's dtype, for both models; wide activations
-    only for a few thousand tokens at a time.
+    only for a few thousand tokens at a time. Solved columns wait on the host until all are solved: the model is as it
+    was until then, but for the layer that is at work, of whose cut parameters a copy is held.
 
     Args:
         model: the model the plan is for, not cut yet; its surviving columns change in place.
@@ -260,52 +309,61 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
 
     Raises:
         HywiaError: the plan is not this model's, or the equations cannot be solved. UsageError: malformed batches or
-            a ridge that is not positive.
+            a ridge that is not positive. After these, and after any other error or interrupt while it solves, the model
+            is as it was. Writing the solved weights comes last, and takes about as long as copying them: an interrupt
+            there is raised when all are written; hand the model to nothing but `prune` then, or load it again.
     """
     began = time.monotonic()
-    if not ridge > 0.0:
-        raise UsageError(f"ridge: expected a positive number, got {ridge}")
+    if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not 0.0 < ridge < math.inf:
+        raise UsageError(f"ridge: expected a positive number, got {ridge!r}")
+    model = plain_model(model, changing=True)
+    with apart(dict(model.named_modules())):
+        samples = padded(batches)
+        errors = _refitted(model, plan, samples, ridge)
+        record = {
+            "samples": len(samples),
+            "tokens": samples.total,
+            "ridge": ridge,
+            "calibration_sha256": digest(samples.tokens),
+            "relative_error": errors,
+            "seconds": round(time.monotonic() - began, 3),
+        }
+        return replace(plan, fingerprint=fingerprint(model), record={**plan.record, "refit": record})
+
+
+def _refitted(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[str, list[float]]:
+    """`refit`; the relative errors of its matrices."""
     found = checked_groups(model, plan)
-    samples = padded(batches)
     check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
     entry = arch.architecture(model)
     layers: Any = model.get_submodule(entry.layers)
-    device = model.get_input_embeddings().weight.device
+    devices = dict.fromkeys(p.device for p in layers.parameters())
     errors: dict[str, list[float]] = {}
-    with frozen(model), _exact_products(device):
+    solved: list[tuple[_Matrix, _Solved]] = []
+    with exact_products(*devices):
         runs = [_arguments(model, layers, chunk) for chunk in samples.sorted().chunks(_CHUNK_TOKENS)]
         same = True  # both models have the same hidden states so far
         for index, layer in enumerate(progress.track(layers, "refitting")):
             here = [g for g in found if g.layer == index]
-            cut = any(plan.keep[g.name].numel() < g.units for g in here)
+            cut = [g for g in here if plan.keep[g.name].numel() < g.units]
             aims: list[_Aim] = []
             matrices = _matrices(model, plan, here)
             if cut or not same:
                 aims = [_aim(layer, index, matrices, run, entry.residual is not None) for run in runs]
-            routers = [model.get_submodule(g.members[0].module) for g in here if g.kind == "experts"]
-            before_cut = [(router, vars(router).get("forward")) for router in routers]
-            for group in here:
-                silence(model, group, plan.keep[group.name])
-            for matrix in matrices:
-                change, before, after = _equations(layer, index, matrix, runs, aims).solve(
-                    ridge * matrix.kept.numel() / samples.total
-                )
-                _apply(matrix, change)
-                errors[matrix.name] = [before, after]
-            same = same and not cut
-            for i, run in enumerate(runs):
-                run.pruned = run.calls[index](layer, run.pruned)
-                run.dense = run.pruned if same else aims[i].out
-            for router, forward in before_cut:  # a cut router needs no other forward
-                vars(router).pop("forward", None)
-                if forward is not None:
-                    router.forward = forward
-    record = {
-        "samples": len(samples),
-        "tokens": samples.total,
-        "ridge": ridge,
-        "calibration_sha256": digest(samples.tokens),
-        "relative_error": errors,
-        "seconds": round(time.monotonic() - began, 3),
-    }
-    return replace(plan, fingerprint=fingerprint(model), record={**plan.record, "refit": record})
+            with _tried(model, cut):
+                for group in here:
+                    silence(model, group, plan.keep[group.name])
+                for matrix in matrices:
+                    change, before, after = _equations(layer, index, matrix, runs, aims).solve(
+                        ridge * matrix.kept.numel() / samples.total
+                    )
+                    solved.append((matrix, _solved(matrix, change)))
+                    _apply(*solved[-1])
+                    errors[matrix.name] = [before, after]
+                same = same and not cut
+                for i, run in enumerate(runs):
+                    run.pruned = run.calls[index](layer, run.pruned)
+                    run.dense = run.pruned if same else aims[i].out
+        del runs, aims
+    _write(model, plan, found, solved)
+    return errors

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from . import arch, ops, progress
 from .adaptive.alibi_hywia_adaptive import SURVIVORS, keep_heads
+from .engine.passes import plain_modes, put_back
 from .errors import HywiaError
+from .holding import plain_model
 from .types import Group, Member, Plan
+from .undo import Removed, Undo
 from .weights import fingerprint
 
 __all__ = ["mask", "prune", "resize", "silence"]
@@ -101,7 +104,10 @@ def _by_parameter(found: Sequence[Group]) -> dict[tuple[str, str], _Parts]:
     return parts
 
 
-def _compact(parameter: Tensor, parts: _Parts, keep: Mapping[str, Tensor], backend: str | None) -> Tensor:
+def _compact(
+    parameter: Tensor, parts: _Parts, keep: Mapping[str, Tensor], backend: str | None
+) -> tuple[Tensor, list[Removed]]:
+    """What stays of a parameter, and what goes."""
     stacked = [part for part in parts if part[0].index is not None]
     whole = [part for part in parts if part[0].index is None]
     if whole:
@@ -109,10 +115,10 @@ def _compact(parameter: Tensor, parts: _Parts, keep: Mapping[str, Tensor], backe
         flat = parameter.flatten(1) if parameter.dim() > 2 else parameter
         entries = _kept_entries(flat.shape[axis], whole, keep)
         if entries.numel() < flat.shape[axis]:
-            kept = ops.compact(flat, entries, axis, backend=backend)
-            parameter = kept.unflatten(1, parameter.shape[1:]) if parameter.dim() > 2 else kept
+            kept, gone = ops.compact(flat, entries, axis, backend=backend), [Removed(parameter, axis, entries)]
+            return kept.unflatten(1, parameter.shape[1:]) if parameter.dim() > 2 else kept, gone
     if not stacked or all(keep[g.name].numel() == g.units for _, g in stacked):
-        return parameter
+        return parameter, []
     axis, size = stacked[0][0].axis, parameter.shape[1 + stacked[0][0].axis]
     per_matrix = [
         _kept_entries(size, [part for part in stacked if part[0].index == e], keep) for e in range(len(parameter))
@@ -122,7 +128,7 @@ def _compact(parameter: Tensor, parts: _Parts, keep: Mapping[str, Tensor], backe
     out = parameter.detach().new_empty(shape)
     for matrix, entries, into in zip(parameter, per_matrix, out, strict=True):
         ops.compact(matrix, entries, axis, out=into, backend=backend)
-    return out
+    return out, [Removed(parameter, axis, entries, of=e) for e, entries in enumerate(per_matrix)]
 
 
 def _follow(model: Any, entry: arch.Architecture, found: Sequence[Group]) -> None:
@@ -188,18 +194,19 @@ def _follow_config(model: Any, entry: arch.Architecture) -> None:
             model.get_submodule(f"{entry.layers}.{layer}.{reader}").config = own
 
 
-def _rescale(model: Any, entry: arch.Architecture, group: Group, kept: int) -> None:
+def _rescale(model: Any, entry: arch.Architecture, group: Group, kept: int, undo: Undo) -> None:
     """A norm over all heads divides by the rms over fewer features after the cut: with the survivors' rows scaled by
     c = √(kept / units) their mean square is what it was with zeros in the others' place, and 1/c in the norm's weight
     gives the same output, eps included."""
     scale = (kept / group.units) ** 0.5
     prefix = f"{entry.layers}.{group.layer}"
     for norm, linear in entry.attention.wide_norms.items():
-        matrix, weight = model.get_submodule(f"{prefix}.{linear}"), model.get_submodule(f"{prefix}.{norm}").weight
-        matrix.weight.mul_(scale)
+        matrix, module = model.get_submodule(f"{prefix}.{linear}"), model.get_submodule(f"{prefix}.{norm}")
+        # Replaced: a product in place could not be taken back exactly.
+        undo.replace(matrix, "weight", matrix.weight.detach() * scale, None)
         if matrix.bias is not None:
-            matrix.bias.mul_(scale)
-        weight.div_(scale)
+            undo.replace(matrix, "bias", matrix.bias.detach() * scale, None)
+        undo.replace(module, "weight", module.weight.detach() / scale, None)
 
 
 def _keep_slopes(model: Any, entry: arch.Architecture, group: Group, keep: Tensor, heads: int) -> None:
@@ -215,16 +222,31 @@ def _keep_slopes(model: Any, entry: arch.Architecture, group: Group, keep: Tenso
 def prune(model: Any, plan: Plan, *, backend: str | None = None) -> None:
     """Remove a plan's units from a model, in place.
 
-    One parameter is cut at a time and its old storage released, so the peak is the model plus one of them. The config's
-    widths follow where all layers share one; where they differ they stay what they were and `save` writes each
-    layer's.
+    One parameter is cut at a time and its old storage released, so the peak is the model plus one of them: what was
+    removed is held until all is cut (and where a norm is over all heads, so are its matrices). The config's widths
+    follow where all layers share one; where they differ they stay what they were and `save` writes each layer's.
 
     Args:
         model: the model the scores came from. plan: of `selection.plan`. backend: of `ops.compact`.
 
     Raises:
-        HywiaError: the plan is not this model's.
+        HywiaError: the plan is not this model's. After this, and after any other error or interrupt, the model is as it
+            was, bit for bit; parameters that nothing else holds are other objects then.
     """
+    model = plain_model(model, changing=True)
+    with plain_modes():
+        undo, done = Undo(model), False
+
+        def take_back() -> None:
+            if not done:
+                undo.roll_back()
+
+        with put_back(take_back):
+            _cut(model, plan, backend, undo)
+            done = True
+
+
+def _cut(model: Any, plan: Plan, backend: str | None, undo: Undo) -> None:
     entry = arch.architecture(model)
     found = checked_groups(model, plan)
     heads = getattr(arch.text_config(model), entry.attention.heads_field)
@@ -234,18 +256,16 @@ def prune(model: Any, plan: Plan, *, backend: str | None = None) -> None:
             continue
         module = model.get_submodule(name)
         biased = [part for part in parts if part[0].bias is not None]
-        setattr(
-            module,
-            leaf,
-            _replace(getattr(module, leaf), _compact(getattr(module, leaf).detach(), parts, plan.keep, backend)),
-        )
+        kept, removed = _compact(getattr(module, leaf).detach(), parts, plan.keep, backend)
+        undo.replace(module, leaf, kept, removed)
         if biased:
-            bias = getattr(module, biased[0][0].bias or "")
+            bias = getattr(module, biased[0][0].bias or "").detach()
             entries = _kept_entries(bias.numel(), biased, plan.keep)
-            module.bias = _replace(bias, ops.compact(bias.detach(), entries, backend=backend))
+            undo.replace(module, "bias", ops.compact(bias, entries, backend=backend), [Removed(bias, 0, entries)])
+            del bias
     for group in found:
         if group.kind == "attention" and group.name in cut:
-            _rescale(model, entry, group, plan.keep[group.name].numel())
+            _rescale(model, entry, group, plan.keep[group.name].numel(), undo)
             _keep_slopes(model, entry, group, plan.keep[group.name], heads)
     _follow(model, entry, arch.groups(model))
     _follow_config(model, entry)
@@ -316,8 +336,10 @@ def mask(model: Any, plan: Plan) -> None:
     Rows, their biases and columns are all zeroed, so every member of a removed unit is silent by itself. A router's
     zero row would still draw tokens: routers are made to choose among the experts that stay.
     """
-    for group in checked_groups(model, plan):
-        silence(model, group, plan.keep[group.name])
+    model = plain_model(model, changing=True)
+    with plain_modes():
+        for group in checked_groups(model, plan):
+            silence(model, group, plan.keep[group.name])
 
 
 @torch.no_grad()

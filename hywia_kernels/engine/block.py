@@ -8,13 +8,15 @@ nobody watches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
@@ -24,7 +26,10 @@ from .gated import GatedMlp, mlp_backward, mlp_forward
 from .linear import Scorer, Target
 from .patches import reproducible
 
-__all__ = ["Block", "BlockForward", "Kept", "handed_out"]
+__all__ = ["Block", "BlockForward", "Kept", "handed_out", "no_cache"]
+
+# An attention's keyword for the keys and values of earlier tokens, by transformers' versions.
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")
 
 
 class _Sources(torch.autograd.Function):
@@ -35,6 +40,7 @@ class _Sources(torch.autograd.Function):
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         return None, *(None for _ in grads)
 
@@ -47,14 +53,13 @@ class _Core:
     edges: tuple[GradientEdge, ...]
     value: Tensor | None
     strict: bool
-    cublas: bool
 
     @property
     def out(self) -> Tensor:
         return self.graph.detach()
 
     def backward(self, grad: Tensor) -> tuple[Tensor, ...]:
-        with reproducible(self.strict, cublas=self.cublas):
+        with reproducible(self.strict, cublas=False):
             return torch.autograd.grad(self.graph, self.edges, grad)
 
 
@@ -80,7 +85,8 @@ class Block:
     mlp: GatedMlp
     scorer: Scorer
     flash: FlashAttention | None = None  # the attention's own code written out, for the calls that it serves
-    cublas: bool = True  # the attention may call it
+    absent: Mapping[str, None] = field(default_factory=dict)  # what the attention must be told that there is not
+    strict: bool = False  # the attention asks for torch's deterministic kernels
     slots: dict[nn.Module, Tensor] = field(default_factory=dict)
     captured: Tensor | None = None
 
@@ -100,12 +106,12 @@ class Block:
                 self.slots.update(zip(self.projections[:3], given, strict=True))
                 # Attention is what has atomic additions in its backward, and which of its kernels runs the forward
                 # depends on the mode too; all else here gives the same bits anyway.
-                with reproducible(self.scorer.strict, cublas=self.cublas):
-                    self.attention.forward(hidden_states=normed, **keywords)
+                with reproducible(self.strict, cublas=False):
+                    self.attention.forward(hidden_states=normed, **keywords, **self.absent)
             assert self.captured is not None
             # The kernel keeps the values in any case where no head is repeated.
             value = made[2] if differentiable and made[2].shape == made[0].shape else None
-            return _Core(self.captured, edges, value, self.scorer.strict, self.cublas)
+            return _Core(self.captured, edges, value, self.strict)
         finally:
             self.slots.clear()
             self.captured = None
@@ -152,6 +158,7 @@ class _Block(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         core, ctx.core = ctx.core, None
         first, second = ctx.sizes
@@ -190,9 +197,17 @@ class BlockForward:
 
 
 def _without_cache(keywords: dict[str, Any]) -> dict[str, Any]:
-    if keywords.get("past_key_values") is not None:
+    """A pass keeps no cache; what a version of transformers does not know, or no longer, it must not be given."""
+    if any(keywords.get(name) is not None for name in _CACHES):
         raise AssertionError("a calibration pass keeps no cache")
-    return {**keywords, "past_key_values": None}
+    return {name: value for name, value in keywords.items() if name not in _CACHES}
+
+
+@cache
+def no_cache(attention: type) -> Mapping[str, None]:
+    """Keywords for the cache that this class of attention cannot be called without."""
+    parameters = inspect.signature(inspect.unwrap(attention.forward)).parameters.values()  # type: ignore[attr-defined]
+    return {p.name: None for p in parameters if p.name in _CACHES and p.default is p.empty}
 
 
 def handed_out(forward: BlockForward, linear: nn.Linear) -> Callable[[Tensor], Tensor]:

@@ -90,7 +90,7 @@ class FlashAttention:
         if self.head_dim % 8:
             return False  # torch pads
         q, k, v = (self._split(x).detach().requires_grad_() for x in made)
-        with torch.enable_grad(), reproducible(self.strict):
+        with torch.enable_grad(), reproducible(self.strict, cublas=False):
             grouped = q.shape[1] != k.shape[1]
             choice = torch._fused_sdp_choice(q, k, v, None, 0.0, True, scale=self.scaling, enable_gqa=grouped)
         return choice == SDPBackend.FLASH_ATTENTION.value and q.shape[2] > 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from . import recompute
@@ -61,7 +62,7 @@ def mlp_backward(mlp: GatedMlp, grad_output: Tensor, g: Tensor, u: Tensor, input
     """The gradient at the MLP's input, which `inputs` makes when it is needed; its three matrices scored."""
     dh = grad_output @ mlp.down.weight
     mlp.scorer(mlp.down, grad_output, mlp.formula.forward(g, u), dh)
-    dg, du = mlp.formula.backward(dh, g, u)
+    dg, du = mlp.formula.backward(dh, g, u, private=True)
     del dh
     operand = inputs()
     gate, up, _ = mlp.modules
@@ -84,6 +85,7 @@ class _Gated(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         g, u, *kept = ctx.saved_tensors
         inputs = ctx.recipe.take if ctx.recipe is not None else lambda: kept[0]

@@ -13,7 +13,7 @@ from torch import nn
 from .. import arch
 from ..types import Group
 from . import recompute
-from .block import Block, BlockForward, handed_out
+from .block import Block, BlockForward, handed_out, no_cache
 from .experts import experts_forward, router_forward
 from .flash import flash_attention
 from .gated import GatedMlp, gated_forward, watched
@@ -31,7 +31,7 @@ def instrument(
     model: Any, modules: Mapping[str, Any], found: Sequence[Group], scorer: Scorer
 ) -> tuple[Replacements, bool]:
     """Replacements for `patches.forward_replaced`: linear layers score, norms and gates are not kept for backward; and
-    whether every decoder layer runs as one node.
+    whether all that needs torch's deterministic kernels asks for them itself.
 
     A module whose `forward` somebody else has replaced keeps it, but for the linear layers, which must score. What a
     layer that runs as one node needs is made when it is first called, while the device works on those before it.
@@ -44,20 +44,21 @@ def instrument(
     for group in found:
         by_layer.setdefault(group.layer, []).append(group)
     replacements: Replacements = []
-    blocks = True
+    asked = True
     for i, layer in enumerate(modules[entry.layers]):
         parts = _Parts(layer, entry, modules, f"{entry.layers}.{i}.", by_layer.get(i, []), scorer)
         if _is_block(parts):
             forward = BlockForward(parts.block)
+            asked &= parts.implementation() in ("eager", "sdpa")  # another may call cuBLAS in between
             replacements.append((layer, forward))
             replacements += [(m, handed_out(forward, m)) for m in parts.projections()]
             continue
-        blocks = False
+        asked = False
         targets, stacks = parts.targets()
         replacements += _with_experts(parts, targets, stacks) if stacks else _in_layer(parts, targets)
     if entry.final_norm is not None:
         replacements += _norm(modules[entry.final_norm], model.dtype, scorer.backend)
-    return replacements, blocks
+    return replacements, asked
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,10 @@ class _Parts:
         """The gated MLP's own module, and its activation."""
         assert self.entry.mlp.gated is not None
         return self[self.entry.mlp.gated.module], self[self.entry.mlp.gated.activation]
+
+    def implementation(self) -> str | None:
+        """Which of transformers' attention functions runs."""
+        return getattr(getattr(self[self.entry.attention.module], "config", None), "_attn_implementation", None)
 
     def residual(self) -> Any:
         """The matrix whose output is only added to what leaves the layer."""
@@ -134,12 +139,13 @@ class _Parts:
         on_device = usable(weight.device, scorer.backend)
         norms: Any = tuple(norm_formula(self[name], weight.dtype, on_device) for name in self.entry.norms)
         found: Any = tuple(targets[m][0] for m in projections)
-        cublas = getattr(getattr(attention, "config", None), "_attn_implementation", None) != "sdpa"
         flash = None
         if on_device and _name(attention) in names.plain:
             flash = flash_attention(attention, scorer.strict, scorer.chosen)
         made: Any = tuple(projections)
-        return Block(attention, made, found, norms, self.gated_mlp(targets), scorer, flash, cublas)
+        strict = scorer.strict and self.implementation() != "eager"  # whose products and sums have one order anyway
+        absent = no_cache(attention.__class__)
+        return Block(attention, made, found, norms, self.gated_mlp(targets), scorer, flash, absent, strict)
 
 
 def _name(module: nn.Module) -> str:

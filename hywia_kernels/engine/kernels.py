@@ -64,7 +64,7 @@ class RmsNorm:
         self.launch["forward"](x.device, self._programs(x), x, mean, self.weight, y, self.columns, self.eps)
         return y
 
-    def backward(self, dy: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, dy: Tensor, *xs: Tensor, private: bool = False) -> tuple[Tensor, ...]:
         x, mean, dy = xs[0].contiguous(), xs[1], dy.contiguous()
         products = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x)
@@ -103,13 +103,13 @@ class Gate:
         self.launch["forward"](y.device, (-(-count // _BLOCK), 1), gate, up, y, count)
         return y
 
-    def backward(self, dy: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, dy: Tensor, *xs: Tensor, private: bool = False) -> tuple[Tensor, ...]:
         gate, up = (x.contiguous() for x in xs)
         dy = dy.contiguous()
         dgate, count = torch.empty_like(gate), dy.numel()
-        # The incoming gradient was made by the next linear layer for this product alone: dup takes its memory.
-        self.launch["backward"](dy.device, (-(-count // _BLOCK), 1), dy, gate, up, dgate, dy, count)
-        return dgate, dy
+        dup = dy if private else torch.empty_like(dy)
+        self.launch["backward"](dy.device, (-(-count // _BLOCK), 1), dy, gate, up, dgate, dup, count)
+        return dgate, dup
 
 
 @cache

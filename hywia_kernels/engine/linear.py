@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .. import ops
@@ -36,6 +37,11 @@ class Target:
     outputs: slice | None = None
     transposed: bool = False
     also: Target | None = None
+
+
+def _layout(tensor: Tensor) -> tuple:
+    """What backends look at when they say whether a call is theirs, beside the shapes."""
+    return tensor.dtype, tensor.stride(), tensor.data_ptr() % 16
 
 
 class Scorer:
@@ -86,8 +92,8 @@ class Scorer:
         brought = grad_output, inputs
         if target.transposed:
             grad_output, inputs = inputs, grad_output
-        key: tuple = (weight.shape, weight.is_contiguous(), weight.dtype, weight.device, axis, size)
-        key += tuple((x.dtype, x.is_contiguous()) for x in (grad_output, inputs, mapped) if x is not None)
+        key: tuple = (weight.shape, *_layout(weight), weight.device, axis, size)
+        key += tuple(_layout(x) for x in (grad_output, inputs, mapped) if x is not None)
         run = self._runs.get(key)
         if run is None:
             out = (target.fine, target.coarse)
@@ -211,6 +217,7 @@ class _ScoredLinear(torch.autograd.Function):
         return functional.linear(inputs, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grads
         inputs = ctx.recipe.take() if ctx.recipe is not None else ctx.saved_tensors[0]
@@ -259,6 +266,7 @@ class _ScoredRows(torch.autograd.Function):
         return functional.linear(inputs, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grads
         inputs, weight = ctx.saved_tensors

@@ -37,6 +37,11 @@ class Targets:
 
 def check_head(model: Any) -> None:
     """Raise HywiaError when the logits are not what the head and the table's entry give."""
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        raise HywiaError(
+            f"model: expected a language model with its head, got {type(model).__name__}; load it by "
+            "AutoModelForCausalLM"
+        )
     known = arch.architecture(model).logits
     for name in _FIELDS:
         value = getattr(arch.text_config(model), name, None)

@@ -5,15 +5,28 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["forward_replaced", "frozen", "reproducible", "without_collections"]
+from ..switch import Switch
+
+__all__ = [
+    "STRICT",
+    "WORKSPACE",
+    "forward_replaced",
+    "frozen",
+    "hooked",
+    "reproducible",
+    "unhook",
+    "without_collections",
+]
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+_FILLING: Any = torch.utils.deterministic
+_OURS = "_hywia_hook"  # marks the hooks of this package
 
 
 @contextmanager
@@ -47,44 +60,76 @@ def frozen(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Iter
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
         for module in training:
             vars(module)["training"] = True
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
-class reproducible:
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Any]], *, before: bool = False) -> Iterator[None]:
+    """Forward hooks for a while, or, with `before`, hooks that are given what enters the module."""
+    hooks = list(hooks)
+    try:
+        for module, hook in hooks:
+            setattr(hook, _OURS, True)
+            (module.register_forward_pre_hook if before else module.register_forward_hook)(hook)
+        yield
+    finally:
+        unhook(module for module, _ in hooks)
+
+
+def unhook(modules: Iterable[nn.Module]) -> None:
+    """Take the hooks of `hooked` off, and no others."""
+    for module in modules:
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, _OURS, False)]:
+                hooks.pop(key, None)
+
+
+def _read_strict() -> tuple[int, bool]:
+    return torch.get_deterministic_debug_mode(), _FILLING.fill_uninitialized_memory
+
+
+def _turn_strict() -> None:
+    _FILLING.fill_uninitialized_memory = False
+    # As `use_deterministic_algorithms(True)`, which would import the compiler, for a second, to tell it too.
+    torch.set_deterministic_debug_mode("error")
+
+
+def _restore_strict(before: tuple[int, bool]) -> None:
+    torch.set_deterministic_debug_mode(before[0])
+    _FILLING.fill_uninitialized_memory = before[1]
+
+
+def _restore_workspace(before: str | None) -> None:
+    if before is None:
+        os.environ.pop(_CUBLAS, None)
+
+
+STRICT = Switch(_read_strict, _turn_strict, _restore_strict)
+WORKSPACE = Switch(
+    lambda: os.environ.get(_CUBLAS),
+    lambda: os.environ.__setitem__(_CUBLAS, os.environ.get(_CUBLAS, ":4096:8")),
+    _restore_workspace,
+)
+
+
+@contextmanager
+def reproducible(on: bool, *, cublas: bool = True) -> Iterator[None]:
     """torch's deterministic kernels, where they matter: attention's backward adds atomically on CUDA otherwise.
 
     The attention kernels heed the strict mode alone ("warn only" leaves them as they are), and the strict mode wants
-    cuBLAS's workspace named (the value is torch's own for Hopper; a user's is kept). With it named, torch parses it at
-    every call of cuBLAS, for fifty microseconds: `cublas=False` leaves that out where nothing calls it. An op that has
-    no deterministic kernel raises RuntimeError. Does nothing when `on` is False.
+    cuBLAS's workspace named in the environment (the value is torch's own for Hopper; a user's is kept). With it named,
+    torch parses it at every call of cuBLAS, for fifty microseconds: `cublas=False` leaves that out where nothing calls
+    it, and must be what autograd's own threads ask for, since an environment may not change while another thread reads
+    it. An op that has no deterministic kernel raises RuntimeError. Does nothing when `on` is False.
     """
-
-    def __init__(self, on: bool, *, cublas: bool = True) -> None:
-        self.on, self.cublas = on, cublas
-
-    def __enter__(self) -> None:
-        if not self.on:
-            return
-        filling: Any = torch.utils.deterministic
-        self.mode, self.fill = torch.get_deterministic_debug_mode(), filling.fill_uninitialized_memory
-        filling.fill_uninitialized_memory = False
-        if self.cublas:
-            self.workspace = os.environ.get(_CUBLAS)
-            os.environ.setdefault(_CUBLAS, ":4096:8")
-        # As `use_deterministic_algorithms(True)`, which would import the compiler, for a second, to tell it too.
-        torch.set_deterministic_debug_mode("error")
-
-    def __exit__(self, *error: object) -> None:
-        if not self.on:
-            return
-        filling: Any = torch.utils.deterministic
-        torch.set_deterministic_debug_mode(self.mode)
-        filling.fill_uninitialized_memory = self.fill
-        if self.cublas and self.workspace is None:
-            os.environ.pop(_CUBLAS, None)
+    if not on:
+        yield
+        return
+    with WORKSPACE.held() if cublas else nullcontext(), STRICT.held():
+        yield
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["Formula", "Recipe", "Rerun", "apply", "recipe"]
 
@@ -20,13 +21,14 @@ _TAG = "_hywia_recipe"
 
 class Formula(Protocol):
     """`small` makes what spares work in the other two and takes no memory to speak of: it is kept, and passed after the
-    operands."""
+    operands. `private`: nobody else sees `dy`, so that its memory may be taken (what autograd brings may be seen by a
+    hook, or kept as a gradient)."""
 
     def small(self, *xs: Tensor) -> tuple[Tensor, ...]: ...
 
     def forward(self, *xs: Tensor) -> Tensor: ...
 
-    def backward(self, dy: Tensor, *xs: Tensor) -> tuple[Tensor, ...]: ...
+    def backward(self, dy: Tensor, *xs: Tensor, private: bool = False) -> tuple[Tensor, ...]: ...
 
 
 class Rerun:
@@ -42,7 +44,7 @@ class Rerun:
         with torch.no_grad():
             return self.function(*xs)
 
-    def backward(self, dy: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, dy: Tensor, *xs: Tensor, private: bool = False) -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in xs]
         with torch.enable_grad():
             y = self.function(*leaves)
@@ -78,6 +80,7 @@ class _Applied(torch.autograd.Function):
         return formula.forward(*xs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         made = ctx.formula.backward(grads[0], *ctx.saved_tensors)
         return None, *made, *(None for _ in ctx.saved_tensors[len(made) :])

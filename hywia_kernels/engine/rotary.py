@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -9,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import arch
+from ..switch import Held, Switch
 from .kernels import kernels_module, power_of_two, usable
 from .launch import Launcher
 
-__all__ = ["rotary_replaced", "rotate", "rotated", "tables_serve"]
+__all__ = ["REPLACED", "rotary_replaced", "rotate", "rotated", "tables_serve"]
 
 _HEADS = 8  # of one step of a program
 
@@ -58,6 +61,7 @@ class _Rotary(torch.autograd.Function):
         return _rotated_heads(q, k, cos, sin, False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return *_rotated_heads(grads[0], grads[1], cos, sin, True), None, None
@@ -75,9 +79,40 @@ def rotated(original: Callable) -> Callable:
     return apply
 
 
+class _Replaced:
+    """The rotations that are replaced now, each a switch of its own."""
+
+    def __init__(self) -> None:
+        self._switches: dict[tuple[int, str], Switch] = {}
+
+    def held(self, names: dict[str, Any], name: str) -> Held:
+        """`names[name]` replaced, in the globals of a Python module, which stay where they are."""
+
+        def restore(original: Callable) -> None:
+            names[name] = original
+
+        key = id(names), name
+        if key not in self._switches:
+            self._switches[key] = Switch(
+                lambda: names[name], lambda: names.__setitem__(name, rotated(names[name])), restore
+            )
+        return self._switches[key].held()
+
+    def holders(self) -> frozenset[int]:
+        return frozenset().union(*(switch.holders() for switch in self._switches.values()))
+
+    def settle(self, holders: frozenset[int]) -> None:
+        for switch in self._switches.values():
+            switch.settle(holders)
+
+
+REPLACED = _Replaced()
+
+
 @contextmanager
-def rotary_replaced(model: Any, backend: str | None) -> Iterator[None]:
-    """The function by which the model's attention modules rotate, replaced for a while where Triton serves.
+def rotary_replaced(model: Any, backend: str | None) -> Iterator[bool]:
+    """The function by which the model's attention modules rotate, replaced for a while where Triton serves; whether it
+    is.
 
     It is a global of the Python module that defines the attention, so other models of the family see it meanwhile; it
     computes what the original does.
@@ -86,13 +121,10 @@ def rotary_replaced(model: Any, backend: str | None) -> Iterator[None]:
     layer = model.get_submodule(entry.layers)[0]
     query = layer.get_submodule(entry.attention.query)
     attention = layer.get_submodule(entry.attention.module)
-    names = getattr(type(attention).forward, "__globals__", {})
-    original = names.get(entry.attention.rotary)
-    if original is None or not usable(query.weight.device, backend):
-        yield
+    # The function that was written, inside whatever decorates it: its globals are where it looks names up.
+    names = getattr(inspect.unwrap(type(attention).forward), "__globals__", {})
+    if entry.attention.rotary not in names or not usable(query.weight.device, backend):
+        yield False
         return
-    try:
-        names[entry.attention.rotary] = rotated(original)
-        yield
-    finally:
-        names[entry.attention.rotary] = original
+    with REPLACED.held(names, entry.attention.rotary):
+        yield True

@@ -17,7 +17,7 @@ Common rules
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +63,12 @@ class AttentionFusion(NamedTuple):
 
     score: Tensor
     weight: Tensor
+
+
+def _body(name: str, *operands: object) -> Any:
+    """The op as torch's dispatcher knows it, for whoever records calls or makes tensors up; its eager body otherwise,
+    which costs less."""
+    return getattr(torch.ops.hywia if checks.traced(*operands) else library, name)
 
 
 def taylor_importance(
@@ -111,10 +117,10 @@ def taylor_importance(
     elif order == "second":
         grad = None
     if out is None:
-        functional = torch.ops.hywia.taylor_importance if torch.compiler.is_compiling() else library.taylor_importance
+        functional = _body("taylor_importance", weight, grad, fisher)
         return TaylorImportance(*functional(weight, grad, fisher, axis, order, group_size, backend))
     fine, signed = out
-    inplace = torch.ops.hywia.taylor_importance_ if torch.compiler.is_compiling() else library.taylor_importance_
+    inplace = _body("taylor_importance_", weight, grad, fisher)
     inplace(weight, grad, fisher, axis, order, group_size, fine, signed, backend)
     return TaylorImportance(fine, signed)
 
@@ -179,9 +185,9 @@ def linear_importance(
     )
     call = (grad_output, input, weight, offsets, axis, order, group_size, per_sample, float(scale), mapped)
     if out is None:
-        functional = torch.ops.hywia.linear_importance if torch.compiler.is_compiling() else library.linear_importance
+        functional = _body("linear_importance", grad_output, input, weight)
         return LinearImportance(*functional(*call, backend))
-    inplace = torch.ops.hywia.linear_importance_ if torch.compiler.is_compiling() else library.linear_importance_
+    inplace = _body("linear_importance_", grad_output, input, weight)
     inplace(*call, *out, backend)
     return LinearImportance(*out)
 
@@ -206,9 +212,9 @@ def compact(
     """
     checks.compact(weight, keep, axis, out)
     if out is None:
-        functional = torch.ops.hywia.compact if torch.compiler.is_compiling() else library.compact
+        functional = _body("compact", weight, keep)
         return functional(weight, keep, axis, backend)
-    inplace = torch.ops.hywia.compact_ if torch.compiler.is_compiling() else library.compact_
+    inplace = _body("compact_", weight, keep)
     inplace(weight, keep, axis, out, backend)
     return out
 
@@ -248,10 +254,10 @@ def attention_fusion(
     """
     checks.attention_fusion(fine, coarse, temperature, out)
     if out is None:
-        functional = torch.ops.hywia.attention_fusion if torch.compiler.is_compiling() else library.attention_fusion
+        functional = _body("attention_fusion", fine, coarse)
         return AttentionFusion(*functional(fine, coarse, temperature, backend))
     score, weight = out
-    inplace = torch.ops.hywia.attention_fusion_ if torch.compiler.is_compiling() else library.attention_fusion_
+    inplace = _body("attention_fusion_", fine, coarse)
     inplace(fine, coarse, temperature, score, weight, backend)
     return AttentionFusion(score, weight)
 
@@ -297,11 +303,10 @@ def taylor_importance_batch(
         UsageError: an argument outside the above. BackendError: a named backend that is off or cannot do this.
     """
     call = checks.taylor_importance_batch(weights, grads, fishers, axes, order, group_sizes, into, out)
-    compiling = torch.compiler.is_compiling()
     if out is None:
-        functional = torch.ops.hywia.taylor_importance_batch if compiling else library.taylor_importance_batch
+        functional = _body("taylor_importance_batch", *call.weights, *call.grads, *call.fishers)
         flat = functional(*call, backend)
         return [TaylorImportance(fine, signed) for fine, signed in zip(flat[::2], flat[1::2], strict=True)]
-    inplace = torch.ops.hywia.taylor_importance_batch_ if compiling else library.taylor_importance_batch_
+    inplace = _body("taylor_importance_batch_", *call.weights, *call.grads, *call.fishers)
     inplace(*call, [fine for fine, _ in out], [signed for _, signed in out], backend)
     return [TaylorImportance(fine, signed) for fine, signed in out]

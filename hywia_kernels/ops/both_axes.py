@@ -51,6 +51,9 @@ def taylor_importance_both(
     checks.taylor_importance(weight, grad, fisher, 0, order, 1, None)
     grad = None if order == "second" else grad
     fisher = None if order == "first" else fisher
+    if checks.traced(weight, grad, fisher):
+        op = torch.ops.hywia.taylor_importance
+        return op(weight, grad, fisher, 0, order, 1, backend), op(weight, grad, fisher, 1, order, 1, backend)
     if _kernel_takes(backend, weight, grad, fisher):
         return _in_one_kernel(weight, grad, fisher, order)
     return _in_bands(weight, grad, fisher, order, backend)

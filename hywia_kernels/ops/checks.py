@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..errors import UsageError
 from ..types import ORDERS
@@ -25,10 +26,46 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def traced(*values: object) -> bool:
+    """Whether a call is for torch's dispatcher to take apart (compiled, recorded, made up or functional tensors), and
+    not for a backend, which reads memory."""
+    if torch.compiler.is_compiling() or _modes() or _transform() is not None:
+        return True
+    return any(type(v) is not Tensor and _is_stand_in(type(v)) for v in values)
+
+
+_modes: Any = torch._C._len_torch_dispatch_stack
+_transform: Any = torch._C._functorch.peek_interpreter_stack
+
+
+def _is_stand_in(kind: type) -> bool:
+    """FakeTensor and FunctionalTensor, which the ops' fake implementations serve."""
+    return kind.__module__.startswith("torch._subclasses.")
+
+
 def _tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise UsageError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    return value
+    kind = type(value)
+    if kind is Tensor or kind is Parameter or torch.compiler.is_compiling() or _is_stand_in(kind):
+        return value
+    # Where such a tensor keeps its values is its own affair: its address may be zero.
+    raise UsageError(
+        f"{name}: expected a plain torch.Tensor, got {kind.__name__} of {kind.__module__}; pass the values themselves "
+        "(a DTensor's .to_local() or .full_tensor(), a quantised one's .dequantize())"
+    )
+
+
+def _stored(**operands: Tensor | None) -> None:
+    """Operands that have passed all other checks: a backend may read them."""
+    if traced(*operands.values()):
+        return
+    for name, tensor in operands.items():
+        if tensor is not None and tensor.data_ptr() == 0 and tensor.numel():
+            raise UsageError(
+                f"{name}: expected a tensor with values, got one without memory on {tensor.device}; load it (meta "
+                "tensors have none, nor have weights that are sharded or offloaded)"
+            )
 
 
 def _dtype(name: str, tensor: Tensor) -> None:
@@ -67,6 +104,7 @@ def _pair(out: object, names: tuple[str, str], shapes: tuple[list[int], list[int
         raise UsageError(f"out: expected a pair ({names[0]}, {names[1]}) of tensors, got {type(out).__name__}")
     for name, tensor, shape in zip(names, out, shapes, strict=True):
         _floats(f"out ({name})", tensor, shape, device)
+    _stored(**{f"out ({name})": tensor for name, tensor in zip(names, out, strict=True)})
 
 
 def _group_size(group_size: object, size: int, axis: int) -> None:
@@ -105,6 +143,7 @@ def taylor_importance(
     if out is not None:
         units = [size // group_size]
         _pair(out, ("fine", "signed"), (units, units), weight.device)
+    _stored(weight=weight, grad=grad if order != "second" else None, fisher=fisher if order != "first" else None)
 
 
 def _offsets(samples: object, tokens: int) -> list[int]:
@@ -190,6 +229,7 @@ def linear_importance(
     if out is not None:
         shapes = linear_shapes(weight, offsets, axis, order, group_size, per_sample)
         _pair(out, ("fine", "coarse"), shapes, weight.device)
+    _stored(grad_output=grad_output, input=input, weight=weight, mapped=mapped)
     return offsets
 
 
@@ -216,6 +256,7 @@ def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor | None) -> None
             )
         if not out.is_contiguous():
             raise UsageError(f"out: expected a contiguous tensor, got strides {out.stride()}")
+    _stored(weight=weight, keep=keep, out=out)
 
 
 def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, out: tuple[Tensor, Tensor] | None) -> None:
@@ -230,6 +271,7 @@ def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, out: tupl
         raise UsageError(f"temperature: expected a positive finite number, got {temperature!r}")
     if out is not None:
         _pair(out, ("score", "weight"), (units, units), fine.device)
+    _stored(fine=fine, coarse=coarse)
 
 
 def keep_values(keep: Tensor, size: int) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .batch import triples
+from .precision import full_float32
 
 OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion", "taylor_importance_batch")
 
@@ -102,21 +101,6 @@ def _pieces(size: int, most: int) -> list[tuple[int, int]]:
     return [(at, min(size, at + step)) for at in range(0, size, step)]
 
 
-@contextmanager
-def _float32_products() -> Iterator[None]:
-    """Products of float32 matrices in float32, whatever torch.set_float32_matmul_precision allows."""
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    if before in ("none", "ieee"):
-        yield
-        return
-    settings.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
-
-
 def _products(dy: Tensor, x: Tensor, limits: list[int], scale: float, out: Tensor) -> None:
     """out[s] = scale · dy_sᵀ · x_s for the samples between `limits` (the alpha of BLAS costs nothing)."""
     lengths = {b - a for a, b in itertools.pairwise(limits)}
@@ -162,7 +146,7 @@ def linear_importance(
     tallest = down[0][1] if down else 1
     store = torch.empty(chunk * tallest * widest)
     running = [torch.empty(2, tallest * widest) if len(limits) > 1 else store.view(1, -1).expand(2, -1) for _ in sums]
-    with _float32_products():
+    with full_float32("cpu"):
         for left, right in across:
             x = input[:, left:right].to(torch.float32, memory_format=torch.contiguous_format)
             for top, bottom in down:

@@ -1,0 +1,124 @@
+"""A model's parameters and its modules' own numbers, put back when a change of them fails halfway."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Removed", "Undo"]
+
+
+class Removed:
+    """What a cut took from a parameter: together with what stays it is the parameter, in the same memory.
+
+    Args:
+        before: the parameter as it was. axis: that was cut. kept: entries that stay, int64, ascending.
+        of: of which of the matrices that are stacked in it; None: it is one matrix, or vector (dimensions beyond two
+            count as columns).
+    """
+
+    def __init__(self, before: Tensor, axis: int, kept: Tensor, of: int | None = None) -> None:
+        part = self._part(before, of)
+        gone = torch.ones(part.shape[axis], dtype=torch.bool)
+        gone[kept] = False
+        self.axis, self.kept, self.of = axis, kept, of
+        self.gone = gone.nonzero()[:, 0]
+        self.values = part.index_select(axis, self.gone.to(part.device))
+
+    @staticmethod
+    def _part(whole: Tensor, of: int | None) -> Tensor:
+        part = whole if of is None else whole[of]
+        return part.flatten(1) if part.dim() > 2 else part
+
+    def fill(self, whole: Tensor, stays: Tensor) -> None:
+        """Into `whole`, of the shape before the cut, from `stays`, of the shape after it."""
+        part = self._part(whole, self.of)
+        for entries, values in ((self.kept, self._part(stays, self.of)), (self.gone, self.values)):
+            part.index_copy_(self.axis, entries.to(part.device), values.to(part.device))
+
+
+class Undo:
+    """Parameters that are replaced, and attributes that are set, in the course of one change.
+
+    A parameter that something else holds is kept alive by that, and comes back itself; of one that nobody holds, the
+    memory goes as soon as it is replaced, and what a cut took from it is enough to make it again.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        configs = {id(c): c for m in model.modules() for c in _configs(vars(m).get("config"))}
+        owners = [*model.modules(), *configs.values()]
+        # The dictionaries that modules keep hooks and submodules in are copied as well: these change in place.
+        self._attributes = [(vars(owner), _copied(vars(owner))) for owner in owners]
+        self._replaced: list[tuple[nn.Module, str, Callable[[], Tensor]]] = []
+
+    def replace(self, module: nn.Module, leaf: str, new: Tensor, removed: Sequence[Removed] | None) -> None:
+        """Give a module another parameter; `removed` is what it lacks of the one before, None where that is to be kept
+        until the end."""
+        old = module._parameters[leaf]
+        assert old is not None
+        parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+        restore = (lambda: old) if removed is None else _remade(old, parameter, removed)
+        self._replaced.append((module, leaf, restore))
+        setattr(module, leaf, parameter)
+
+    def roll_back(self) -> None:
+        while self._replaced:
+            module, leaf, restore = self._replaced[-1]
+            module._parameters[leaf] = restore()  # type: ignore[assignment]
+            self._replaced.pop()
+        for attributes, before in self._attributes:
+            for name in [name for name in attributes if name not in before]:
+                del attributes[name]
+            for name, value in before.items():
+                attributes[name] = value.restored() if isinstance(value, _Contents) else value
+
+
+def _configs(config: Any) -> list[Any]:
+    """A config and those inside it."""
+    if config is None or not hasattr(config, "__dict__"):
+        return []
+    inner = [value for value in vars(config).values() if hasattr(value, "to_dict") and hasattr(value, "__dict__")]
+    return [config, *inner]
+
+
+class _Contents:
+    """What a dictionary or list held."""
+
+    def __init__(self, of: Any) -> None:
+        self.of, self.held = of, of.copy()
+
+    def restored(self) -> Any:
+        self.of.clear()
+        (self.of.update if hasattr(self.of, "update") else self.of.extend)(self.held)
+        return self.of
+
+
+def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value if name == "_parameters" or not isinstance(value, (dict, list)) else _Contents(value)
+        for name, value in attributes.items()
+    }
+
+
+def _remade(old: nn.Parameter, new: nn.Parameter, removed: Sequence[Removed]) -> Callable[[], Tensor]:
+    alive, shape, gradient = weakref.ref(old), old.shape, old.grad
+    dtype, device, learning = old.dtype, old.device, old.requires_grad
+    stays = new.detach()
+
+    def restore() -> Tensor:
+        held = alive()
+        if held is not None:
+            return held
+        # Made on the host: the device may have room for what it holds already, and no more.
+        whole = torch.empty(shape, dtype=dtype)
+        for part in removed:
+            part.fill(whole, stays)
+        made = nn.Parameter(whole.to(device), requires_grad=learning)
+        made.grad = gradient
+        return made
+
+    return restore
