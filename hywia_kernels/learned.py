@@ -134,7 +134,7 @@ def learn(
     if fingerprint(model) != scores.fingerprint or plan.fingerprint != scores.fingerprint:
         raise HywiaError("scores: made for another model, or not those of the plan (the weights differ)")
     samples = padded(batches)
-    check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
+    check_tokens(samples.tokens, model)
     check_head(model)
     learning = []
     for group in scores.groups:

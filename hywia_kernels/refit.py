@@ -267,7 +267,7 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
         raise UsageError(f"ridge: expected a positive number, got {ridge}")
     found = checked_groups(model, plan)
     samples = padded(batches)
-    check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
+    check_tokens(samples.tokens, model)
     entry = arch.architecture(model)
     layers: Any = model.get_submodule(entry.layers)
     device = model.get_input_embeddings().weight.device

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ __all__ = [
     "print_environment",
     "print_evaluation",
     "print_plan",
-    "python_topics",
     "say",
     "write_json",
 ]
@@ -29,7 +27,7 @@ _ROWS = (
     ("parameters", "parameters", "{:,}"),
     ("bytes", "bytes", "{:,}"),
     ("perplexity", "perplexity", "{:.2f}"),
-    ("tokens_per_second", "tokens a second", "{:.1f}"),
+    ("tokens_per_second", "eager tokens/s", "{:.1f}"),
 )
 
 
@@ -40,6 +38,13 @@ def say(line: str) -> None:
 def print_evaluation(found: Mapping[str, Any]) -> None:
     for key, title, form in _ROWS:
         say(f"{title:<16} {form.format(found[key]):>16}")
+    _say_text(found)
+
+
+def _say_text(found: Mapping[str, Any]) -> None:
+    text = found["text"]
+    bos = ", each beginning with the beginning-of-text token" if text["bos"] else ""
+    say(f"perplexity on {text['blocks']:,} blocks of {text['block']:,} tokens{bos}: {text['name']}")
 
 
 def print_comparison(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> None:
@@ -50,6 +55,7 @@ def print_comparison(before: Mapping[str, Any] | None, after: Mapping[str, Any] 
     for key, title, form in _ROWS:
         ratio = after[key] / before[key]
         say(f"{title:<16} {form.format(before[key]):>16} {form.format(after[key]):>16} {ratio:>8.3f}")
+    _say_text(before)
     for name, side in (("before", before), ("after", after)):
         if "continuation" in side:
             say(f"{name} continues: {' '.join(side['continuation'].split())}")
@@ -119,14 +125,6 @@ def print_environment(found: Mapping[str, Any]) -> None:
     for name, state in found["backends"].items():
         detail = ", ".join(state["ops"]) if state["on"] else state["reason"]
         say(f"{name:<10} {'on ' if state['on'] else 'off'} {detail}")
-
-
-def python_topics() -> str:
-    """English prose that comes with Python itself: its help topics, in a fixed order."""
-    from pydoc_data.topics import topics
-
-    joined = "\n\n".join(topics[name] for name in sorted(topics))
-    return re.sub(r"[ \t]+", " ", joined)
 
 
 def write_json(path: str | None, content: Any) -> None:
