@@ -115,7 +115,7 @@ def json_lines(path: Path, argument: str = "calib") -> Iterator[tuple[int, Any]]
             except ValueError as error:
                 shown = line if len(line) <= 60 else line[:60] + "..."
                 raise HywiaError(
-                    f"{argument}: {path}, line {number}: expected a JSON object with a 'text' field, got {shown!r}, "
+                    f"{argument}: {path}, line {number}: expected a JSON object, got {shown!r}, "
                     f"which is not JSON ({error}); a line holds one object, with nothing after it"
                 ) from None
 

@@ -102,9 +102,7 @@ def _windows(texts: Any, tokenizer: Any, length: int, rng: random.Random) -> Ite
     further: list[list[int]] = []
     empty = True
     for pool, alone in _pools(texts):
-        if not pool:
-            continue
-        empty = False
+        empty = empty and not pool
         rng.shuffle(pool)
         short: list[int] = []
         yielded = 0
