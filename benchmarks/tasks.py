@@ -7,7 +7,7 @@ characters (the leading space left out) where the task's usual measure is acc_no
 
 from __future__ import annotations
 
-import json
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hywia_kernels import progress
+from hywia_kernels.reading import json_lines
+from hywia_kernels.tokens import encode
 
 NAMES = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 NOT_NORMALISED = ("boolq", "winogrande")
@@ -49,15 +51,33 @@ def read(folder: Path, tokenizer: Any, limit: int | None = None) -> list[Task]:
 
 def _task(file: Path, tokenizer: Any, limit: int | None) -> Task:
     choices, gold = [], []
-    for question, line in enumerate(file.read_text(encoding="utf-8").splitlines()[:limit]):
-        row = json.loads(line)
-        gold.append(row["gold"])
+    for question, (number, row) in enumerate(itertools.islice(json_lines(file, "--tasks"), limit)):
+        where = f"--tasks: {file}, line {number}"
+        gold.append(_checked(row, where))
         for i, text in enumerate(row["choices"]):
             context = row["context"] if isinstance(row["context"], str) else row["context"][i]
-            before = len(tokenizer(context, add_special_tokens=False)["input_ids"])
-            tokens = tokenizer(context + text, add_special_tokens=False)["input_ids"]
+            before = len(encode(tokenizer, context, where))
+            tokens = encode(tokenizer, context + text, where)
             choices.append(Choice(question, tokens, max(1, len(tokens) - before), len(text) - 1))
+    if not gold:
+        raise SystemExit(f"--tasks: {file} holds no question")
     return Task(file.stem, choices, gold)
+
+
+def _checked(row: Any, where: str) -> int:
+    """Which choice is right, of a row that is as it should be."""
+    if not isinstance(row, dict) or not {"context", "choices", "gold"} <= row.keys():
+        raise SystemExit(f"{where}: expected an object with 'context', 'choices' and 'gold'")
+    context, choices, gold = row["context"], row["choices"], row["gold"]
+    texts = isinstance(choices, list) and bool(choices) and all(isinstance(c, str) and len(c) > 1 for c in choices)
+    contexts = isinstance(context, str) or (
+        isinstance(context, list) and len(context) == len(choices) and all(isinstance(c, str) for c in context)
+    )
+    if not texts or not contexts:
+        raise SystemExit(f"{where}: expected 'choices' to be texts, and 'context' to be one, or one for each choice")
+    if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
+        raise SystemExit(f"{where}: expected 'gold' to be the index of a choice, got {gold!r}")
+    return gold
 
 
 @torch.no_grad()

@@ -243,7 +243,7 @@ def _measured(
     architectures = arch.groups(model, modules)
     found = architectures if found is None else found
     samples = padded(batches)
-    check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
+    check_tokens(samples.tokens, model)
     loss.check_head(model)
     linears = arch.linears(modules, found)
     weight = linears[found[0].members[0].module].weight

@@ -65,9 +65,19 @@ def _add_scoring(command: argparse.ArgumentParser, learned: bool = False) -> Non
     calibration.add_argument("--seed", type=int, help="default: 0")
 
 
+def _add_reading(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("texts")
+    group.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin samples and blocks with the beginning-of-text token; default: where the tokenizer puts one itself",
+    )
+    group.add_argument("--text-field", metavar="NAME", default="text", help="that holds the text; default: text")
+
+
 def _add_text(command: argparse.ArgumentParser, max_blocks: int | None) -> None:
     group = command.add_argument_group("evaluation")
-    group.add_argument("--text", metavar="FILE", help="perplexity on this text; default: Python's own help topics")
+    group.add_argument("--text", metavar="FILE", help="perplexity on this text; default: a novel's beginning")
     group.add_argument("--block", type=int, default=128, help="tokens per block; default: 128")
     group.add_argument("--max-blocks", type=int, default=max_blocks, help=f"default: {max_blocks or 'all'}")
 
@@ -81,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     _add_model(score)
     _add_output(score)
     _add_scoring(score)
+    _add_reading(score)
 
     prune = commands_.add_parser("prune", help="write a smaller model")
     _add_model(prune)
@@ -101,12 +112,14 @@ def parser() -> argparse.ArgumentParser:
     _add_scoring(prune, learned=True)
     commands_recipe.add_recipe(prune)
     _add_text(prune, 40)
+    _add_reading(prune)
     prune.add_argument("--no-eval", action="store_true", help="do not evaluate before and after")
     prune.add_argument("--prompt", help="show both models' continuation of this text")
 
     evaluate = commands_.add_parser("eval", help="perplexity, size and speed")
     _add_model(evaluate)
     _add_text(evaluate, None)
+    _add_reading(evaluate)
 
     commands_bench.add_commands(commands_, _add_loading)
     info = commands_.add_parser("info", help="versions, devices, and which backends are on and why others are off")

@@ -28,14 +28,17 @@ from . import (
 )
 from .calibrate import calibrate
 from .errors import HywiaError, UsageError
-from .evaluate import continuation
+from .evaluate import blocks, continuation
 from .evaluate import evaluate as evaluate_model
 from .fusion import fuse
 from .fusion import score as score_model
 from .hardware import threaded_device_name
 from .load import load
-from .text import calibration, documents
+from .reading import BUNDLED, bundled_text, documents, file_documents, is_local
+from .text import calibration
+from .tokens import check_length, prefix
 from .types import Plan, Scores, Statistics
+from .writing import opening, prompt_tokens
 
 __all__ = ["evaluate", "info", "prune", "score"]
 
@@ -83,8 +86,8 @@ def _check_scoring(arguments: argparse.Namespace) -> None:
         raise UsageError("memory: expected auto, fast or lean with --engine autograd, got layerwise")
     if arguments.backend is not None:
         ops.require(arguments.backend)
-    if arguments.calib is not None and Path(arguments.calib).suffix in (".txt", ".jsonl"):
-        documents(arguments.calib)
+    if arguments.calib is not None and is_local(arguments.calib):
+        documents(arguments.calib, field=arguments.text_field)
 
 
 def _shares(group_ratio: float | dict[str, float] | None) -> list[float | None]:
@@ -106,22 +109,38 @@ def _check_selection(arguments: argparse.Namespace) -> None:
     if arguments.align is not None and arguments.align < 1:
         raise UsageError(f"align: expected at least 1, got {arguments.align}")
     if arguments.scores is not None:
-        # A text for the refit, or for learning, may come with stored scores.
-        unasked = ("criterion", "samples", "engine", "memory")
-        for name in unasked if arguments.calib is not None else (*unasked, "seq_len", "seed"):
+        # A text for ranking heads, the refit, or learning may come with stored scores.
+        unasked = ("criterion", "engine", "memory")
+        for name in unasked if arguments.calib is not None else (*unasked, "samples", "seq_len", "seed"):
             if getattr(arguments, name) is not None:
                 raise UsageError(f"{name}: does not go with --scores, which holds the outcome of an earlier scoring")
 
 
-def _evaluation_text(arguments: argparse.Namespace) -> str:
+def _evaluation_text(arguments: argparse.Namespace) -> tuple[str, str]:
+    """`(name, text)`; the documents of a file that holds several, with an empty line between them."""
     if arguments.block < 2 or (arguments.max_blocks is not None and arguments.max_blocks < 1):
         raise UsageError("block: expected --block of at least 2 and --max-blocks of at least 1")
     if arguments.text is None:
-        return report.python_topics()
-    try:
-        return Path(arguments.text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise HywiaError(f"text: cannot read {arguments.text} as UTF-8 text: {error}") from error
+        return BUNDLED, bundled_text()
+    path = Path(arguments.text)
+    if not path.is_file():
+        raise HywiaError(f"text: cannot read {path}: {'it is a directory' if path.is_dir() else 'no such file'}")
+    return str(path), "\n\n".join(file_documents(path, field=arguments.text_field, argument="text"))
+
+
+def _check_lengths(
+    arguments: argparse.Namespace, model: Any, tokenizer: Any, text: tuple[str, str] | None, scored: bool
+) -> None:
+    """What the model's positions and the evaluation's text do not allow, said before any work."""
+    prefix(tokenizer, arguments.bos)
+    if scored:
+        check_length(model, _setting(arguments, "seq_len"), "seq_len")
+    if text is None:
+        return
+    check_length(model, arguments.block, "block")
+    blocks(tokenizer, text[1], arguments.block, arguments.max_blocks, bos=arguments.bos)
+    if getattr(arguments, "prompt", None):
+        prompt_tokens(model, tokenizer, arguments.prompt, arguments.bos)
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -141,27 +160,47 @@ def _say_left_alone(model: Any) -> None:
 
 
 class _Texts:
-    """Calibration samples, written or read once per number of samples."""
+    """Calibration samples, written or read once per number of samples; says what it made."""
 
     def __init__(self, arguments: argparse.Namespace, model: Any, tokenizer: Any) -> None:
         self.arguments, self.model, self.tokenizer = arguments, model, tokenizer
-        self._made: dict[int | None, Tensor] = {}
+        self.source = arguments.calib or "written by the model"
+        self._made: dict[tuple[int, bool], Tensor] = {}
 
-    def __call__(self, samples: int | None) -> Tensor:
-        """So many; None: as many as are scored. A text that holds fewer gives all it has, but not to be scored."""
-        if samples is not None and samples == _setting(self.arguments, "samples"):
-            samples = None
-        if samples not in self._made:
-            self._made[samples] = calibration(
+    def __call__(self, samples: int | None, fewer: bool = False) -> Tensor:
+        """So many; None: as many as are scored. `fewer`: a text that holds fewer gives all it has."""
+        scored = _setting(self.arguments, "samples")
+        if samples is None or samples == scored:
+            samples, fewer = scored, False
+        key = (samples, fewer)
+        if key not in self._made:
+            # A number that was not given for scoring is refused in its own option's name.
+            option = "--samples" if samples == scored else "--refit-samples"
+            tokens = self._made[key] = calibration(
                 self.model,
                 self.tokenizer,
                 self.arguments.calib,
-                samples=_setting(self.arguments, "samples") if samples is None else samples,
+                samples=samples,
                 seq_len=_setting(self.arguments, "seq_len"),
                 seed=_setting(self.arguments, "seed"),
-                fewer=samples is not None or self.arguments.samples is None,
+                fewer=fewer or samples != scored,
+                bos=self.arguments.bos,
+                field=self.arguments.text_field,
             )
-        return self._made[samples]
+            count, length = tokens.shape
+            if count < samples and not fewer:
+                raise HywiaError(
+                    f"calib: the text holds {count} samples of {length} tokens, {samples} were asked for; "
+                    f"give more text, or {option} {count}, or a shorter --seq-len"
+                )
+            report.say(f"calibration text: {count:,} samples of {length:,} tokens, {self.source}")
+        return self._made[key]
+
+    def record(self, tokens: Tensor) -> dict[str, Any]:
+        """What samples were made of."""
+        begin = (opening if self.arguments.calib is None else prefix)(self.tokenizer, self.arguments.bos)
+        seed = _setting(self.arguments, "seed")
+        return {"calib": self.source, "seed": seed, "bos": bool(begin), "tokens": tokens.numel()}
 
 
 def _scored(arguments: argparse.Namespace, model: Any, texts: _Texts) -> tuple[Scores, Statistics | None]:
@@ -176,8 +215,7 @@ def _scored(arguments: argparse.Namespace, model: Any, texts: _Texts) -> tuple[S
         engine=_setting(arguments, "engine"),
         memory=_setting(arguments, "memory"),
     )
-    asked = {"calib": arguments.calib or "written by the model", "seed": seed}
-    statistics = replace(statistics, record={**statistics.record, **asked}, known_finite=True)
+    statistics = replace(statistics, record={**statistics.record, **texts.record(batches)}, known_finite=True)
     return fuse(statistics, _blend(arguments), _setting(arguments, "order")), statistics
 
 
@@ -209,6 +247,7 @@ def score(arguments: argparse.Namespace) -> None:
     _check_scoring(arguments)
     model, tokenizer = _load(arguments)
     _say_left_alone(model)
+    _check_lengths(arguments, model, tokenizer, None, _setting(arguments, "criterion") == "hywia")
     scores, statistics = _scored(arguments, model, _Texts(arguments, model, tokenizer))
     storage.save_scores(output, scores, statistics, overwrite=arguments.overwrite)
     report.say(f"wrote {output}: {len(scores.groups)} groups, {sum(g.units for g in scores.groups)} units")
@@ -232,6 +271,9 @@ def prune(arguments: argparse.Namespace) -> None:
     planning.check_reachable(
         model, stored, criterion=_setting(arguments, "criterion"), **commands_recipe.plan_request(arguments)
     )
+    scored = stored is None and _setting(arguments, "criterion") == "hywia"
+    learns = arguments.fusion == "learned"
+    _check_lengths(arguments, model, tokenizer, text, scored or learns or commands_recipe.refits(arguments))
     texts = _Texts(arguments, model, tokenizer)
     scores, plan = commands_recipe.planned(arguments, model, stored or _scored(arguments, model, texts)[0], texts)
     plan = planning.with_prediction(plan, model, arguments.target)
@@ -244,23 +286,32 @@ def prune(arguments: argparse.Namespace) -> None:
     export.save(model, tokenizer, output, plan=plan, record=record, overwrite=arguments.overwrite)
     after = _measure(arguments, model, tokenizer, text, output)
     report.print_comparison(before, after)
-    if before is not None and text is not None:
-        on = run_record.text_record(text, arguments.text, arguments.block, arguments.max_blocks)
+    if before is not None:
         device = threaded_device_name(next(model.parameters()).device)
-        evaluation = {"text": on, "device": device, "before": before, "after": after}
+        evaluation = {"text": before["text"], "device": device, "before": before, "after": after}
         export.add_to_record(output, {"evaluation": evaluation})
     report.say(f"wrote {output}")
     _write_prune_json(arguments, plan, before, after)
 
 
-def _measure(arguments: argparse.Namespace, model: Any, tokenizer: Any, text: str | None, source: Any) -> dict | None:
+def _measure(
+    arguments: argparse.Namespace, model: Any, tokenizer: Any, text: tuple[str, str] | None, source: Any
+) -> dict | None:
     if text is None:
         return None
+    name, content = text
     found: dict[str, Any] = evaluate_model(
-        model, tokenizer, text, block=arguments.block, max_blocks=arguments.max_blocks, source=source
+        model,
+        tokenizer,
+        content,
+        block=arguments.block,
+        max_blocks=arguments.max_blocks,
+        source=source,
+        bos=arguments.bos,
+        name=name,
     )
-    if arguments.prompt:
-        found["continuation"] = continuation(model, tokenizer, arguments.prompt)
+    if getattr(arguments, "prompt", None):
+        found["continuation"] = continuation(model, tokenizer, arguments.prompt, bos=arguments.bos)
     return found
 
 
@@ -276,9 +327,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     _begin(arguments)
     text = _evaluation_text(arguments)
     model, tokenizer = _load(arguments)
-    found = evaluate_model(
-        model, tokenizer, text, block=arguments.block, max_blocks=arguments.max_blocks, source=arguments.model
-    )
+    _check_lengths(arguments, model, tokenizer, text, scored=False)
+    found = _measure(arguments, model, tokenizer, text, arguments.model) or {}
     report.print_evaluation(found)
     report.write_json(arguments.json, found)
 

@@ -34,7 +34,8 @@ SAMPLES = 96  # scored: on LLaMA-7B's shapes a pass over them takes less time th
 REFIT_SAMPLES = 1024
 STEPS = 50
 
-Texts = Callable[[int | None], Tensor]  # calibration samples, as many as asked for; None: those that are scored
+# Calibration samples, as many as asked for (None: those that are scored); True: or as many as the text has.
+Texts = Callable[..., Tensor]
 
 
 def group_ratio(text: str) -> float | dict[str, float]:
@@ -76,7 +77,9 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--ridge", type=float, help=f"of the refit; default: {RIDGE}")
     group.add_argument(
-        "--refit-samples", type=int, help=f"default: {REFIT_SAMPLES} of --calib, or those the model wrote to be scored"
+        "--refit-samples",
+        type=int,
+        help=f"default: {REFIT_SAMPLES} of --calib, or all that it has, or those the model wrote to be scored",
     )
     group.add_argument("--steps", type=int, help=f"of --fusion learned; default: {STEPS}")
 
@@ -131,7 +134,7 @@ def planned(arguments: argparse.Namespace, model: Any, scores: Scores, texts: Te
         scores = with_leftover(scores, leftover(model, texts(None)))
     plan = planning.plan_for(scores, **plan_request(arguments))
     if arguments.fusion == "learned":
-        scores = learn(model, scores, plan, texts(REFIT_SAMPLES), steps=arguments.steps or STEPS)
+        scores = learn(model, scores, plan, texts(REFIT_SAMPLES, True), steps=arguments.steps or STEPS)
         again = {name: selection.top_units(scores.values[name], keep.numel()) for name, keep in plan.keep.items()}
         plan = replace(plan, keep=again, record={**plan.record, "scores": dict(scores.record)})
     return scores, plan
@@ -142,13 +145,15 @@ def refitted(arguments: argparse.Namespace, model: Any, plan: Plan, texts: Texts
     if not refits(arguments):
         return plan
     wanted = arguments.refit_samples or (REFIT_SAMPLES if arguments.calib is not None else None)
-    plan = refit(model, plan, texts(wanted), ridge=arguments.ridge or RIDGE)
+    batches = texts(wanted, arguments.refit_samples is None)
+    plan = refit(model, plan, batches, ridge=arguments.ridge or RIDGE)
     done = plan.record["refit"]
     errors = list(done["relative_error"].values())
     if errors:
         before, after = (sum(pair[i] for pair in errors) / len(errors) for i in (0, 1))
         report.say(
-            f"refitted {len(errors)} matrices on {done['tokens']:,} tokens in {done['seconds']:.1f} s: "
+            f"refitted {len(errors)} matrices on {done['samples']:,} samples, {done['tokens']:,} tokens, in "
+            f"{done['seconds']:.1f} s: "
             f"mean squared error of their outputs {before:.3f} -> {after:.3f} of the outputs'"
         )
     return plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
 import time
@@ -15,43 +16,74 @@ from torch.nn import functional
 from . import progress
 from .errors import HywiaError, UsageError
 from .holding import unwrapped
+from .tokens import check_length, check_tokens, encode, positions, prefix
+from .weight_files import weight_files
 from .weights import count_parameters, weight_bytes
+from .writing import continuation, evaluating, greedy
 
 __all__ = ["blocks", "continuation", "evaluate", "perplexity", "stored_bytes", "tokens_per_second"]
 
 
-def blocks(tokenizer: Any, text: str, block: int = 128, max_blocks: int | None = None) -> Tensor:
+def blocks(
+    tokenizer: Any, text: str, block: int = 128, max_blocks: int | None = None, *, bos: bool | None = None
+) -> Tensor:
     """The papers' protocol: tokenise the whole string, cut it into blocks, drop the rest. int64 `[blocks, block]`.
 
+    Where the tokenizer puts a beginning-of-text token before a text by itself (or `bos` is True; False: nowhere), each
+    block begins with it and has `block - 1` tokens of the text.
+
     Raises:
-        UsageError: block below 2 or max_blocks below 1. HywiaError: the text is shorter than one block.
+        UsageError: block below 2 or max_blocks below 1, or `bos=True` without such a token. HywiaError: the text is
+            shorter than one block, or the tokenizer fails on it.
     """
     if block < 2:
         raise UsageError(f"block: expected at least 2 tokens, got {block}")
     if max_blocks is not None and max_blocks < 1:
         raise UsageError(f"max_blocks: expected at least 1, got {max_blocks}")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    count = min(len(ids) // block, max_blocks or len(ids))
+    begin = prefix(tokenizer, bos)
+    length = block - len(begin)
+    if length < 1:
+        raise UsageError(f"block: expected at least {len(begin) + 1} tokens, got {block}")
+    ids = encode(tokenizer, text, "text")
+    count = min(len(ids) // length, max_blocks or len(ids))
     if count == 0:
-        raise HywiaError(f"text: expected at least one block of {block} tokens, got {len(ids)} tokens")
-    return torch.tensor(ids[: count * block], dtype=torch.int64).view(count, block)
+        beside = f" and {len(begin)} before each block" if begin else ""
+        raise HywiaError(
+            f"text: expected at least one block of {block} tokens, got {len(ids)} tokens{beside}; "
+            "give more text, or a smaller --block"
+        )
+    cut = torch.tensor(ids[: count * length], dtype=torch.int64, device="cpu").view(count, length)
+    return torch.cat([torch.tensor([begin] * count, dtype=torch.int64, device="cpu").view(count, len(begin)), cut], 1)
 
 
 @torch.no_grad()
 def perplexity(model: Any, tokens: Tensor, *, batch: int = 8) -> float:
     """`exp` of the mean next-token loss over int64 `[blocks, block]`; float32 logits, float64 mean.
 
+    Every token but a block's first is predicted, from those before it in its block: `blocks · (block - 1)` losses, of
+    which one a block is that of the first word behind the beginning-of-text token where there is one. The model is in
+    eval mode meanwhile.
+
     Raises:
-        HywiaError: the loss is NaN.
+        UsageError: no blocks, blocks of one token or longer than the model's positions, or a batch below 1.
+        HywiaError: ids beyond the vocabulary, or the loss is NaN.
     """
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
+        raise UsageError("tokens: expected int64 token ids [blocks, block]")
+    if batch < 1:
+        raise UsageError(f"batch: expected at least 1, got {batch}")
     model = unwrapped(model)
+    check_tokens(tokens, model, "block")
+    if tokens.shape[1] < 2:
+        raise UsageError(f"block: expected at least 2 tokens, got {tokens.shape[1]}")
     device = model.get_input_embeddings().weight.device
     total = 0.0
-    for chunk in progress.track(tokens.split(batch), "perplexity"):
-        ids = chunk.to(device)
-        logits = model(ids, use_cache=False).logits[:, :-1].float()
-        loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        total += float(loss.double().sum())
+    with evaluating(model):
+        for chunk in progress.track(tokens.split(batch), "perplexity"):
+            ids = chunk.to(device=device, dtype=torch.int64)
+            logits = model(ids, use_cache=False).logits[:, :-1].float()
+            loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            total += float(loss.double().sum())
     mean = total / (tokens.shape[0] * (tokens.shape[1] - 1))
     if math.isnan(mean):
         raise HywiaError("model: its loss is NaN; check its weights, or load it in float32 or bfloat16")
@@ -60,20 +92,27 @@ def perplexity(model: Any, tokens: Tensor, *, batch: int = 8) -> float:
 
 @torch.no_grad()
 def tokens_per_second(model: Any, *, prompt: int = 16, new: int = 32, repeats: int = 3) -> float:
-    """Tokens a second of greedy generation: one sequence, a KV cache, median of `repeats` after a warm-up."""
-    from transformers import GenerationConfig
+    """Tokens a second of eager greedy generation: one sequence, a KV cache, median of `repeats` after a warm-up.
 
+    On a GPU the calls of kernels take most of that time, and a smaller model has as many: `hywia bench` measures
+    decoding without them. A model with fewer positions than `prompt + new` makes fewer tokens.
+    """
     model = unwrapped(model)
     weight = model.get_input_embeddings().weight
+    most = positions(model)
+    if most is not None and prompt + new > most:
+        prompt = min(prompt, most // 2)
+        new = most - prompt
     ids = torch.arange(prompt, device=weight.device)[None] % weight.shape[0]
-    config = GenerationConfig(do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
     times = []
     for _ in range(repeats + 1):
         _synchronise(weight.device)
         start = time.perf_counter()
-        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        made = greedy(model, ids, new)
         _synchronise(weight.device)
         times.append(time.perf_counter() - start)
+        if made.shape[1] != prompt + new:
+            raise HywiaError(f"model: expected it to write {new} tokens, got {made.shape[1] - prompt}")
     return new / statistics.median(times[1:])
 
 
@@ -82,40 +121,52 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@torch.no_grad()
-def continuation(model: Any, tokenizer: Any, prompt: str, new: int = 40) -> str:
-    """Greedy continuation of a prompt, the prompt left out."""
-    from transformers import GenerationConfig
-
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.get_input_embeddings().weight.device)
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=new,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-    )
-    output = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
 def stored_bytes(source: str | Path) -> int | None:
-    """Bytes of the safetensors files in a directory; None when there are none (a hub id, a GGUF file)."""
-    folder = Path(source)
-    sizes = [f.stat().st_size for f in folder.glob("*.safetensors")] if folder.is_dir() else []
-    return sum(sizes) or None
+    """Bytes of the safetensors files that hold a directory's weights; None when there are none (a hub id, a GGUF
+    file)."""
+    if not Path(source).is_dir():
+        return None
+    try:
+        return sum(file.stat().st_size for file in weight_files(source))
+    except HywiaError:
+        return None
 
 
 def evaluate(
-    model: Any, tokenizer: Any, text: str, *, block: int = 128, max_blocks: int | None = None, source: str | Path = ""
-) -> dict[str, float]:
-    """Quality, size and speed: keys `perplexity`, `parameters`, `bytes`, `tokens_per_second`.
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    *,
+    block: int = 128,
+    max_blocks: int | None = None,
+    source: str | Path = "",
+    bos: bool | None = None,
+    name: str = "given",
+) -> dict[str, Any]:
+    """Quality, size and speed: keys `perplexity`, `parameters`, `bytes`, `tokens_per_second`, `text`.
 
-    `bytes` is the size of `source`'s safetensors files; without such files, what the weights would take as
-    safetensors in their present dtype. `tokens_per_second` is greedy generation, one sequence.
+    `bytes` is the size of the safetensors files that hold `source`'s weights; without such files, what the weights
+    would take as safetensors in their present dtype. `tokens_per_second` is eager greedy generation, one sequence.
+    `text` says on what perplexity was measured: `name`, `sha256` of the whole text in UTF-8, `blocks`, `block` and
+    `tokens` (blocks · block) that were read, and `bos`, whether each block begins with the beginning-of-text token.
+    `block`, `max_blocks` and `bos` are those of `blocks`.
+
+    Raises:
+        UsageError, HywiaError: as `blocks` and `perplexity`.
     """
+    check_length(model, block, "block")
+    tokens = blocks(tokenizer, text, block, max_blocks, bos=bos)
     return {
-        "perplexity": perplexity(model, blocks(tokenizer, text, block, max_blocks)),
+        "perplexity": perplexity(model, tokens),
         "parameters": count_parameters(model),
         "bytes": (stored_bytes(source) if source else None) or weight_bytes(model),
         "tokens_per_second": tokens_per_second(model),
+        "text": {
+            "name": name,
+            "sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
+            "blocks": tokens.shape[0],
+            "block": tokens.shape[1],
+            "tokens": tokens.numel(),
+            "bos": bool(prefix(tokenizer, bos)),
+        },
     }

@@ -151,7 +151,7 @@ def learn(
         if fingerprint(model) != scores.fingerprint or plan.fingerprint != scores.fingerprint:
             raise HywiaError("scores: made for another model, or not those of the plan (the weights differ)")
         samples = padded(batches)
-        check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
+        check_tokens(samples.tokens, model)
         loss.check_head(model)
         learning = _learning(model, scores, plan)
         losses = _steps(model, learning, samples, steps, batch)

@@ -56,7 +56,7 @@ def leftover(model: Any, batches: Tensor | Sequence[Tensor]) -> dict[str, Tensor
 def _measured(model: Any, batches: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
     found = [g for g in arch.groups(model) if g.kind == "attention"]
     samples = padded(batches)
-    check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
+    check_tokens(samples.tokens, model)
     grams: dict[str, Tensor] = {}
     rows: list[Tensor | None] = [None]
 

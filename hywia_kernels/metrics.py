@@ -31,7 +31,7 @@ METRICS = (
     Metric("parameters", "parameters", "parameters", "{:,}"),
     Metric("bytes", "bytes", "bytes of weights", "{:,}"),
     Metric("perplexity", "perplexity", "perplexity", "{:.2f}"),
-    Metric("tokens_per_second", "tokens a second", "tokens a second (greedy, one sequence)", "{:.1f}"),
+    Metric("tokens_per_second", "eager tokens/s", "tokens a second (greedy, one sequence)", "{:.1f}"),
 )
 
 

@@ -334,7 +334,7 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
 def _refitted(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[str, list[float]]:
     """`refit`; the relative errors of its matrices."""
     found = checked_groups(model, plan)
-    check_tokens(samples.tokens, model.get_input_embeddings().num_embeddings)
+    check_tokens(samples.tokens, model)
     entry = arch.architecture(model)
     layers: Any = model.get_submodule(entry.layers)
     devices = dict.fromkeys(p.device for p in layers.parameters())

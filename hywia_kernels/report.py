@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ __all__ = [
     "print_evaluation",
     "print_history",
     "print_plan",
-    "python_topics",
     "say",
     "write_json",
 ]
@@ -39,6 +37,13 @@ def say(line: str) -> None:
 def print_evaluation(found: Mapping[str, Any]) -> None:
     for metric, value in figures_of(found):
         say(f"{metric.name:<16} {value:>16}")
+    _say_text(found)
+
+
+def _say_text(found: Mapping[str, Any]) -> None:
+    text = found["text"]
+    bos = ", each beginning with the beginning-of-text token" if text["bos"] else ""
+    say(f"perplexity on {text['blocks']:,} blocks of {text['block']:,} tokens{bos}: {text['name']}")
 
 
 def print_comparison(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> None:
@@ -48,6 +53,7 @@ def print_comparison(before: Mapping[str, Any] | None, after: Mapping[str, Any] 
     say(f"{'':<16} {'before':>16} {'after':>16} {'ratio':>8}")
     for row in compare(before, after):
         say(f"{row.metric.name:<16} {row.before:>16} {row.after:>16} {row.ratio:>8}")
+    _say_text(before)
     for name, side in (("before", before), ("after", after)):
         if "continuation" in side:
             say(f"{name} continues: {' '.join(plain(side['continuation']).split())}")
@@ -130,14 +136,6 @@ def print_environment(found: Mapping[str, Any]) -> None:
     for name, state in found["backends"].items():
         detail = ", ".join(state["ops"]) if state["on"] else state["reason"]
         say(f"{name:<10} {'on ' if state['on'] else 'off'} {detail}")
-
-
-def python_topics() -> str:
-    """English prose that comes with Python itself: its help topics, in a fixed order."""
-    from pydoc_data.topics import topics
-
-    joined = "\n\n".join(topics[name] for name in sorted(topics))
-    return re.sub(r"[ \t]+", " ", joined)
 
 
 def write_json(path: str | None, content: Any) -> None:

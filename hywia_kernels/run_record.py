@@ -6,9 +6,7 @@ record of an older or newer version still makes a page.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import platform
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +35,6 @@ __all__ = [
     "settings",
     "spans",
     "summary_rows",
-    "text_record",
     "versions_of",
 ]
 
@@ -257,23 +254,6 @@ def command_line(record: Mapping[str, Any]) -> str | None:
     return shlex.join(["hywia", *words])
 
 
-def text_record(text: str, source: str | None, block: int, max_blocks: int | None) -> dict[str, Any]:
-    """What a record keeps of the text that perplexity was measured on.
-
-    Args:
-        text: all of it. source: the file it is from; None: Python's own help topics, which differ between versions.
-        block: tokens a block. max_blocks: how many of them at most; None: all.
-    """
-    own = f"Python {platform.python_version()}'s help topics"
-    return {
-        "name": own if source is None else Path(source).name,
-        "sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
-        "characters": len(text),
-        "block": block,
-        "max_blocks": max_blocks,
-    }
-
-
 def versions_of(record: Mapping[str, Any]) -> dict[str, str]:
     return {str(name): str(version) for name, version in mapping(record.get("versions")).items()}
 
@@ -283,13 +263,11 @@ def evaluation_text(record: Mapping[str, Any]) -> str | None:
     text = mapping(mapping(record.get("evaluation")).get("text"))
     if not isinstance(text.get("name"), str):
         return None
-    parts = [text["name"]]
+    parts = [Path(text["name"]).name]  # where the file lay on the machine of the run is nobody's business
     if isinstance(text.get("sha256"), str):
         parts.append(f"SHA-256 {text['sha256']}")
-    if isinstance(text.get("block"), int):
-        blocks = text.get("max_blocks")
-        which = f"the first {blocks} blocks" if isinstance(blocks, int) else "all blocks"
-        parts.append(f"{which} of {text['block']} tokens")
+    if isinstance(text.get("block"), int) and isinstance(text.get("blocks"), int):
+        parts.append(f"{text['blocks']:,} blocks of {text['block']:,} tokens")
     return ", ".join(parts)
 
 

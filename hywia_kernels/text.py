@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import itertools
 import random
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import progress
 from .errors import HywiaError, UsageError
+from .reading import documents
+from .tokens import check_length, check_tokens, digest, encode, prefix
+from .writing import self_written
 
 __all__ = ["calibration", "check_tokens", "digest", "documents", "self_written", "windows"]
 
-_FILES = (".txt", ".jsonl")
+_BUFFER = 1000  # documents of a stream that are shuffled together
 
 
 def calibration(
@@ -28,123 +29,63 @@ def calibration(
     seq_len: int = 128,
     seed: int = 0,
     fewer: bool = False,
+    bos: bool | None = None,
+    field: str = "text",
 ) -> Tensor:
     """Calibration token ids, int64 `[samples, seq_len]`, on the CPU; the same arguments give the same ids.
 
     Args:
-        source: a `.txt` file (one text), a `.jsonl` file (a `text` field per line), `NAME[:config[:split]]` of a
-            dataset on the hub or a local directory `datasets` can read, or None: text the model writes itself.
-        samples, seq_len: how many samples of how many tokens.
+        model: writes the text, where there is no source; may be None where there is one.
+        source: a `.txt` file (one text), a `.jsonl` file (a `text` field per line), a `.json` file (a list of such),
+            any of these with `.gz`, a directory of `.txt` files, `NAME[:config[:split]]` of a dataset on the hub or a
+            local directory `datasets` can read, or None: text the model writes itself.
+        samples, seq_len: how many samples of how many tokens, the beginning-of-text token counted.
         seed: of the choice of windows, or of the writing.
         fewer: take what there is when the text holds at least one sample, but not as many.
+        bos: whether each sample begins with the beginning-of-text token. None: where the tokenizer puts one before a
+            text by itself (Llama 2 and 3, Gemma, Mistral; not GPT-2), and in written text wherever there is one.
+        field: of an object or a dataset's row; it holds the text.
 
     Raises:
-        UsageError: samples or seq_len out of range. HywiaError: the source is missing, empty, or too short.
+        UsageError: samples or seq_len out of range, or beyond the model's positions, or `bos=True` without such a
+            token. HywiaError: the source is missing, empty, no text, or too short, or the tokenizer fails on it.
     """
     if samples < 1:
         raise UsageError(f"samples: expected at least 1, got {samples}")
     if seq_len < 2:
         raise UsageError(f"seq_len: expected at least 2 (a next-token loss needs two tokens), got {seq_len}")
+    if model is not None:
+        check_length(model, seq_len)
     if source is None:
-        return self_written(model, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
-    return windows(documents(source), tokenizer, samples=samples, seq_len=seq_len, seed=seed, fewer=fewer)
+        return self_written(model, tokenizer, samples=samples, seq_len=seq_len, seed=seed, bos=bos)
+    texts = documents(str(source), field=field)
+    return windows(texts, tokenizer, samples=samples, seq_len=seq_len, seed=seed, fewer=fewer, bos=bos)
 
 
-def documents(source: str) -> list[str] | Any:
-    """The texts of a source: a list for files, an iterator for datasets.
-
-    Raises:
-        HywiaError: a missing, unreadable or empty file, a line without `text`, or a dataset that cannot be had.
-    """
-    path = Path(source)
-    if path.suffix in _FILES or path.is_file():
-        return _file_documents(path)
-    return _dataset_documents(source)
-
-
-def _file_documents(path: Path) -> list[str]:
-    if path.suffix not in _FILES:
-        raise HywiaError(f"calib: expected a .txt or .jsonl file, got {path}")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise HywiaError(f"calib: no such file: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise HywiaError(f"calib: cannot read {path} as UTF-8 text: {error}") from error
-    if not content.strip():
-        raise HywiaError(f"calib: {path} is empty")
-    if path.suffix == ".txt":
-        return [content]
-    texts = []
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            raise HywiaError(f"calib: {path}, line {number}: expected a JSON object with a 'text' field") from None
-        if not isinstance(text, str):
-            raise HywiaError(f"calib: {path}, line {number}: expected 'text' to be a string, got {type(text).__name__}")
-        texts.append(text)
-    return texts
-
-
-def _dataset_documents(source: str):
-    try:
-        import datasets
-    except ImportError:
-        raise HywiaError(
-            f"calib: {source!r} is no .txt or .jsonl file; a dataset needs: pip install 'hywia_kernels[hub]'"
-        ) from None
-    name, _, rest = source.partition(":")
-    config, _, split = rest.partition(":")
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        for row in rows:
-            if not isinstance(row.get("text"), str):
-                raise HywiaError(f"calib: dataset {source!r} has no 'text' column; it has {sorted(row)}")
-            yield row["text"]
-    except HywiaError:
-        raise
-    except Exception as error:  # datasets raises many kinds: not found, no network, bad config
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise HywiaError(f"calib: could not read dataset {source!r}: {reason}") from error
-
-
-def windows(texts: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int, fewer: bool = False) -> Tensor:
-    """Seeded windows of `seq_len` tokens, int64 `[samples, seq_len]`.
+def windows(
+    texts: Any,
+    tokenizer: Any,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    fewer: bool = False,
+    bos: bool | None = None,
+) -> Tensor:
+    """Seeded windows of `seq_len` tokens, int64 `[samples, seq_len]`, on the CPU.
 
     Several documents: one random window from each of the documents that are long enough, in shuffled order; when they
     do not suffice, the rest comes from what the short documents give when joined by the end-of-text token, and then
     from further windows of the long documents that overlap none taken before. One document: distinct blocks of it.
-    Fewer samples are a prefix of more. Special tokens are not added, as in the papers' protocols.
+    A stream (any iterable but a list), which may be endless, is taken a thousand documents at a time, and its short
+    documents before the next thousand. Fewer samples are a prefix of more. Special tokens are not added but for what
+    `calibration` says of `bos`: each window then begins with it, and has a token less of the text.
     """
-    rng = random.Random(seed)
-    pool = _draw(texts, rng, want=max(20 * samples, 1000))
-    chosen: list[list[int]] = []
-    further: list[list[int]] = []
-    short: list[int] = []
-    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    blocks: list[list[int]] = []
-    for text in pool:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(pool) == 1:
-            blocks = [ids[i : i + seq_len] for i in range(0, len(ids) - seq_len + 1, seq_len)]
-            rng.shuffle(blocks)
-        elif len(ids) >= seq_len:
-            start = rng.randint(0, len(ids) - seq_len)
-            chosen.append(ids[start : start + seq_len])
-            beside = (*range(start - seq_len, -1, -seq_len), *range(start + seq_len, len(ids) - seq_len + 1, seq_len))
-            further += [ids[i : i + seq_len] for i in beside]
-        else:
-            short += ids + separator
-        if len(chosen) == samples:
-            break
-    if len(chosen) < samples and not blocks:
-        blocks = [short[i : i + seq_len] for i in range(0, len(short) - seq_len + 1, seq_len)]
-        rng.shuffle(further)
-        blocks += further
-    chosen += blocks[: samples - len(chosen)]
+    begin = prefix(tokenizer, bos)
+    if seq_len <= len(begin):
+        raise UsageError(f"seq_len: expected at least {len(begin) + 1}, got {seq_len}")
+    drawn = _windows(texts, tokenizer, seq_len - len(begin), random.Random(seed))
+    chosen = [[*begin, *window] for window in itertools.islice(drawn, samples)]
     if len(chosen) < samples and not (fewer and chosen):
         if not chosen:
             raise HywiaError(f"calib: the text is shorter than one sample of {seq_len} tokens; give more text")
@@ -152,71 +93,60 @@ def windows(texts: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int
             f"calib: the text holds {len(chosen)} samples of {seq_len} tokens, {samples} were asked for; "
             f"give more text, or --samples {len(chosen)}, or a shorter --seq-len"
         )
-    return torch.tensor(chosen, dtype=torch.int64)
+    return torch.tensor(chosen, dtype=torch.int64, device="cpu")
 
 
-def _draw(texts: Any, rng: random.Random, want: int) -> list[str]:
-    """Documents in shuffled order; of a stream, which may be endless, only the first `want`."""
-    if not isinstance(texts, list):
-        texts = [text for _, text in zip(range(want), texts, strict=False)]
-    texts = [t for t in texts if t.strip()]
-    if not texts:
+def _windows(texts: Any, tokenizer: Any, length: int, rng: random.Random) -> Iterator[list[int]]:
+    """All windows there are, in the order in which they are taken; how many are taken changes nothing."""
+    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    further: list[list[int]] = []
+    empty = True
+    for pool, alone in _pools(texts):
+        empty = empty and not pool
+        rng.shuffle(pool)
+        short: list[int] = []
+        yielded = 0
+        for number, text in pool:
+            ids = encode(tokenizer, text, f"calib: document {number} of the source")
+            if alone:
+                blocks = _blocks(ids, length)
+                rng.shuffle(blocks)
+                yield from blocks
+                return
+            if len(ids) < length:
+                short += ids + separator
+                continue
+            start = rng.randint(0, len(ids) - length)
+            yield ids[start : start + length]
+            yielded += 1
+            beside = (*range(start - length, -1, -length), *range(start + length, len(ids) - length + 1, length))
+            further += [ids[i : i + length] for i in beside]
+        joined = _blocks(short, length)
+        yield from joined
+        if not yielded + len(joined):
+            break  # a thousand documents without one window: an endless stream would go on like that
+    if empty:
         raise HywiaError("calib: the source holds no text")
-    texts = list(texts)
-    rng.shuffle(texts)
-    return texts
+    rng.shuffle(further)
+    yield from further
 
 
-def self_written(model: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int, batch: int = 64) -> Tensor:
-    """Text the model writes itself, int64 `[samples, seq_len]`: no data is needed.
-
-    Each sample starts from the beginning-of-text token (if there is one) and one random ordinary token, and is then
-    sampled at temperature 1 without an end. The idea of data-free calibration from the model's own generations is
-    LLM-QAT's (arXiv 2305.17888).
-    """
-    from transformers import GenerationConfig
-
-    device = model.get_input_embeddings().weight.device
-    vocabulary = min(model.get_input_embeddings().num_embeddings, len(tokenizer))
-    special = set(tokenizer.all_special_ids)
-    ordinary = [i for i in range(vocabulary) if i not in special]
-    rng = random.Random(seed)
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    starts = torch.tensor([[*bos, rng.choice(ordinary)] for _ in range(samples)], dtype=torch.int64)
-    if starts.shape[1] >= seq_len:
-        return starts[:, :seq_len]
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_length=seq_len,
-        suppress_tokens=sorted(special) or None,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-    )
-    written = []
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        for chunk in progress.track(starts.split(batch), "writing calibration text"):
-            ids = chunk.to(device)
-            mask = torch.ones_like(ids)
-            written.append(model.generate(ids, attention_mask=mask, generation_config=config).cpu())
-    return torch.cat(written)
+def _blocks(ids: list[int], length: int) -> list[list[int]]:
+    return [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
 
 
-def digest(tokens: Tensor) -> str:
-    """sha256 of calibration token ids, kept in the record."""
-    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
-
-
-def check_tokens(tokens: Tensor, vocabulary: int) -> None:
-    """Raise HywiaError when an id lies outside `[0, vocabulary)`."""
-    if tokens.numel() == 0:
-        raise UsageError("batches: expected at least one sample, got none")
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocabulary:
-        raise HywiaError(
-            f"batches: expected token ids within the model's vocabulary [0, {vocabulary}), got ids from {low} to "
-            f"{high}; the tokenizer is not this model's"
-        )
+def _pools(texts: Any) -> Iterator[tuple[list[tuple[int, str]], bool]]:
+    """Documents that are not blank, with their numbers from 1, in pools to be shuffled; and whether one is all."""
+    numbered = enumerate(texts, 1)
+    size = len(texts) if isinstance(texts, list) else _BUFFER
+    first = True
+    while True:
+        pool = list(itertools.islice(numbered, size))
+        if not pool:
+            return
+        last = isinstance(texts, list) or len(pool) < size
+        pool = [(number, text) for number, text in pool if text.strip()]
+        yield pool, first and last and len(pool) == 1
+        if last:
+            return
+        first = False

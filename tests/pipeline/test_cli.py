@@ -119,7 +119,7 @@ def test_papers_protocol_writes_an_adaptive_directory_that_eval_takes(here):
     pruned, evaluated = json.loads((here / "p.json").read_text()), json.loads((here / "e.json").read_text())
     assert pruned["plan"]["layout"] == "adaptive"
     assert pruned["plan"]["widths"]["mlp"] == [56, 28, 28]
-    assert sorted(evaluated) == ["bytes", "parameters", "perplexity", "tokens_per_second"]
+    assert sorted(evaluated) == ["bytes", "parameters", "perplexity", "text", "tokens_per_second"]
     assert evaluated["perplexity"] == pytest.approx(pruned["after"]["perplexity"], rel=1e-6)
     assert evaluated["parameters"] == pruned["after"]["parameters"]
 
@@ -290,7 +290,7 @@ def test_stored_scores_are_refitted_on_a_text(here):
     assert main(["score", "model", "-o", "scores", *CALIB, "--samples", "3", "--seq-len", "16"]) == 0
     cut = ["prune", "model", "--scores", "scores", "--ratio", "0.2", "--align", "4", "--no-eval"]
     assert main([*cut, "-o", "a"]) == 0
-    assert main([*cut, "-o", "b", *CALIB, "--seq-len", "16", "--refit-samples", "7"]) == 0
+    assert main([*cut, "-o", "b", *CALIB, "--samples", "9", "--seq-len", "16", "--refit-samples", "7"]) == 0
     assert "refit" not in record_of(here / "a")
     assert record_of(here / "b")["refit"]["samples"] == 7
     assert record_of(here / "a")["keep"] == record_of(here / "b")["keep"]

@@ -32,10 +32,10 @@ def test_blocks_cover_the_text_and_drop_the_rest(tokenizer):
         blocks(tokenizer, "abc", block=1)
 
 
-def test_evaluate_reports_the_four_keys(saved):
+def test_evaluate_reports_its_keys(saved):
     model, tokenizer = hk.load(saved)
     found = hk.evaluate(model, tokenizer, "the quick brown fox " * 40, block=64, source=saved)
-    assert sorted(found) == ["bytes", "parameters", "perplexity", "tokens_per_second"]
+    assert sorted(found) == ["bytes", "parameters", "perplexity", "text", "tokens_per_second"]
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     assert found["bytes"] == (saved / "model.safetensors").stat().st_size == stored_bytes(saved)
     assert found["perplexity"] > 1

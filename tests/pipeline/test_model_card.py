@@ -16,7 +16,7 @@ from hywia_kernels.cli import main
 from hywia_kernels.export import add_to_record
 
 EVALUATION = {
-    "text": run_record.text_record("some words", "dir/words.txt", 128, 40),
+    "text": {"name": "dir/words.txt", "sha256": "5f" * 32, "blocks": 40, "block": 128, "tokens": 5120, "bos": False},
     "device": "A device",
     "before": {
         "parameters": 2000,

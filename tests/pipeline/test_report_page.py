@@ -157,12 +157,13 @@ def test_widths_before_come_from_the_plan_or_the_scores(record):
 
 
 def test_the_text_that_was_measured_is_named_by_its_digest():
-    import hashlib
-
-    own = run_record.text_record("héllo", None, 128, None)
-    assert own["name"].startswith("Python 3.")
-    assert own["sha256"] == hashlib.sha256("héllo".encode()).hexdigest()
-    assert run_record.evaluation_text({"evaluation": {"text": own}}) == (
-        f"{own['name']}, SHA-256 {own['sha256']}, all blocks of 128 tokens"
-    )
-    assert run_record.text_record("x", "some/dir/words.txt", 2, 3)["name"] == "words.txt"
+    text = {
+        "name": "some/dir/words.txt",
+        "sha256": "ab12",
+        "blocks": 1040,
+        "block": 128,
+        "tokens": 133120,
+        "bos": False,
+    }
+    said = run_record.evaluation_text({"evaluation": {"text": text}})
+    assert said == "words.txt, SHA-256 ab12, 1,040 blocks of 128 tokens"

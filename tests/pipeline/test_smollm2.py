@@ -16,7 +16,7 @@ import torch
 import hywia_kernels as hk
 from hywia_kernels.cli import main
 from hywia_kernels.evaluate import blocks
-from hywia_kernels.report import python_topics
+from hywia_kernels.reading import bundled_text
 
 
 def _installed() -> bool:
@@ -40,7 +40,7 @@ def dense():
 
 @pytest.fixture(scope="module")
 def prose(dense):
-    return blocks(dense[1], python_topics(), max_blocks=12)
+    return blocks(dense[1], bundled_text(), max_blocks=12)
 
 
 @pytest.fixture(scope="module")

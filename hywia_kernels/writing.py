@@ -1,0 +1,204 @@
+"""Text that a model writes: sampled for calibration, greedy to be read. Its generation config has no say in either."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import progress
+from .errors import HywiaError, UsageError
+from .tokens import check_length, check_tokens, encode, positions, prefix
+
+__all__ = ["continuation", "evaluating", "greedy", "opening", "prompt_tokens", "self_written"]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every module's own mode is restored."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            vars(module)["training"] = False
+        yield
+    finally:
+        for module in training:
+            vars(module)["training"] = True
+
+
+@contextmanager
+def _plainly(model: Any) -> Iterator[None]:
+    """Without the model's generation config, of which `generate` takes every setting that the caller leaves open: end
+    tokens, penalties, filters, beams, a cache, an assistant."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    try:
+        model.generation_config = GenerationConfig()
+        with evaluating(model):
+            yield
+    finally:
+        model.generation_config = own
+
+
+def _ends(model: Any) -> set[int]:
+    """Ids that end a text by the model's configs; not all of them are special to every tokenizer."""
+    found: set[int] = set()
+    for config in (model.generation_config, model.config):
+        ends = getattr(config, "eos_token_id", None)
+        if isinstance(ends, Tensor):
+            ends = ends.flatten().tolist()
+        found.update(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
+    return found
+
+
+def _ordinary(model: Any, tokenizer: Any) -> list[int]:
+    """Ids, ascending, that are text: known to tokenizer and model, not special, and no end of a text."""
+    known = set(tokenizer.get_vocab().values())
+    special = set(tokenizer.all_special_ids) | _ends(model)
+    most = min(model.get_input_embeddings().num_embeddings, len(tokenizer))
+    ordinary = [i for i in range(most) if i in known and i not in special]
+    if not ordinary:
+        raise HywiaError(
+            "tokenizer: expected ordinary tokens for the model to write, got special ones alone; give calibration text"
+        )
+    return ordinary
+
+
+def _only(ids: list[int]) -> Any:
+    """A logits processor that leaves no other ids to be drawn, and refuses logits that are no numbers."""
+    from transformers import LogitsProcessor
+
+    class Only(LogitsProcessor):
+        barred: Tensor | None = None
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            if self.barred is None:
+                self.barred = torch.ones(scores.shape[-1], dtype=torch.bool)
+                self.barred[torch.tensor([i for i in ids if i < scores.shape[-1]], device="cpu")] = False
+                self.barred = self.barred.to(scores.device)
+            scores = scores.masked_fill(self.barred, -torch.inf)
+            if not bool(scores.amax(-1).isfinite().all()):
+                raise HywiaError("model: its logits are NaN or infinite; load it in float32 or bfloat16")
+            return scores
+
+    return Only()
+
+
+def _generate(model: Any, ids: Tensor, **settings: Any) -> Tensor:
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    processors = settings.pop("processors", [])
+    with _plainly(model), torch.no_grad():
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=GenerationConfig(**settings),
+            logits_processor=LogitsProcessorList(processors),
+        )
+
+
+def opening(tokenizer: Any, bos: bool | None = None) -> list[int]:
+    """The ids that written text begins with: those of `prefix`, or the beginning-of-text token where there is one."""
+    return prefix(tokenizer, bos if tokenizer.bos_token_id is None or bos is False else True)
+
+
+def self_written(
+    model: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int, batch: int = 64, bos: bool | None = None
+) -> Tensor:
+    """Text the model writes itself, int64 `[samples, seq_len]`, on the CPU: no data is needed.
+
+    Each sample starts from the beginning-of-text token (if there is one, whether or not the tokenizer adds it; not with
+    `bos=False`) and one random ordinary token, and is then sampled at temperature 1 from the ordinary tokens, without
+    an end. The model's generation config is not heeded, but that its end tokens are no ordinary ones. The idea of
+    data-free calibration from the model's own generations is LLM-QAT's (arXiv 2305.17888).
+
+    Raises:
+        UsageError: `bos=True` without such a token, or a `seq_len` that has no room beside it, or beyond the model's
+            positions. HywiaError: logits that are NaN or infinite, or a tokenizer of special tokens alone.
+    """
+    begin = opening(tokenizer, bos)
+    if seq_len <= len(begin):
+        raise UsageError(f"seq_len: expected at least {len(begin) + 1}, got {seq_len}")
+    check_length(model, seq_len)
+    device = model.get_input_embeddings().weight.device
+    ordinary = _ordinary(model, tokenizer)
+    rng = random.Random(seed)
+    starts = torch.tensor([[*begin, rng.choice(ordinary)] for _ in range(samples)], dtype=torch.int64, device="cpu")
+    check_tokens(starts, model)
+    if starts.shape[1] >= seq_len:
+        return starts[:, :seq_len]
+    only = _only(ordinary)
+    written = []
+    # The seed is set on every device, so every device's state is put back.
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for chunk in progress.track(starts.split(batch), "writing calibration text"):
+            tokens = _generate(
+                model,
+                chunk.to(device),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_length=seq_len,
+                pad_token_id=0,
+                processors=[only],
+            )
+            written.append(tokens.cpu())
+    result = torch.cat(written)
+    rest = result[:, starts.shape[1] :]
+    if result.shape != (samples, seq_len) or not bool(torch.isin(rest, torch.tensor(ordinary, device="cpu")).all()):
+        raise HywiaError(
+            f"model: expected it to write {samples} samples of {seq_len} ordinary tokens, got {tuple(result.shape)} or "
+            "tokens that are none; its `generate` is not transformers' own: give calibration text"
+        )
+    return result
+
+
+def greedy(model: Any, ids: Tensor, new: int) -> Tensor:
+    """int64 `[batch, length + new]`: what follows by the largest logit at every step, with no end."""
+    return _generate(model, ids, do_sample=False, max_new_tokens=new, pad_token_id=0)
+
+
+def prompt_tokens(model: Any, tokenizer: Any, prompt: str, bos: bool | None = None) -> Tensor:
+    """int64 `[1, length]` of a prompt, on the CPU.
+
+    Raises:
+        UsageError: no token, or no position left to continue at. HywiaError: an id outside the model's vocabulary.
+    """
+    ids = [*prefix(tokenizer, bos), *encode(tokenizer, prompt, "prompt")]
+    if not ids:
+        raise UsageError("prompt: expected at least one token, got none")
+    check_length(model, len(ids) + 1, "prompt")
+    tokens = torch.tensor([ids], dtype=torch.int64, device="cpu")
+    check_tokens(tokens, model)
+    return tokens
+
+
+def continuation(model: Any, tokenizer: Any, prompt: str, new: int = 40, *, bos: bool | None = None) -> str:
+    """Greedy continuation of a prompt, the prompt left out: `new` tokens, fewer where the tokenizer's end-of-text token
+    comes or the model's positions end.
+
+    Raises:
+        UsageError: a prompt of no token, or one that fills all positions.
+    """
+    ids = prompt_tokens(model, tokenizer, prompt, bos)
+    most = positions(model)
+    new = new if most is None else min(new, most - ids.shape[1])
+    device = model.get_input_embeddings().weight.device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    output = _generate(
+        model,
+        ids.to(device),
+        do_sample=False,
+        max_new_tokens=new,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad,
+    )
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,175 @@
+"""Text the model writes: full samples of ordinary tokens, and greedy continuations, whatever its configs say."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TINY, fresh
+
+import hywia_kernels as hk
+from hywia_kernels import HywiaError, UsageError
+from hywia_kernels.evaluate import continuation, tokens_per_second
+from hywia_kernels.text import self_written
+
+sys.path.append(str(Path(__file__).parents[1] / "arch"))
+from families import fresh_named
+
+SETTINGS = [
+    dict(eos_token_id=[257, *range(65, 91)]),
+    dict(eos_token_id=[65], pad_token_id=3, bos_token_id=4),
+    dict(forced_eos_token_id=66),
+    dict(forced_bos_token_id=66),
+    dict(max_new_tokens=3),
+    dict(max_length=5, min_length=4),
+    dict(min_new_tokens=200),
+    dict(do_sample=True, temperature=0.05),
+    dict(do_sample=True, top_k=1),
+    dict(do_sample=True, top_p=0.01),
+    dict(do_sample=True, min_p=0.9),
+    dict(do_sample=True, typical_p=0.1, epsilon_cutoff=0.3, eta_cutoff=0.3),
+    dict(repetition_penalty=5.0),
+    dict(encoder_repetition_penalty=5.0),
+    dict(no_repeat_ngram_size=1),
+    dict(bad_words_ids=[[i] for i in range(60, 120)]),
+    dict(suppress_tokens=list(range(200))),
+    dict(begin_suppress_tokens=list(range(250))),
+    dict(sequence_bias=[[[70], 50.0]]),
+    dict(exponential_decay_length_penalty=(2, 1.5), eos_token_id=257),
+    dict(guidance_scale=3.0),
+    dict(num_beams=3, length_penalty=2.0),
+    dict(num_return_sequences=3, do_sample=True),
+    dict(num_beams=4, num_beam_groups=2, diversity_penalty=0.5),
+    dict(penalty_alpha=0.6, top_k=4),
+    dict(dola_layers="low"),
+    dict(prompt_lookup_num_tokens=3),
+    dict(stop_strings=["a"]),
+    dict(max_time=1e-9),
+    dict(use_cache=False),
+    dict(cache_implementation="static"),
+    dict(renormalize_logits=True, remove_invalid_values=True),
+    dict(return_dict_in_generate=True, output_scores=True, output_logits=True, output_attentions=True),
+    dict(watermarking_config={"bias": 9.0}),
+    dict(low_memory=True),
+    dict(made_up_setting=1),
+]
+
+
+def named(settings):
+    return "+".join(settings)
+
+
+def with_settings(model, settings):
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    return model
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=named)
+def test_samples_are_full_and_ordinary(tokenizer, settings):
+    plain, model = fresh(TINY[2]), with_settings(fresh(TINY[2]), settings)
+    config = model.generation_config
+    got = hk.calibration(model, tokenizer, samples=5, seq_len=40, seed=3)
+    assert got.shape == (5, 40)
+    ends = settings.get("eos_token_id", [])
+    ends = {257, *(ends if isinstance(ends, list) else [ends])}
+    assert not set(got[:, 1:].flatten().tolist()) & {256, 258, *ends}
+    if ends == {257}:
+        assert torch.equal(got, hk.calibration(plain, tokenizer, samples=5, seq_len=40, seed=3))
+    assert model.generation_config is config
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=named)
+def test_greedy_is_greedy(tokenizer, settings):
+    plain, model = fresh(TINY[2]), with_settings(fresh(TINY[2]), settings)
+    ids = torch.tensor([tokenizer("hello")["input_ids"]])
+    with torch.no_grad():
+        for _ in range(12):
+            following = plain(ids).logits[:, -1].argmax(-1, keepdim=True)
+            if int(following) == tokenizer.eos_token_id:
+                break
+            ids = torch.cat([ids, following], 1)
+    assert continuation(model, tokenizer, "hello", new=12) == tokenizer.decode(ids[0, 5:], skip_special_tokens=True)
+    assert tokens_per_second(model, new=6, repeats=1) > 0
+
+
+def test_an_ordinary_model_writes_what_generate_samples(gqa, tokenizer):
+    """The same bits as transformers' own sampling with the special tokens suppressed."""
+    from transformers import GenerationConfig
+
+    rng = random.Random(5)
+    starts = torch.tensor([[256, rng.choice(range(256))] for _ in range(5)])
+    config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=32, suppress_tokens=[256, 257, 258]
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        want = [
+            gqa.generate(part, attention_mask=torch.ones_like(part), generation_config=config)
+            for part in starts.split(2)
+        ]
+    assert torch.equal(self_written(gqa, tokenizer, samples=5, seq_len=32, seed=5, batch=2), torch.cat(want))
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_written(tokenizer):
+    from dataclasses import replace
+
+    model = replace(TINY[2], vocabulary=600).build()
+    got = hk.calibration(model, tokenizer, samples=8, seq_len=32)
+    assert int(got.max()) < len(tokenizer)
+    small = replace(TINY[2], vocabulary=100).build()
+    small.generation_config.eos_token_id = small.config.eos_token_id = None
+    assert int(hk.calibration(small, tokenizer, samples=4, seq_len=16, bos=False).max()) < 100
+    with pytest.raises(HywiaError, match="vocabulary"):
+        hk.calibration(small, tokenizer, samples=4, seq_len=16)  # its beginning-of-text token is 256
+
+
+def test_without_a_beginning(gqa, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "_special_tokens_map", {**tokenizer._special_tokens_map, "bos_token": None})
+    assert tokenizer.bos_token_id is None
+    got = hk.calibration(gqa, tokenizer, samples=6, seq_len=12)
+    assert got.shape == (6, 12)
+    assert int(got.max()) < 256
+    with pytest.raises(UsageError, match="bos: expected a tokenizer with a beginning-of-text token"):
+        hk.calibration(gqa, tokenizer, samples=6, seq_len=12, bos=True)
+
+
+def test_a_tokenizer_of_ends_alone(gqa, tokenizer):
+    gqa.generation_config.eos_token_id = list(range(259))
+    with pytest.raises(HywiaError, match="ordinary tokens"):
+        hk.calibration(gqa, tokenizer, samples=2, seq_len=12)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers(gqa, tokenizer, bad):
+    config = gqa.generation_config
+    with torch.no_grad():
+        gqa.model.norm.weight.fill_(bad)
+    gqa.model.layers[1].train()
+    with pytest.raises(HywiaError, match="its logits are NaN or infinite"):
+        hk.calibration(gqa, tokenizer, samples=2, seq_len=12)
+    assert gqa.generation_config is config
+    assert [m.training for m in (gqa, gqa.model.layers[0], gqa.model.layers[1])] == [False, False, True]
+
+
+def test_dropout_has_no_part(tokenizer):
+    model = fresh_named("gpt2")
+    model.config.use_cache = False
+    want = self_written(model, tokenizer, samples=3, seq_len=20, seed=0, bos=False)
+    model.train()
+    modes = [m.training for m in model.modules()]
+    assert torch.equal(self_written(model, tokenizer, samples=3, seq_len=20, seed=0, bos=False), want)
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_prompts(gqa, tokenizer):
+    with pytest.raises(UsageError, match="prompt: expected at least one token"):
+        continuation(gqa, tokenizer, "")
+    model = fresh(TINY[2])
+    with torch.no_grad():
+        model.lm_head.weight[257] = 1e3  # ends at once, or never
+        model.lm_head.weight[257] *= torch.sign(model.model.norm.weight)
+    assert isinstance(continuation(model, tokenizer, "hello", new=5), str)
