@@ -1,0 +1,109 @@
+"""A cut that fails at any step leaves a model of every family as it was: weights, widths, configs and hooks."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+from families import FAMILIES, fresh, token_ids
+
+import hywia_kernels as hk
+from hywia_kernels import ops, surgery
+
+refitting = sys.modules["hywia_kernels.refit"]
+
+
+def numbers(model):
+    """Attributes of all modules and configs that say how wide things are, or what is called."""
+    plain = (int, float, str, bool, dict, list, tuple, type(None))
+    config = {k: copy.deepcopy(v) for k, v in model.config.to_dict().items()}
+    attributes = {
+        name: {k: copy.copy(v) for k, v in vars(m).items() if isinstance(v, plain) and not k.startswith("_")}
+        for name, m in model.named_modules()
+    }
+    configs = {
+        n: m.config.to_dict() for n, m in model.named_modules() if hasattr(getattr(m, "config", None), "to_dict")
+    }
+    return config, attributes, configs
+
+
+def values(model):
+    return {n: v.clone() for n, v in model.state_dict().items()}
+
+
+def assert_as_it_was(model, before, said, flags):
+    now = values(model)
+    assert now.keys() == before.keys()
+    for name, value in before.items():
+        assert torch.equal(now[name], value), name
+    assert numbers(model) == said
+    assert hooks_and_forwards(model) == flags
+
+
+def hooks_and_forwards(model):
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+    return {
+        name: (vars(m).get("forward"), m.training, *({**getattr(m, h)} for h in hooks))
+        for name, m in model.named_modules()
+    }
+
+
+def plan_for(model, kind="mlp", ratio=0.5):
+    scores = hk.score(model, criterion="random", seed=1)
+    units = ("mlp", "attention") if kind == "both" else (kind,)
+    return hk.plan(scores, group_ratio=ratio, units=units, align=1)
+
+
+CUTS = [*((f.name, "both") for f in FAMILIES), ("mixtral", "experts")]
+
+
+@pytest.mark.parametrize(("name", "kind"), CUTS)
+@pytest.mark.parametrize("at", ["first", "middle", "last", "follow"])
+def test_a_cut_that_fails_is_taken_back(name, kind, at, monkeypatch):
+    model = fresh(next(f for f in FAMILIES if f.name == name))
+    text = token_ids()
+    plan = plan_for(model, kind)
+    before, said, flags = values(model), numbers(model), hooks_and_forwards(model)
+    with torch.no_grad():
+        logits = model(text).logits
+    other = copy.deepcopy(model)
+    calls, original = [], ops.compact
+    monkeypatch.setattr(surgery.ops, "compact", lambda *a, **k: calls.append(1) or original(*a, **k))
+    hk.prune(other, plan)
+    failing = {"first": 1, "middle": len(calls) // 2, "last": len(calls), "follow": None}[at]
+    del calls[:]
+    if failing is None:
+        follow = surgery._follow_config
+        monkeypatch.setattr(surgery, "_follow_config", lambda *a: follow(*a) or 1 / 0)
+    else:
+        monkeypatch.setattr(
+            surgery.ops,
+            "compact",
+            lambda *a, **k: calls.append(1) or (original(*a, **k) if len(calls) < failing else 1 / 0),
+        )
+    with pytest.raises(ZeroDivisionError):
+        hk.prune(model, plan)
+    assert_as_it_was(model, before, said, flags)
+    with torch.no_grad():
+        assert torch.equal(model(text).logits, logits)
+    monkeypatch.undo()
+    hk.prune(model, plan)
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in other.named_parameters()}
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_refit_of_experts_that_fails_puts_the_router_back(monkeypatch):
+    model = fresh(next(f for f in FAMILIES if f.name == "mixtral"))
+    scores = hk.score(model, criterion="random", seed=1)
+    plan = hk.plan(scores, group_ratio={"experts": 0.4, "attention": 0.5}, units=("experts", "attention"), align=1)
+    before, said, flags = values(model), numbers(model), hooks_and_forwards(model)
+    calls = []
+    original = refitting._equations
+    monkeypatch.setattr(
+        refitting, "_equations", lambda *a: calls.append(1) or (original(*a) if len(calls) < 2 else 1 / 0)
+    )
+    with pytest.raises(ZeroDivisionError):
+        hk.refit(model, plan, token_ids())
+    assert_as_it_was(model, before, said, flags)
