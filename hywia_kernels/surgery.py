@@ -128,6 +128,7 @@ def _compact(parameter: Tensor, parts: _Parts, keep: Mapping[str, Tensor], backe
 def _follow(model: Any, entry: arch.Architecture, found: Sequence[Group]) -> None:
     """Bring the numbers that modules and their configs keep for themselves up to date with their parameters."""
     size = arch.head_dim(model)
+    by_layer: list[dict[str, int]] = []
     for layer in sorted({g.layer for g in found}):
         prefix = f"{entry.layers}.{layer}"
         here = [g for g in found if g.layer == layer]
@@ -138,21 +139,24 @@ def _follow(model: Any, entry: arch.Architecture, found: Sequence[Group]) -> Non
                 quantities |= {"kv_heads": group.units, "heads": width // size, "width": width}
             else:
                 quantities["experts" if group.kind == "experts" else "channels"] = group.units
-        if any(g.kind == "experts" for g in here) or entry.experts is None:
-            _set_attributes(model, prefix, entry.attributes, quantities)
-        else:
-            _set_attributes(
-                model, prefix, [a for a in entry.attributes if a[2] not in ("experts", "channels")], quantities
-            )
+        by_layer.append(quantities)
+        for name, attribute, quantity in entry.attributes:
+            _set_attribute(model, f"{prefix}.{name}", attribute, {quantities.get(quantity)})
         for name in {m.module for g in here for m in g.members}:
             _set_features(model.get_submodule(name))
+    for name, attribute, quantity in entry.whole_attributes:
+        _set_attribute(model, name, attribute, {quantities.get(quantity) for quantities in by_layer})
 
 
-def _set_attributes(
-    model: Any, prefix: str, attributes: Sequence[tuple[str, str, str]], quantities: Mapping[str, int]
-) -> None:
-    for name, attribute, quantity in attributes:
-        setattr(model.get_submodule(f"{prefix}.{name}"), attribute, quantities[quantity])
+def _set_attribute(model: Any, name: str, attribute: str, values: set[int | None]) -> None:
+    """Where there is one value, and a module that has the attribute: layers of one model may differ in their modules."""
+    values = values - {None}
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return
+    if len(values) == 1 and attribute in vars(module):
+        setattr(module, attribute, values.pop())
 
 
 def _set_features(module: Any) -> None:
@@ -175,8 +179,8 @@ def _follow_config(model: Any, entry: arch.Architecture) -> None:
     for field, layers in same.items():
         if getattr(config, field, None) != layers[0]:
             setattr(config, field, layers[0])
-            if field == names.heads_field:
-                config.head_dim = size  # or it would be read off the hidden size
+    if names.free_head_dim:
+        config.head_dim = size  # or it would be read off the hidden size, by copies of the config too
     for reader in entry.config_readers:
         for layer in range(len(model.get_submodule(entry.layers))):
             own = config
@@ -186,6 +190,24 @@ def _follow_config(model: Any, entry: arch.Architecture) -> None:
                     setattr(own, field, layers[layer])
                 own.head_dim = size
             model.get_submodule(f"{entry.layers}.{layer}.{reader}").config = own
+    _follow_changes(model, widths)
+
+
+def _follow_changes(model: Any, widths: Mapping[str, Sequence[int]]) -> None:
+    """What the config of a model whose layers differed when it was loaded says of them; `remote` has such models too."""
+    if getattr(model.config, "module_changes", None) is None:
+        return
+    from .adaptive.modeling_hywia_adaptive import describe_changes
+
+    stock = None
+    if not hasattr(model.config, "base_model_type"):
+        config = copy.deepcopy(model.config)
+        del config.module_changes
+        with torch.device("meta"):
+            stock = type(model)(config)
+    model.config.module_changes = describe_changes(model, stock)
+    if hasattr(model.config, "layer_widths"):
+        model.config.layer_widths = {field: list(w) for field, w in widths.items()}
 
 
 def _rescale(model: Any, entry: arch.Architecture, group: Group, kept: int) -> None:
