@@ -149,7 +149,7 @@ def _follow(model: Any, entry: arch.Architecture, found: Sequence[Group]) -> Non
 
 
 def _set_attribute(model: Any, name: str, attribute: str, values: set[int | None]) -> None:
-    """Where there is one value, and a module that has the attribute: layers of one model may differ in their modules."""
+    """Where there is one value and a module has the attribute: layers of one model may differ in their modules."""
     values = values - {None}
     try:
         module = model.get_submodule(name)
@@ -194,7 +194,7 @@ def _follow_config(model: Any, entry: arch.Architecture) -> None:
 
 
 def _follow_changes(model: Any, widths: Mapping[str, Sequence[int]]) -> None:
-    """What the config of a model whose layers differed when it was loaded says of them; `remote` has such models too."""
+    """What the config of a model whose layers differed when it was loaded says of them."""
     if getattr(model.config, "module_changes", None) is None:
         return
     from .adaptive.modeling_hywia_adaptive import describe_changes

@@ -1,4 +1,4 @@
-"""What modules and configs keep for themselves follows every cut: a model pruned in memory is what it is after reload."""
+"""What modules and configs keep for themselves follows every cut: in memory a model is what it is after reload."""
 
 from __future__ import annotations
 
