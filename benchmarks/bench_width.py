@@ -75,8 +75,8 @@ def rule(costs: dict[int, float], tolerance: float = TOLERANCE) -> int:
     return next(a for a in sorted(costs) if all(costs[a] <= costs[b] * (1 + tolerance) for b in costs if b > a))
 
 
-def profile(rows: Sequence[WidthRow], bases: Sequence[int]) -> dict:
-    """What `hywia_kernels.targets` keeps of a sweep."""
+def profile(rows: Sequence[WidthRow], bases: Sequence[int], capability: tuple[int, int] | None = None) -> dict:
+    """What `hywia_kernels.targets` keeps of a sweep; `capability`: of the GPU, by which others borrow its figures."""
     costs, first = alignment_costs(rows, bases), rows[0]
     rates: dict[str, dict[str, dict[str, float]]] = {}
     for r in rows:
@@ -84,6 +84,7 @@ def profile(rows: Sequence[WidthRow], bases: Sequence[int]) -> dict:
             rates.setdefault(r.form, {}).setdefault(str(r.tokens), {})[str(r.width)] = round(r.tflop_s, 3)
     return {
         "device": first.device,
+        **({} if capability is None else {"capability": list(capability)}),
         "source": f"{first.command}, {first.date[:10]}, torch {first.torch}",
         "dtype": first.dtype,
         "hidden": first.hidden,
@@ -183,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"product {found.matmul_tflop_s:.0f} TFLOP/s, copy {found.copy_gb_s:.0f} GB/s")
     if given.figure is not None:
         given.figure.write_text(figure(rows))
-    show(profile(rows, given.bases), given.profile)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    show(profile(rows, given.bases, capability), given.profile)
     return 0
 
 

@@ -54,7 +54,7 @@ def plan_for(
     ]
     record = {
         **chosen.record,
-        "target": device.device + ("" if device.measured else " (not measured)"),
+        "target": device.described(),
         "constraints": [f"{r.name}: {r.says}" for r in rules if _excludes(r, scores.groups)],
         "binding": binding,
     }
@@ -76,7 +76,7 @@ def _same(one: constraints.Constraint, other: constraints.Constraint, groups: Se
 
 
 def _worthwhile(device: targets.Target) -> Limit | None:
-    if not device.measured:
+    if not device.has_rates:
         return None
     return lambda group, widths: device.worthwhile(widths) if group.kind == "mlp" else widths
 
@@ -102,7 +102,7 @@ def with_prediction(plan: Plan, model: Any, target: str | Path | targets.Target 
     device = target if isinstance(target, targets.Target) else targets.resolve(target)
     found = targets.predict(work_of(model), work_of(model, plan), device)
     prediction = {
-        "target": device.device + ("" if device.measured else " (not measured: by FLOPs)"),
+        "target": device.described(": by FLOPs"),
         "prefill": {str(t): round(s, 4) for t, s in found.prefill.items()},
         "decode": round(found.decode, 4),
         "size": round(found.size, 4),
