@@ -75,13 +75,18 @@ def rule(costs: dict[int, float], tolerance: float = TOLERANCE) -> int:
     return next(a for a in sorted(costs) if all(costs[a] <= costs[b] * (1 + tolerance) for b in costs if b > a))
 
 
+def _digits(rate: float) -> float:
+    """Five of them, as in the rows: so many decimals would make nothing of a slow device's rates."""
+    return float(f"{rate:.5g}")
+
+
 def profile(rows: Sequence[WidthRow], bases: Sequence[int], capability: tuple[int, int] | None = None) -> dict:
     """What `hywia_kernels.targets` keeps of a sweep; `capability`: of the GPU, by which others borrow its figures."""
     costs, first = alignment_costs(rows, bases), rows[0]
     rates: dict[str, dict[str, dict[str, float]]] = {}
     for r in rows:
         if r.width % GRID == 0:
-            rates.setdefault(r.form, {}).setdefault(str(r.tokens), {})[str(r.width)] = round(r.tflop_s, 3)
+            rates.setdefault(r.form, {}).setdefault(str(r.tokens), {})[str(r.width)] = _digits(r.tflop_s)
     return {
         "device": first.device,
         **({} if capability is None else {"capability": list(capability)}),
@@ -91,8 +96,8 @@ def profile(rows: Sequence[WidthRow], bases: Sequence[int], capability: tuple[in
         "align": rule(costs),
         "alignment_costs": {str(a): round(c, 4) for a, c in costs.items()},
         "tflop_s": rates,
-        "matmul_tflop_s": round(first.matmul_tflop_s, 3),
-        "copy_gb_s": round(first.copy_gb_s, 1),
+        "matmul_tflop_s": _digits(first.matmul_tflop_s),
+        "copy_gb_s": _digits(first.copy_gb_s),
     }
 
 
