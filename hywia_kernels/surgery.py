@@ -61,7 +61,14 @@ def checked_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
             raise HywiaError(
                 f"plan: {group.name} keeps {kept}; every such group must keep at least {least} {group.unit}"
             )
-    _check_together(found, {g.name: plan.keep[g.name].numel() for g in found})
+    counts = {g.name: plan.keep[g.name].numel() for g in found}
+    _check_together(found, counts)
+    experts = {counts[g.name] for g in found if g.kind == "experts"}
+    if len(experts) > 1 and getattr(arch.text_config(model), "output_router_logits", False):
+        raise HywiaError(
+            f"plan: layers keep {sorted(experts)} experts, and the router's auxiliary loss, which the config turns on, "
+            "wants as many in all; cut all layers alike, or set config.output_router_logits to False"
+        )
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from test_contract import logits, make_plan
 from transformers import AutoModelForCausalLM
 
 import hywia_kernels as hk
+from hywia_kernels import HywiaError
+from hywia_kernels.weights import fingerprint
 
 CASES = [
     pytest.param(family, cut, id=f"{family.name}-{cut}")
@@ -106,6 +109,24 @@ def test_the_routers_auxiliary_loss_counts_the_experts_that_are_left(name, tmp_p
     shares = torch.cat(list(out.router_logits)).softmax(-1)
     chosen = torch.nn.functional.one_hot(shares.topk(2, -1).indices, 3).float().mean(0)
     assert float(out.aux_loss) == pytest.approx(float((3 * chosen * shares.mean(0)).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_layers_with_different_numbers_of_experts_have_no_auxiliary_loss(name, tmp_path):
+    """Transformers joins all layers' router logits for it."""
+    model, tokens = fresh_named(name), token_ids()
+    model.config.output_router_logits = True
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    plan = make_plan(model, "adaptive-experts")
+    with pytest.raises(HywiaError, match=r"layers keep \[3, 5\] experts.*output_router_logits to False"):
+        hk.prune(model, plan)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    model.config.output_router_logits = False
+    plan = dataclasses.replace(plan, fingerprint=fingerprint(model))
+    hk.prune(model, plan)
+    loaded = reloaded(model, tmp_path / "out")
+    assert_same(model, loaded)
+    assert torch.equal(logits(model, tokens), logits(loaded, tokens))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3-longrope", "qwen3_moe"])
