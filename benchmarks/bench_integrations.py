@@ -14,6 +14,7 @@ growth of the resident set. Before anything is timed, both sides' scores and kep
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -79,7 +80,9 @@ def scored(contract: Contract, make: Callable[[], Any], prepare: Callable[[], No
     if prepare is not None:
         prepare()
     scorer = make()
-    with torch.no_grad():
+    # Torch-Pruning's own steps read each weight once without being told.
+    unchanged = getattr(scorer, "unchanged", contextlib.nullcontext)
+    with torch.no_grad(), unchanged():
         found = [contract.call(scorer, group) for group in contract.groups]
     return [f.float().cpu() for f in found if f is not None]
 

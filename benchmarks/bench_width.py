@@ -75,23 +75,29 @@ def rule(costs: dict[int, float], tolerance: float = TOLERANCE) -> int:
     return next(a for a in sorted(costs) if all(costs[a] <= costs[b] * (1 + tolerance) for b in costs if b > a))
 
 
-def profile(rows: Sequence[WidthRow], bases: Sequence[int]) -> dict:
-    """What `hywia_kernels.targets` keeps of a sweep."""
+def _digits(rate: float) -> float:
+    """Five of them, as in the rows: so many decimals would make nothing of a slow device's rates."""
+    return float(f"{rate:.5g}")
+
+
+def profile(rows: Sequence[WidthRow], bases: Sequence[int], capability: tuple[int, int] | None = None) -> dict:
+    """What `hywia_kernels.targets` keeps of a sweep; `capability`: of the GPU, by which others borrow its figures."""
     costs, first = alignment_costs(rows, bases), rows[0]
     rates: dict[str, dict[str, dict[str, float]]] = {}
     for r in rows:
         if r.width % GRID == 0:
-            rates.setdefault(r.form, {}).setdefault(str(r.tokens), {})[str(r.width)] = round(r.tflop_s, 3)
+            rates.setdefault(r.form, {}).setdefault(str(r.tokens), {})[str(r.width)] = _digits(r.tflop_s)
     return {
         "device": first.device,
+        **({} if capability is None else {"capability": list(capability)}),
         "source": f"{first.command}, {first.date[:10]}, torch {first.torch}",
         "dtype": first.dtype,
         "hidden": first.hidden,
         "align": rule(costs),
         "alignment_costs": {str(a): round(c, 4) for a, c in costs.items()},
         "tflop_s": rates,
-        "matmul_tflop_s": round(first.matmul_tflop_s, 3),
-        "copy_gb_s": round(first.copy_gb_s, 1),
+        "matmul_tflop_s": _digits(first.matmul_tflop_s),
+        "copy_gb_s": _digits(first.copy_gb_s),
     }
 
 
@@ -183,7 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"product {found.matmul_tflop_s:.0f} TFLOP/s, copy {found.copy_gb_s:.0f} GB/s")
     if given.figure is not None:
         given.figure.write_text(figure(rows))
-    show(profile(rows, given.bases), given.profile)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    show(profile(rows, given.bases, capability), given.profile)
     return 0
 
 

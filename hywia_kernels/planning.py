@@ -64,7 +64,7 @@ def plan_for(
         binding = [r.name for r in excluding if not all(r.admits(g, w) for g, w in free if r.hard or w < g.units)]
     record = {
         **chosen.record,
-        "target": device.device + ("" if device.measured else " (not measured)"),
+        "target": device.described(),
         "constraints": [f"{r.name}: {r.says}" for r in excluding],
         "binding": binding,
     }
@@ -115,7 +115,7 @@ def _excludes(rule: constraints.Constraint, groups: Sequence[Group]) -> bool:
 
 
 def _worthwhile(device: targets.Target) -> Limit | None:
-    if not device.measured:
+    if not device.has_rates:
         return None
     return lambda group, widths: device.worthwhile(widths) if group.kind == "mlp" else widths
 
@@ -141,7 +141,7 @@ def with_prediction(plan: Plan, model: Any, target: str | Path | targets.Target 
     device = target if isinstance(target, targets.Target) else targets.resolve(target)
     found = targets.predict(work_of(model), work_of(model, plan), device)
     prediction = {
-        "target": device.device + ("" if device.measured else " (not measured: by FLOPs)"),
+        "target": device.described(": by FLOPs"),
         "prefill": {str(t): round(s, 4) for t, s in found.prefill.items()},
         "decode": round(found.decode, 4),
         "size": round(found.size, 4),

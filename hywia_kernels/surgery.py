@@ -64,7 +64,14 @@ def checked_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
             raise HywiaError(
                 f"plan: {group.name} keeps {kept}; every such group must keep at least {least} {group.unit}"
             )
-    _check_together(found, {g.name: plan.keep[g.name].numel() for g in found})
+    counts = {g.name: plan.keep[g.name].numel() for g in found}
+    _check_together(found, counts)
+    experts = {counts[g.name] for g in found if g.kind == "experts"}
+    if len(experts) > 1 and getattr(arch.text_config(model), "output_router_logits", False):
+        raise HywiaError(
+            f"plan: layers keep {sorted(experts)} experts, and the router's auxiliary loss, which the config turns on, "
+            "wants as many in all; cut all layers alike, or set config.output_router_logits to False"
+        )
     return found
 
 
@@ -134,6 +141,7 @@ def _compact(
 def _follow(model: Any, entry: arch.Architecture, found: Sequence[Group]) -> None:
     """Bring the numbers that modules and their configs keep for themselves up to date with their parameters."""
     size = arch.head_dim(model)
+    by_layer: list[dict[str, int]] = []
     for layer in sorted({g.layer for g in found}):
         prefix = f"{entry.layers}.{layer}"
         here = [g for g in found if g.layer == layer]
@@ -144,21 +152,24 @@ def _follow(model: Any, entry: arch.Architecture, found: Sequence[Group]) -> Non
                 quantities |= {"kv_heads": group.units, "heads": width // size, "width": width}
             else:
                 quantities["experts" if group.kind == "experts" else "channels"] = group.units
-        if any(g.kind == "experts" for g in here) or entry.experts is None:
-            _set_attributes(model, prefix, entry.attributes, quantities)
-        else:
-            _set_attributes(
-                model, prefix, [a for a in entry.attributes if a[2] not in ("experts", "channels")], quantities
-            )
+        by_layer.append(quantities)
+        for name, attribute, quantity in entry.attributes:
+            _set_attribute(model, f"{prefix}.{name}", attribute, {quantities.get(quantity)})
         for name in {m.module for g in here for m in g.members}:
             _set_features(model.get_submodule(name))
+    for name, attribute, quantity in entry.whole_attributes:
+        _set_attribute(model, name, attribute, {quantities.get(quantity) for quantities in by_layer})
 
 
-def _set_attributes(
-    model: Any, prefix: str, attributes: Sequence[tuple[str, str, str]], quantities: Mapping[str, int]
-) -> None:
-    for name, attribute, quantity in attributes:
-        setattr(model.get_submodule(f"{prefix}.{name}"), attribute, quantities[quantity])
+def _set_attribute(model: Any, name: str, attribute: str, values: set[int | None]) -> None:
+    """Where there is one value and a module has the attribute: layers of one model may differ in their modules."""
+    values = values - {None}
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return
+    if len(values) == 1 and attribute in vars(module):
+        setattr(module, attribute, values.pop())
 
 
 def _set_features(module: Any) -> None:
@@ -181,8 +192,8 @@ def _follow_config(model: Any, entry: arch.Architecture) -> None:
     for field, layers in same.items():
         if getattr(config, field, None) != layers[0]:
             setattr(config, field, layers[0])
-            if field == names.heads_field:
-                config.head_dim = size  # or it would be read off the hidden size
+    if names.free_head_dim:
+        config.head_dim = size  # or it would be read off the hidden size, by copies of the config too
     for reader in entry.config_readers:
         for layer in range(len(model.get_submodule(entry.layers))):
             own = config
@@ -192,6 +203,24 @@ def _follow_config(model: Any, entry: arch.Architecture) -> None:
                     setattr(own, field, layers[layer])
                 own.head_dim = size
             model.get_submodule(f"{entry.layers}.{layer}.{reader}").config = own
+    _follow_changes(model, widths)
+
+
+def _follow_changes(model: Any, widths: Mapping[str, Sequence[int]]) -> None:
+    """What the config of a model whose layers differed when it was loaded says of them."""
+    if getattr(model.config, "module_changes", None) is None:
+        return
+    from .adaptive.modeling_hywia_adaptive import describe_changes
+
+    stock = None
+    if not hasattr(model.config, "base_model_type"):
+        config = copy.deepcopy(model.config)
+        del config.module_changes
+        with torch.device("meta"):
+            stock = type(model)(config)
+    model.config.module_changes = describe_changes(model, stock)
+    if hasattr(model.config, "layer_widths"):
+        model.config.layer_widths = {field: list(w) for field, w in widths.items()}
 
 
 def _rescale(model: Any, entry: arch.Architecture, group: Group, kept: int, undo: Undo) -> None:

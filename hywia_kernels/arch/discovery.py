@@ -227,16 +227,20 @@ def _accepts(config_class: Any, values: Mapping[str, Any]) -> bool:
     return True
 
 
-def checks_heads(config_class: Any) -> bool:
-    """Whether a config class may refuse a head count: it has a check of its own, beside that of all configs."""
-    return any("validate_architecture" in vars(c) for c in config_class.__mro__ if c.__name__ != "PreTrainedConfig")
+def checks_of(config_class: Any) -> tuple[str, ...]:
+    """Names of a config class's own checks, beside those of all configs: by these it may refuse a head count."""
+    from transformers import PretrainedConfig
+
+    own = [c for c in config_class.__mro__ if issubclass(c, PretrainedConfig) and c is not PretrainedConfig]
+    return tuple(sorted({name for c in own for name in vars(c) if name.startswith("validate_")}))
 
 
 def _stock_head_counts(model: nn.Module, entry: Architecture, kv_heads: int, rep: int) -> tuple[int, ...]:
-    """By asking the family's config; only those that check their fields can refuse."""
+    """By asking the family's config; only those that check their fields can refuse. Empty means any; where it takes no
+    count at all, one more than there are, so that the two are told apart."""
     config = text_config(model)
     names = entry.attention
-    if not names.free_head_dim or not checks_heads(type(config)):
+    if not names.free_head_dim or not checks_of(type(config)):
         return ()
     if entry.stand_in is not None and all(getattr(config, k, v) == v for k, v in entry.stand_in_needs.items()):
         return ()
@@ -247,7 +251,7 @@ def _stock_head_counts(model: nn.Module, entry: Architecture, kv_heads: int, rep
         for n in counts
         if _accepts(type(config), {**values, names.heads_field: n * rep, names.kv_heads_field or "": n})
     )
-    return () if len(stock) == kv_heads else stock
+    return () if len(stock) == kv_heads else stock or (kv_heads + 1,)
 
 
 def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: int, size: int) -> tuple[Group, int]:

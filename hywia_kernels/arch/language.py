@@ -118,8 +118,10 @@ class Architecture:
         title: the models, as README names them.
         layers: path of the decoder's list of layers.
         mlp, attention, experts: the units' structure inside one layer.
-        attributes: `(module, attribute, quantity)`: numbers that modules keep for themselves; the quantity is "heads",
-            "kv_heads", "width" (of all query heads), "channels" or "experts" of that layer.
+        attributes: `(module, attribute, quantity)`: numbers that a layer's modules keep for themselves; the quantity is
+            "heads", "kv_heads", "width" (of all query heads), "channels" or "experts" of that layer. They are set where
+            the layer's module has them.
+        whole_attributes: the same of modules outside the layers, "" being the model: set where all layers agree.
         config_readers: modules of a layer that read widths from `self.config` in their forward.
         requires: config fields that must have these values for the entry to hold.
         norms, final_norm: modules of a layer, and of the whole model, that compute `weight · x / rms(x)`, rounding
@@ -144,6 +146,7 @@ class Architecture:
     attention: Attention
     experts: Experts | None = None
     attributes: tuple[tuple[str, str, str], ...] = ()
+    whole_attributes: tuple[tuple[str, str, str], ...] = ()
     config_readers: tuple[str, ...] = ()
     requires: Mapping[str, Any] = field(default_factory=dict)
     norms: tuple[str, ...] = ()

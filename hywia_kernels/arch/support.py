@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .discovery import checks_heads
+from .discovery import checks_of
 from .language import Architecture
 from .table import TABLE
 
@@ -18,6 +18,11 @@ def _config_class(entry: Architecture):
     from transformers import AutoConfig
 
     return type(AutoConfig.for_model(entry.model_types[0]).get_text_config())
+
+
+def _divides(entry: Architecture) -> bool:
+    """Whether the config wants its head count to divide the hidden size."""
+    return "validate_architecture" in checks_of(_config_class(entry))
 
 
 def _is_grouped(entry: Architecture) -> bool:
@@ -36,9 +41,11 @@ def _not_stock(entry: Architecture) -> str:
     cuts = []
     if not entry.attention.free_head_dim:
         cuts.append("heads (the config makes their size of their count)")
-    elif checks_heads(_config_class(entry)) and entry.stand_in is None:
+    elif _divides(entry) and entry.stand_in is None:
         cuts.append("head counts that do not divide the hidden size")
-    elif checks_heads(_config_class(entry)):
+    elif "validate_rope" in checks_of(_config_class(entry)):
+        cuts.append("with longrope: other head counts (the config takes the length of its factors from them)")
+    elif _divides(entry):
         needs = " or ".join(f"`{field}`" for field, value in entry.stand_in_needs.items() if value is False)
         cuts.append(f"with {needs}: head counts that do not divide the hidden size")
     if not entry.mlp.width_field:

@@ -28,6 +28,7 @@ _GROUPED_QUERY = Attention(
         "transformers.models.qwen2.modeling_qwen2.Qwen2Attention",
     ),
 )
+_MLP_ATTRIBUTES = (("mlp", "intermediate_size", "channels"),)
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _LLAMA = Architecture(
     model_types=("llama",),
@@ -35,6 +36,7 @@ _LLAMA = Architecture(
     layers="model.layers",
     mlp=_GATED_MLP,
     attention=_GROUPED_QUERY,
+    attributes=_MLP_ATTRIBUTES,
     norms=_NORMS,
     final_norm="model.norm",
     residual="mlp.down_proj",
@@ -72,6 +74,7 @@ _EXPERTS = Experts(
     chosen_field="num_experts_per_tok",
 )
 _EXPERT_ATTRIBUTES = (
+    *_MLP_ATTRIBUTES,
     ("mlp.experts", "num_experts", "experts"),
     ("mlp.experts", "intermediate_dim", "channels"),
     ("mlp.gate", "num_experts", "experts"),
@@ -238,6 +241,7 @@ TABLE: tuple[Architecture, ...] = (
         title="Mixtral",
         experts=_EXPERTS,
         attributes=_EXPERT_ATTRIBUTES,
+        whole_attributes=(("", "num_experts", "experts"),),  # which the router's auxiliary loss reads
         residual=None,
     ),
     replace(
@@ -246,6 +250,7 @@ TABLE: tuple[Architecture, ...] = (
         title="Qwen3-MoE",
         experts=replace(_EXPERTS, width_field="moe_intermediate_size", count_field="num_experts"),
         attributes=_EXPERT_ATTRIBUTES,
+        whole_attributes=(("", "num_experts", "experts"),),  # which the router's auxiliary loss reads
         residual=None,
     ),
 )

@@ -45,15 +45,18 @@ class Measured(NamedTuple):
 _STORE = SumsCache()
 
 
-def measured(owner: Any, side: str) -> Measured | None:
+def measured(owner: Any, side: str, scope: Any = None) -> Measured | None:
     """What `accumulate_fisher` left for a module's channels.
+
+    Args:
+        owner, side: the module, "out" or "in". scope: as `SumsCache` takes it; the weight is compared once a scope.
 
     Raises:
         UsageError: its weight has changed since, or only the other side was measured.
     """
     if not isinstance(owner, nn.Linear):
         return None
-    kept = _STORE.find(owner, (owner.weight,), "accumulate_fisher(model, batches)")
+    kept = _STORE.find(owner, (owner.weight,), "accumulate_fisher(model, batches)", scope)
     if kept is None:
         return None
     axes, sides = kept
@@ -86,8 +89,8 @@ def accumulate_fisher(
 
     The scorers of `torch_pruning` and `llm_pruner` take first and second order from here wherever a weight has no
     `.grad` (and, for LLM-Pruner, no `.acc_grad`) of its own. It replaces the per-sample loop: no `.grad`, no
-    accumulator of a weight's size, float32 sums in float16 models too. A result lasts until its weight changes; nothing
-    is hung on parameters, so nothing gets into checkpoints.
+    accumulator of a weight's size, float32 sums in float16 models too. A result lasts until its weight changes, by
+    whatever means: its bits are compared when it is read. Nothing is hung on parameters or gets into checkpoints.
 
     Args:
         model, batches, backend, memory: as in `hywia_kernels.calibrate`. `L_s` is the mean next-token loss of a sample,

@@ -120,63 +120,142 @@ def bias_terms(owner: Any, grad: bool) -> tuple[Tensor, Tensor | None] | None:
     return bias.detach().float(), bias.grad.detach().float() if grad and bias.grad is not None else None
 
 
-class _Stamp:
-    """Tells whether tensors are the same, unchanged, as when it was made.
+_LANES = 256  # words to a line: sums along lines and across them tell where a word lies
+_LINES = 1 << 14  # at once: what they need beside the tensor is 32 MB, and stays in a GPU's cache
 
-    Torch counts changes in place, but not those made through `.data`, which replaces the tensor that is counted.
+
+@torch.no_grad()
+def _digest(tensor: Tensor) -> tuple[int, ...]:
+    """Of a tensor's bits, at the speed of reading them a few times: exact sums, weighted by where they were taken.
+
+    No change of a single entry leaves all as they were, and no exchange of two, whatever made it: torch's counter of
+    changes misses fused optimisers, `.data`, and everything that writes to memory without telling it.
     """
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0).byte()
+    if flat.data_ptr() % 8 or flat.storage_offset() % 8:
+        flat = flat.clone()
+    whole = flat.numel() // 8
+    words = flat[: 8 * whole].view(torch.int64)
+    lines = whole // _LANES
+    rest = torch.cat([words[lines * _LANES :], flat[8 * whole :].long()])
+    sums = []
+    for part in words[: lines * _LANES].view(lines, _LANES).split(_LINES):
+        # A word's highest bits would be lost among multiples of 2^64, so the upper half counts by itself too.
+        sums += [_weighted(of.sum(dim)) for of in (part, part >> 32) for dim in (0, 1)]
+    sums += [_weighted(rest), _weighted(rest >> 32)]
+    return tuple(torch.stack(sums).tolist())
+
+
+def _weighted(values: Tensor) -> Tensor:
+    """`Σ odd_i · value_i`, modulo 2^64."""
+    places = torch.arange(1, values.numel() + 1, device=values.device)
+    return (values * (places * -0x61C8864680B583EB | 1)).sum()  # the golden ratio's odd multiples, far from each other
+
+
+class _Stamp:
+    """Tells whether tensors hold what they held when it was made, by their bits, shape and dtype."""
 
     def __init__(self, *tensors: Tensor) -> None:
-        self._seen = [(weakref.ref(t), t._version, t.data_ptr(), t.shape) for t in tensors]
+        self._seen = [self._of(t) for t in tensors]
+
+    @staticmethod
+    def _of(tensor: Tensor) -> tuple:
+        return (tensor.shape, tensor.dtype, *(() if tensor.is_meta else _digest(tensor)))
 
     def fits(self, *tensors: Tensor) -> bool:
         return len(tensors) == len(self._seen) and all(
-            ref() is t and version == t._version and pointer == t.data_ptr() and shape == t.shape
-            for t, (ref, version, pointer, shape) in zip(tensors, self._seen, strict=True)
+            seen[:2] == (t.shape, t.dtype) and seen == self._of(t) for t, seen in zip(tensors, self._seen, strict=True)
+        )
+
+
+class _Same:
+    """Tells whether tensors are the same ones, as far as torch counts changes: enough where nobody else's code runs."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._seen = [(weakref.ref(t), self._of(t)) for t in tensors]
+
+    @staticmethod
+    def _of(tensor: Tensor) -> tuple:
+        return None if tensor.is_inference() else tensor._version, tensor.data_ptr(), tensor.shape
+
+    def fits(self, *tensors: Tensor) -> bool:
+        return len(tensors) == len(self._seen) and all(
+            ref() is t and seen == self._of(t) for t, (ref, seen) in zip(tensors, self._seen, strict=True)
         )
 
 
 class SumsCache:
-    """Sums by module, kept as long as the tensors they came from are the same and unchanged.
+    """Sums by module, since pruning replaces a module's parameters.
 
-    By module, since pruning replaces a module's parameters; a change made through `tensor.data` goes unseen: `clear()`.
+    `get` keeps what it computes within one `scope` only: an object that stands for a stretch of time in which weights
+    and gradients stay as they are, but for changes that torch counts. `put` keeps its values for good, and `find`
+    compares the tensors' bits with those that they came from, once a scope.
     """
 
     def __init__(self) -> None:
-        self._kept: weakref.WeakKeyDictionary[Any, tuple[_Stamp, Any]] = weakref.WeakKeyDictionary()
+        self._scope: Any = None
+        self._kept: weakref.WeakKeyDictionary[Any, tuple[_Same, Any]] = weakref.WeakKeyDictionary()
+        self._put: weakref.WeakKeyDictionary[Any, tuple[_Stamp, Any]] = weakref.WeakKeyDictionary()
         self.reads = 0  # how often a weight was read
 
-    def get(self, owner: Any, tensors: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
+    def _enter(self, scope: Any) -> None:
+        if scope is not self._scope:
+            self._kept.clear()
+            self._scope = scope
+
+    def get(self, owner: Any, tensors: tuple[Tensor, ...], compute: Callable[[], Any], scope: Any = None) -> Any:
+        self._enter(scope)
         kept = self._kept.get(owner)
         if kept is not None and kept[0].fits(*tensors):
             return kept[1]
         value = compute()
         self.reads += 1
-        self._kept[owner] = (_Stamp(*tensors), value)
+        if scope is not None:
+            self._kept[owner] = (_Same(*tensors), value)
         return value
 
-    def put(self, owner: Any, tensors: tuple[Tensor, ...], value: Any) -> None:
-        self._kept[owner] = (_Stamp(*tensors), value)
+    @staticmethod
+    def stamp(*tensors: Tensor) -> _Stamp:
+        """What `put` keeps of tensors, to be compared with by `fits`."""
+        return _Stamp(*tensors)
 
-    def find(self, owner: Any, tensors: tuple[Tensor, ...], again: str) -> Any | None:
+    def put(self, owner: Any, tensors: tuple[Tensor, ...], value: Any) -> None:
+        self._kept.pop(owner, None)
+        self._put[owner] = (self.stamp(*tensors), value)
+
+    def find(self, owner: Any, tensors: tuple[Tensor, ...], again: str, scope: Any = None) -> Any | None:
         """What was put for a module, or None.
 
         Raises:
             UsageError: the tensors have changed since; `again` says what to call.
         """
+        self._enter(scope)
+        put = self._put.get(owner)
+        if put is None:
+            return None
         kept = self._kept.get(owner)
-        if kept is not None and not kept[0].fits(*tensors):
+        if kept is not None and kept[0].fits(*tensors):
+            return put[1]
+        if not put[0].fits(*tensors):
             raise UsageError(
                 f"{type(owner).__name__} {list(tensors[0].shape)}: expected the weight that was measured, got one that "
                 f"has been replaced or changed since; call {again} again"
             )
-        return None if kept is None else kept[1]
+        if scope is not None:
+            self._kept[owner] = (_Same(*tensors), None)
+        return put[1]
 
-    def clear(self) -> None:
+    def forget(self) -> None:
+        """What was kept within a scope."""
+        self._scope = None
         self._kept.clear()
 
+    def clear(self) -> None:
+        self.forget()
+        self._put.clear()
+
     def __bool__(self) -> bool:
-        return bool(self._kept)
+        return bool(self._put)
 
     def __getstate__(self) -> dict:  # scores are cheap to make again, and weak references cannot be pickled
         return {}

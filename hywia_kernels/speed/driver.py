@@ -1,7 +1,8 @@
 """A model's forward with a static cache: decoder layers compiled once for all that look alike, one CUDA graph a step.
 
 Launching 32 layers' kernels from Python takes longer than a decoding step of a 7B model, so what eager code shows is
-Python. A served model runs captured, with q, k and v in one product and gate and up in another; so does this.
+Python. A served model runs captured, with q, k and v in one product and gate and up in another; so does this, in
+matrices of its own: the model keeps its parameters, which stand unused beside them meanwhile.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["StaticDriver", "capture", "drivable"]
+from ..engine.memory import free_bytes
+from ..engine.patches import frozen
+
+__all__ = ["StaticDriver", "capture", "drivable", "joined_bytes"]
 
 
 @dataclass(frozen=True)
 class _Packed:
-    """What one layer computes with. `qkv` and `gate_up` are one matrix each, whose parts the model's modules view."""
+    """What one layer computes with. `qkv` and `gate_up` are copies of the model's matrices, joined."""
 
     norm: nn.Module
     mlp_norm: nn.Module
@@ -38,19 +42,27 @@ class _Packed:
 
 
 def _joined(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """One matrix of the rows of several, which become views of it: no second copy stays."""
+    """One matrix of the rows of several, copied: whoever owns the model (an optimiser, a file to be written) must find
+    the parameters that he knows, each in storage of its own."""
     weight = torch.cat([m.weight.detach() for m in linears])
-    rows = [m.weight.shape[0] for m in linears]
-    for linear, part in zip(linears, weight.split(rows), strict=True):
-        linear.weight = nn.Parameter(part, requires_grad=linear.weight.requires_grad)
     biases = [m.bias.detach() for m in linears if m.bias is not None]
     return weight, torch.cat(biases) if biases else None
 
 
+def _to_join(layer: Any) -> tuple[list[nn.Linear], list[nn.Linear]]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
+
+
+def joined_bytes(model: Any) -> int:
+    """What a driver holds beside a model: its own copies of the matrices that it joins."""
+    linears = [linear for layer in model.model.layers for part in _to_join(layer) for linear in part]
+    return sum(t.nbytes for linear in linears for t in (linear.weight, linear.bias) if t is not None)
+
+
 def _packed(layer: Any) -> _Packed:
     attention, mlp = layer.self_attn, layer.mlp
-    qkv, qkv_bias = _joined([attention.q_proj, attention.k_proj, attention.v_proj])
-    gate_up, gate_up_bias = _joined([mlp.gate_proj, mlp.up_proj])
+    (qkv, qkv_bias), (gate_up, gate_up_bias) = map(_joined, _to_join(layer))
     return _Packed(
         layer.input_layernorm, layer.post_attention_layernorm, qkv, qkv_bias, attention.o_proj, gate_up, gate_up_bias,
         mlp.act_fn, mlp.down_proj, (attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]),
@@ -60,17 +72,23 @@ def _packed(layer: Any) -> _Packed:
 
 
 def drivable(model: Any, length: int = 6) -> str | None:
-    """Why `StaticDriver` cannot run this model on `length` tokens; None: it can, to the same logits."""
+    """Why `StaticDriver` cannot run this model on `length` tokens; None: it can, to the same logits. The model stays
+    as it is, whatever comes out."""
     window = getattr(model.config, "sliding_window", None)
     if window is not None and window < length and getattr(model.config, "use_sliding_window", True):
         return f"its attention slides over {window} tokens"
     ids = torch.arange(6, device=model.get_input_embeddings().weight.device)[None]
     try:
-        with torch.no_grad():
+        needed, free = joined_bytes(model), free_bytes(ids.device)
+        if needed > free:
+            return f"{needed / 1e9:.1f} GB of joined matrices do not fit beside it, {free / 1e9:.1f} GB are free"
+        with torch.no_grad(), frozen(model):
             logits = model(ids, use_cache=False).logits[:, -1]
             want, want_dtype = logits.float(), logits.dtype
             driver = StaticDriver(model, 1, 6, compile=False)
             found = [driver.prefill(ids), driver.step(ids[:, -1:], torch.tensor([5], device=ids.device))]
+    except torch.OutOfMemoryError:
+        return "its joined matrices do not fit into memory beside it"
     except (TypeError, RuntimeError, AttributeError, KeyError) as error:
         return f"its layers are not LLaMA's ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     differ = max(float((got.float() - want).norm() / want.norm()) for got in found)
@@ -83,7 +101,8 @@ class StaticDriver:
     """Prefill and decoding steps of `batch` sequences in a cache of `length` tokens.
 
     With `compile`, one graph serves all layers of one shape: they are called with their tensors, not as modules, which
-    would be compiled once for each layer's index.
+    would be compiled once for each layer's index. It holds `joined_bytes` beside the model, and changes nothing in it;
+    weights that change later are not seen.
     """
 
     def __init__(self, model: Any, batch: int, length: int, *, compile: bool) -> None:

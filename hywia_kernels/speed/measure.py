@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from .. import progress
+from ..engine.patches import frozen
 from ..errors import UsageError
-from .driver import StaticDriver, capture, drivable
+from .driver import StaticDriver, capture, drivable, joined_bytes
 from .work import Work, work_of
 
 __all__ = ["Case", "Measurement", "cases", "measure"]
@@ -43,7 +44,8 @@ class Measurement:
         ms, ms_p20, ms_p80: median and quantiles over `runs`; latency of a prompt, or of a token.
         tokens_per_second: of all sequences together.
         flop_s, byte_s: by what the case must do at least (`Work`), so a share of a device's ceilings at most.
-        peak_bytes: most memory allocated while it ran (GPU only).
+        peak_bytes: most memory allocated while it ran (GPU only), of a model that is there once: without the copies
+            that the static modes hold beside it, which on a GPU need `joined_bytes` of free memory.
     """
 
     phase: str
@@ -79,7 +81,7 @@ def measure(
     runs: int = 10,
     what: str = "bench",
 ) -> tuple[list[Measurement], str | None]:
-    """Time a model, in eval mode, on the device it is on.
+    """Time a model, in eval mode, on the device it is on; afterwards it is as it was.
 
     Args:
         model: a causal language model. wanted: what to time. runs: readings per figure, after three warm-ups.
@@ -98,15 +100,16 @@ def measure(
     reason = drivable(model, max((c.context for c in wanted), default=1)) if set(modes) - {"eager"} else None
     work = work_of(model)
     found = []
-    for case in progress.track(list(wanted), what):
-        for mode in modes:
-            if mode == "eager":
-                timed = _eager(model, case, runs)
-            elif reason is None:
-                timed = _static(model, case, mode == "static", runs)
-            else:
-                continue
-            found.append(_measurement(case, mode, work, *timed))
+    with frozen(model):
+        for case in progress.track(list(wanted), what):
+            for mode in modes:
+                if mode == "eager":
+                    timed = _eager(model, case, runs)
+                elif reason is None:
+                    timed = _static(model, case, mode == "static", runs)
+                else:
+                    continue
+                found.append(_measurement(case, mode, work, *timed))
     return found, reason
 
 
@@ -198,7 +201,8 @@ def _static(model: Any, case: Case, compile: bool, runs: int) -> tuple[list[floa
         return driver.prefill(ids) if case.phase == "prefill" else driver.step(ids, position)
 
     if device.type == "cuda":
-        return _times(capture(call), device, runs), _peak(device)
+        times, peak = _times(capture(call), device, runs), _peak(device)
+        return times, peak and peak - joined_bytes(model)
     with settled(call, compile):
         return _times(call, device, runs), _peak(device)
 

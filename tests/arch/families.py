@@ -103,6 +103,16 @@ def _experts() -> tuple[Part, ...]:
     )
 
 
+_PHI3: tuple[tuple[Part, ...], tuple[Part, ...]] = (
+    (
+        rows("self_attn.qkv_proj.weight", 12),
+        rows("self_attn.qkv_proj.weight", 6, 36),
+        rows("self_attn.qkv_proj.weight", 6, 54),
+        columns("self_attn.o_proj.weight", 12),
+    ),
+    (rows("mlp.gate_up_proj.weight"), rows("mlp.gate_up_proj.weight", 1, 44), columns("mlp.down_proj.weight")),
+)
+
 FAMILIES: tuple[Family, ...] = (
     Family("llama", _WIDE | dict(tie_word_embeddings=True), _grouped(2, 10), _gated(44)),
     Family("llama-bias", _GQA | dict(attention_bias=True, mlp_bias=True), _grouped(2, 6), _gated(44)),
@@ -162,16 +172,24 @@ FAMILIES: tuple[Family, ...] = (
         _grouped(2, 8, "dense"),
         (rows("mlp.fc1.weight"), columns("mlp.fc2.weight")),
     ),
-    Family(
-        "phi3",
-        _GQA | dict(sliding_window=7),
-        (
-            rows("self_attn.qkv_proj.weight", 12),
-            rows("self_attn.qkv_proj.weight", 6, 36),
-            rows("self_attn.qkv_proj.weight", 6, 54),
-            columns("self_attn.o_proj.weight", 12),
+    Family("phi3", _GQA | dict(sliding_window=7), *_PHI3),
+    Family(  # its config takes the length of the factors from the head count, whatever the heads' size
+        "phi3-longrope",
+        _GQA
+        | dict(
+            rope_parameters=dict(
+                rope_type="longrope",
+                rope_theta=10000.0,
+                partial_rotary_factor=0.75,
+                short_factor=[1.0, 1.3],
+                long_factor=[1.5, 3.0],
+                original_max_position_embeddings=16,
+                factor=4.0,
+            ),
+            original_max_position_embeddings=16,
         ),
-        (rows("mlp.gate_up_proj.weight"), rows("mlp.gate_up_proj.weight", 1, 44), columns("mlp.down_proj.weight")),
+        *_PHI3,
+        stock=_NO_STOCK_HEADS,
     ),
     Family(
         "starcoder2",

@@ -27,8 +27,9 @@ Where results differ
    upstream has no branch for them, or (GroupNorm) in Taylor only.
 9. Sums are float32 whatever the weights' dtype, and a missing gradient is an error that says what to do.
 
-Each weight is read once for both its axes. Results are kept by module and dropped when the weight or its gradient is
-replaced or changed in place; changes made through `tensor.data` go unseen, so call `scorer.clear()` after them.
+Each weight is read once for both its axes in a pruner's `step()`. Nothing is kept longer, for much changes weights
+without telling torch: fused optimisers, `tensor.data`, loading by assignment. Who calls a scorer for one group after
+another says that nothing changes meanwhile: `with scorer.unchanged(): scores = [scorer(group) for group in groups]`.
 """
 
 from __future__ import annotations

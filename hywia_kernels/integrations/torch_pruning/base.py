@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch_pruning.pruner import function
 
 from ..modules import BySide, Sums, SumsCache, tensor_of
 from ..placement import Placement, Straight, placement, reduced
+from .steps import running_step
 
 __all__ = ["TYPES", "Member", "Scorer"]
 
@@ -50,9 +52,27 @@ class Scorer:
     def _begin(self, upstream_compat: bool, backend: str | None) -> None:
         self.upstream_compat, self.backend = upstream_compat, backend
         self.cache = SumsCache()
+        self.scope: Any = None  # stands for a stretch of time in which weights and gradients stay as they are
+        self._declared = False
+        self._step: Any = None  # the frame that a scope found by itself stands for
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Weights and gradients stay as they are inside, says the caller, but for changes that torch counts: each is
+        then read once for all the groups it is in, as in a step of Torch-Pruning's own pruners."""
+        before = self.scope, self._declared
+        self.scope, self._declared = object(), True
+        try:
+            yield
+        finally:
+            self.scope, self._declared = before
+            self.cache.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "scope": None, "_declared": False, "_step": None}
 
     def clear(self) -> None:
-        """Forget every result kept, and read the weights again."""
+        """Forget every result kept."""
         self.cache.clear()
 
     def __call__(self, group: Any, ch_groups: int = 1, consecutive_groups: int = 1) -> Tensor | None:
@@ -70,6 +90,10 @@ class Scorer:
         """
         if self.upstream_compat:
             return super().__call__(group)  # type: ignore[misc]
+        if not self._declared:
+            step = running_step()
+            if step is not self._step:
+                self._step, self.scope = step, None if step is None else object()
         with torch.no_grad():
             return self._scores(group)
 
@@ -146,4 +170,4 @@ class Scorer:
     def _kept(self, owner: Any, tensors: tuple[Tensor, ...], compute: Callable[[], BySide]) -> BySide:
         if isinstance(owner, Tensor):  # vectors: nothing to save
             return compute()
-        return self.cache.get(owner, tensors, compute)
+        return self.cache.get(owner, tensors, compute, self.scope)

@@ -78,7 +78,7 @@ class TaylorImportance(Scorer, importance.TaylorImportance):
         weight = tensor_of(owner)
         assert weight is not None
         if weight.grad is None:
-            before = measured(owner, side)
+            before = measured(owner, side, self.scope)
             if before is not None:
                 return {side: before.sums("first")}
         grad = gradient(owner, weight)

@@ -17,6 +17,11 @@ from .base import TYPES, Scorer
 __all__ = ["HessianImportance"]
 
 
+def _read(owner: Any) -> tuple[Tensor, ...]:
+    """The tensors that a module's sums are made of, beside gradients."""
+    return (owner.weight,) if getattr(owner, "bias", None) is None else (owner.weight, owner.bias)
+
+
 class HessianImportance(Scorer, importance.HessianImportance):
     """Diagonal empirical Fisher information: `Σ w²·mean_s g_s²` over each channel of every member.
 
@@ -42,7 +47,7 @@ class HessianImportance(Scorer, importance.HessianImportance):
         super().__init__(group_reduction, normalizer, bias, list(target_types))
         self._begin(upstream_compat, backend)
         self._calls = SumsCache()  # module -> Σ (w·g)² by side, the bias's own, calls
-        self._vectors: dict[int, list] = {}  # of bare parameters: the parameter, Σ (w·g)², calls
+        self._vectors: dict[int, list] = {}  # of bare parameters: the parameter, Σ (w·g)², calls, their stamp
 
     def clear(self) -> None:
         self.zero_grad()
@@ -78,33 +83,46 @@ class HessianImportance(Scorer, importance.HessianImportance):
         own = None if bias is None else (bias[0] * bias[1]).square()  # type: ignore[operator]
         if not sums and own is None:
             return
-        before = self._calls.find(owner, (weight,), "zero_grad(), then accumulate_grad(model)")
+        before = self._added(owner)
         if before is None:
-            self._calls.put(owner, (weight,), [sums, own, 1])
+            self._calls.put(owner, _read(owner), [sums, own, 1])
             return
         before[0] = {s: Sums(before[0][s].fine + new.fine, new.signed) for s, new in sums.items()} or before[0]
         before[1] = before[1] if own is None or before[1] is None else before[1] + own
         before[2] += 1
 
+    def _added(self, owner: Any, scope: Any = None) -> Any | None:
+        return self._calls.find(owner, _read(owner), "zero_grad(), then accumulate_grad(model)", scope)
+
     def _add_vector(self, parameter: Tensor) -> None:
         if parameter.grad is None:
             return
         term = (parameter.float() * parameter.grad.float()).square()
-        seen = self._vectors.setdefault(id(parameter), [parameter, torch.zeros_like(term), 0])
+        seen = self._vector(parameter) or [parameter, torch.zeros_like(term), 0, SumsCache.stamp(parameter)]
+        self._vectors[id(parameter)] = seen
         seen[1] += term
         seen[2] += 1
 
+    def _vector(self, parameter: Tensor) -> list | None:
+        seen = self._vectors.get(id(parameter))
+        if seen is not None and not seen[3].fits(parameter):
+            raise UsageError(
+                f"{type(parameter).__name__} {list(parameter.shape)}: expected the values whose gradients were added "
+                "up, got others; call zero_grad(), then accumulate_grad(model) again"
+            )
+        return seen
+
     def _sums(self, owner: Any, side: str) -> BySide | None:
         if isinstance(owner, Tensor):
-            seen = self._vectors.get(id(owner))
+            seen = self._vector(owner)
             return None if seen is None else {"out": Sums(seen[1] / seen[2], seen[1] / seen[2])}
         if self._calls:
-            found = self._calls.find(owner, (owner.weight,), "zero_grad(), then accumulate_grad(model)")
+            found = self._added(owner, self.scope)
             if found is None or side not in found[0]:
                 return None  # it had no gradient
             mean = found[0][side].fine / found[2]
             return {side: Sums(mean, mean)}
-        before = measured(owner, side)
+        before = measured(owner, side, self.scope)
         if before is not None:
             twice = 2.0 * before.fine["second"]  # the ops' term has a half
             return {side: Sums(twice, twice)}
@@ -118,5 +136,5 @@ class HessianImportance(Scorer, importance.HessianImportance):
     def _bias(self, owner: Any) -> Tensor | None:
         if isinstance(owner, Tensor):
             return None
-        found = self._calls.find(owner, (owner.weight,), "zero_grad(), then accumulate_grad(model)")
+        found = self._added(owner, self.scope)
         return None if found is None or found[1] is None else found[1] / found[2]

@@ -90,7 +90,7 @@ class HyWIAImportance(Scorer, importance.Importance):
         weight = tensor_of(owner)
         assert weight is not None
         if self.order != "first" or weight.grad is None:
-            before = measured(owner, side)
+            before = measured(owner, side, self.scope)
             if before is not None:
                 fine = place(before.fine[self.order]).view(-1, size).sum(1)
                 samples = place(before.samples).unflatten(1, (-1, size)).sum(2)
