@@ -8,7 +8,6 @@ from families import FAMILIES, fresh
 import hywia_kernels as hk
 from hywia_kernels.weights import fingerprint
 
-
 CUTS = {"mlp": dict(units=("mlp",)), "adaptive": dict(layers=(1, 2))}
 
 
