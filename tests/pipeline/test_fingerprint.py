@@ -273,9 +273,7 @@ def test_identity_counts_as_the_model_does(model):
 def test_weights_that_are_not_here_are_named():
     with torch.device("meta"):
         layer = nn.Linear(3, 3)
-    with pytest.raises(
-        HywiaError, match="weight: expected a plain tensor .*got one on the meta"
-    ):
+    with pytest.raises(HywiaError, match="weight: expected a plain tensor .*got one on the meta"):
         fingerprint(layer)
 
 
