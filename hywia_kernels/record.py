@@ -1,13 +1,17 @@
-"""How something was made, as a read-only mapping that JSON can hold."""
+"""How something was made, as a read-only mapping that JSON can hold; and JSON objects that carry their own digest."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from .errors import HywiaError
 
-__all__ = ["Record", "frozen_record"]
+__all__ = ["DIGEST", "Record", "digest_of", "frozen_record", "parsed", "sealed"]
+
+DIGEST = "sha256"  # of an object without this entry, in it
 
 
 class Record(dict[str, Any]):
@@ -53,3 +57,40 @@ def _frozen(value: Any, path: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [_frozen(item, f"{path}[{i}]") for i, item in enumerate(value)]
     raise HywiaError(f"{path}: expected what JSON can hold, got {type(value).__name__}")
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """sha256 of a JSON object less its entry `DIGEST`, however it is laid out.
+
+    Raises:
+        ValueError, TypeError, RecursionError: it is no JSON.
+    """
+    rest = {k: v for k, v in content.items() if k != DIGEST}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object as it will be read (keys are strings, tuples lists), with its digest."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(content)))
+    return plain | {DIGEST: digest_of(plain)}
+
+
+def parsed(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object from a file's bytes; where it carries a digest, exactly the one that was sealed.
+
+    Args:
+        where: what the file is called in messages.
+
+    Raises:
+        HywiaError: the bytes are no JSON object, or not what their digest says.
+    """
+    try:
+        found = json.loads(data)
+        good = not isinstance(found, dict) or DIGEST not in found or found[DIGEST] == digest_of(found)
+    except (ValueError, RecursionError) as error:
+        raise HywiaError(f"{where} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise HywiaError(f"{where} is damaged: expected an object, got {type(found).__name__}")
+    if not good:
+        raise HywiaError(f"{where} is damaged: its content is not what its digest says")
+    return found

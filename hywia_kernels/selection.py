@@ -146,6 +146,9 @@ def _kinds(units: Sequence[str], groups: Sequence[Group]) -> tuple[str, ...]:
     if missing:
         has = ", ".join(k for k in KINDS if any(g.kind == k for g in groups))
         raise UsageError(f"units: the model has no {', '.join(sorted(missing))} to cut, only {has}; leave it out")
+    empty = next((g.name for g in groups if g.kind in chosen and not g.unit_parameters), None)
+    if empty is not None:
+        raise UsageError(f"scores: expected units that hold parameters, got {empty}, whose units hold none")
     if {"mlp", "experts"} <= set(chosen):
         raise UsageError(
             "units: expected mlp or experts, got both, which hold each other; cut one, score again, then cut the other"

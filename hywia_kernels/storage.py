@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import arch, atomic
 from .errors import HywiaError
+from .record import DIGEST, parsed, sealed
 from .types import Group, Member, Scores, Statistics
 from .weights import fingerprint
 
@@ -20,7 +21,6 @@ __all__ = ["check_scored_on", "load_scores", "save_scores"]
 
 _TENSORS, _INDEX = "scores.safetensors", "scores.json"
 _FORMAT = 3  # 3: digests, and a fingerprint that sees every row and column, the config and the buffers
-_DIGEST = "sha256"  # of the index without this entry, in the index
 _TENSORS_DIGEST = "tensors_sha256"
 
 
@@ -64,7 +64,7 @@ def save_scores(
     with atomic.directory(Path(path), overwrite=overwrite) as folder:
         save_file(_apart(tensors), folder / _TENSORS)
         index[_TENSORS_DIGEST] = _file_digest(folder / _TENSORS)
-        index[_DIGEST] = _index_digest(index)
+        index = sealed(index)
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return Path(path)
 
@@ -131,12 +131,12 @@ def _damaged(folder: Path, what: object) -> HywiaError:
 def _read_index(folder: Path) -> dict[str, Any]:
     """The JSON file, of this version and with its digest."""
     try:
-        index = json.loads((folder / _INDEX).read_bytes())
+        index = parsed((folder / _INDEX).read_bytes(), _INDEX)
     except OSError as error:
         raise HywiaError(f"scores: cannot read {folder / _INDEX}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise _damaged(folder, f"{_INDEX}: {error}") from error
-    if not isinstance(index, dict) or type(index.get("format")) is not int:
+    except HywiaError as error:
+        raise _damaged(folder, error) from error
+    if type(index.get("format")) is not int:
         raise _damaged(folder, f"{_INDEX}: expected an object with a format")
     if index["format"] != _FORMAT:
         age = "an older" if index["format"] < _FORMAT else "a newer"
@@ -144,12 +144,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"scores: {folder} was scored by {age} version of this package (format {index['format']}, expected "
             f"{_FORMAT}); score again"
         )
-    try:
-        digest = _index_digest(index)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(folder, f"{_INDEX}: {error}") from error
-    if index.get(_DIGEST) != digest:
-        raise _damaged(folder, f"{_INDEX}: its content is not what its digest says")
+    if DIGEST not in index:
+        raise _damaged(folder, f"{_INDEX}: expected a digest of its content")
     return index
 
 
@@ -174,11 +170,6 @@ def _file_digest(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _index_digest(index: Mapping[str, Any]) -> str:
-    rest = {k: v for k, v in index.items() if k != _DIGEST}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _sorted_out(

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY, fresh
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, storage
+from hywia_kernels import HywiaError, record, storage
 from hywia_kernels.cli import main
 
 FUZZ = settings(
@@ -78,7 +78,7 @@ class Copy:
     def write(self, index, signed):
         if signed and isinstance(index, dict):
             index["tensors_sha256"] = storage._file_digest(self.at / TENSORS)
-            index["sha256"] = storage._index_digest(index)
+            index = record.sealed(index)
         (self.at / INDEX).write_text(json.dumps(index))
 
     def load(self):
@@ -165,6 +165,7 @@ def use(loaded):
 
 @FUZZ
 @given(seed=st.integers(0, 10**9), times=st.integers(1, 3))
+@example(seed=9484, times=2)  # units without parameters
 @example(seed=0, times=1)
 def test_an_index_with_the_right_digest_is_checked_all_the_same(whole, seed, times):
     draw = random.Random(seed)
@@ -267,13 +268,15 @@ def test_other_tensors(whole, seed, signed):
         (b"", "damaged"),
         (b"[" * 200_000, "damaged"),
         (b"\xff\xfe", "damaged"),
-        (b"[]", "expected an object with a format"),
+        (b"[]", "expected an object, got list"),
         (b'{"format": 1' + b"0" * 5000 + b"}", "damaged"),
         (b'{"format": true}', "expected an object with a format"),
         (b'{"format": 2, "groups": []}', "was scored by an older version of this package"),
         (b'{"format": 1}', "was scored by an older version of this package"),
         (b'{"format": 99}', "was scored by a newer version of this package"),
-        (b'{"format": 3}', "its content is not what its digest says"),
+        (b'{"format": 3}', "expected a digest of its content"),
+        (b'{"format": 3, "sha256": "0"}', "its content is not what its digest says"),
+        (b'{"format": 3, "sha256": 0}', "its content is not what its digest says"),
     ],
 )
 def test_indexes_that_are_none(whole, content, message):
@@ -327,3 +330,35 @@ def test_scores_whose_record_says_nothing_take_the_defaults(saved, tmp_path, mon
     how = ["--scores", "s", "--no-eval", "--no-refit", "--ratio", "0.2", "--align", "8"]
     assert main(["prune", "model", "-o", "out", *how, "--order", "first"]) == 0
     assert hk.load("out")[0].config.intermediate_size < 56
+
+
+CONTENT = {"plan": {"widths": {"mlp": [8, 8]}, "ratio": 0.2}, "kept_units": {"a": [0, 2]}, "tuple": (1, 2), "n": {1: 2}}
+
+
+@FUZZ
+@given(seed=st.integers(0, 10**9), times=st.integers(1, 3))
+@example(seed=0, times=1)
+def test_any_change_of_a_sealed_record_is_seen(seed, times):
+    draw = random.Random(seed)
+    content = changed = record.sealed(CONTENT)
+    for _ in range(times):
+        changed = mutated(json.loads(json.dumps(changed)), draw) if isinstance(changed, (dict, list)) else changed
+    data = bytearray(json.dumps(changed).encode())
+    if draw.random() < 0.3:
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    try:
+        got = record.parsed(bytes(data), "hywia.json")
+    except HywiaError as error:
+        said = str(error)
+    else:
+        assert got == content or "sha256" not in got
+        return
+    assert said.startswith("hywia.json is damaged: ")
+
+
+def test_a_sealed_record_is_read_as_it_was():
+    content = record.sealed(CONTENT)
+    assert record.parsed(json.dumps(content, indent=3).encode(), "x") == content
+    assert content["n"] == {"1": 2}
+    assert record.sealed(content) == content
+    assert record.parsed(b'{"a": 1}', "x") == {"a": 1}, "records of older versions have no digest"
