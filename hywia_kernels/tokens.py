@@ -53,8 +53,9 @@ def prefix(tokenizer: Any, bos: bool | None = None) -> list[int]:
 def positions(model: Any) -> int | None:
     """How many positions a model has; None where any number will do.
 
-    A table of learned positions ends somewhere (GPT-2, OPT); rotary and ALiBi positions do not: they only get worse
-    behind `max_position_embeddings`, or scale themselves (dynamic, longrope), and longer texts are let through.
+    A table of learned positions ends somewhere (GPT-2, OPT), and so does one of computed positions (GPT-J). Rotary and
+    ALiBi positions do not: they only get worse behind `max_position_embeddings`, or scale themselves (dynamic,
+    longrope), and longer texts are let through.
     """
     decoder, words = model.get_decoder(), model.get_input_embeddings()
     rows = [
@@ -62,6 +63,7 @@ def positions(model: Any) -> int | None:
         for name, module in decoder.named_modules()
         if isinstance(module, nn.Embedding) and module is not words and name.count(".") < 2 and _counts(name)
     ]
+    rows += [len(table) for name, table in decoder.named_buffers() if name.endswith(".embed_positions")]
     return min(rows, default=None)
 
 

@@ -127,6 +127,25 @@ def test_positions(family):
     assert positions(fresh_named(family)) == LEARNED.get(family)
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("gpt_bigcode", dict(n_embd=32, n_layer=1, n_head=4, n_positions=40)),
+        ("gptj", dict(n_embd=32, n_layer=1, n_head=4, n_positions=40, rotary_dim=4)),
+        ("biogpt", dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=40)),
+    ],
+)
+def test_tables_of_families_that_are_only_evaluated(kind, sizes):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    common = dict(vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **common, **sizes)).eval()
+    assert positions(model) == 40
+    assert math.isfinite(hk.perplexity(model, torch.full((1, 40), 5)))
+    with pytest.raises(UsageError, match="block: the model has 40 positions, got 41"):
+        hk.perplexity(model, torch.full((1, 41), 5))
+
+
 @pytest.mark.parametrize("family", LEARNED)
 def test_longer_than_the_positions_is_refused_before_any_work(family, tokenizer, tmp_path):
     model = fresh_named(family)

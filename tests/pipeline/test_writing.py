@@ -120,8 +120,8 @@ def test_ids_that_the_tokenizer_lacks_are_never_written(tokenizer):
     model = replace(TINY[2], vocabulary=600).build()
     got = hk.calibration(model, tokenizer, samples=8, seq_len=32)
     assert int(got.max()) < len(tokenizer)
-    small = replace(TINY[2], vocabulary=100).build()
-    small.generation_config.eos_token_id = small.config.eos_token_id = None
+    small = fresh(TINY[1])
+    small.resize_token_embeddings(100)
     assert int(hk.calibration(small, tokenizer, samples=4, seq_len=16, bos=False).max()) < 100
     with pytest.raises(HywiaError, match="vocabulary"):
         hk.calibration(small, tokenizer, samples=4, seq_len=16)  # its beginning-of-text token is 256
@@ -173,3 +173,49 @@ def test_prompts(gqa, tokenizer):
         model.lm_head.weight[257] = 1e3  # ends at once, or never
         model.lm_head.weight[257] *= torch.sign(model.model.norm.weight)
     assert isinstance(continuation(model, tokenizer, "hello", new=5), str)
+
+
+@pytest.mark.parametrize("mode", ["all", "some"])
+def test_perplexity_is_measured_in_eval_mode_and_modes_come_back(mode):
+    model = fresh_named("gpt2")
+    tokens = torch.randint(2, 100, (4, 20), generator=torch.Generator().manual_seed(0))
+    want = hk.perplexity(model, tokens)
+    (model if mode == "all" else model.transformer.h[1]).train()
+    modes = [m.training for m in model.modules()]
+    assert hk.perplexity(model, tokens) == want
+    assert [m.training for m in model.modules()] == modes
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(float("nan"))
+    with pytest.raises(HywiaError, match="its loss is NaN"):
+        hk.perplexity(model, tokens)
+    assert [m.training for m in model.modules()] == modes
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keywords", "message"),
+    [
+        (torch.zeros(0, 8, dtype=torch.int64), {}, "at least one sample"),
+        (torch.zeros(2, 1, dtype=torch.int64), {}, "block: expected at least 2 tokens, got 1"),
+        (torch.zeros(8, dtype=torch.int64), {}, "tokens: expected int64 token ids"),
+        (torch.zeros(2, 8), {}, "tokens: expected int64 token ids"),
+        (torch.full((2, 8), 259), {}, r"vocabulary \[0, 259\), got ids from 259 to 259"),
+        (torch.full((2, 8), -1), {}, r"vocabulary \[0, 259\), got ids from -1 to -1"),
+        (torch.zeros(2, 8, dtype=torch.int64), {"batch": 0}, "batch: expected at least 1"),
+    ],
+)
+def test_tokens_that_cannot_be_evaluated(gqa, tokens, keywords, message):
+    with pytest.raises(HywiaError, match=message):
+        hk.perplexity(gqa, tokens, **keywords)
+
+
+def test_a_tokenizer_that_returns_nothing(gqa):
+    class Nothing:
+        bos_token_id = eos_token_id = pad_token_id = None
+
+        def __call__(self, text, **keywords):
+            return {"input_ids": []}
+
+    with pytest.raises(HywiaError, match="text: expected at least one block of 128 tokens, got 0 tokens"):
+        hk.evaluate(gqa, Nothing(), "some text " * 99)
+    with pytest.raises(UsageError, match="prompt: expected at least one token, got none"):
+        continuation(gqa, Nothing(), "hello")
