@@ -14,7 +14,17 @@ from typing import Any
 
 from .errors import HywiaError
 
-__all__ = ["INDEX", "SINGLE", "Stored", "read_json", "stored_tensors", "weight_bytes_stored", "weight_files"]
+__all__ = [
+    "INDEX",
+    "SINGLE",
+    "Stored",
+    "check_kind",
+    "named_files",
+    "read_json",
+    "stored_tensors",
+    "weight_bytes_stored",
+    "weight_files",
+]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -75,6 +85,15 @@ def weight_files(folder: str | Path) -> tuple[Path, ...]:
     return files
 
 
+def named_files(folder: str | Path) -> tuple[Path, ...]:
+    """The files that a directory's `model.safetensors.index.json` names, whether they are there or not.
+
+    Raises:
+        HywiaError: the index is damaged, or names what is no safetensors file of the same directory.
+    """
+    return _indexed(Path(folder) / INDEX)
+
+
 def weight_bytes_stored(folder: str | Path) -> int:
     """Bytes of the files of `weight_files`, headers included.
 
@@ -106,23 +125,43 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
     return found
 
 
+def check_kind(path: Path) -> None:
+    """See by a file's first bytes whether something else stands in its place.
+
+    Raises:
+        HywiaError: it cannot be read, is empty, a Git LFS pointer, a web page, a pickle, or a GGUF file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            begin = file.read(512)
+    except OSError as error:
+        raise HywiaError(f"model: cannot read {path}: {error.strerror or error}") from error
+    _check_kind(path, begin, size)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        HywiaError: it cannot be read, or holds something else (which is named: a Git LFS pointer, a web page).
+        HywiaError: it cannot be read, holds NaN or Infinity, or holds something else (which is named: a Git LFS
+            pointer, a web page).
     """
+    check_kind(path)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}, which is no number")
+
     try:
-        raw = path.read_bytes()
+        content = json.loads(path.read_bytes().decode("utf-8-sig"), parse_constant=refuse)
     except OSError as error:
         raise HywiaError(f"model: cannot read {path}: {error.strerror or error}") from error
-    _check_kind(path, raw[:512], len(raw))
-    try:
-        content = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise HywiaError(f"model: {path} is damaged: expected JSON, got something else ({error})") from error
+        raise HywiaError(f"model: could not load {path}: it is damaged: expected JSON ({error})") from error
     if not isinstance(content, dict):
-        raise HywiaError(f"model: {path} is damaged: expected a JSON object, got {type(content).__name__}")
+        raise HywiaError(
+            f"model: could not load {path}: it is damaged: expected a JSON object, got {type(content).__name__}"
+        )
     return content
 
 
@@ -200,15 +239,23 @@ def _nothing(folder: Path) -> str:
 def _check_kind(path: Path, begin: bytes, size: int) -> None:
     """Refuse what stands where a file of ours should, by its first bytes."""
     if size == 0:
-        raise HywiaError(f"model: {path} is empty; fetch it again")
+        raise HywiaError(f"model: could not load {path}: it is empty; fetch it again")
     if begin.startswith(b"version https://git-lfs"):
-        raise HywiaError(f"model: {path} is a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
+        raise HywiaError(
+            f"model: could not load {path}: it is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
+        )
     if begin.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
-        raise HywiaError(f"model: {path} is a web page (HTML or XML), not the file itself; fetch it again")
+        raise HywiaError(
+            f"model: could not load {path}: it is a web page (HTML or XML), not the file itself; fetch it again"
+        )
     if begin.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        raise HywiaError(f"model: {path} is a pickle under another name, which can run code when opened; never loaded")
+        raise HywiaError(
+            f"model: could not load {path}: it is a pickle under another name, which can run code when opened; never loaded"
+        )
     if begin.startswith(b"GGUF"):
-        raise HywiaError(f"model: {path} is a GGUF file under another name; rename it to *.gguf and load the file")
+        raise HywiaError(
+            f"model: could not load {path}: it is a GGUF file under another name; rename it to *.gguf and load the file"
+        )
 
 
 def _header(path: Path) -> dict[str, dict[str, Any]]:
@@ -227,7 +274,9 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
                 _check_kind(path, begin, size)
                 if begin[8:9] == b"{" and length <= _LARGEST_HEADER:
                     raise _cut_short(path, size, 8 + length)
-                raise HywiaError(f"model: {path} is no safetensors file (or its beginning is damaged); fetch it again")
+                raise HywiaError(
+                    f"model: could not load {path}: it is no safetensors file (or its beginning is damaged); fetch it again"
+                )
             file.seek(8)
             raw = file.read(length)
     except OSError as error:
@@ -235,15 +284,19 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
     try:
         content = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise HywiaError(f"model: {path} is damaged: its header is no JSON ({error}); fetch it again") from error
+        raise HywiaError(
+            f"model: could not load {path}: it is damaged: its header is no JSON ({error}); fetch it again"
+        ) from error
     if not isinstance(content, dict):
-        raise HywiaError(f"model: {path} is damaged: its header is no JSON object; fetch it again")
+        raise HywiaError(f"model: could not load {path}: it is damaged: its header is no JSON object; fetch it again")
     content.pop("__metadata__", None)
     if not content:
         raise HywiaError(f"model: {path} holds no tensor")
     for name, entry in content.items():
         if not _is_entry(entry):
-            raise HywiaError(f"model: {path} is damaged: its header says {entry!r} of {name!r}; fetch it again")
+            raise HywiaError(
+                f"model: could not load {path}: it is damaged: its header says {entry!r} of {name!r}; fetch it again"
+            )
     end = 8 + length + max(entry["data_offsets"][1] for entry in content.values())
     if size != end:
         raise _cut_short(path, size, end)
@@ -252,7 +305,9 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
 
 def _cut_short(path: Path, size: int, wanted: int) -> HywiaError:
     what = "cut short" if size < wanted else "damaged"
-    return HywiaError(f"model: {path} is {what}: expected {wanted} bytes, got {size}; fetch it again")
+    return HywiaError(
+        f"model: could not load {path}: it is {what}, expected {wanted} bytes, got {size}; fetch it again"
+    )
 
 
 def _is_entry(entry: Any) -> bool:
