@@ -103,9 +103,7 @@ def load(folder: Path, dtype: torch.dtype | str) -> Any:
     # Only Baichuan2 was trained with a loss on the logits' scale, and says so.
     state = converted(state, normalised_head="z_loss_weight" in values)
     config = LlamaConfig(**{k: values[k] for k in _SHARED if k in values})
-    model, report = LlamaForCausalLM.from_pretrained(
-        None, config=config, state_dict=state, dtype=wanted, ignore_mismatched_sizes=True, output_loading_info=True
-    )
+    model, report = loaded.read(None, LlamaForCausalLM, config=config, state_dict=state, dtype=wanted)
     loaded.check_complete(report, str(folder))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

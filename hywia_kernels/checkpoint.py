@@ -91,7 +91,7 @@ def family(values: Mapping[str, Any]) -> str:
     known = model_types()
     if isinstance(model_type, str) and model_type in known:
         return model_type
-    near = difflib.get_close_matches(str(model_type), known, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(str(model_type), known, n=1, cutoff=0.85)
     raise HywiaError(
         f"model: could not load a model of model_type {model_type!r} (config.json), which is not supported"
         f"{f'; did you mean {near[0]!r}?' if near else ''}; supported: {', '.join(known)}"
@@ -119,7 +119,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if where and "auto_map" in part:
             raise HywiaError(f"model: {path}{where}: expected no auto_map here; code of a checkpoint is not run for it")
     for name, types in _SUB_TYPES.items():
-        part = values.get(name)
+        part = values.get(name, {})
         if isinstance(part, dict) and part.get("model_type") not in (None, *types):
             raise HywiaError(
                 f"model: {path}: expected {name}.model_type {types[0]}, got {part['model_type']!r}, "
@@ -164,9 +164,7 @@ def _check_fields(where: str, values: Mapping[str, Any], base: str) -> None:
 
     for name, value in values.items():
         if name in _REFUSED and value:
-            raise HywiaError(
-                f"model: {where}: expected no {name}, which a checkpoint may not ask for: {_REFUSED[name]}"
-            )
+            raise HywiaError(f"model: {where}: expected no {name} in a checkpoint: {_REFUSED[name]}")
         if name.startswith("__") or callable(getattr(PretrainedConfig, name, None)):
             raise HywiaError(f"model: {where}: expected fields of a model, got {name!r}, which would replace a method")
     for name in _size_fields(base) & set(values):
@@ -264,9 +262,9 @@ def check_tokenizer(folder: Path, name: str) -> dict[str, Any]:
             f"tokenizer: no tokenizer in {name}: expected tokenizer.json or tokenizer.model; copy the tokenizer's "
             "files of the original model beside the weights"
         )
-    for file in ("special_tokens_map.json", "added_tokens.json"):
-        if (folder / file).is_file():
-            read_json(folder / file)
+    for name_ in ("special_tokens_map.json", "added_tokens.json"):
+        if (folder / name_).is_file():
+            read_json(folder / name_)
     return values
 
 

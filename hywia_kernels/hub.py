@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from .errors import HywiaError
 from .weight_files import INDEX, SINGLE, named_files
@@ -44,5 +45,5 @@ def complete(name: str, folder: Path, *, code: bool) -> Path:
 def _snapshot(name: str, patterns: list[str], revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    pinned = {} if revision is None else {"revision": revision}
+    pinned: dict[str, Any] = {} if revision is None else {"revision": revision}
     return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"], **pinned))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ from . import checkpoint
 from .errors import HywiaError
 from .weight_files import Stored, check_kind, stored_tensors
 
-__all__ = ["check_complete", "check_gguf", "check_stored", "check_types", "gguf", "stock"]
+__all__ = ["check_complete", "check_gguf", "check_stored", "check_types", "gguf", "read", "stock"]
 
 # Buffers that old checkpoints hold and models make themselves: rotary frequencies, causal masks.
 _REMADE = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention|self_attention)\.(bias|masked_bias))")
 _WHOLE = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")
+_SCALES = ("absmax", "SCB", "qweight", "qzeros", "scales", "weight_scale", "weight_scale_inv", "input_scale")
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 _SHOWN = 4  # names in a message
 
 
@@ -27,19 +31,78 @@ def check_stored(folder: Path, values: Mapping[str, Any], quantised: bool) -> di
             are quantised whatever the config says.
     """
     tensors = stored_tensors(folder)
-    text = values.get("text_config") if isinstance(values.get("text_config"), dict) else values
-    layers = text.get("num_hidden_layers", text.get("n_layer", 0))  # type: ignore[union-attr]
+    inner = values.get("text_config")
+    text: Mapping[str, Any] = inner if isinstance(inner, dict) else values
+    layers = text.get("num_hidden_layers", text.get("n_layer", 0))
     if layers > len(tensors):
         raise HywiaError(
-            f"model: {folder} holds {len(tensors)} tensors, but its config.json says {layers} layers; one of the two is "
-            "another model's"
+            f"model: {folder} holds {len(tensors)} tensors, but its config.json says {layers} layers; "
+            "one of the two is another model's"
         )
     for name, tensor in tensors.items():
         if not quantised and tensor.dtype in _WHOLE and name.endswith("weight"):
             raise HywiaError(
                 f"model: {tensor.file} holds {name} as {tensor.dtype}: it is quantised; load the model it was made from"
             )
+    _check_experts(folder, text, tensors)
     return tensors
+
+
+def _check_experts(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> None:
+    """Experts stored one by one are joined on loading, which says nothing clear of one that is missing or differs."""
+    stored: dict[tuple[str, str], dict[int, Stored]] = {}
+    for name, tensor in tensors.items():
+        match = _EXPERT.fullmatch(name)
+        if match is not None:
+            stored.setdefault((match[1], match[3]), {})[int(match[2])] = tensor
+    count = config.get("num_local_experts", config.get("num_experts", config.get("n_routed_experts")))
+    leaves = sorted({leaf for _, leaf in stored})
+    missing, shapes, extra = [], [], []
+    for prefix in sorted({prefix for prefix, _ in stored}):
+        for leaf in leaves:
+            experts = stored.get((prefix, leaf), {})
+            usual = next(iter(experts.values())).shape if experts else ()
+            for i in range(count if isinstance(count, int) else max(experts, default=-1) + 1):
+                if i not in experts:
+                    missing.append(f"{prefix}.{i}.{leaf}")
+                elif experts[i].shape != usual:
+                    shapes.append((f"{prefix}.{i}.{leaf}", experts[i].shape, usual))
+            extra += [f"{prefix}.{i}.{leaf}" for i in sorted(experts) if isinstance(count, int) and i >= count]
+    report = {"missing_keys": missing, "unexpected_keys": extra, "mismatched_keys": shapes}
+    check_complete(report, str(folder))
+
+
+class _Quiet(logging.Filter):
+    """Holds back, on one thread, the report that transformers prints of weights that are refused here by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return threading.get_ident() != self._thread or "LOAD REPORT" not in record.getMessage()
+
+
+def read(source: str | None, family: Any, **options: Any) -> tuple[Any, Mapping[str, Any]]:
+    """`(model, loading report)` by a class's `from_pretrained`, safetensors only; judge it with `check_complete`."""
+    logger, quiet = logging.getLogger("transformers.modeling_utils"), _Quiet()
+    logger.addFilter(quiet)
+    try:
+        return family.from_pretrained(
+            source,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused by name
+            output_loading_info=True,
+            **options,
+        )
+    except RuntimeError as error:
+        if "conver" in str(error):
+            raise HywiaError(
+                f"model: could not load {source}: its tensors do not fit together as the family's config says ({error})"
+            ) from error
+        raise
+    finally:
+        logger.removeFilter(quiet)
 
 
 def check_types(model: Any, name: str) -> None:
@@ -68,15 +131,7 @@ def stock(folder: Path, dtype: Any, quantised: bool) -> Any:
     # A config can name kernels on the hub, which would be fetched and run; the choice is this machine's.
     config._attn_implementation = None
     config._experts_implementation = None
-    model, report = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        config=config,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=True,  # they are refused below, by name
-        output_loading_info=True,
-    )
+    model, report = read(str(folder), AutoModelForCausalLM, config=config, dtype=dtype, trust_remote_code=False)
     check_complete(report, str(folder), unexpected=not quantised)
     return model
 
@@ -106,14 +161,8 @@ def gguf(path: Path, dtype: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(
-        str(path.parent),
-        gguf_file=path.name,
-        dtype=dtype,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    options = {"gguf_file": path.name, "dtype": dtype, "trust_remote_code": False}
+    model, report = read(str(path.parent), AutoModelForCausalLM, **options)
     check_complete(report, str(path))
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config  # a saved copy must not claim to be quantised

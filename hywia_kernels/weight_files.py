@@ -157,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise HywiaError(f"model: cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise HywiaError(f"model: could not load {path}: it is damaged: expected JSON ({error})") from error
+        raise _unloadable(path, f"it is damaged: expected JSON ({error})") from error
     if not isinstance(content, dict):
         raise HywiaError(
             f"model: could not load {path}: it is damaged: expected a JSON object, got {type(content).__name__}"
@@ -236,10 +236,14 @@ def _nothing(folder: Path) -> str:
     return f"model: {folder} holds no *.safetensors file; expected {SINGLE}, or {INDEX} and the files it names"
 
 
+def _unloadable(path: Path, reason: str) -> HywiaError:
+    return HywiaError(f"model: could not load {path}: {reason}")
+
+
 def _check_kind(path: Path, begin: bytes, size: int) -> None:
     """Refuse what stands where a file of ours should, by its first bytes."""
     if size == 0:
-        raise HywiaError(f"model: could not load {path}: it is empty; fetch it again")
+        raise _unloadable(path, "it is empty; fetch it again")
     if begin.startswith(b"version https://git-lfs"):
         raise HywiaError(
             f"model: could not load {path}: it is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
@@ -249,9 +253,7 @@ def _check_kind(path: Path, begin: bytes, size: int) -> None:
             f"model: could not load {path}: it is a web page (HTML or XML), not the file itself; fetch it again"
         )
     if begin.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        raise HywiaError(
-            f"model: could not load {path}: it is a pickle under another name, which can run code when opened; never loaded"
-        )
+        raise _unloadable(path, "it is a pickle under another name, which can run code when opened and is never loaded")
     if begin.startswith(b"GGUF"):
         raise HywiaError(
             f"model: could not load {path}: it is a GGUF file under another name; rename it to *.gguf and load the file"
@@ -264,7 +266,7 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
         if not path.is_file():
             what = "leads nowhere" if path.is_symlink() and not path.exists() else "is missing"
             what = what if not path.exists() else "is no regular file"
-            raise HywiaError(f"model: {path} {what}; fetch it again")
+            raise _unloadable(path, f"it {what}; fetch it again")
         size = path.stat().st_size
         with path.open("rb") as file:
             begin = file.read(512)
@@ -274,9 +276,7 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
                 _check_kind(path, begin, size)
                 if begin[8:9] == b"{" and length <= _LARGEST_HEADER:
                     raise _cut_short(path, size, 8 + length)
-                raise HywiaError(
-                    f"model: could not load {path}: it is no safetensors file (or its beginning is damaged); fetch it again"
-                )
+                raise _unloadable(path, "it is no safetensors file (or its beginning is damaged); fetch it again")
             file.seek(8)
             raw = file.read(length)
     except OSError as error:
@@ -288,10 +288,10 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
             f"model: could not load {path}: it is damaged: its header is no JSON ({error}); fetch it again"
         ) from error
     if not isinstance(content, dict):
-        raise HywiaError(f"model: could not load {path}: it is damaged: its header is no JSON object; fetch it again")
+        raise _unloadable(path, "it is damaged: its header is no JSON object; fetch it again")
     content.pop("__metadata__", None)
     if not content:
-        raise HywiaError(f"model: {path} holds no tensor")
+        raise _unloadable(path, "it holds no tensor")
     for name, entry in content.items():
         if not _is_entry(entry):
             raise HywiaError(
@@ -316,7 +316,7 @@ def _is_entry(entry: Any) -> bool:
 
     if not isinstance(entry, dict) or not counts(entry.get("shape")) or not isinstance(entry.get("dtype"), str):
         return False
-    offsets = entry.get("data_offsets")
+    offsets: Any = entry.get("data_offsets")
     if not counts(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
         return False
     bits = _BITS.get(entry["dtype"], 0)

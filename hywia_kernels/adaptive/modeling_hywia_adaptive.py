@@ -84,7 +84,7 @@ def check_changes(changes):
         return isinstance(value, list) and 1 <= len(value) <= 4 and all(number(v) and v > 0 for v in value)
 
     def field(value):
-        return value is None or isinstance(value, (bool, int, float, str)) or isinstance(value, (list, dict))
+        return value is None or isinstance(value, (bool, int, float, str, list, dict))
 
     parts = {"parameters": shape, "attributes": attribute, "config": field}
     keys = {"heads", "of", "argument", "axis"}

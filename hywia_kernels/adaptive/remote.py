@@ -47,7 +47,7 @@ def adapted(model: Any) -> Any:
 
 
 def load(source: str, dtype: Any, values: Mapping[str, Any], *, trusted: bool) -> Any:
-    """The model of a directory whose own Python code describes it, with the changes that `adapted` wrote into its config.
+    """The model of a directory whose own Python code describes it, changed as `adapted` wrote into its config.
 
     Args:
         source: the directory. dtype: "auto" keeps the checkpoint's. values: the content of its config.json.
@@ -75,11 +75,8 @@ def _built(source: str, dtype: Any, values: Mapping[str, Any]) -> tuple[Any, Map
 
     from .modeling_hywia_adaptive import change_modules, check_changes
 
-    asked: dict[str, Any] = dict(
-        dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
-    )
     if not values.get(_CHANGES):
-        return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True, **asked)
+        return loaded.read(source, AutoModelForCausalLM, dtype=dtype, trust_remote_code=True)
     check_changes(values[_CHANGES])
     config = AutoConfig.from_pretrained(source, trust_remote_code=True)
     family: Any = get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], source)
@@ -90,6 +87,6 @@ def _built(source: str, dtype: Any, values: Mapping[str, Any]) -> tuple[Any, Map
             change_modules(self, getattr(config, _CHANGES))
 
     Changed.__name__, Changed.__module__ = family.__name__, family.__module__
-    network, report = Changed.from_pretrained(source, config=config, **asked)
+    network, report = loaded.read(source, Changed, config=config, dtype=dtype)
     network.__class__ = family
     return network, report
