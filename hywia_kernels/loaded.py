@@ -159,10 +159,13 @@ def gguf(path: Path, dtype: Any) -> Any:
     Raises:
         HywiaError: the weights are not the model's.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    options = {"gguf_file": path.name, "dtype": dtype, "trust_remote_code": False}
-    model, report = read(str(path.parent), AutoModelForCausalLM, **options)
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype, "trust_remote_code": False}
+    # Newer ones keep the blocks packed where they can, with kernels that they fetch from the hub and run.
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model, report = read(str(path.parent), transformers.AutoModelForCausalLM, **options)
     check_complete(report, str(path))
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config  # a saved copy must not claim to be quantised

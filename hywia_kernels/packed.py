@@ -55,9 +55,9 @@ def _packed(module: nn.Module) -> str | None:
 def _features(module: Any) -> tuple[int, int] | None:
     names = (("in_features", "out_features"), ("infeatures", "outfeatures"))
     for into, out in names:
-        sizes = getattr(module, into, None), getattr(module, out, None)
-        if isinstance(sizes[0], int) and isinstance(sizes[1], int):
-            return sizes
+        inputs, outputs = getattr(module, into, None), getattr(module, out, None)
+        if isinstance(inputs, int) and isinstance(outputs, int):
+            return inputs, outputs
     return None
 
 

@@ -90,7 +90,7 @@ def test_experts_that_are_stored_one_by_one(name, tmp_path):
     with pytest.raises(HywiaError, match=rf"other shapes than its config says \['{one} is \(3, 5\)"):
         hk.load(tmp_path)
     more = one.replace(".experts.3.", ".experts.5.")
-    edit(tmp_path, lambda state: {**kept, more: kept[one]})
+    edit(tmp_path, lambda state: {**kept, more: kept[one].clone()})
     with pytest.raises(HywiaError, match=rf"has unknown \['{more}'\]"):
         hk.load(tmp_path)
 
