@@ -125,13 +125,14 @@ def _evaluation_text(arguments: argparse.Namespace) -> str:
         raise HywiaError(f"text: cannot read {arguments.text} as UTF-8 text: {error}") from error
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+def _load(arguments: argparse.Namespace, *, quantised: bool = False) -> tuple[Any, Any]:
     report.say(f"loading {arguments.model}")
     return load(
         arguments.model,
         dtype=arguments.dtype,
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,
+        quantised=quantised,
     )
 
 
@@ -273,7 +274,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """`hywia eval`."""
     _begin(arguments)
     text = _evaluation_text(arguments)
-    model, tokenizer = _load(arguments)
+    model, tokenizer = _load(arguments, quantised=True)
     found = evaluate_model(
         model, tokenizer, text, block=arguments.block, max_blocks=arguments.max_blocks, source=arguments.model
     )

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from . import progress
 from .errors import HywiaError, UsageError
-from .weights import count_parameters, weight_bytes
+from .packed import count_weights
+from .weights import weight_bytes
 
 __all__ = ["blocks", "continuation", "evaluate", "perplexity", "stored_bytes", "tokens_per_second"]
 
@@ -112,7 +113,7 @@ def evaluate(
     """
     return {
         "perplexity": perplexity(model, blocks(tokenizer, text, block, max_blocks)),
-        "parameters": count_parameters(model),
+        "parameters": count_weights(model),
         "bytes": (stored_bytes(source) if source else None) or weight_bytes(model),
         "tokens_per_second": tokens_per_second(model),
     }
