@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 
 import pytest
@@ -15,7 +16,7 @@ from hywia_kernels import HywiaError
 from hywia_kernels.cli import main
 
 BAICHUAN = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.T", "evil.T"]}
-LLAMA = {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer")}
+LLAMA = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer"), "evil.Evil")
 OTHER = {name: f"someone/else--{value}" for name, value in LLAMA.items()}
 OUT = {name: f"../outside/{value}" for name, value in LLAMA.items()}
 
@@ -277,9 +278,9 @@ def test_pickles_beside_other_files(saved, bomb, beside, monkeypatch):
     made, mark = bomb
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("a pickle was opened"))
     (saved / "model.safetensors").unlink()
-    names = ("pytorch_model.bin", "training_args.bin", "optimizer.pt", ".metadata", "consolidated.00.pth", "vocab.pkl")
-    for name in names:
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "consolidated.00.pth", "vocab.pkl"):
         torch.save({"x": made()}, saved / name)
+    (saved / ".metadata").write_bytes(pickle.dumps(made()))
     if beside == "index":
         weight_map = {"weight_map": {"x": "pytorch_model.bin"}}
         (saved / "model.safetensors.index.json").write_text(json.dumps(weight_map))
@@ -307,7 +308,7 @@ def test_consolidated_and_adapters_beside_are_not_read(saved):
 def test_a_distributed_checkpoint_is_not_opened(saved, bomb):
     made, mark = bomb
     shutil.copy(saved / "model.safetensors", saved / "shard-00001-model-00001-of-00001.safetensors")
-    torch.save({"x": made()}, saved / ".metadata")
+    (saved / ".metadata").write_bytes(pickle.dumps(made()))
     with pytest.raises(HywiaError, match="holds a distributed checkpoint"):
         hk.load(saved)
     assert not mark.exists()
