@@ -20,6 +20,7 @@ from .weight_files import check_kind, read_json
 __all__ = [
     "check_code",
     "check_directory",
+    "check_generation",
     "check_tokenizer",
     "check_tokenizer_class",
     "family",
@@ -54,6 +55,17 @@ _SUB_TYPES = {"text_config": ("gemma3_text",), "vision_config": ("siglip_vision_
 _QUANTISERS = (
     *("aqlm", "auto-round", "awq", "bitnet", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm_fp8", "fp8"),
     *("gptq", "higgs", "hqq", "mxfp4", "quanto", "quark", "spqr", "torchao", "vptq"),
+)
+_GENERATION: tuple[tuple[tuple[type, ...], tuple[str, ...]], ...] = (
+    (
+        (int,),
+        (
+            *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "num_beams"),
+            *("num_return_sequences", "bos_token_id", "eos_token_id", "pad_token_id", "no_repeat_ngram_size"),
+        ),
+    ),
+    ((float, int), ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")),
+    ((bool,), ("do_sample", "use_cache")),
 )
 _REFERENCE = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")
 _TOKENIZER_CLASS = re.compile(r"\w*Tokeni[sz]er\w*|TokenizersBackend|SentencePieceBackend|PythonBackend")
@@ -223,6 +235,29 @@ def check_directory(folder: Path) -> None:
                 f"model: {folder} holds a distributed checkpoint ({path.name}); expected one written by "
                 "save_pretrained on one process"
             )
+
+
+def check_generation(folder: Path) -> None:
+    """Judge generation_config.json, whose fields become attributes of an object with methods.
+
+    Raises:
+        HywiaError: it is damaged, or a field is of another type than transformers takes.
+    """
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    for name, value in read_json(path).items():
+        if name.startswith("__") or callable(getattr(GenerationConfig, name, None)):
+            raise HywiaError(
+                f"model: {path}: expected fields of generation, got {name!r}, which would replace a method"
+            )
+        items = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        for types, names in _GENERATION:
+            wrong = [item for item in items if item is not None and type(item) not in types]
+            if name in names and wrong:
+                raise HywiaError(f"model: {path}: expected {name} to be {types[0].__name__}, got {value!r}")
 
 
 def check_code(values: Mapping[str, Any], file: str) -> None:

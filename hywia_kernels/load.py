@@ -136,6 +136,7 @@ def _directory(
     """Of a directory; with `fetch`, of the hub's copy of `name`, which holds no weights yet."""
     values = checkpoint.read_config(folder)
     checkpoint.check_directory(folder)
+    checkpoint.check_generation(folder)
     _check_quantisation(name, checkpoint.quantisation(values), quantised)
     family = checkpoint.family(values)
     rotary = baichuan.is_rotary(values)
@@ -151,7 +152,7 @@ def _directory(
         checkpoint.check_code(checkpoint.tokenizer_config(folder), f"{name}: tokenizer_config.json")
     if fetch:
         folder = hub.complete(name, folder, code=code)
-    tensors = loaded.check_stored(folder, values, quantised)
+    loaded.check_stored(folder, values, quantised)
     tokenizer = _tokenizer(folder, name, coded, code)
     if rotary:
         network = baichuan.load(folder, dtype)
@@ -160,7 +161,6 @@ def _directory(
     else:
         network = loaded.stock(folder, dtype, quantised)
     loaded.check_types(network, name)
-    del tensors
     settle_tying(network)
     return network, tokenizer
 
