@@ -18,6 +18,7 @@ from .errors import HywiaError
 from .weight_files import check_kind, read_json
 
 __all__ = [
+    "MOST_LAYERS",
     "check_code",
     "check_directory",
     "check_generation",
@@ -43,7 +44,7 @@ _SIZES = (
     *("n_embd", "n_layer", "n_head", "n_positions", "head_dim", "global_head_dim", "num_experts_per_tok"),
 )
 _OPTIONAL = ("head_dim", "n_inner", "num_key_value_heads", "word_embed_proj_dim", "intermediate_size")
-_MOST_LAYERS = 10_000
+MOST_LAYERS = 10_000
 # What transformers would do on a config's say alone, in this process or with other files than the model's.
 _REFUSED = {
     "fusion_config": "it patches model classes",
@@ -185,8 +186,8 @@ def _check_fields(where: str, values: Mapping[str, Any], base: str) -> None:
             continue
         if type(value) is not int or value < 1:
             raise HywiaError(f"model: {where}: expected {name} to be a whole number above 0, got {value!r}")
-        if name in ("num_hidden_layers", "n_layer") and value > _MOST_LAYERS:
-            raise HywiaError(f"model: {where}: expected at most {_MOST_LAYERS} layers, got {value}")
+        if name in ("num_hidden_layers", "n_layer") and value > MOST_LAYERS:
+            raise HywiaError(f"model: {where}: expected at most {MOST_LAYERS} layers, got {value}")
     for name in ("dtype", "torch_dtype"):
         value = values.get(name)
         if value is not None and (not isinstance(value, str) or value.removeprefix("torch.") not in _DTYPES):
@@ -250,9 +251,7 @@ def check_generation(folder: Path) -> None:
         return
     for name, value in read_json(path).items():
         if name.startswith("__") or callable(getattr(GenerationConfig, name, None)):
-            raise HywiaError(
-                f"model: {path}: expected fields of generation, got {name!r}, which would replace a method"
-            )
+            raise HywiaError(f"model: {path}: expected fields of generation, got {name!r}, the name of a method")
         items = value if isinstance(value, list) and name == "eos_token_id" else [value]
         for types, names in _GENERATION:
             wrong = [item for item in items if item is not None and type(item) not in types]

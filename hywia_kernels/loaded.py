@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 import re
 import threading
 from collections.abc import Collection, Mapping
@@ -131,9 +133,27 @@ def stock(folder: Path, dtype: Any, quantised: bool) -> Any:
     # A config can name kernels on the hub, which would be fetched and run; the choice is this machine's.
     config._attn_implementation = None
     config._experts_implementation = None
+    if not quantised:
+        _check_count(folder, config)
     model, report = read(str(folder), AutoModelForCausalLM, config=config, dtype=dtype, trust_remote_code=False)
     check_complete(report, str(folder), unexpected=not quantised)
     return model
+
+
+def _check_count(folder: Path, config: Any) -> None:
+    """Refuse a config of a far larger model than was stored: its weights would be made up first, in memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        described = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    wanted = sum(p.numel() for p in described.parameters())
+    held = sum(math.prod(tensor.shape) for tensor in stored_tensors(folder).values())
+    if wanted > 4 * held + 1_000_000:
+        raise HywiaError(
+            f"model: {folder} holds {held:,} weights, but its config.json describes {wanted:,}: "
+            "it has other shapes than its config says"
+        )
 
 
 def check_gguf(path: Path) -> None:
@@ -151,6 +171,9 @@ def check_gguf(path: Path) -> None:
         raise HywiaError(f"model: {path} is no GGUF file (or its beginning is damaged)")
     config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
     checkpoint.family({"model_type": config.model_type})
+    layers = config.get_text_config().num_hidden_layers
+    if not 1 <= layers <= checkpoint.MOST_LAYERS:
+        raise HywiaError(f"model: {path}: expected 1 to {checkpoint.MOST_LAYERS} layers, got {layers}")
 
 
 def gguf(path: Path, dtype: Any) -> Any:
