@@ -17,7 +17,8 @@ from torch import Tensor
 
 from . import loaded
 from .errors import HywiaError
-from .weight_files import read_json, stored_tensors, weight_files
+from .file_kinds import read_json
+from .weight_files import stored_tensors, weight_files
 
 __all__ = ["converted", "is_rotary", "load"]
 

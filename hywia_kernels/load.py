@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import baichuan, checkpoint, hub, loaded
+from . import baichuan, checkpoint, checkpoint_text, hub, loaded
 from .adaptive import remote
 from .errors import HywiaError, UsageError
 from .tying import settle_tying
@@ -136,7 +136,7 @@ def _directory(
     """Of a directory; with `fetch`, of the hub's copy of `name`, which holds no weights yet."""
     values = checkpoint.read_config(folder)
     checkpoint.check_directory(folder)
-    checkpoint.check_generation(folder)
+    checkpoint_text.check_generation(folder)
     _check_quantisation(name, checkpoint.quantisation(values), quantised)
     family = checkpoint.family(values)
     rotary = baichuan.is_rotary(values)
@@ -149,7 +149,7 @@ def _directory(
         )
     if code:
         checkpoint.check_code(values, f"{name}: config.json")
-        checkpoint.check_code(checkpoint.tokenizer_config(folder), f"{name}: tokenizer_config.json")
+        checkpoint.check_code(checkpoint_text.tokenizer_config(folder), f"{name}: tokenizer_config.json")
     if fetch:
         folder = hub.complete(name, folder, code=code)
     loaded.check_stored(folder, values, quantised)
@@ -180,7 +180,7 @@ def _is_quantised(network: Any) -> bool:
 def _tokenizer(folder: Path, name: str, coded: bool, code: bool) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-    checkpoint.check_tokenizer(folder, name)
+    checkpoint_text.check_tokenizer(folder, name)
     if coded and not code:
         if not (folder / "tokenizer.json").is_file():
             raise HywiaError(
@@ -202,7 +202,7 @@ def _gguf(path: Path, dtype: Any) -> tuple[Any, Any]:
     # transformers looks for an adapter and a tokenizer's config beside the file.
     checkpoint.check_directory(path.parent)
     if (path.parent / "tokenizer_config.json").is_file():
-        checkpoint.check_tokenizer_class(path.parent)
+        checkpoint_text.check_tokenizer_class(path.parent)
     loaded.check_gguf(path)
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
     network = loaded.gguf(path, dtype)

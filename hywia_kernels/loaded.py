@@ -13,7 +13,8 @@ from typing import Any
 
 from . import checkpoint
 from .errors import HywiaError
-from .weight_files import Stored, check_kind, stored_tensors
+from .file_kinds import check_kind
+from .weight_files import Stored, stored_tensors
 
 __all__ = ["check_complete", "check_gguf", "check_stored", "check_types", "gguf", "read", "stock"]
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiny import Tiny
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, checkpoint, loaded
+from hywia_kernels import HywiaError, checkpoint, checkpoint_text, loaded
 
 EXAMPLES = int(os.environ.get("HYWIA_FUZZ", "50"))
 TINY = Tiny("fuzz", heads=4, kv_heads=2, tied=False, layers=2, hidden=16, head_dim=4, intermediate=12)
@@ -103,12 +103,12 @@ def judge(folder):
     """What `load` asks of a directory before transformers makes anything of it."""
     values = checkpoint.read_config(folder)
     checkpoint.check_directory(folder)
-    checkpoint.check_generation(folder)
+    checkpoint_text.check_generation(folder)
     method = checkpoint.quantisation(values)
     checkpoint.check_code(values, "config.json")
-    checkpoint.check_code(checkpoint.tokenizer_config(folder), "tokenizer_config.json")
+    checkpoint.check_code(checkpoint_text.tokenizer_config(folder), "tokenizer_config.json")
     tensors = loaded.check_stored(folder, values, method is not None)
-    checkpoint.check_tokenizer(folder, str(folder))
+    checkpoint_text.check_tokenizer(folder, str(folder))
     return checkpoint.family(values), len(tensors)
 
 

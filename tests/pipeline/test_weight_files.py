@@ -10,12 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from hywia_kernels import HywiaError
+from hywia_kernels.file_kinds import check_kind, read_json
 from hywia_kernels.weight_files import (
     INDEX,
     SINGLE,
-    check_kind,
     named_files,
-    read_json,
     stored_tensors,
     weight_bytes_stored,
     weight_files,
