@@ -22,7 +22,7 @@ _GENERATION: tuple[tuple[tuple[type, ...], tuple[str, ...]], ...] = (
     ((float, int), ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")),
     ((bool,), ("do_sample", "use_cache")),
 )
-_TOKENIZER_CLASS = re.compile(r"\w*Tokeni[sz]er\w*|TokenizersBackend|SentencePieceBackend|PythonBackend|MistralCommonBackend")
+_TOKENIZER_CLASS = re.compile(r"\w*Tokeni[sz]er\w*|(Tokenizers|SentencePiece|Python|MistralCommon)Backend")
 _VOCABULARIES = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
     *("vocab.json", "vocab.txt"),
