@@ -9,8 +9,9 @@
     hk.prune(model, plan)
     hk.save(model, tokenizer, "smollm2-small", plan=plan)
 
-Importing the package probes no device, compiles nothing and patches nothing; transformers is imported on first use, and
-its auto classes then know checkpoints whose layers differ in width.
+Importing the package probes no device and compiles nothing; transformers is imported on first use. One thing is added
+outside the package: the config and model class of checkpoints whose layers differ in width are registered with the auto
+classes of transformers; until it is imported, a finder in `sys.meta_path` waits for that (`adaptive.register`).
 """
 
 from typing import Any as _Any

@@ -9,14 +9,16 @@ The 13B models (ALiBi instead of rotary embedding) are no LLaMA; they load throu
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import loaded
 from .errors import HywiaError
+from .file_kinds import read_json
+from .weight_files import stored_tensors, weight_files
 
 __all__ = ["converted", "is_rotary", "load"]
 
@@ -54,21 +56,21 @@ def converted(state: dict[str, Tensor], *, normalised_head: bool) -> dict[str, T
     Raises:
         HywiaError: a packed matrix that does not hold three of one size, or rotary frequencies that are not LLaMA's.
     """
-    found: dict[str, Tensor] = {}
+    llama: dict[str, Tensor] = {}
     for name in list(state):
         tensor = state.pop(name)
         if name.endswith(_PACKED):
             if tensor.shape[0] % 3:
                 raise HywiaError(f"{name}: expected the rows of q, k and v, got {tensor.shape[0]}")
             for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                found[f"{name.removesuffix(_PACKED)}.self_attn.{part}_proj.weight"] = rows.clone()
+                llama[f"{name.removesuffix(_PACKED)}.self_attn.{part}_proj.weight"] = rows.clone()
         elif name.endswith(_FREQUENCIES):
             _check_frequencies(name, tensor)
         elif name == "lm_head.weight" and normalised_head:
-            found[name] = torch.nn.functional.normalize(tensor)
+            llama[name] = torch.nn.functional.normalize(tensor)
         else:
-            found[name] = tensor
-    return found
+            llama[name] = tensor
+    return llama
 
 
 def _check_frequencies(name: str, stored: Tensor) -> None:
@@ -86,14 +88,15 @@ def load(folder: Path, dtype: torch.dtype | str) -> Any:
         dtype: "auto" keeps the checkpoint's.
 
     Raises:
-        HywiaError: a tensor is missing or unknown.
+        HywiaError: a tensor is missing, unknown or of another shape; or as `weight_files.weight_files`.
     """
     from safetensors.torch import load_file
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    values = json.loads((folder / "config.json").read_text())
+    values = read_json(folder / "config.json")
+    stored_tensors(folder)  # whole, and no name twice
     state: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         state |= load_file(file)
     wanted = next(iter(state.values())).dtype if dtype == "auto" else dtype
     # The head is brought to length in the dtype it is used in, as the original does.
@@ -101,20 +104,9 @@ def load(folder: Path, dtype: torch.dtype | str) -> Any:
     # Only Baichuan2 was trained with a loss on the logits' scale, and says so.
     state = converted(state, normalised_head="z_loss_weight" in values)
     config = LlamaConfig(**{k: values[k] for k in _SHARED if k in values})
-    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=wanted)
-    _check_complete(model, state)
+    model, report = loaded.read(None, LlamaForCausalLM, config=config, state_dict=state, dtype=wanted)
+    loaded.check_complete(report, str(folder))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.config.name_or_path = str(folder)
+    model.config.name_or_path = model.name_or_path = str(folder)
     return model
-
-
-def _check_complete(model: Any, state: dict[str, Tensor]) -> None:
-    expected = set(model.state_dict())
-    if model.config.tie_word_embeddings:
-        expected.discard("lm_head.weight")
-    missing, unknown = sorted(expected - set(state)), sorted(set(state) - set(model.state_dict()))
-    if missing or unknown:
-        raise HywiaError(
-            f"model: the Baichuan checkpoint lacks {missing or 'nothing'}, has unknown {unknown or 'nothing'}"
-        )

@@ -143,13 +143,14 @@ def _check_lengths(
         prompt_tokens(model, tokenizer, arguments.prompt, arguments.bos)
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+def _load(arguments: argparse.Namespace, *, quantised: bool = False) -> tuple[Any, Any]:
     report.say(f"loading {arguments.model}")
     return load(
         arguments.model,
         dtype=arguments.dtype,
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,
+        quantised=quantised,
     )
 
 
@@ -326,7 +327,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """`hywia eval`."""
     _begin(arguments)
     text = _evaluation_text(arguments)
-    model, tokenizer = _load(arguments)
+    model, tokenizer = _load(arguments, quantised=True)
     _check_lengths(arguments, model, tokenizer, text, scored=False)
     found = _measure(arguments, model, tokenizer, text, arguments.model) or {}
     report.print_evaluation(found)

@@ -16,9 +16,10 @@ from torch.nn import functional
 from . import progress
 from .errors import HywiaError, UsageError
 from .holding import unwrapped
+from .packed import count_weights
 from .tokens import check_length, check_tokens, encode, positions, prefix
 from .weight_files import weight_files
-from .weights import count_parameters, weight_bytes
+from .weights import weight_bytes
 from .writing import continuation, evaluating, greedy
 
 __all__ = ["blocks", "continuation", "evaluate", "perplexity", "stored_bytes", "tokens_per_second"]
@@ -158,7 +159,7 @@ def evaluate(
     tokens = blocks(tokenizer, text, block, max_blocks, bos=bos)
     return {
         "perplexity": perplexity(model, tokens),
-        "parameters": count_parameters(model),
+        "parameters": count_weights(model),
         "bytes": (stored_bytes(source) if source else None) or weight_bytes(model),
         "tokens_per_second": tokens_per_second(model),
         "text": {

@@ -6,28 +6,26 @@ is unpickled, and no file that the directory's index does not name is opened.
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from .errors import HywiaError
+from .file_kinds import read_header, read_json
 
-__all__ = ["INDEX", "SINGLE", "Stored", "read_json", "stored_tensors", "weight_bytes_stored", "weight_files"]
+__all__ = [
+    "INDEX",
+    "SINGLE",
+    "Stored",
+    "named_files",
+    "stored_tensors",
+    "weight_bytes_stored",
+    "weight_files",
+]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle", ".joblib")
 _ORIGINAL = ("params.json", "consolidated.safetensors", "consolidated.safetensors.index.json")
-_LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
-_BITS = {
-    **dict.fromkeys(("F4", "F6_E2M3", "F6_E3M2", "F4_E2M1"), 0),  # below one byte: their count of bits is not checked
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-}
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,17 @@ def weight_files(folder: str | Path) -> tuple[Path, ...]:
     else:
         raise HywiaError(_nothing(folder))
     for file in files:
-        _header(file)
+        read_header(file)
     return files
+
+
+def named_files(folder: str | Path) -> tuple[Path, ...]:
+    """The files that a directory's `model.safetensors.index.json` names, whether they are there or not.
+
+    Raises:
+        HywiaError: the index is damaged, or names what is no safetensors file of the same directory.
+    """
+    return _indexed(Path(folder) / INDEX)
 
 
 def weight_bytes_stored(folder: str | Path) -> int:
@@ -93,7 +100,7 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     for file in weight_files(folder):
-        for name, entry in _header(file).items():
+        for name, entry in read_header(file).items():
             if name in found:
                 raise HywiaError(f"model: both {found[name].file.name} and {file.name} in {folder} hold {name!r}")
             begin, end = entry["data_offsets"]
@@ -104,26 +111,6 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
             if name not in found or found[name].file != Path(folder) / file_name:
                 raise HywiaError(f"model: {index} says that {name!r} is in {file_name}, which does not hold it")
     return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        HywiaError: it cannot be read, or holds something else (which is named: a Git LFS pointer, a web page).
-    """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise HywiaError(f"model: cannot read {path}: {error.strerror or error}") from error
-    _check_kind(path, raw[:512], len(raw))
-    try:
-        content = json.loads(raw.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise HywiaError(f"model: {path} is damaged: expected JSON, got something else ({error})") from error
-    if not isinstance(content, dict):
-        raise HywiaError(f"model: {path} is damaged: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _exists(path: Path) -> bool:
@@ -195,74 +182,3 @@ def _nothing(folder: Path) -> str:
     if others:
         return f"model: {folder} holds {others[0]}, but neither {SINGLE} nor {INDEX}; rename it if it is the model"
     return f"model: {folder} holds no *.safetensors file; expected {SINGLE}, or {INDEX} and the files it names"
-
-
-def _check_kind(path: Path, begin: bytes, size: int) -> None:
-    """Refuse what stands where a file of ours should, by its first bytes."""
-    if size == 0:
-        raise HywiaError(f"model: {path} is empty; fetch it again")
-    if begin.startswith(b"version https://git-lfs"):
-        raise HywiaError(f"model: {path} is a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
-    if begin.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
-        raise HywiaError(f"model: {path} is a web page (HTML or XML), not the file itself; fetch it again")
-    if begin.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        raise HywiaError(f"model: {path} is a pickle under another name, which can run code when opened; never loaded")
-    if begin.startswith(b"GGUF"):
-        raise HywiaError(f"model: {path} is a GGUF file under another name; rename it to *.gguf and load the file")
-
-
-def _header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name -> dtype, shape and offsets of a safetensors file; checks that the file is whole."""
-    try:
-        if not path.is_file():
-            what = "leads nowhere" if path.is_symlink() and not path.exists() else "is missing"
-            what = what if not path.exists() else "is no regular file"
-            raise HywiaError(f"model: {path} {what}; fetch it again")
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            begin = file.read(512)
-            # A header's length is eight bytes, so that of a pickle or a page reads as one far too long.
-            length = int.from_bytes(begin[:8], "little")
-            if size < 8 or length > min(size - 8, _LARGEST_HEADER) or begin[8:9] != b"{":
-                _check_kind(path, begin, size)
-                if begin[8:9] == b"{" and length <= _LARGEST_HEADER:
-                    raise _cut_short(path, size, 8 + length)
-                raise HywiaError(f"model: {path} is no safetensors file (or its beginning is damaged); fetch it again")
-            file.seek(8)
-            raw = file.read(length)
-    except OSError as error:
-        raise HywiaError(f"model: cannot read {path}: {error.strerror or error}") from error
-    try:
-        content = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise HywiaError(f"model: {path} is damaged: its header is no JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise HywiaError(f"model: {path} is damaged: its header is no JSON object; fetch it again")
-    content.pop("__metadata__", None)
-    if not content:
-        raise HywiaError(f"model: {path} holds no tensor")
-    for name, entry in content.items():
-        if not _is_entry(entry):
-            raise HywiaError(f"model: {path} is damaged: its header says {entry!r} of {name!r}; fetch it again")
-    end = 8 + length + max(entry["data_offsets"][1] for entry in content.values())
-    if size != end:
-        raise _cut_short(path, size, end)
-    return content
-
-
-def _cut_short(path: Path, size: int, wanted: int) -> HywiaError:
-    what = "cut short" if size < wanted else "damaged"
-    return HywiaError(f"model: {path} is {what}: expected {wanted} bytes, got {size}; fetch it again")
-
-
-def _is_entry(entry: Any) -> bool:
-    def counts(value: Any) -> bool:
-        return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
-
-    if not isinstance(entry, dict) or not counts(entry.get("shape")) or not isinstance(entry.get("dtype"), str):
-        return False
-    offsets = entry.get("data_offsets")
-    if not counts(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
-        return False
-    bits = _BITS.get(entry["dtype"], 0)
-    return not bits or 8 * (offsets[1] - offsets[0]) == bits * math.prod(entry["shape"])

@@ -1,17 +1,18 @@
 """Checkpoints whose layers differ in width, which no stock config can describe.
 
 `register` makes the auto classes of transformers know them, without importing transformers: the package's import must
-stay cheap. `adapted` gives a model the class and config that describe it. The classes themselves are in
-`configuration_hywia_adaptive` and `modeling_hywia_adaptive`, which every adaptive checkpoint carries.
+stay cheap. It runs when the package is imported, and is all that the import adds outside the package. `adapted` gives a
+model the class and config that describe it. The classes themselves are in `configuration_hywia_adaptive` and
+`modeling_hywia_adaptive`, which every adaptive checkpoint carries.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.abc
-import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import HywiaError
@@ -45,38 +46,72 @@ _AFTER = {
 }
 
 
+class _Registering(importlib.abc.Loader):
+    """Another loader, and a step after a module's execution; everything else is the other's."""
+
+    def __init__(self, loader: Any, step: Callable[[], None]) -> None:
+        self._loader, self._step = loader, step
+
+    def create_module(self, spec: Any) -> Any:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        # The module shows its own loader from the start, as if nothing stood between.
+        module.__loader__ = module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        try:
+            self._step()
+        except Exception as error:  # an import of transformers must not fail over a class of ours
+            warnings.warn(
+                f"hywia_kernels: transformers will not load checkpoints whose layers differ in width ({error!r})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: lets the other finders find a module of `_AFTER`, and adds a step after its execution."""
+    """Finds nothing itself: asks the other finders for a module of `_AFTER`, and adds a step after its execution.
+
+    It keeps no state, so that threads may import or look for modules at once.
+    """
 
     def find_spec(self, name, path, target=None):
         step = _AFTER.get(name)
-        if step is None or getattr(self, "_busy", False):
+        if step is None:
             return None
-        self._busy = True
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self._busy = False
-        if spec is None or spec.loader is None:
+        for finder in list(sys.meta_path):
+            # By name, as another copy of this module (a reload) has a class of its own.
+            find = None if type(finder).__name__ == _AfterImport.__name__ else getattr(finder, "find_spec", None)
+            spec = find(name, path, target) if find is not None else None
+            if spec is None:
+                continue
+            if spec.loader is not None and hasattr(spec.loader, "exec_module"):
+                spec.loader = _Registering(spec.loader, step)
             return spec
-        execute = spec.loader.exec_module
+        return None
 
-        def execute_and_register(module) -> None:
-            execute(module)
-            step()
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # this spec's own loader
-        return spec
+_LOCK = threading.Lock()
 
 
 def register() -> None:
-    """Make `AutoConfig` and `AutoModelForCausalLM` load adaptive checkpoints, now or when transformers is imported."""
-    missing = [name for name in _AFTER if name not in sys.modules]
-    for name in _AFTER:
-        if name not in missing:
-            _AFTER[name]()
-    if missing and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    """Make `AutoConfig` and `AutoModelForCausalLM` load adaptive checkpoints, now or when transformers is imported.
+
+    Where transformers has been imported, two classes are registered with it. Where it has not, a finder is put in front
+    of `sys.meta_path` which waits for the two modules of `_AFTER` and has the classes registered after them; of other
+    modules it says nothing. Nothing else of the interpreter or of transformers is changed; a second call adds nothing.
+    """
+    with _LOCK:
+        if not any(type(finder).__name__ == _AfterImport.__name__ for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AfterImport())
+    # After the finder is there, as another thread may begin to import transformers at this moment. Where one is in the
+    # middle of it, the steps' own imports wait for it.
+    for name, step in _AFTER.items():
+        if name in sys.modules:
+            step()
 
 
 def adapted(model: Any, widths: Mapping[str, Sequence[int]]) -> Any:

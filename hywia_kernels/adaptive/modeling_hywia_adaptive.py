@@ -22,7 +22,7 @@ from .configuration_hywia_adaptive import (
     config_class,
 )
 
-__all__ = ["HywiaAdaptiveForCausalLM", "change_modules", "describe_changes", "model_class"]
+__all__ = ["HywiaAdaptiveForCausalLM", "change_modules", "check_changes", "describe_changes", "model_class"]
 
 
 class HywiaAdaptiveForCausalLM(PreTrainedModel):
@@ -67,20 +67,83 @@ def model_class(base_model_type):
     return type(HywiaAdaptiveForCausalLM.__name__, (family,), content)
 
 
+def check_changes(changes):
+    """See that `module_changes` of a config has the form that `describe_changes` gives it: numbers, and names of them.
+
+    Raises:
+        ValueError: it has another.
+    """
+
+    def number(value):
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    def attribute(value):
+        return all(attribute(v) for v in value) if isinstance(value, list) and value else number(value)
+
+    def shape(value):
+        return isinstance(value, list) and 1 <= len(value) <= 4 and all(number(v) and v > 0 for v in value)
+
+    def field(value):
+        return value is None or isinstance(value, (bool, int, float, str, list, dict))
+
+    parts = {"parameters": shape, "attributes": attribute, "config": field}
+    keys = {"heads", "of", "argument", "axis"}
+    for name, change in changes.items() if isinstance(changes, dict) else [(None, None)]:
+        if not isinstance(change, dict) or not set(change) <= {*parts, "alibi"}:
+            raise ValueError(f"module_changes: expected parts {', '.join(parts)} and alibi of {name!r}, got {change!r}")
+        for part, fits in parts.items():
+            for leaf, value in (change[part] if isinstance(change.get(part), dict) else {}).items():
+                if leaf.startswith("_") or not fits(value):
+                    raise ValueError(f"module_changes: expected {part} of {name!r} to be numbers, got {leaf}={value!r}")
+            if not isinstance(change.get(part, {}), dict):
+                raise ValueError(f"module_changes: expected names and values as {part} of {name!r}")
+        alibi = change.get("alibi")
+        if alibi is None:
+            continue
+        if not isinstance(alibi, dict) or set(alibi) != keys or not isinstance(alibi["argument"], str):
+            raise ValueError(f"module_changes: expected alibi of {name!r} to have {', '.join(sorted(keys))}")
+        heads, of = alibi["heads"], alibi["of"]
+        if not isinstance(heads, list) or not heads or not all(map(number, [*heads, of, alibi["axis"]])):
+            raise ValueError(f"module_changes: expected whole numbers in alibi of {name!r}, got {alibi!r}")
+        if heads != sorted(set(heads)) or not 0 <= heads[0] <= heads[-1] < of:
+            raise ValueError(f"module_changes: expected heads of {name!r} below {of}, ascending, got {heads!r}")
+
+
+def _own(module, attribute, name):
+    """An attribute of a module that may be changed: a number that it has already."""
+    if attribute not in vars(module) or callable(vars(module)[attribute]):
+        raise ValueError(f"module_changes: {type(module).__name__} {name!r} has no number {attribute!r}")
+    return vars(module)[attribute]
+
+
 def change_modules(model, changes):
-    """Give modules what `describe_changes` found, parameters uninitialised where they are about to be loaded."""
+    """Give modules what `describe_changes` found, parameters uninitialised where they are about to be loaded.
+
+    Raises:
+        ValueError: the changes are not of that form, or of other modules than the model's.
+    """
+    check_changes(changes)
+    modules = dict(model.named_modules())
     for name, change in changes.items():
-        module = model.get_submodule(name)
+        if name not in modules:
+            raise ValueError(f"module_changes: the model has no module {name!r}")
+        module = modules[name]
         if "config" in change:
             module.config = copy.copy(module.config)
+            known = module.config.to_dict()
             for field, value in change["config"].items():
+                if field not in known or callable(getattr(type(module.config), field, None)):
+                    raise ValueError(f"module_changes: the config of {name!r} has no field {field!r}")
                 setattr(module.config, field, value)
         for attribute, value in change.get("attributes", {}).items():
-            setattr(module, attribute, tuple(value) if isinstance(getattr(module, attribute), tuple) else value)
+            old = _own(module, attribute, name)
+            setattr(module, attribute, tuple(value) if isinstance(old, tuple) else value)
         if "alibi" in change:
             keep_heads(module, **change["alibi"])
         for leaf, shape in change.get("parameters", {}).items():
-            old = getattr(module, leaf)
+            old = module._parameters.get(leaf)
+            if old is None or old.dim() != len(shape):
+                raise ValueError(f"module_changes: {name!r} has no parameter {leaf!r} of {len(shape)} axes")
             new = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
             setattr(module, leaf, new)
         if "parameters" in change and not any(p.is_meta for p in module.parameters(recurse=False)):

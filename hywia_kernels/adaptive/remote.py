@@ -7,11 +7,15 @@ both this package and `trust_remote_code`, and without the package fails on the 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["adapted", "is_remote", "is_remote_code", "load"]
+from .. import checkpoint, loaded
+from ..errors import HywiaError
+
+__all__ = ["adapted", "is_remote_code", "load"]
 
 _CHANGES = "module_changes"
 
@@ -19,11 +23,6 @@ _CHANGES = "module_changes"
 def is_remote_code(model: Any) -> bool:
     """Whether a model's class came with its checkpoint."""
     return type(model).__module__.startswith("transformers_modules.")
-
-
-def is_remote(values: dict[str, Any]) -> bool:
-    """Whether a config is of such a directory."""
-    return _CHANGES in values and "base_model_type" not in values and "auto_map" in values
 
 
 def adapted(model: Any) -> Any:
@@ -47,16 +46,39 @@ def adapted(model: Any) -> Any:
     return twin
 
 
-def load(source: str, dtype: Any, options: dict[str, Any]) -> Any:
-    """The model of a directory that `adapted` describes; runs the checkpoint's code if `options` trust it."""
-    from transformers import AutoConfig
+def load(source: str, dtype: Any, values: Mapping[str, Any], *, trusted: bool) -> Any:
+    """The model of a directory whose own Python code describes it, changed as `adapted` wrote into its config.
+
+    Args:
+        source: the directory. dtype: "auto" keeps the checkpoint's. values: the content of its config.json.
+        trusted: whether that code may be run.
+
+    Raises:
+        HywiaError: it may not, or transformers has the family, or `auto_map` names other code than the directory's; or
+            the weights are not the model's.
+    """
+    family_type = checkpoint.family(values)
+    if trusted is not True or not checkpoint.needs_code(family_type):
+        raise HywiaError(
+            f"model: {source}: the code of a {family_type} checkpoint is run with trust_remote_code=True "
+            "(--trust-remote-code) only, and where transformers has no such family"
+        )
+    checkpoint.check_code(values, f"{source}: config.json")
+    network, report = _built(source, dtype, values)
+    loaded.check_complete(report, source)
+    return network
+
+
+def _built(source: str, dtype: Any, values: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    from .modeling_hywia_adaptive import change_modules
+    from .modeling_hywia_adaptive import change_modules, check_changes
 
-    config = AutoConfig.from_pretrained(
-        source, trust_remote_code=options.get("trust_remote_code")
-    )  # asks for the trust
+    if not values.get(_CHANGES):
+        return loaded.read(source, AutoModelForCausalLM, dtype=dtype, trust_remote_code=True)
+    check_changes(values[_CHANGES])
+    config = AutoConfig.from_pretrained(source, trust_remote_code=True)
     family: Any = get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], source)
 
     class Changed(family):
@@ -65,6 +87,6 @@ def load(source: str, dtype: Any, options: dict[str, Any]) -> Any:
             change_modules(self, getattr(config, _CHANGES))
 
     Changed.__name__, Changed.__module__ = family.__name__, family.__module__
-    loaded = Changed.from_pretrained(source, config=config, dtype=dtype)
-    loaded.__class__ = family
-    return loaded
+    network, report = loaded.read(source, Changed, config=config, dtype=dtype)
+    network.__class__ = family
+    return network, report

@@ -1,0 +1,49 @@
+"""The files of a model on the hub: first those that describe it, then, once they are judged, its weights.
+
+Pickles are never fetched, and Python files only for a model that was trusted to run them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from .errors import HywiaError
+from .weight_files import INDEX, SINGLE, named_files
+
+__all__ = ["complete", "described"]
+
+_DESCRIPTION = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
+
+
+def described(name: str) -> Path:
+    """The directory of a hub model's config and tokenizer on this machine, weights not fetched."""
+    return _snapshot(name, list(_DESCRIPTION), None)
+
+
+def complete(name: str, folder: Path, *, code: bool) -> Path:
+    """The same directory once the files that hold the weights are there, and the Python files with `code`.
+
+    Raises:
+        HywiaError: the hub has no safetensors of this model.
+    """
+    wanted = [SINGLE]
+    if (folder / INDEX).is_file():
+        wanted = sorted({file.name for file in named_files(folder)})
+    # The commit whose description was judged, whatever has been pushed since.
+    revision = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
+    again = _snapshot(name, [*wanted, *(["*.py"] if code else [])], revision)
+    if wanted == [SINGLE] and not (again / SINGLE).exists():
+        raise HywiaError(
+            f"model: {name} has neither {SINGLE} nor {INDEX} on the hub; weights stored as pickles can run code when "
+            "opened and are never loaded: convert it to safetensors first (save_pretrained in an environment you trust)"
+        )
+    return again
+
+
+def _snapshot(name: str, patterns: list[str], revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    pinned: dict[str, Any] = {} if revision is None else {"revision": revision}
+    return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"], **pinned))
