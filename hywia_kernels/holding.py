@@ -105,11 +105,11 @@ def check_held(modules: Mapping[str, nn.Module]) -> None:
         if package in _QUANTISED:
             raise HywiaError(f"{name}: expected an unquantised module, got {kind} of {package}; {_DEQUANTISED}")
         parameters = module._parameters
-        if isinstance(module, nn.Linear) and parameters.get("weight") is None and "weight" not in parameters:
+        if isinstance(module, nn.Linear) and "weight" not in parameters:
+            others = ", ".join(leaf for leaf, p in parameters.items() if p is not None and leaf != "bias")
             raise HywiaError(
-                f"{name}: expected a weight that is a parameter, got one computed from others "
-                f"({', '.join(parameters)}); make it one: torch.nn.utils.prune.remove, remove_weight_norm or "
-                "parametrize.remove_parametrizations"
+                f"{name}: expected a weight that is a parameter, got one computed from others ({others}); make it one: "
+                "torch.nn.utils.prune.remove, remove_weight_norm or parametrize.remove_parametrizations"
             )
         for leaf, parameter in parameters.items():
             if parameter is not None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import os
+
 import pytest
 import torch
 
 import hywia_kernels as hk
+from hywia_kernels.engine import rotary
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,6 +65,57 @@ def test_same_bits_every_run(model, tokens, mode):
     assert one.record["reproducible"]
     assert all(torch.equal(one.coarse[n], two.coarse[n]) for n in one.coarse)
     assert all(torch.equal(one.fine[n][o], two.fine[n][o]) for n in one.fine for o in ORDERS)
+
+
+@pytest.mark.parametrize("mode", ["fast", "lean"])
+def test_same_bits_every_run_where_attention_is_written_out_in_products(model, tokens, mode):
+    """These need none of torch's deterministic kernels, and so not cuBLAS's workspace in the environment either."""
+    model.set_attn_implementation("eager")
+    try:
+        seen = dict(os.environ)
+        one, two = (hk.calibrate(model, tokens, engine="fused", memory=mode) for _ in range(2))
+    finally:
+        model.set_attn_implementation("sdpa")
+    assert one.record["reproducible"]
+    assert dict(os.environ) == seen
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert all(torch.equal(one.coarse[n], two.coarse[n]) for n in one.coarse)
+    assert all(torch.equal(one.fine[n][o], two.fine[n][o]) for n in one.fine for o in ORDERS)
+
+
+@pytest.mark.parametrize("mode", ["fast", "lean"])
+def test_the_rotation_is_replaced_while_a_pass_runs(model, tokens, mode, monkeypatch):
+    """Where torch's flash kernel does not serve, as in float32, the model's own attention calls it."""
+    from transformers.models.llama import modeling_llama
+
+    calls, original = [], rotary.rotated
+    monkeypatch.setattr(rotary, "rotated", lambda function: counted(original(function), calls))
+    before = modeling_llama.apply_rotary_pos_emb
+    hk.calibrate(copy.deepcopy(model).float(), tokens[:2, :64], engine="fused", memory=mode)
+    assert len(calls) >= model.config.num_hidden_layers
+    assert modeling_llama.apply_rotary_pos_emb is before
+
+
+def counted(function, calls):
+    def call(*arguments, **keywords):
+        calls.append(1)
+        return function(*arguments, **keywords)
+
+    return call
+
+
+def test_refit_and_leftover_do_not_see_tf32(model, tokens):
+    from hywia_kernels.leftover import leftover
+
+    whole = copy.deepcopy(model).float()
+    want = leftover(whole, tokens[:, :64])
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        got = leftover(whole, tokens[:, :64])
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_offloaded_layer_inputs_give_the_same_bits(model, tokens, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from state import assert_same, model_state, process_state
 from tiny import TINY, fresh, make_plan
 from torch import nn
+from torch.nn.utils import prune as torch_prune
 from transformers import AutoModelForCausalLM
 
 import hywia_kernels as hk
@@ -92,7 +93,7 @@ def spoil(model, how):
     elif how == "adapter inside":
         layer.mlp.up_proj.__class__ = other_class("Linear", "peft", nn.Linear)
     elif how == "masked by torch":
-        torch.nn.utils.prune.l1_unstructured(layer.mlp.up_proj, "weight", 0.5)
+        torch_prune.l1_unstructured(layer.mlp.up_proj, "weight", 0.5)
     elif how == "weight norm":
         torch.nn.utils.parametrizations.weight_norm(layer.mlp.up_proj)
     elif how == "a compiled layer inside":
