@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..ties import set_ties
+
 __all__ = ["adapted", "is_remote", "is_remote_code", "load"]
 
 _CHANGES = "module_changes"
@@ -34,7 +36,7 @@ def adapted(model: Any) -> Any:
     """
     from .modeling_hywia_adaptive import change_modules, describe_changes
 
-    config = copy.deepcopy(model.config)
+    config = set_ties(copy.deepcopy(model.config), model)
     if hasattr(config, _CHANGES):
         delattr(config, _CHANGES)
     with torch.device("meta"):

@@ -1,0 +1,268 @@
+"""Which files of a directory hold the model's weights, and whether they are what their names say.
+
+Only headers are read here: the tensors' names, dtypes and shapes stand at the beginning of a safetensors file. Nothing
+is unpickled, and no file that the directory's index does not name is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import HywiaError
+
+__all__ = ["INDEX", "SINGLE", "Stored", "read_json", "stored_tensors", "weight_bytes_stored", "weight_files"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle", ".joblib")
+_ORIGINAL = ("params.json", "consolidated.safetensors", "consolidated.safetensors.index.json")
+_LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+_BITS = {
+    **dict.fromkeys(("F4", "F6_E2M3", "F6_E3M2", "F4_E2M1"), 0),  # below one byte: their count of bits is not checked
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a safetensors file, by its header: dtype as safetensors writes it ("BF16"), shape, bytes."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+def weight_files(folder: str | Path) -> tuple[Path, ...]:
+    """The safetensors files that hold the model's weights, in the order of their names.
+
+    `model.safetensors` if the directory has one, otherwise the files that `model.safetensors.index.json` names. Where
+    both are there, the index must name that one file or files that are all gone (`save_pretrained` leaves the index of
+    an earlier, sharded save). Never adapters, `consolidated` files or others that lie beside. A link to a file is
+    followed, as the hub's cache is made of links.
+
+    Raises:
+        HywiaError: there are none, one is missing, two sets could be meant, the index is damaged or names a file that
+            is no safetensors file of this directory, or a file is not what its name says (a Git LFS pointer, empty,
+            cut short, a pickle, a web page).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise HywiaError(f"model: no such directory: {folder}")
+    single, index = folder / SINGLE, folder / INDEX
+    named = _indexed(index) if _exists(index) else ()
+    if _exists(single):
+        others = [file for file in named if file != single and _exists(file)]
+        if others:
+            raise HywiaError(
+                f"model: {folder} holds both {SINGLE} and {INDEX}, which names others ({others[0].name}, ...); "
+                "it cannot be told which are the model: remove the ones that are not"
+            )
+        files: tuple[Path, ...] = (single,)
+    elif named:
+        files = named
+    else:
+        raise HywiaError(_nothing(folder))
+    for file in files:
+        _header(file)
+    return files
+
+
+def weight_bytes_stored(folder: str | Path) -> int:
+    """Bytes of the files of `weight_files`, headers included.
+
+    Raises:
+        HywiaError: as `weight_files`.
+    """
+    return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def stored_tensors(folder: str | Path) -> dict[str, Stored]:
+    """Name -> what the headers of `weight_files` say of the tensor.
+
+    Raises:
+        HywiaError: as `weight_files`; or two files hold a tensor of one name, or the index names a tensor that its
+            file lacks.
+    """
+    found: dict[str, Stored] = {}
+    for file in weight_files(folder):
+        for name, entry in _header(file).items():
+            if name in found:
+                raise HywiaError(f"model: both {found[name].file.name} and {file.name} in {folder} hold {name!r}")
+            begin, end = entry["data_offsets"]
+            found[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), end - begin)
+    index = Path(folder) / INDEX
+    if _exists(index) and not _exists(Path(folder) / SINGLE):
+        for name, file_name in _weight_map(index).items():
+            if name not in found or found[name].file != Path(folder) / file_name:
+                raise HywiaError(f"model: {index} says that {name!r} is in {file_name}, which does not hold it")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        HywiaError: it cannot be read, or holds something else (which is named: a Git LFS pointer, a web page).
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise HywiaError(f"model: cannot read {path}: {error.strerror or error}") from error
+    _check_kind(path, raw[:512], len(raw))
+    try:
+        content = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise HywiaError(f"model: {path} is damaged: expected JSON, got something else ({error})") from error
+    if not isinstance(content, dict):
+        raise HywiaError(f"model: {path} is damaged: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _exists(path: Path) -> bool:
+    """Also of a link that leads nowhere, which is to be named and not passed over."""
+    return path.is_symlink() or path.exists()
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    content = read_json(index).get("weight_map")
+    if not isinstance(content, dict) or not content:
+        raise HywiaError(f"model: {index} is damaged: expected an object 'weight_map' of tensor names and files")
+    for tensor, name in content.items():
+        parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+        if len(parts) != 1 or "\\" in name or "\0" in name or parts[0] in ("..", "/") or name != parts[0]:
+            raise HywiaError(f"model: {index} names {name!r} for {tensor!r}: expected a file of the same directory")
+        if not name.endswith(".safetensors"):
+            pickle = "; a pickle can run code when opened and is never loaded" if _is_pickle(name) else ""
+            raise HywiaError(f"model: {index} names {name!r} for {tensor!r}: expected a *.safetensors file{pickle}")
+        if _kind(name) is not None:
+            raise HywiaError(f"model: {index} names {name!r} for {tensor!r}: that is {_kind(name)}")
+    return content
+
+
+def _indexed(index: Path) -> tuple[Path, ...]:
+    return tuple(index.parent / name for name in sorted(set(_weight_map(index).values())))
+
+
+def _is_pickle(name: str) -> bool:
+    return Path(name).suffix.lower() in _PICKLES
+
+
+def _kind(name: str) -> str | None:
+    """What a file is that is no model's, by its name."""
+    if name.startswith("adapter_model"):
+        return "an adapter (LoRA and the like)"
+    if name.startswith("consolidated"):
+        return "a copy in the original (Meta's, Mistral's) layout"
+    return None
+
+
+def _nothing(folder: Path) -> str:
+    """Why a directory holds no weights to load, and the way out."""
+    names = sorted(path.name for path in folder.iterdir())
+    safetensors = [name for name in names if name.endswith(".safetensors")]
+    adapters = [name for name in names if name.startswith("adapter_model")]
+    originals = [name for name in names if name in _ORIGINAL or name.startswith("consolidated.")]
+    pickles = [name for name in names if _is_pickle(name) and name not in adapters and name != "training_args.bin"]
+    others = [name for name in safetensors if _kind(name) is None]
+    shards = [name for name in others if "-of-" in name]
+    if shards:
+        return f"model: {folder} holds {shards[0]}, but no {INDEX}, which says what is in which file; fetch it as well"
+    if pickles and not originals:
+        beside = f" beside {others[0]}, which is not named as a model's" if others else ""
+        return (
+            f"model: {folder} holds its weights as a pickle ({pickles[0]}){beside}, which can run code when opened and "
+            "is never loaded; convert it to safetensors first (save_pretrained in an environment you trust)"
+        )
+    if adapters:
+        return (
+            f"model: {folder} holds an adapter ({adapters[0]}) and no model; merge it into its model first "
+            "(PEFT's merge_and_unload, then save_pretrained)"
+        )
+    if originals:
+        return (
+            f"model: {folder} holds the original layout ({originals[0]}), not {SINGLE}; convert it with the family's "
+            "script in transformers (python -m transformers.models.llama.convert_llama_weights_to_hf), or fetch the "
+            "model's transformers version"
+        )
+    if others:
+        return f"model: {folder} holds {others[0]}, but neither {SINGLE} nor {INDEX}; rename it if it is the model"
+    return f"model: {folder} holds no *.safetensors file; expected {SINGLE}, or {INDEX} and the files it names"
+
+
+def _check_kind(path: Path, begin: bytes, size: int) -> None:
+    """Refuse what stands where a file of ours should, by its first bytes."""
+    if size == 0:
+        raise HywiaError(f"model: {path} is empty; fetch it again")
+    if begin.startswith(b"version https://git-lfs"):
+        raise HywiaError(f"model: {path} is a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
+    if begin.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
+        raise HywiaError(f"model: {path} is a web page (HTML or XML), not the file itself; fetch it again")
+    if begin.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        raise HywiaError(f"model: {path} is a pickle under another name, which can run code when opened; never loaded")
+    if begin.startswith(b"GGUF"):
+        raise HywiaError(f"model: {path} is a GGUF file under another name; rename it to *.gguf and load the file")
+
+
+def _header(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> dtype, shape and offsets of a safetensors file; checks that the file is whole."""
+    try:
+        if not path.is_file():
+            what = "leads nowhere" if path.is_symlink() and not path.exists() else "is missing"
+            what = what if not path.exists() else "is no regular file"
+            raise HywiaError(f"model: {path} {what}; fetch it again")
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            begin = file.read(512)
+            # A header's length is eight bytes, so that of a pickle or a page reads as one far too long.
+            length = int.from_bytes(begin[:8], "little")
+            if size < 8 or length > min(size - 8, _LARGEST_HEADER) or begin[8:9] != b"{":
+                _check_kind(path, begin, size)
+                if begin[8:9] == b"{" and length <= _LARGEST_HEADER:
+                    raise _cut_short(path, size, 8 + length)
+                raise HywiaError(f"model: {path} is no safetensors file (or its beginning is damaged); fetch it again")
+            file.seek(8)
+            raw = file.read(length)
+    except OSError as error:
+        raise HywiaError(f"model: cannot read {path}: {error.strerror or error}") from error
+    try:
+        content = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise HywiaError(f"model: {path} is damaged: its header is no JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise HywiaError(f"model: {path} is damaged: its header is no JSON object; fetch it again")
+    content.pop("__metadata__", None)
+    if not content:
+        raise HywiaError(f"model: {path} holds no tensor")
+    for name, entry in content.items():
+        if not _is_entry(entry):
+            raise HywiaError(f"model: {path} is damaged: its header says {entry!r} of {name!r}; fetch it again")
+    end = 8 + length + max(entry["data_offsets"][1] for entry in content.values())
+    if size != end:
+        raise _cut_short(path, size, end)
+    return content
+
+
+def _cut_short(path: Path, size: int, wanted: int) -> HywiaError:
+    what = "cut short" if size < wanted else "damaged"
+    return HywiaError(f"model: {path} is {what}: expected {wanted} bytes, got {size}; fetch it again")
+
+
+def _is_entry(entry: Any) -> bool:
+    def counts(value: Any) -> bool:
+        return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+    if not isinstance(entry, dict) or not counts(entry.get("shape")) or not isinstance(entry.get("dtype"), str):
+        return False
+    offsets = entry.get("data_offsets")
+    if not counts(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
+        return False
+    bits = _BITS.get(entry["dtype"], 0)
+    return not bits or 8 * (offsets[1] - offsets[0]) == bits * math.prod(entry["shape"])
