@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from . import (
     export,
     html_report,
     ops,
+    originals,
     planning,
     progress,
     report,
@@ -32,6 +35,7 @@ from .evaluate import evaluate as evaluate_model
 from .fusion import fuse
 from .fusion import score as score_model
 from .load import load
+from .replaceable import check_report
 from .text import calibration, documents
 from .types import Plan, Scores, Statistics
 from .weights import fingerprint
@@ -63,8 +67,25 @@ def _begin(arguments: argparse.Namespace) -> None:
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
-        raise UsageError(f"json: no such directory: {Path(arguments.json).absolute().parent}")
+    check_report("json", arguments.json, inputs=originals.inputs(arguments))
+
+
+@contextmanager
+def _claimed(arguments: argparse.Namespace, *, in_place: bool = False, least: int = 0) -> Iterator[None]:
+    """Hold the output from before the work to its end; refuses what cannot be written at that end."""
+    output, given = Path(arguments.output), originals.inputs(arguments)
+    check_report("json", arguments.json, outputs=(output,), inputs=given)
+    if arguments.command != "prune":  # only what was pruned may take its own model's place
+        given = tuple(i._replace(what="model that is read") if i.what == "model" else i for i in given)
+    with atomic.claim(output, overwrite=arguments.overwrite, in_place=in_place, inputs=given, need=least):
+        yield
+
+
+def _least(arguments: argparse.Namespace) -> int:
+    """Bytes that the pruned model takes at least, as far as is known before it is loaded."""
+    share = max(v for v in (arguments.ratio, *_shares(arguments.group_ratio)) if v is not None)
+    narrowed = arguments.dtype in ("bfloat16", "float16")
+    return originals.least_bytes(originals.inputs(arguments), share, narrowed)
 
 
 def _check_scoring(arguments: argparse.Namespace) -> None:
@@ -205,9 +226,12 @@ def _stored(arguments: argparse.Namespace) -> Scores:
 def score(arguments: argparse.Namespace) -> None:
     """`hywia score`."""
     _begin(arguments)
-    output = Path(arguments.output)
-    atomic.check_target(output.absolute(), overwrite=arguments.overwrite)
     _check_scoring(arguments)
+    with _claimed(arguments):
+        _score(arguments, Path(arguments.output))
+
+
+def _score(arguments: argparse.Namespace, output: Path) -> None:
     model, tokenizer = _load(arguments)
     _say_left_alone(model)
     scores, statistics = _scored(arguments, model, _Texts(arguments, model, tokenizer))
@@ -219,11 +243,14 @@ def score(arguments: argparse.Namespace) -> None:
 def prune(arguments: argparse.Namespace) -> None:
     """`hywia prune`."""
     _begin(arguments)
-    output = Path(arguments.output)
     _check_selection(arguments)
     commands_recipe.check_recipe(arguments)
     _check_scoring(arguments)
-    atomic.check_target(output.absolute(), overwrite=arguments.overwrite)
+    with _claimed(arguments, in_place=arguments.in_place, least=_least(arguments)):
+        _prune(arguments, Path(arguments.output))
+
+
+def _prune(arguments: argparse.Namespace, output: Path) -> None:
     text = None if arguments.no_eval else _evaluation_text(arguments)
     stored = _stored(arguments) if arguments.scores else None
     model, tokenizer = _load(arguments)
@@ -242,7 +269,8 @@ def prune(arguments: argparse.Namespace) -> None:
     surgery.prune(model, plan, backend=arguments.backend)
     given = {k: v for k, v in vars(arguments).items() if k != "command"}
     record = {"arguments": given, "scores_summary": html_report.score_summary(scores, plan)}
-    export.save(model, tokenizer, output, plan=plan, record=record, overwrite=arguments.overwrite)
+    written = {"overwrite": arguments.overwrite, "in_place": arguments.in_place}
+    export.save(model, tokenizer, output, plan=plan, record=record, **written)
     after = _measure(arguments, model, tokenizer, text, output)
     report.print_comparison(before, after)
     if before is not None:

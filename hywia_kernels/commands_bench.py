@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import charts, constraints, export, html_report, report, targets
-from .errors import HywiaError, UsageError
+from . import atomic, charts, constraints, export, html_report, originals, report, targets
+from .errors import UsageError
+from .replaceable import Input, check_report
 from .versions import versions
 
 __all__ = ["add_commands", "add_planning", "bench", "export_served", "write_report"]
@@ -72,8 +73,7 @@ def bench(arguments: argparse.Namespace) -> None:
 
     commands._begin(arguments)
     wanted = cases(arguments.batch, arguments.context)
-    if arguments.plot is not None and not Path(arguments.plot).absolute().parent.is_dir():
-        raise UsageError(f"plot: no such directory: {Path(arguments.plot).absolute().parent}")
+    check_report("plot", arguments.plot, inputs=originals.inputs(arguments))
     folders = [Path(m) for m in arguments.models]
     if arguments.record and not any((f / export.RECORD).is_file() for f in folders):
         raise UsageError(f"record: none of the models is a directory with a {export.RECORD}")
@@ -103,7 +103,7 @@ def bench(arguments: argparse.Namespace) -> None:
     environment = {"versions": versions(), "device": report.device_name(device)}
     _print(found)
     if arguments.plot is not None:
-        _write(arguments.plot, plot(found))
+        atomic.write_text(arguments.plot, plot(found), "plot")
     report.write_json(arguments.json, {**environment, "models": found})
     for folder in folders if arguments.record else ():
         if (folder / export.RECORD).is_file():
@@ -189,23 +189,24 @@ def figures(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return parts
 
 
-def _write(path: str | Path, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise HywiaError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 def export_served(arguments: argparse.Namespace) -> None:
     """`hywia export`."""
     from . import commands
-    from .load import load
-    from .served import write_decilm, write_gguf
 
     commands._begin(arguments)
     gguf = arguments.format == "gguf"
     if gguf != (arguments.vocabulary is not None):
         raise UsageError("vocabulary: goes with --format gguf, which needs it")
+    given = originals.inputs(arguments)
+    check_report("json", arguments.json, outputs=(Path(arguments.output),), inputs=given)
+    with atomic.claim(arguments.output, a_file=gguf):
+        _export(arguments, gguf)
+
+
+def _export(arguments: argparse.Namespace, gguf: bool) -> None:
+    from .load import load
+    from .served import write_decilm, write_gguf
+
     report.say(f"loading {arguments.model}")
     model, tokenizer = load(
         arguments.model, dtype=arguments.dtype, device=arguments.device, trust_remote_code=arguments.trust_remote_code
@@ -222,7 +223,6 @@ def write_report(arguments: argparse.Namespace) -> None:
     """`hywia report`."""
     folder = Path(arguments.output)
     target = Path(arguments.html) if arguments.html else folder.absolute().with_name(folder.absolute().name + ".html")
-    if not target.absolute().parent.is_dir():
-        raise UsageError(f"html: no such directory: {target.absolute().parent}")
-    _write(target, html_report.page(export.read_record(folder), folder.absolute().name))
+    check_report("html", target, inputs=(Input("model", folder),))
+    atomic.write_text(target, html_report.page(export.read_record(folder), folder.absolute().name), "html")
     report.say(f"wrote {target}")

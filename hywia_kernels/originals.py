@@ -45,10 +45,11 @@ def inputs(arguments: argparse.Namespace) -> tuple[Input, ...]:
     """What a command reads, for the checks of what it writes."""
     given = []
     for what in ("model", "scores", "calib", "text", "vocabulary"):
-        name = getattr(arguments, what, None)
-        source = source_of(str(name)) if what == "model" else Path(str(name or ""))
-        if name and source is not None and source.exists():
-            given.append(Input(what, source))
+        names = [getattr(arguments, what, None), *(getattr(arguments, "models", ()) if what == "model" else ())]
+        for name in (str(n) for n in names if n):
+            source = source_of(name) if what == "model" else Path(name)
+            if source is not None and source.exists():
+                given.append(Input(what, source))
     return tuple(given)
 
 

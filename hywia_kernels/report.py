@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import ops
+from . import atomic, ops
 from .errors import HywiaError
 from .types import Plan
 from .versions import versions
@@ -134,6 +134,7 @@ def write_json(path: str | None, content: Any) -> None:
     if path is None:
         return
     try:
-        Path(path).write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise HywiaError(f"json: cannot write {path}: {error.strerror or error}") from error
+        text = json.dumps(content, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise HywiaError(f"json: the report holds what JSON cannot: {error}") from error
+    atomic.write_text(path, text, "json")

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from . import atomic
-from .errors import HywiaError
+from .errors import HywiaError, UsageError
 from .types import Group, Member, Scores, Statistics
+from .verify import check_file
 
 __all__ = ["load_scores", "save_scores"]
 
@@ -49,10 +50,20 @@ def save_scores(
                 tensors[f"fine/{order}/{name}"] = value
         for name, value in statistics.coarse.items():
             tensors[f"coarse/{name}"] = value
-    with atomic.directory(Path(path), overwrite=overwrite) as folder:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / _TENSORS)
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    content = _index_text(index)
+    need = sum(v.numel() * v.element_size() for v in tensors.values())
+    with atomic.directory(Path(path), overwrite=overwrite, need=need) as folder:
+        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / _TENSORS)
+        check_file(folder / _TENSORS, tensors)
+        (folder / _INDEX).write_text(content)
     return Path(path)
+
+
+def _index_text(index: dict[str, Any]) -> str:
+    try:
+        return json.dumps(index, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"scores: expected a record that JSON can hold, got something else: {error}") from error
 
 
 def load_scores(path: str | Path) -> tuple[Scores, Statistics | None]:

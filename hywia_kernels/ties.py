@@ -26,11 +26,9 @@ def shared(one: Tensor, other: Tensor) -> bool:
 
 def tied_head(model: Any) -> bool | None:
     """Whether the output matrix is the embedding's memory; None where the model lacks one of them."""
-    ends = [get() for get in (model.get_input_embeddings, model.get_output_embeddings)]
-    weights = [getattr(end, "weight", None) for end in ends]
-    if any(weight is None for weight in weights):
-        return None
-    return shared(*weights)
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    return None if embedding is None or head is None else shared(embedding, head)
 
 
 def set_ties(config: Any, model: Any) -> Any:

@@ -18,7 +18,7 @@ from .errors import HywiaError
 from .ties import shared
 from .weight_files import weight_files
 
-__all__ = ["check_tensors", "check_written"]
+__all__ = ["check_file", "check_tensors", "check_written"]
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def check_tensors(folder: Path, expected: Mapping[str, Tensor]) -> set[str]:
     stored: set[str] = set()
     try:
         for file in weight_files(folder):
-            stored |= _check_file(file, expected)
+            stored |= _compared(file, expected)
     except SafetensorError as error:
         raise HywiaError(f"save: what was written cannot be read back: {error}") from error
     present: dict[tuple[Any, ...], str] = {}
@@ -54,11 +54,27 @@ def check_tensors(folder: Path, expected: Mapping[str, Tensor]) -> set[str]:
     return stored
 
 
+def check_file(file: Path, expected: Mapping[str, Tensor]) -> None:
+    """Compare one safetensors file with all it should hold.
+
+    Raises:
+        HywiaError: as `check_tensors`.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        stored = _compared(file, expected)
+    except SafetensorError as error:
+        raise HywiaError(f"save: what was written cannot be read back: {error}") from error
+    if stored != expected.keys():
+        raise HywiaError(f"save: expected {min(expected.keys() - stored)} in {file}, it was not written")
+
+
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.dtype
 
 
-def _check_file(file: Path, expected: Mapping[str, Tensor]) -> set[str]:
+def _compared(file: Path, expected: Mapping[str, Tensor]) -> set[str]:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
