@@ -260,16 +260,14 @@ def _release(held: _Claim) -> None:
             if not os.path.lexists(held.old):
                 with suppress(OSError):
                     os.unlink(held.workspace / "lock")
+        for folder in (held.workspace, *reversed(held.parents)):
+            with suppress(OSError):  # it stays while it holds something, another run's lock for one
+                os.rmdir(folder)
     finally:
-        with suppress(OSError):  # it stays while it holds something, another run's lock for one
-            os.rmdir(held.workspace)
-        if held.handle >= 0:
-            os.close(held.handle)
-        for parent in reversed(held.parents):
-            with suppress(OSError):
-                os.rmdir(parent)
         with _GUARD:
             _HELD.pop(held.workspace, None)
+        if held.handle >= 0:
+            os.close(held.handle)
 
 
 def check_target(

@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import HywiaError
@@ -85,14 +85,16 @@ def _sync_file(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file or a tree, as far as it goes: what stays is removed by the next run."""
+    """A file or a tree, as far as it goes: what stays is removed by the next run. Of a model or scores first goes what
+    they cannot be loaded without: a directory that is half deleted must not load."""
     if path.is_symlink() or not path.is_dir():
-        try:
+        with suppress(OSError):
             path.unlink(missing_ok=True)
-        except OSError:
-            return
-    else:
-        shutil.rmtree(path, ignore_errors=True)
+        return
+    for name in ("config.json", "scores.json"):
+        with suppress(OSError):
+            (path / name).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def check_free(folder: Path, need: int) -> None:
