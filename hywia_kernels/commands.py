@@ -311,6 +311,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def info(arguments: argparse.Namespace) -> None:
     """`hywia info`."""
+    check_report("json", arguments.json)
     found = report.environment()
     report.print_environment(found)
     report.write_json(arguments.json, found)
