@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -129,7 +130,8 @@ def _on_the_cpu(*args, **kwargs):
     ],
 )
 def test_memory_that_runs_out_names_the_lever(here, monkeypatch, capsys, how, where, lever):
-    monkeypatch.setattr(where, how)
+    module, _, name = where.rpartition(".")
+    monkeypatch.setattr(importlib.import_module(module), name, how)
     run = ["prune", "model", "-o", "out", "--ratio", "0.2", "--calib", "text.txt", "--samples", "3", "--seq-len", "16"]
     assert main([*run, "--align", "4", "--text", "text.txt", "--block", "16", "--no-refit"]) == 1
     error = capsys.readouterr().err
@@ -139,8 +141,6 @@ def test_memory_that_runs_out_names_the_lever(here, monkeypatch, capsys, how, wh
 
 
 def test_the_refits_memory_has_its_own_lever(here, monkeypatch, capsys):
-    import importlib
-
     refit = importlib.import_module("hywia_kernels.refit")
     monkeypatch.setattr(refit._Normal, "solve", _out_of_memory)
     run = ["prune", "model", "-o", "out", "--ratio", "0.2", "--calib", "text.txt", "--samples", "3", "--seq-len", "16"]

@@ -10,7 +10,6 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from families import fresh_named
 from safetensors.torch import load_file, save_file
 from tiny import TINY, fresh, make_plan
 from transformers import AutoModelForCausalLM
@@ -65,21 +64,6 @@ def test_a_head_that_was_tied_by_hand_stays_so(tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
     again = _same(tmp_path / "out", model)
     assert again.lm_head.weight is again.model.embed_tokens.weight
-
-
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_moe", "gpt2", "phi3", "bloom", "opt"])
-@pytest.mark.parametrize("own", [False, True])
-def test_heads_of_every_kind_of_config(tmp_path, name, own):
-    model = fresh_named(name)
-    if own:
-        _own_head(model)
-    hk.prune(model, make_plan(model, "mlp"))
-    hk.save(model, None, tmp_path / "out")
-    again, want = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), _logits(model)
-    assert torch.equal(_logits(again), want)
-    values = json.loads((tmp_path / "out" / "config.json").read_text())
-    if own and "text_config" in values:
-        assert values["text_config"]["tie_word_embeddings"] is False
 
 
 def test_served_formats_keep_it_too(tmp_path):
