@@ -161,7 +161,7 @@ def _check_storable(model: Any) -> None:
         *(getattr(model, "_keep_in_fp32_modules", None) or ()),
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
     )
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise HywiaError(
