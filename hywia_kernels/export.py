@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ from .adaptive import adapted, remote
 from .errors import HywiaError, UsageError
 from .originals import copy_companions, original
 from .replaceable import Input
+from .storable import check_storable, storable_generation, storable_state
 from .ties import set_ties
 from .types import Plan
 from .verify import check_written
@@ -130,16 +130,8 @@ def _described(model: Any) -> tuple[Any, str | None]:
 def _finished(described: Any, model: Any) -> Any:
     described.config.dtype = next(model.parameters()).dtype
     if getattr(model, "generation_config", None) is not None:
-        described.generation_config = _storable(model.generation_config)
+        described.generation_config = storable_generation(model.generation_config)
     return described
-
-
-def _storable(generation: Any) -> Any:
-    """A generation config that its class stores though it contradicts itself (a temperature beside greedy decoding), as
-    many published ones do: what loaded once loads again."""
-    generation = copy.deepcopy(generation)
-    generation._original_object_hash = hash(generation)
-    return generation
 
 
 def _sharding(model: Any) -> dict[str, int]:
@@ -153,46 +145,6 @@ def _sharding(model: Any) -> dict[str, int]:
         return {}
     largest = max(f.stat().st_size for f in files)
     return {"max_shard_size": largest if len(files) > 1 else max(largest, 2 * weight_bytes(model))}
-
-
-def _check_storable(model: Any) -> None:
-    """Refuse weights that are elsewhere, and tell of dtypes that loading will not keep."""
-    kept = (
-        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
-        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
-    )
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise HywiaError(
-                f"save: {name}: expected a weight in memory, got one on the meta device (offloaded, or never loaded); "
-                "load the model without a device map that offloads"
-            )
-    for name, parameter in model.named_parameters():
-        if parameter.dtype == dtype or not parameter.is_floating_point() or any(part in name for part in kept):
-            continue
-        if not torch.equal(parameter.detach().to(dtype).to(parameter.dtype), parameter.detach()):
-            warnings.warn(
-                f"save: {name} is stored in {str(parameter.dtype).removeprefix('torch.')} as it is, but loading rounds "
-                f"every weight to the model's {str(dtype).removeprefix('torch.')}; call model.to(dtype) for one dtype",
-                stacklevel=3,
-            )
-            return
-
-
-def _state(described: Any) -> dict[str, Any] | None:
-    """The state dict, with copies of matrices that modules share though the family's do not: loading gives each its
-    own. None where there are none."""
-    state = described.state_dict()
-    ties = described.get_expanded_tied_weights_keys(all_submodels=True)
-    seen: set[tuple[Any, ...]] = set()
-    copies: dict[str, Any] = {}
-    for name, tensor in state.items():
-        memory = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
-        if memory in seen and tensor.numel() and name not in ties and name not in ties.values():
-            copies[name] = tensor.clone()
-        seen.add(memory)
-    return {**state, **copies} if copies else None
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
@@ -286,7 +238,7 @@ def save(
         "need": weight_bytes(model),
     }
     with atomic.claim(path, **given):
-        _check_storable(model)
+        check_storable(model)
         described, reason = _described(model)
         content = _json({**_record(plan, record), "not_stock": reason})
         with atomic.directory(path, **given) as folder:
@@ -302,7 +254,7 @@ def save(
 
 def _write_model(described: Any, folder: Path, sharding: Mapping[str, int]) -> None:
     try:
-        described.save_pretrained(folder, state_dict=_state(described), **sharding)
+        described.save_pretrained(folder, state_dict=storable_state(described), **sharding)
     except (ValueError, RuntimeError) as refused:
         if isinstance(refused, HywiaError):
             raise
