@@ -1,111 +1,223 @@
-"""Directories that are complete or absent: written beside their place, then renamed into it."""
+"""Directories and files that are complete or absent: written beside their place, then renamed into it."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from . import disk
 from .errors import HywiaError, UsageError
+from .replaceable import Input, check
+from .workspace import Claim, leave, located, settle, take
 
-__all__ = ["check_target", "directory"]
+__all__ = ["begin", "check_target", "claim", "directory", "file", "outcome", "write_text"]
 
-# A directory that holds one of these is a model or a set of scores, and may be replaced by --overwrite.
-_REPLACEABLE = ("config.json", "hywia.json", "scores.json")
-_MARK = ".hywia-partial-"
-
-
-def check_target(path: Path, *, overwrite: bool) -> None:
-    """Raise before any work is done when `path` could not be written at the end.
-
-    Raises:
-        UsageError: it exists and `overwrite` is not set, or holds something else than a model or scores.
-        HywiaError: its parent cannot be written.
-    """
-    if path.exists() or path.is_symlink():
-        if not overwrite:
-            raise UsageError(f"output: {path} exists; choose another directory, or pass --overwrite")
-        if not path.is_dir() or path.is_symlink():
-            raise UsageError(f"output: {path} is not a directory; --overwrite replaces directories only")
-        if any(path.iterdir()) and not any((path / name).exists() for name in _REPLACEABLE):
-            raise UsageError(f"output: {path} holds neither a model nor scores; --overwrite will not delete it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}", dir=path.parent)).rmdir()
-    except OSError as error:
-        raise HywiaError(f"output: cannot write in {path.parent}: {error.strerror or error}") from error
+_HELD: dict[Path, Claim] = {}
+_GUARD = threading.Lock()
+_CLAIMED: deque[Claim] = deque(maxlen=16)  # since `begin`, for `outcome`
 
 
-def _sync(root: Path) -> None:
-    """Flush a tree to the disk, so that the rename never outruns the data in a power cut; files get the usual mode
-    (some writers make theirs private)."""
-    for folder, _, files in os.walk(root):
-        for name in [*files, "."]:
-            if name != ".":
-                os.chmod(os.path.join(folder, name), 0o666 & ~_umask())
-            handle = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+def begin() -> None:
+    """A command begins: `outcome` tells of what it claims from here on."""
+    _CLAIMED.clear()
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Partial directories of `path` whose writer no longer runs (killed between its first and last byte)."""
-    for leftover in path.parent.glob(f".{path.name}{_MARK}*"):
-        pid = leftover.name.rpartition("-")[0].rpartition("-")[2]
-        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc").exists():
-            shutil.rmtree(leftover, ignore_errors=True)
+def outcome() -> str:
+    """What is on the disk of the targets claimed since `begin`, as a clause of a message."""
+    written = [str(c.path) for c in _CLAIMED if c.is_written()]
+    if written:
+        verb = "is" if len(written) == 1 else "are"
+        return f"{' and '.join(written)} {verb} written and complete; what was to come after that was not done"
+    kept = [str(c.path) for c in _CLAIMED if os.path.lexists(c.path)]
+    return "nothing was written" + (f"; {kept[0]} is as it was before" if kept else "")
 
 
 @contextmanager
-def directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty directory beside `path`; on success it is flushed and renamed to `path`, on failure removed.
+def claim(
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    in_place: bool = False,
+    inputs: Sequence[Input] = (),
+    need: int = 0,
+    a_file: bool = False,
+) -> Iterator[Claim]:
+    """Hold a target from before the work until it is written, after everything that can be refused has been.
 
-    A file named config.json is put in place last, so that a killed run leaves nothing that loads as a model.
+    Inside it, `directory` and `file` of the same path write the target. Nothing of it stays on the disk otherwise.
+
+    Args:
+        path: the target. overwrite, in_place, inputs: as in `replaceable.check`. need: bytes that must be free.
+        a_file: the target is one file, which is never replaced.
 
     Raises:
-        UsageError, HywiaError: as `check_target`; HywiaError when the disk refuses the write.
+        UsageError: it exists and may not be replaced. HywiaError: its parent cannot be written, the disk is too full,
+            or another run writes it.
     """
-    path = path.absolute()
-    check_target(path, overwrite=overwrite)
-    _remove_abandoned(path)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}{os.getpid()}-", dir=path.parent))
-    os.chmod(partial, 0o777 & ~_umask())
-    try:
-        yield partial
-        held = partial / "config.json"
-        if held.exists():
-            held.rename(partial / "config.json.partial")
-        _sync(partial)
-        if (partial / "config.json.partial").exists():
-            (partial / "config.json.partial").rename(held)
-        _move_into_place(partial, path)
-    except OSError as error:
-        raise HywiaError(f"output: could not write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    absolute, workspace = located(path)
 
+    def check_now() -> None:
+        if a_file and os.path.lexists(absolute):
+            raise UsageError(f"output: {absolute} exists; choose another file")
+        if not a_file:
+            with disk.refusals(f"output: cannot read {absolute}"):
+                check(absolute, overwrite=overwrite, in_place=in_place, inputs=inputs)
 
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
-
-
-def _move_into_place(partial: Path, path: Path) -> None:
-    if not path.exists():
-        partial.rename(path)
+    check_now()
+    made = Claim(absolute, workspace, (os.getpid(), threading.get_ident()))
+    with _GUARD:
+        held = _HELD.setdefault(workspace, made)
+        outer = held is not made
+        if outer and held.owner != made.owner:
+            raise HywiaError(f"output: another thread is writing {absolute}; wait for it, or choose another name")
+    if outer:
+        disk.check_free(absolute.parent, need)
+        yield held
         return
-    replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}{os.getpid()}-", dir=path.parent))
-    path.rename(replaced / "old")
     try:
-        partial.rename(path)
-    except OSError:
-        (replaced / "old").rename(path)
+        with disk.refusals(f"output: cannot write in {absolute.parent}"):
+            take(made)
+        check_now()
+        disk.check_free(absolute.parent, need)
+        _CLAIMED.append(made)
+        yield made
+    finally:
+        try:
+            leave(made)
+        finally:
+            with _GUARD:
+                _HELD.pop(workspace, None)
+
+
+def check_target(
+    path: str | Path, *, overwrite: bool, in_place: bool = False, inputs: Sequence[Input] = (), need: int = 0
+) -> None:
+    """Raise before any work is done when `path` could not be written at the end; puts back what a killed run set aside.
+
+    Raises:
+        UsageError, HywiaError: as `claim`.
+    """
+    with claim(path, overwrite=overwrite, in_place=in_place, inputs=inputs, need=need):
+        pass
+
+
+@contextmanager
+def directory(
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    in_place: bool = False,
+    inputs: Sequence[Input] = (),
+    need: int = 0,
+) -> Iterator[Path]:
+    """Yield an empty directory beside `path`; on success it is flushed and takes the place of `path`, on failure it is
+    removed, and `path` is what it was.
+
+    Raises:
+        UsageError, HywiaError: as `claim`; HywiaError when the disk refuses the write.
+    """
+    with claim(path, overwrite=overwrite, in_place=in_place, inputs=inputs, need=need) as held, _writing(held):
+        os.mkdir(held.new)
+        _identify(held)
+        yield held.new
+        disk.sync_tree(held.new)
+        check(held.path, overwrite=overwrite, in_place=in_place, inputs=inputs)  # hours may have passed
+        _publish(held)
+
+
+@contextmanager
+def file(path: str | Path, *, need: int = 0) -> Iterator[Path]:
+    """The same for one file, which is never replaced: yields the name to write."""
+    with claim(path, a_file=True, need=need) as held, _writing(held):
+        held.new.touch()
+        _identify(held)
+        yield held.new
+        _identify(held)
+        disk.sync_tree(held.new)
+        _publish(held)
+
+
+@contextmanager
+def _writing(held: Claim) -> Iterator[None]:
+    message = f"output: could not write {held.path}"
+    try:
+        with disk.refusals(message):
+            settle(held)
+            yield
+    except HywiaError as error:
+        if held.is_written():
+            raise HywiaError(
+                f"{held.path} is written and complete, but may not outlast a power cut: {error}"
+            ) from error
         raise
     finally:
-        shutil.rmtree(replaced, ignore_errors=True)
+        with suppress(OSError, HywiaError):
+            settle(held)
+
+
+def _identify(held: Claim) -> None:
+    state = os.lstat(held.new)
+    held.identity = (state.st_dev, state.st_ino)
+
+
+def _publish(held: Claim) -> None:
+    """Let `new` take the target's place; where that cannot be made to last, put everything back."""
+    new, path, parent = held.new, held.path, held.path.parent
+    if not os.path.lexists(path):
+        disk.rename_new(new, path)
+        try:
+            disk.sync_directory(parent)
+        except OSError:
+            os.rename(path, new)
+            raise
+    elif disk.exchange(new, path):
+        try:
+            disk.sync_directory(parent)
+        except OSError:
+            disk.exchange(new, path)
+            raise
+    else:
+        os.rename(path, held.old)
+        disk.sync_directory(held.workspace)
+        try:
+            disk.rename_new(new, path)
+            disk.sync_directory(parent)
+        except OSError:
+            if held.is_written():
+                os.rename(path, new)
+            disk.rename_new(held.old, path)
+            raise
+
+
+def write_text(path: str | Path, text: str, what: str = "output") -> None:
+    """Write a small file, UTF-8: it is the old one or the new one at any moment. Devices and pipes are written to.
+
+    Args:
+        what: name of the argument, for messages.
+
+    Raises:
+        HywiaError: it cannot be written.
+    """
+    with disk.refusals(f"{what}: cannot write {path}"):
+        target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file():
+            target.write_text(text, encoding="utf-8")
+            return
+        beside = target.with_name(f".{target.name}.partial")
+        try:
+            with open(beside, "w", encoding="utf-8") as handle:
+                handle.write(text)
+                handle.flush()
+                os.fsync(handle.fileno())
+            if target.exists():
+                shutil.copymode(target, beside)
+            os.replace(beside, target)
+            disk.sync_directory(target.parent)
+        finally:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)

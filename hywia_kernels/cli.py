@@ -1,15 +1,20 @@
 """`hywia`: the command line. Parses, hands to `commands`, and turns errors into exit codes.
 
-Exit codes: 0 done, 1 failed, 2 wrong use.
+Exit codes: 0 done, 1 failed, 2 wrong use; 128 and the signal's number when one ended it (130 for Ctrl-C, 143 for
+SIGTERM), 141 when the reader of the standard output went away.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
-from . import commands, commands_bench, commands_recipe, ops, selection
+from . import atomic, commands, commands_bench, commands_recipe, ops, selection
 from .calibrate import ENGINES, MEMORY
 from .errors import HywiaError, UsageError
 from .fusion import CRITERIA, FUSIONS
@@ -44,7 +49,9 @@ def _add_loading(command: argparse.ArgumentParser) -> None:
 
 def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("-o", "--output", required=True, metavar="DIR", help="directory to write")
-    command.add_argument("--overwrite", action="store_true", help="replace DIR when it holds a model or scores")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace DIR when it holds a model or scores, and nothing else"
+    )
 
 
 def _add_scoring(command: argparse.ArgumentParser, learned: bool = False) -> None:
@@ -96,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     prune = commands_.add_parser("prune", help="write a smaller model")
     _add_model(prune)
     _add_output(prune)
+    prune.add_argument("--in-place", action="store_true", help="DIR may be the model itself, which is replaced")
     how = prune.add_argument_group("what goes")
     how.add_argument("--ratio", type=float, help="share of all parameters to remove, in (0, 1)")
     how.add_argument(
@@ -127,31 +135,121 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
+class _Ended(BaseException):
+    """A signal asked the process to end; what is half written goes first."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _end(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # asking again does not make tidying up faster
+    raise _Ended(number)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Let the signals that end a process do so through the stack, where nothing else was asked for (`nohup`)."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = parser().parse_args(argv)
-    arguments.argv = list(sys.argv[1:] if argv is None else argv)  # recorded: how to repeat the run
-    try:
-        run = getattr(arguments, "run", None)
-        (run or getattr(commands, arguments.command.replace("eval", "evaluate")))(arguments)
-    except UsageError as error:
-        return _fail(str(error), 2)
-    except HywiaError as error:
-        return _fail(str(error), 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", 1)
-    except Exception as error:
-        import torch
-
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            return _fail(f"out of memory ({error}); try fewer --samples, a shorter --seq-len, or --dtype bfloat16", 1)
-        raise
+    atomic.begin()
+    arguments = None
+    with _signals():
+        try:
+            arguments = parser().parse_args(argv)
+            arguments.argv = list(sys.argv[1:] if argv is None else argv)  # recorded: how to repeat the run
+            run = getattr(arguments, "run", None)
+            (run or getattr(commands, arguments.command.replace("eval", "evaluate")))(arguments)
+        except UsageError as error:
+            return _fail(str(error), 2)
+        except HywiaError as error:
+            return _fail(str(error), 1)
+        except KeyboardInterrupt:
+            return _fail(f"interrupted; {atomic.outcome()}", 128 + signal.SIGINT)
+        except _Ended as ended:
+            return _fail(f"ended by {signal.Signals(ended.number).name}; {atomic.outcome()}", 128 + ended.number)
+        except BrokenPipeError:
+            _give_up_output()
+            wrote = getattr(arguments, "output", None) is not None
+            return _fail(
+                f"nobody reads the output any more; {atomic.outcome()}" if wrote else None, 128 + signal.SIGPIPE
+            )
+        except OSError as error:
+            _give_up_output()
+            where = f"{error.filename}: " if error.filename else ""
+            return _fail(f"{where}{error.strerror or error}; {atomic.outcome()}", 1)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            return _fail(f"out of memory ({_first_line(error)}); {_lever(error)}; {atomic.outcome()}", 1)
     return 0
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"hywia: error: {message}", file=sys.stderr)
+def _fail(message: str | None, code: int) -> int:
+    if message is not None:
+        with suppress(OSError):  # a closed terminal
+            print(f"hywia: error: {message}", file=sys.stderr, flush=True)
     return code
+
+
+def _give_up_output() -> None:
+    """What is still buffered would fail again when the process ends."""
+    with suppress(OSError, ValueError):  # no file at all, or closed
+        sys.stdout.flush()
+        return
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # The CPU's allocator has no exception of its own.
+    return isinstance(error, RuntimeError) and any(w in str(error) for w in ("can't allocate memory", "out of memory"))
+
+
+_LEVERS = (  # module in which memory ran out -> what makes its work smaller; the first that the traceback passes
+    ("refit", "try fewer --refit-samples, or a shorter --seq-len"),
+    ("learned", "try a shorter --seq-len, or --fusion attention"),
+    ("leftover", "try fewer --samples, or a shorter --seq-len"),
+    ("evaluate", "try a smaller --block, or --no-eval with 'hywia prune'"),
+    ("speed", "try a smaller --batch, or a shorter --context"),
+    ("load", "try --dtype bfloat16, or a machine with more memory"),
+    ("export", "the model itself barely fits; free memory, or load it with --dtype bfloat16"),
+)
+_LEVER = "try --memory lean or layerwise, fewer --samples, a shorter --seq-len, or --dtype bfloat16"
+
+
+def _lever(error: Exception) -> str:
+    """The option that makes smaller what ran out of memory."""
+    passed, step = set(), error.__traceback__
+    while step is not None:
+        name = step.tb_frame.f_globals.get("__name__", "")
+        if name.startswith("hywia_kernels."):
+            passed.add(name.split(".")[1])
+        step = step.tb_next
+    return next((lever for module, lever in _LEVERS if module in passed), _LEVER)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from . import (
     constraints,
     export,
     ops,
+    originals,
     planning,
     progress,
     report,
@@ -35,6 +38,7 @@ from .fusion import score as score_model
 from .hardware import threaded_device_name
 from .load import load
 from .reading import BUNDLED, bundled_text, documents, file_documents, is_local
+from .replaceable import check_report
 from .text import calibration
 from .tokens import check_length, prefix
 from .types import Plan, Scores, Statistics
@@ -67,8 +71,25 @@ def _begin(arguments: argparse.Namespace) -> None:
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
-        raise UsageError(f"json: no such directory: {Path(arguments.json).absolute().parent}")
+    check_report("json", arguments.json, inputs=originals.inputs(arguments))
+
+
+@contextmanager
+def _claimed(arguments: argparse.Namespace, *, in_place: bool = False, least: int = 0) -> Iterator[None]:
+    """Hold the output from before the work to its end; refuses what cannot be written at that end."""
+    output, given = Path(arguments.output), originals.inputs(arguments)
+    check_report("json", arguments.json, outputs=(output,), inputs=given)
+    if arguments.command != "prune":  # only what was pruned may take its own model's place
+        given = tuple(i._replace(what="model that is read") if i.what == "model" else i for i in given)
+    with atomic.claim(output, overwrite=arguments.overwrite, in_place=in_place, inputs=given, need=least):
+        yield
+
+
+def _least(arguments: argparse.Namespace) -> int:
+    """Bytes that the pruned model takes at least, as far as is known before it is loaded."""
+    share = max(v for v in (arguments.ratio, *_shares(arguments.group_ratio)) if v is not None)
+    narrowed = arguments.dtype in ("bfloat16", "float16")
+    return originals.least_bytes(originals.inputs(arguments), share, narrowed)
 
 
 def _check_scoring(arguments: argparse.Namespace) -> None:
@@ -243,9 +264,12 @@ def _stored(arguments: argparse.Namespace) -> Scores:
 def score(arguments: argparse.Namespace) -> None:
     """`hywia score`."""
     _begin(arguments)
-    output = Path(arguments.output)
-    atomic.check_target(output.absolute(), overwrite=arguments.overwrite)
     _check_scoring(arguments)
+    with _claimed(arguments):
+        _score(arguments, Path(arguments.output))
+
+
+def _score(arguments: argparse.Namespace, output: Path) -> None:
     model, tokenizer = _load(arguments)
     _say_left_alone(model)
     _check_lengths(arguments, model, tokenizer, None, _setting(arguments, "criterion") == "hywia")
@@ -258,11 +282,14 @@ def score(arguments: argparse.Namespace) -> None:
 def prune(arguments: argparse.Namespace) -> None:
     """`hywia prune`."""
     _begin(arguments)
-    output = Path(arguments.output)
     _check_selection(arguments)
     commands_recipe.check_recipe(arguments)
     _check_scoring(arguments)
-    atomic.check_target(output.absolute(), overwrite=arguments.overwrite)
+    with _claimed(arguments, in_place=arguments.in_place, least=_least(arguments)):
+        _prune(arguments, Path(arguments.output))
+
+
+def _prune(arguments: argparse.Namespace, output: Path) -> None:
     text = None if arguments.no_eval else _evaluation_text(arguments)
     stored = _stored(arguments) if arguments.scores else None
     model, tokenizer = _load(arguments)
@@ -284,7 +311,8 @@ def prune(arguments: argparse.Namespace) -> None:
     surgery.prune(model, plan, backend=arguments.backend)
     given = {k: v for k, v in vars(arguments).items() if k != "command"}
     record = {"arguments": given, "scores_summary": run_record.score_summary(scores, plan)}
-    export.save(model, tokenizer, output, plan=plan, record=record, overwrite=arguments.overwrite)
+    written = {"overwrite": arguments.overwrite, "in_place": arguments.in_place}
+    export.save(model, tokenizer, output, plan=plan, record=record, **written)
     after = _measure(arguments, model, tokenizer, text, output)
     report.print_comparison(before, after)
     if before is not None:
@@ -336,6 +364,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def info(arguments: argparse.Namespace) -> None:
     """`hywia info`."""
+    check_report("json", arguments.json)
     found = report.environment()
     report.print_environment(found)
     report.write_json(arguments.json, found)

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import charts, constraints, export, figures, html_report, report, targets
-from .errors import HywiaError, UsageError
+from . import atomic, charts, constraints, export, figures, html_report, originals, report, targets
+from .errors import UsageError
 from .hardware import threaded_device_name
+from .replaceable import Input, check_report
 from .versions import versions
 
 __all__ = ["add_commands", "add_planning", "bench", "export_served", "write_report"]
@@ -75,8 +76,7 @@ def bench(arguments: argparse.Namespace) -> None:
 
     commands._begin(arguments)
     wanted = cases(arguments.batch, arguments.context)
-    if arguments.plot is not None and not Path(arguments.plot).absolute().parent.is_dir():
-        raise UsageError(f"plot: no such directory: {Path(arguments.plot).absolute().parent}")
+    check_report("plot", arguments.plot, inputs=originals.inputs(arguments))
     if arguments.plot is not None:
         charts.require()
     folders = [Path(m) for m in arguments.models]
@@ -108,7 +108,7 @@ def bench(arguments: argparse.Namespace) -> None:
     environment = {"versions": versions(), "device": threaded_device_name(device)}
     _print(found)
     if arguments.plot is not None:
-        _write(arguments.plot, charts.standalone(figures.speed_figures(found)))
+        atomic.write_text(arguments.plot, charts.standalone(figures.speed_figures(found)), "plot")
     report.write_json(arguments.json, {**environment, "models": found})
     for folder in folders if arguments.record else ():
         if (folder / export.RECORD).is_file():
@@ -163,23 +163,26 @@ def _print(found: Sequence[Mapping[str, Any]]) -> None:
                     )
 
 
-def _write(path: str | Path, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise HywiaError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def export_served(arguments: argparse.Namespace) -> None:
     """`hywia export`."""
     from . import commands
-    from .load import load
-    from .served import write_decilm, write_gguf
 
     commands._begin(arguments)
     gguf = arguments.format == "gguf"
     if gguf != (arguments.vocabulary is not None):
         raise UsageError("vocabulary: goes with --format gguf, which needs it")
+    given = originals.inputs(arguments)
+    check_report("json", arguments.json, outputs=(Path(arguments.output),), inputs=given)
+    with atomic.claim(arguments.output, a_file=gguf):
+        _export(arguments, gguf)
+
+
+def _export(arguments: argparse.Namespace, gguf: bool) -> None:
+    from .load import load
+    from .served import write_decilm, write_gguf
+
     report.say(f"loading {arguments.model}")
     model, tokenizer = load(
         arguments.model, dtype=arguments.dtype, device=arguments.device, trust_remote_code=arguments.trust_remote_code
@@ -196,7 +199,6 @@ def write_report(arguments: argparse.Namespace) -> None:
     """`hywia report`."""
     folder = Path(arguments.output)
     target = Path(arguments.html) if arguments.html else folder.absolute().with_name(folder.absolute().name + ".html")
-    if not target.absolute().parent.is_dir():
-        raise UsageError(f"html: no such directory: {target.absolute().parent}")
-    _write(target, html_report.page(export.read_record(folder), folder.absolute().name))
+    check_report("html", target, inputs=(Input("model", folder),))
+    atomic.write_text(target, html_report.page(export.read_record(folder), folder.absolute().name), "html")
     report.say(f"wrote {target}")

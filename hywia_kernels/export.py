@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,15 @@ from . import arch, atomic, model_card
 from .adaptive import adapted, remote
 from .errors import HywiaError
 from .holding import plain_model
+from .originals import copy_companions, original
+from .record import sealed
+from .replaceable import Input
+from .storable import check_storable, storable_generation, storable_state
+from .ties import set_ties
 from .types import Plan
+from .verify import check_written
 from .versions import versions
+from .weight_files import weight_files
 from .weights import weight_bytes
 
 __all__ = ["RECORD", "add_to_record", "plan_record", "read_record", "save", "stock_config"]
@@ -37,7 +44,7 @@ def stock_config(model: Any) -> Any:
     from huggingface_hub.errors import StrictDataclassError
 
     entry = arch.architecture(model)
-    config = copy.deepcopy(model.config)
+    config = set_ties(copy.deepcopy(model.config), model)
     if hasattr(config, "base_model_type"):  # its layers differed, and perhaps do no longer
         from .adaptive.configuration_hywia_adaptive import base_config
 
@@ -125,39 +132,21 @@ def _described(model: Any) -> tuple[Any, str | None]:
 def _finished(described: Any, model: Any) -> Any:
     described.config.dtype = next(model.parameters()).dtype
     if getattr(model, "generation_config", None) is not None:
-        described.generation_config = model.generation_config
+        described.generation_config = storable_generation(model.generation_config)
     return described
-
-
-def _original(model: Any) -> Path | None:
-    """The directory a model was loaded from, or the hub's copy of it on this machine."""
-    from huggingface_hub import try_to_load_from_cache
-
-    name = str(getattr(model, "name_or_path", "") or "")
-    if Path(name).is_dir():
-        return Path(name)
-    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        return None
-    config = try_to_load_from_cache(name, "config.json")
-    return Path(config).parent if isinstance(config, str) else None
 
 
 def _sharding(model: Any) -> dict[str, int]:
     """Shards no larger than the original's largest, one file where it had one; transformers' choice otherwise."""
-    folder = _original(model)
-    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+    folder = original(model)
+    files: tuple[Path, ...] = ()
+    if folder is not None:
+        with suppress(HywiaError):  # a GGUF file, or changed since it was loaded
+            files = weight_files(folder)
     if not files:
         return {}
     largest = max(f.stat().st_size for f in files)
     return {"max_shard_size": largest if len(files) > 1 else max(largest, 2 * weight_bytes(model))}
-
-
-def _copy_vocabulary(model: Any, folder: Path) -> None:
-    """`tokenizer.model`, which transformers need not write again but llama.cpp's converter prefers."""
-    original = _original(model)
-    vocabulary = original / "tokenizer.model" if original is not None else None
-    if vocabulary is not None and vocabulary.is_file() and not (folder / vocabulary.name).exists():
-        shutil.copyfile(vocabulary, folder / vocabulary.name)
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
@@ -192,29 +181,22 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / RECORD
     try:
-        found = json.loads(path.read_text())
+        data = path.read_bytes()
     except OSError as error:
         raise HywiaError(f"{folder}: expected a directory that 'hywia prune' wrote, it has no {RECORD}") from error
-    except ValueError as error:
-        raise HywiaError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise HywiaError(f"{path} is damaged: expected an object, got {type(found).__name__}")
-    return found
+    return parsed(data, str(path))
 
 
 def add_to_record(folder: str | Path, more: Mapping[str, Any]) -> None:
     """Add what was found out after saving; the record is the old one or the new one at any moment. The model card is
     renewed, unless somebody edited it."""
-    path = Path(folder) / RECORD
     record = {**read_record(folder), **more}
-    content = json.dumps(record) + "\n"
-    beside = path.with_name(f".{RECORD}.partial")
-    try:
-        beside.write_text(content)
-        beside.replace(path)
-    except OSError as error:
-        raise HywiaError(f"cannot write {path}: {error.strerror or error}") from error
+    atomic.write_text(Path(folder) / RECORD, _json(record), "record")
     model_card.write_card(folder, record)
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(sealed(content)) + "\n"
 
 
 def save(
@@ -225,6 +207,7 @@ def save(
     plan: Plan | None = None,
     record: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    in_place: bool = False,
 ) -> Path:
     """Write safetensors, config, generation config, tokenizer, a `hywia.json` record and a model card, README.md.
 
@@ -232,28 +215,50 @@ def save(
     with no trace of this package, where the family's config can say how wide (README lists where it cannot). Any other
     is loaded by it as soon as `hywia_kernels` is imported, and
     elsewhere with `trust_remote_code=True`: the directory carries its classes. Shards are as large as the original's.
-    The directory appears complete or not at all.
+    Processors' files and licences are copied from the original's directory (`originals.copy_companions` has the rule).
+    The directory appears complete or not at all, and only after every tensor was read back and compared bit for bit;
+    what was at `path` before stays until then, and comes back if the process is killed.
 
     Args:
         model, tokenizer: what to write; the tokenizer may be None.
         path: the directory.
         plan: recorded with the kept units. record: more to record (arguments, seed, ...), JSON-serialisable.
-        overwrite: replace an existing model directory.
+        overwrite: replace an existing directory that holds a model or scores and nothing else.
+        in_place: replace the directory that the model was loaded from.
 
     Raises:
-        UsageError: the directory exists. HywiaError: it cannot be written, or no config describes the model.
+        UsageError: the directory exists. HywiaError: it cannot be written, no config describes the model, or what was
+            written is not what is in memory.
     """
     path, model = Path(path), plain_model(model)
-    atomic.check_target(path.absolute(), overwrite=overwrite)
-    described, reason = _described(model)
-    base = str(getattr(model, "name_or_path", "") or "")
-    content = {"base": base, **_record(plan, record), "not_stock": reason}
-    with atomic.directory(path, overwrite=overwrite) as folder:
-        # The weights come last: until they are whole, the directory does not load.
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        (folder / RECORD).write_text(json.dumps(content) + "\n")
-        model_card.write_card(folder, content, name=path.absolute().name, config=described.config.to_dict())
-        _copy_vocabulary(model, folder)
-        described.save_pretrained(folder, **_sharding(model))
+    source = original(model)
+    given: dict[str, Any] = {
+        "overwrite": overwrite,
+        "in_place": in_place,
+        "inputs": () if source is None else (Input("model", source),),
+        "need": weight_bytes(model),
+    }
+    with atomic.claim(path, **given):
+        check_storable(model)
+        described, reason = _described(model)
+        base = str(getattr(model, "name_or_path", "") or "")
+        content = {"base": base, **_record(plan, record), "not_stock": reason}
+        with atomic.directory(path, **given) as folder:
+            # The weights come last: until they are whole, the directory does not load.
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            (folder / RECORD).write_text(_json(content), encoding="utf-8")
+            model_card.write_card(folder, content, name=path.absolute().name, config=described.config.to_dict())
+            copy_companions(model, tokenizer, folder)
+            _write_model(described, folder, _sharding(model))
+            check_written(described, folder)
     return path
+
+
+def _write_model(described: Any, folder: Path, sharding: Mapping[str, int]) -> None:
+    try:
+        described.save_pretrained(folder, state_dict=storable_state(described), **sharding)
+    except (ValueError, RuntimeError) as refused:
+        if isinstance(refused, HywiaError):
+            raise
+        raise HywiaError(f"save: transformers cannot write this model: {_last_line(refused)}") from refused

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from . import ops
+from . import atomic, ops
 from .errors import HywiaError
 from .metrics import compare, figures_of
 from .run_record import plain, reduction, spans
@@ -143,6 +142,7 @@ def write_json(path: str | None, content: Any) -> None:
     if path is None:
         return
     try:
-        Path(path).write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise HywiaError(f"json: cannot write {path}: {error.strerror or error}") from error
+        text = json.dumps(content, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise HywiaError(f"json: the report holds what JSON cannot: {error}") from error
+    atomic.write_text(path, text, "json")

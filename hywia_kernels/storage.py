@@ -15,6 +15,7 @@ from . import arch, atomic
 from .errors import HywiaError
 from .record import DIGEST, parsed, sealed
 from .types import Group, Member, Scores, Statistics
+from .verify import check_file
 from .weights import fingerprint
 
 __all__ = ["check_scored_on", "load_scores", "save_scores"]
@@ -61,10 +62,12 @@ def save_scores(
                 tensors[f"fine/{order}/{name}"] = value
         for name, value in statistics.coarse.items():
             tensors[f"coarse/{name}"] = value
-    with atomic.directory(Path(path), overwrite=overwrite) as folder:
+    index = sealed(index)  # refuses what JSON cannot hold, before anything is written
+    need = sum(v.numel() * v.element_size() for v in tensors.values())
+    with atomic.directory(Path(path), overwrite=overwrite, need=need) as folder:
         save_file(_apart(tensors), folder / _TENSORS)
-        index[_TENSORS_DIGEST] = _file_digest(folder / _TENSORS)
-        index = sealed(index)
+        check_file(folder / _TENSORS, tensors)
+        index = sealed({**index, _TENSORS_DIGEST: _file_digest(folder / _TENSORS)})
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return Path(path)
 

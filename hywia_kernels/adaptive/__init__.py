@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import HywiaError
+from ..ties import set_ties
 
 __all__ = ["MODEL_TYPE", "adapted", "register"]
 
@@ -140,6 +141,7 @@ def adapted(model: Any, widths: Mapping[str, Sequence[int]]) -> Any:
                 "module_changes": describe_changes(model),
             }
         )
+        set_ties(config, model)
         with torch.device("meta"):
             twin = model_class(base)(config)
         twin.load_state_dict(model.state_dict(), assign=True)

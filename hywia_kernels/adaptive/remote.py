@@ -14,6 +14,7 @@ import torch
 
 from .. import checkpoint, loaded
 from ..errors import HywiaError
+from ..ties import set_ties
 
 __all__ = ["adapted", "is_remote_code", "load"]
 
@@ -33,7 +34,7 @@ def adapted(model: Any) -> Any:
     """
     from .modeling_hywia_adaptive import change_modules, describe_changes
 
-    config = copy.deepcopy(model.config)
+    config = set_ties(copy.deepcopy(model.config), model)
     if hasattr(config, _CHANGES):
         delattr(config, _CHANGES)
     with torch.device("meta"):

@@ -10,6 +10,7 @@ form that its older releases read. The directory carries its config class: vLLM 
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,11 @@ from typing import Any
 
 from .. import arch, atomic
 from ..errors import HywiaError
+from ..originals import copy_companions, original
+from ..replaceable import Input
+from ..ties import set_ties, tied_head
+from ..verify import check_tensors
+from ..weights import weight_bytes
 
 __all__ = ["ffn_mult", "write_decilm"]
 
@@ -62,29 +68,30 @@ def write_decilm(model: Any, tokenizer: Any, path: str | Path, *, overwrite: boo
     if reason is not None:
         raise HywiaError(f"decilm: vLLM's blocks hold LLaMA's alone: {reason}")
     path = Path(path)
-    atomic.check_target(path.absolute(), overwrite=overwrite)
+    source = original(model)
+    inputs = () if source is None else (Input("model that is read", source),)
+    atomic.check_target(path, overwrite=overwrite, inputs=inputs)
     attention = next(g for g in found if g.kind == "attention")
     per_group = attention.members[-1].group_size // arch.head_dim(model)
     widths = [g.units for g in found if g.kind == "mlp"]
     config = _config(model, widths, attention.units * per_group, per_group)
-    state, stored = {}, set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in stored:  # of tied weights the first name, which is the embedding's
-            stored.add(tensor.data_ptr())
-            state[name] = tensor
-    with atomic.directory(path, overwrite=overwrite) as folder:
+    whole = model.state_dict()
+    state = {name: tensor for name, tensor in whole.items() if name != "lm_head.weight" or not tied_head(model)}
+    with atomic.directory(path, overwrite=overwrite, inputs=inputs, need=weight_bytes(model)) as folder:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)
+            model.generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
         shutil.copyfile(Path(__file__).with_name(CONFIG_FILE), folder / CONFIG_FILE)
-        save_torch_state_dict(state, folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        copy_companions(model, tokenizer, folder)
+        save_torch_state_dict(state, folder)
+        check_tensors(folder, whole)
     return path
 
 
 def _config(model: Any, widths: list[int], heads: int, per_group: int) -> dict[str, Any]:
-    values = model.config.to_dict()
+    values = set_ties(copy.deepcopy(model.config), model).to_dict()
     for own in ("base_model_type", "layer_widths", "module_changes", "transformers_version"):
         values.pop(own, None)
     blocks = []

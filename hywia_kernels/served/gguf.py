@@ -7,14 +7,17 @@ llama.cpp's converter writes it), where its pre-tokenisation has been told apart
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import arch, progress
+from .. import arch, atomic, progress
 from ..errors import HywiaError, UsageError
+from ..ties import tied_head
+from ..weights import weight_bytes
 
 __all__ = ["write_gguf"]
 
@@ -71,32 +74,46 @@ def write_gguf(model: Any, vocabulary: str | Path, path: str | Path) -> Path:
     if reason is not None:
         raise HywiaError(f"gguf: llama.cpp's architecture for differing layers holds LLaMA's alone: {reason}")
     path = Path(path)
-    if path.exists():
-        raise UsageError(f"output: {path} exists; choose another file")
+    with atomic.claim(path, a_file=True):
+        _write(gguf, model, vocabulary, path)
+    return path
+
+
+def _write(gguf: Any, model: Any, vocabulary: str | Path, path: Path) -> None:
     tokens = _vocabulary(gguf, vocabulary)
     rows = model.get_input_embeddings().weight.shape[0]
     count = len(tokens["tokenizer.ggml.tokens"].data)
     if count != rows:
         raise UsageError(f"vocabulary: expected {rows} tokens as the model has, {vocabulary} has {count}")
-    partial = path.with_name(f".{path.name}.partial")
-    writer = gguf.GGUFWriter(partial, ARCHITECTURE)
-    try:
-        _write_header(writer, model)
-        for name, field in tokens.items():
-            kind = field.types[0]
-            inner = field.types[1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), kind, sub_type=inner)
-        _add_tensors(gguf, writer, model)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        partial.replace(path)
-    except OSError as error:
-        raise HywiaError(f"output: cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    with atomic.file(path, need=weight_bytes(model)) as partial:
+        writer = gguf.GGUFWriter(partial, ARCHITECTURE)
+        try:
+            _write_header(writer, model)
+            for name, field in tokens.items():
+                kind = field.types[0]
+                inner = field.types[1] if kind == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(name, field.contents(), kind, sub_type=inner)
+            _add_tensors(gguf, writer, model)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+        _check_written(gguf, partial, model)
+
+
+def _check_written(gguf: Any, file: Path, model: Any) -> None:
+    """Read the tensors back, one after the other, and compare their bytes."""
+    tensors = {t.name: t.data for t in gguf.GGUFReader(file).tensors}
+    for name, want in _tensors(model):
+        got = tensors.pop(name, None)
+        if got is None:
+            raise HywiaError(f"gguf: expected the tensor {name} in what was written, got none")
+        data = _stored(want)
+        if got.nbytes != data.nbytes or not bool((got.reshape(-1).view("u1") == data.reshape(-1).view("u1")).all()):
+            raise HywiaError(f"gguf: {name} in what was written is not what the model has; the disk may be failing")
+    if tensors:
+        raise HywiaError(f"gguf: {min(tensors)} was written, which the model has not")
 
 
 def _vocabulary(gguf: Any, source: str | Path) -> dict[str, Any]:
@@ -132,7 +149,6 @@ def _write_header(writer: Any, model: Any) -> None:
 
 
 def _add_tensors(gguf: Any, writer: Any, model: Any) -> None:
-    head_dim = arch.head_dim(model)
     kinds = {
         torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
         torch.float16: (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -141,23 +157,32 @@ def _add_tensors(gguf: Any, writer: Any, model: Any) -> None:
     dtype = model.get_input_embeddings().weight.dtype
     writer.add_file_type(kinds[dtype][1])
 
-    def add(name: str, tensor: Tensor) -> None:
-        data = tensor.detach().cpu().contiguous()
-        if data.dim() < 2 or data.dtype == torch.float32:
-            writer.add_tensor(name, data.float().numpy())
-        elif data.dtype == torch.float16:
-            writer.add_tensor(name, data.numpy())
-        else:  # NumPy has no bfloat16: its bytes
-            raw = data.view(torch.uint8).numpy()
-            writer.add_tensor(name, raw, raw_shape=raw.shape, raw_dtype=kinds[dtype][0])
+    for name, tensor in _tensors(model):
+        data = _stored(tensor)
+        if tensor.dtype == torch.bfloat16 and data.dtype == "u1":  # NumPy has no bfloat16: its bytes
+            writer.add_tensor(name, data, raw_shape=data.shape, raw_dtype=kinds[tensor.dtype][0])
+        else:
+            writer.add_tensor(name, data)
 
-    add("token_embd.weight", model.get_input_embeddings().weight)
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        add("output.weight", model.get_output_embeddings().weight)
-    add("output_norm.weight", model.model.norm.weight)
+
+def _stored(tensor: Tensor) -> Any:
+    """A tensor as the array that is written: in its own dtype, but vectors in float32; bfloat16 as bytes."""
+    data = tensor.detach().cpu().contiguous()
+    if data.dim() < 2:
+        return data.float().numpy()
+    return data.view(torch.uint8).numpy() if data.dtype == torch.bfloat16 else data.numpy()
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Names of the format and what goes under them."""
+    head_dim = arch.head_dim(model)
+    yield "token_embd.weight", model.get_input_embeddings().weight
+    if not tied_head(model):
+        yield "output.weight", model.get_output_embeddings().weight
+    yield "output_norm.weight", model.model.norm.weight
     for i, layer in enumerate(progress.track(model.model.layers, "writing GGUF")):
         for module, name in _LAYER.items():
             weight = layer.get_submodule(module).weight
             if name in ("attn_q", "attn_k"):
                 weight = _interleaved(weight, head_dim)
-            add(f"blk.{i}.{name}.weight", weight)
+            yield f"blk.{i}.{name}.weight", weight

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 
 import pytest
 import torch
@@ -132,55 +127,3 @@ def test_unwritable_parent_is_refused_before_work(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(HywiaError, match="output: cannot write in"):
         atomic.check_target(tmp_path / "file" / "out", overwrite=False)
-
-
-VICTIM = textwrap.dedent("""
-    import sys
-    import hywia_kernels as hk
-    model, tokenizer = hk.load(sys.argv[1])
-    print("ready", flush=True)
-    sys.stdin.readline()
-    for i in range(1000):
-        hk.save(model, tokenizer, sys.argv[2], overwrite=True)
-        print(i, flush=True)
-""")
-
-
-def _loads(folder):
-    try:
-        AutoModelForCausalLM.from_pretrained(folder)
-    except Exception:
-        return False
-    return True
-
-
-@pytest.mark.parametrize("delay", [0.0, 0.004, 0.011, 0.023, 0.05])
-def test_sigkill_while_saving_leaves_nothing_half(saved, tmp_path, delay):
-    """The target is absent or whole, and what lies beside it does not load."""
-    out = tmp_path / "out"
-    victim = subprocess.Popen(
-        [sys.executable, "-c", VICTIM, str(saved), str(out)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    assert victim.stdout.readline() == b"ready\n"
-    victim.stdin.write(b"go\n")
-    victim.stdin.flush()
-    if delay:
-        victim.stdout.readline()  # the first save is done; kill one of the overwriting ones
-    time.sleep(delay)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    victim.stdin.close()
-    victim.stdout.close()
-    if out.exists():
-        assert _loads(out)
-        names = {p.name for p in out.iterdir()}
-        assert {"config.json", "hywia.json", "model.safetensors", "tokenizer.json"} <= names
-    beside = [p for p in tmp_path.iterdir() if p.name.startswith(".out")]
-    # A replaced directory waits whole under "old" between the two renames; what was being written must not load.
-    assert not any(_loads(p) for p in beside)
-    model, tokenizer = hk.load(saved)
-    hk.save(model, tokenizer, out, overwrite=True)
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".out")], "the next save clears what was abandoned"
