@@ -16,7 +16,7 @@ from .adaptive import adapted, remote
 from .errors import HywiaError
 from .holding import plain_model
 from .originals import copy_companions, original
-from .record import sealed
+from .record import parsed, sealed
 from .replaceable import Input
 from .storable import check_storable, storable_generation, storable_state
 from .ties import set_ties
