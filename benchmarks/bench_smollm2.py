@@ -21,7 +21,7 @@ from hywia_kernels.speed import Case, work_of
 from hywia_kernels.speed.driver import StaticDriver
 
 from .bench_pruned import ideal
-from .timing import device_name
+from .environment import device_name
 
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
