@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import checks, library
 from .both_axes import taylor_importance_both
+from .calls import TaylorCall
 from .registry import BACKENDS, Availability, availability, choose, require
 
 __all__ = [
@@ -63,6 +64,16 @@ class AttentionFusion(NamedTuple):
 
     score: Tensor
     weight: Tensor
+
+
+def _sums(op: str, call: tuple, out: tuple | None, backend: str | None):
+    """The op's sums, new or added to `out`: as a node of a graph that is traced, else straight, which is faster."""
+    name, outputs = (op, ()) if out is None else (f"{op}_", out)
+    if torch.compiler.is_compiling():
+        made = getattr(torch.ops.hywia, name)(*call, *outputs, backend)
+    else:
+        made = getattr(library, name)(call, *outputs, backend)
+    return made if out is None else out
 
 
 def taylor_importance(
@@ -105,18 +116,8 @@ def taylor_importance(
     Raises:
         UsageError: an argument outside the above. BackendError: a named backend that is off or cannot do this.
     """
-    checks.taylor_importance(weight, grad, fisher, axis, order, group_size, out)
-    if order == "first":
-        fisher = None
-    elif order == "second":
-        grad = None
-    if out is None:
-        functional = torch.ops.hywia.taylor_importance if torch.compiler.is_compiling() else library.taylor_importance
-        return TaylorImportance(*functional(weight, grad, fisher, axis, order, group_size, backend))
-    fine, signed = out
-    inplace = torch.ops.hywia.taylor_importance_ if torch.compiler.is_compiling() else library.taylor_importance_
-    inplace(weight, grad, fisher, axis, order, group_size, fine, signed, backend)
-    return TaylorImportance(fine, signed)
+    call = checks.taylor_importance(TaylorCall(weight, grad, fisher, axis, order, group_size), out)
+    return TaylorImportance(*_sums("taylor_importance", call, out, backend))
 
 
 def linear_importance(
@@ -174,16 +175,10 @@ def linear_importance(
     Raises:
         UsageError: an argument outside the above. BackendError: a named backend that is off or cannot do this.
     """
-    offsets = checks.linear_importance(
+    call = checks.linear_importance(
         grad_output, input, weight, samples, axis, order, group_size, per_sample, scale, mapped, out
     )
-    call = (grad_output, input, weight, offsets, axis, order, group_size, per_sample, float(scale), mapped)
-    if out is None:
-        functional = torch.ops.hywia.linear_importance if torch.compiler.is_compiling() else library.linear_importance
-        return LinearImportance(*functional(*call, backend))
-    inplace = torch.ops.hywia.linear_importance_ if torch.compiler.is_compiling() else library.linear_importance_
-    inplace(*call, *out, backend)
-    return LinearImportance(*out)
+    return LinearImportance(*_sums("linear_importance", call, out, backend))
 
 
 def compact(
@@ -297,11 +292,8 @@ def taylor_importance_batch(
         UsageError: an argument outside the above. BackendError: a named backend that is off or cannot do this.
     """
     call = checks.taylor_importance_batch(weights, grads, fishers, axes, order, group_sizes, into, out)
-    compiling = torch.compiler.is_compiling()
     if out is None:
-        functional = torch.ops.hywia.taylor_importance_batch if compiling else library.taylor_importance_batch
-        flat = functional(*call, backend)
+        flat = _sums("taylor_importance_batch", call, None, backend)
         return [TaylorImportance(fine, signed) for fine, signed in zip(flat[::2], flat[1::2], strict=True)]
-    inplace = torch.ops.hywia.taylor_importance_batch_ if compiling else library.taylor_importance_batch_
-    inplace(*call, [fine for fine, _ in out], [signed for _, signed in out], backend)
+    _sums("taylor_importance_batch", call, ([fine for fine, _ in out], [signed for _, signed in out]), backend)
     return [TaylorImportance(fine, signed) for fine, signed in out]

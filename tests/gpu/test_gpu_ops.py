@@ -12,6 +12,7 @@ from tolerances import TAYLOR, assert_fused, assert_sums, error, magnitude
 import hywia_kernels as hk
 from hywia_kernels import BackendError, UsageError, ops
 from hywia_kernels.ops import reference
+from hywia_kernels.ops.calls import TaylorCall
 from hywia_kernels.ops.checks import DTYPES, ORDERS
 from hywia_kernels.ops.registry import implementation
 from hywia_kernels.selection import top_units
@@ -396,9 +397,10 @@ def test_a_bare_kernel_call_overwrites_or_adds_as_told(backend):
     run = implementation("taylor_importance", backend, weight, grad, None)
     fine, signed = torch.full((64,), 1e9, device=DEVICE), torch.full((64,), -1e9, device=DEVICE)
     want = reference.taylor_importance_fp64(weight, grad, None, 0, "first", 4)
-    run(weight, grad, None, 0, "first", 4, fine, signed, False)
+    call = TaylorCall(weight, grad, None, 0, "first", 4)
+    run(call, fine, signed, False)
     assert_sums(fine, signed, want, want[0], BF16)
-    run(weight, grad, None, 0, "first", 4, fine, signed, True)
+    run(call, fine, signed, True)
     assert_sums(fine, signed, (2 * want[0], 2 * want[1]), 2 * want[0], BF16)
 
 

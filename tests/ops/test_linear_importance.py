@@ -23,6 +23,7 @@ from tolerances import error
 
 from hywia_kernels import ops
 from hywia_kernels.ops import BACKENDS, reference
+from hywia_kernels.ops.calls import LinearCall
 from hywia_kernels.ops.checks import DTYPES, LINEAR_ORDERS
 from hywia_kernels.ops.registry import implementation
 
@@ -48,7 +49,7 @@ def raw(backend, dy, x, w, offsets, axis, order="all", group_size=1, per_sample=
     shape = fine_shape(order, units)
     made = [guarded(n, str(w.device)) for n in (units * (len(shape) > 1) * 2 + units, rows * units)]
     fine, coarse = made[0][0].view(shape), made[1][0].view(rows, units)
-    run(dy, x, w, offsets, axis, order, group_size, per_sample, scale, fine, coarse, False)
+    run(LinearCall(dy, x, w, offsets, axis, order, group_size, per_sample, scale), fine, coarse, False)
     assert all(untouched(whole) for _, whole in made)
     return fine, coarse
 
@@ -376,7 +377,8 @@ def test_both_axes_from_the_same_products(samples, order):
     fines = [torch.full((3, n) if order == "all" else (n,), 2.0) for n in (75, 220)]
     coarses = [torch.full((samples, n), 2.0) for n in (75, 220)]
     run = implementation(OP, "native", *made)
-    run(*made, offsets, 0, order, 2, True, 0.5, fines[0], coarses[0], False, None, (1, 5, fines[1], coarses[1]))
+    call = LinearCall(*made, offsets, 0, order, 2, True, 0.5)
+    run(call, fines[0], coarses[0], False, also=(1, 5, fines[1], coarses[1]))
     for axis, size in ((0, 2), (1, 5)):
         fine, coarse = raw("native", *made, offsets, axis, order, size, True, 0.5)
         assert torch.equal(bits(fines[axis]), bits(fine))

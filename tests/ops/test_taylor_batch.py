@@ -65,22 +65,19 @@ def scales(call):
 
 def raw(backend, call, start=None):
     """The backend's own function on guarded outputs: full of NaN, or added to where they hold `start`."""
-    interleaved = [
-        x for i, w in enumerate(call.weights) for x in (w, *(y[i] if y else None for y in (call.grads, call.fishers)))
-    ]
-    run = implementation(OP, backend, *interleaved)
+    run = implementation(OP, backend, *call.operands)
     units = [len(scale) for scale in scales(call)]
     device = str(call.weights[0].device)
     value = float("nan") if start is None else start
     fine, signed = ([guarded(n, device, value) for n in units] for _ in range(2))
-    run(*call, [inner for inner, _ in fine], [inner for inner, _ in signed], start is not None)
+    run(call, [inner for inner, _ in fine], [inner for inner, _ in signed], start is not None)
     assert all(untouched(whole) for _, whole in (*fine, *signed))
     return [(f, s) for (f, _), (s, _) in zip(fine, signed, strict=True)]
 
 
 def assert_right(backend, call):
     results = raw(backend, call)
-    wanted = reference.taylor_importance_batch_fp64(*call)
+    wanted = reference.taylor_importance_batch_fp64(call)
     assert len(results) == len(wanted)
     for got, want, scale in zip(results, wanted, scales(call), strict=True):
         assert error(got[0], want[0], scale) <= TAYLOR[torch.float32]
@@ -140,7 +137,7 @@ def test_whole_numbers_are_exact(backend, matrices, order):
         grads=[whole_numbers(g.shape, torch.float32, 50 + i, device) for i, g in enumerate(call.grads)],
         fishers=[whole_numbers(f.shape, torch.float32, 90 + i, device) for i, f in enumerate(call.fishers)],
     )
-    for got, want in zip(raw(backend, exact), reference.taylor_importance_batch_fp64(*exact), strict=True):
+    for got, want in zip(raw(backend, exact), reference.taylor_importance_batch_fp64(exact), strict=True):
         assert torch.equal(got[0].double(), want[0])
         assert torch.equal(got[1].double(), want[1])
 
