@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 import hywia_kernels as hk
+from tests.support.tokenizers import byte_tokenizer
 
 from . import bench_recipe, llm_pruner, models, peers, quality, tasks
 from .environment import Environment
@@ -33,16 +34,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Every byte is a token."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
-    from tokenizers import models as cores
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(cores.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core)
+    return byte_tokenizer(special=False)
 
 
 def entering(model, tokens):

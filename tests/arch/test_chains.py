@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, fresh, fresh_named, token_ids
-from test_contract import logits, make_plan, relative
-from words import text, write_tokenizer
 
 import hywia_kernels as hk
 from hywia_kernels.cli import main
 from hywia_kernels.learned import learn
+from tests.support.comparison import logits, relative
+from tests.support.cuts import make_plan
+from tests.support.processes import run_python
+from tests.support.tokenizers import text, write_tokenizer
 
 SMALL = ["--samples", "3", "--seq-len", "12", "--align", "4", "--block", "16", "--max-blocks", "3"]
 
@@ -176,18 +175,8 @@ def test_slopes_travel_with_a_checkpoint_that_is_loaded_without_this_package(tmp
     model, tokens = fresh_named("bloom"), token_ids()
     hk.prune(model, make_plan(model, "adaptive"))
     hk.save(model, None, tmp_path / "out")
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE, str(tmp_path / "out"), json.dumps(tokens.tolist())],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "HF_MODULES_CACHE": str(tmp_path / "modules"),
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        },
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    modules = str(tmp_path / "modules")
+    run_python("-c", REMOTE, tmp_path / "out", json.dumps(tokens.tolist()), cwd=tmp_path, HF_MODULES_CACHE=modules)
     assert torch.equal(torch.load(str(tmp_path / "out") + ".pt", weights_only=True), logits(model, tokens))
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operands import bits, matrix, need
-from tolerances import TAYLOR, error, magnitude
 
 from hywia_kernels import BackendError, UsageError, ops
 from hywia_kernels.ops import both_axes, reference
 from hywia_kernels.ops.checks import ORDERS
+from tests.support.operands import bits, matrix, need
+from tests.support.tolerances import TAYLOR, error, magnitude
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from hypothesis import strategies as st
-from operands import (
+
+from hywia_kernels import ops
+from hywia_kernels.ops import BACKENDS, reference
+from hywia_kernels.ops.calls import LinearCall
+from hywia_kernels.ops.checks import DTYPES, LINEAR_ORDERS
+from hywia_kernels.ops.registry import implementation
+from tests.support.operands import (
     LAYOUTS,
     bits,
     divisors,
@@ -19,13 +25,7 @@ from operands import (
     untouched,
     whole_numbers,
 )
-from tolerances import error
-
-from hywia_kernels import ops
-from hywia_kernels.ops import BACKENDS, reference
-from hywia_kernels.ops.calls import LinearCall
-from hywia_kernels.ops.checks import DTYPES, LINEAR_ORDERS
-from hywia_kernels.ops.registry import implementation
+from tests.support.tolerances import error
 
 OP = "linear_importance"
 # Of a unit's magnitude: what its sums would be if every product of activations had the same sign. Products of 20 tokens
@@ -333,13 +333,6 @@ def test_coarse_sums_are_the_taps_of_the_layer(backend):
         _, coarse = raw(backend, dy, x, w, [0, 10, 20], axis, "first")
         scale = magnitudes(dy, x, w, [0, 10, 20], axis, "first", 1, True, 1.0)[1]
         assert error(coarse, taps.view(2, 10, -1).sum(1), scale) <= TOLERANCE
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("axis", [0, 1])

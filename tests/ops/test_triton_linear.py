@@ -8,11 +8,11 @@ import logging
 
 import pytest
 import torch
-from operands import generator, need
 
 from hywia_kernels import ops
 from hywia_kernels.ops import reference
 from hywia_kernels.ops.calls import LinearCall
+from tests.support.operands import generator, need
 
 pytest.importorskip("triton")
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY, fresh, make_plan
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.adaptive.modeling_hywia_adaptive import describe_changes
+from tests.support.processes import run_jobs, run_python
+from tests.support.tiny import TINY, fresh, make_plan
 
 SCRIPT = Path(__file__).with_name("reload_adaptive.py")
 
@@ -32,20 +30,7 @@ def round_trip(folder, tiny, plan_name, dtype, sharded, tokenizer):
 
 
 def run_fresh(mode, jobs, folder):
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), mode, str(folder / "jobs.json")],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={
-            **os.environ,
-            "HF_MODULES_CACHE": str(folder / "modules"),
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        },
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_jobs(SCRIPT, jobs, folder, mode, HF_MODULES_CACHE=str(folder / "modules"))
 
 
 CASES = [
@@ -104,8 +89,7 @@ def test_importing_the_package_registers_without_importing_transformers():
         "import transformers.models.auto.modeling_auto as m\n"
         "print(type(c).__name__, m.AutoModelForCausalLM._model_mapping[type(c)].__name__)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["HywiaAdaptiveConfig", "HywiaAdaptiveForCausalLM"], done.stderr
+    assert run_python("-c", code).split() == ["HywiaAdaptiveConfig", "HywiaAdaptiveForCausalLM"]
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .models import random_model, sizes
+
 
 class Convolutions(nn.Module):
     """Plain, grouped and transposed convolutions, a residual sum, BatchNorm, and a linear layer."""
@@ -69,21 +71,9 @@ class FusedGate(nn.Module):
 
 def llama(kv_heads: int = 8, layers: int = 2):
     """Eight query heads of eight; eager attention, since Torch-Pruning cannot see heads through fused kernels."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=80,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=kv_heads,
-        head_dim=8,
-        use_cache=False,
-        attn_implementation="eager",
-        initializer_range=0.1,
-    )
-    return LlamaForCausalLM(config).eval()
+    fields = sizes(96, 64, 80, layers, heads=8, kv_heads=kv_heads)
+    more = {"head_dim": 8, "use_cache": False, "attn_implementation": "eager", "initializer_range": 0.1}
+    return random_model(seed=None, **fields, **more)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Tiny models of the LLaMA family, and plans over them named by what they cut."""
+"""Tiny models of the LLaMA family; plans over them are `cuts`'s."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-import hywia_kernels as hk
+from .cuts import CUTS as PLANS
+from .cuts import make_plan
+from .models import random_model, sizes
+
+__all__ = ["PLANS", "TINY", "Tiny", "fresh", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -26,16 +30,9 @@ class Tiny:
     vocabulary: int = 259
 
     def build(self, seed: int = 0):
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
+        model = random_model(
+            seed=seed,
+            **sizes(self.vocabulary, self.hidden, self.intermediate, self.layers, self.heads, self.kv_heads),
             head_dim=self.head_dim,
             max_position_embeddings=128,
             tie_word_embeddings=self.tied,
@@ -46,7 +43,6 @@ class Tiny:
             eos_token_id=257,
             pad_token_id=258,
         )
-        model = LlamaForCausalLM(config).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "norm" in name:
@@ -71,17 +67,3 @@ def fresh(tiny: Tiny):
     if tiny.name not in _BUILT:
         _BUILT[tiny.name] = tiny.build()
     return copy.deepcopy(_BUILT[tiny.name])
-
-
-PLANS = ("mlp", "attention", "both", "adaptive")
-
-
-def make_plan(model, name):
-    """A plan that cuts what its name says, ranked by seeded random scores."""
-    scores = hk.score(model, criterion="random", seed=5)
-    if name == "adaptive":
-        return hk.plan(scores, group_ratio=0.4, layers=(1, 3), align=4)
-    if name == "one-head":
-        return hk.plan(scores, group_ratio=0.2, units=("attention",))
-    units = ("mlp", "attention") if name == "both" else (name,)
-    return hk.plan(scores, group_ratio=0.4, units=units, align=4)
