@@ -9,26 +9,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, Family, fresh, fresh_named, token_ids
+from families import FAMILIES, fresh, fresh_named, token_ids
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError, arch, surgery
 from hywia_kernels.speed.work import work_of
 from tests.support.comparison import logits, relative
-from tests.support.cuts import CUTS, make_plan
+from tests.support.cuts import make_plan
 from tests.support.processes import run_jobs
+from tests.support.shapes import all_cuts, distinct, saved_cuts
 from tests.support.statistics import assert_statistics, family_statistics
 
-
-def cuts(family: Family) -> tuple[str, ...]:
-    return (*CUTS, "experts") if family.experts else CUTS
-
-
 CASES = [
-    pytest.param(family, cut, id=f"{family.name}-{cut}")
-    for family in FAMILIES
-    for cut in (*cuts(family), "adaptive-mlp", "adaptive-attention")
+    pytest.param(family, cut, id=f"{family.name}-{cut}") for family in FAMILIES for cut in all_cuts(family, FAMILIES)
 ]
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+every_shape = pytest.mark.parametrize("family", distinct(FAMILIES), ids=lambda f: f.name)
+
+
+def test_every_shape_of_entry_is_cut_in_every_way():
+    full = {family.name for family in distinct(FAMILIES)}
+    assert {"llama", "mistral", "gemma2", "gemma3", "olmo2", "phi", "phi3", "starcoder2"} <= full
+    assert {"gpt_neox", "opt", "gpt2", "bloom", "mixtral", "qwen3_moe"} <= full
+    assert {"qwen2", "qwen3", "olmo3", "gemma3_text"}.isdisjoint(full)
+    whole = [cut for family, cut in (case.values for case in CASES) if family.name == "mixtral"]
+    assert whole == ["mlp", "attention", "both", "adaptive", "experts", "adaptive-mlp", "adaptive-attention"]
+    assert [cut for family, cut in (case.values for case in CASES) if family.name == "qwen3"] == ["both", "adaptive"]
 
 
 class TestContract:
@@ -51,7 +57,7 @@ class TestContract:
         gone = cut == "experts"  # with the groups of their channels
         assert counts == {g.name: plan.keep[g.name].numel() for g in plan.groups if not gone or g.name in counts}
 
-    @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+    @every_family
     def test_statistics_equal_a_plain_loop(self, family, monkeypatch):
         """By every pass that serves the family; layerwise in runs of one or two samples; ragged samples too."""
         monkeypatch.setattr("hywia_kernels.engine.memory.CHUNK_TOKENS", 27)
@@ -74,7 +80,7 @@ class TestContract:
         tokens = token_ids()
         jobs, wanted = [], []
         for family in FAMILIES:
-            for cut in cuts(family):
+            for cut in saved_cuts(family, FAMILIES):
                 model = fresh(family)
                 hk.prune(model, make_plan(model, cut))
                 folder = tmp_path / f"{family.name}-{cut}"
@@ -92,7 +98,7 @@ class TestContract:
             assert result["ids"] == ids, job["folder"]
             assert (result["class"] != "HywiaAdaptiveForCausalLM") == job["stock"], job["folder"]
 
-    @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+    @every_family
     def test_refitted_is_nearer_and_cuts_like_any(self, family):
         """The least squares see every family's output matrices; the cut model is the refitted one."""
         model, text = fresh(family), torch.randint(2, 131, (40, 14), generator=torch.Generator().manual_seed(5))
@@ -167,7 +173,7 @@ def test_experts_of_one_layer_must_stay_equally_wide():
     assert before == {n: p.shape for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@every_shape
 def test_resize_gives_the_shapes_of_a_cut(family):
     for cut in ("mlp", "adaptive"):
         model = fresh(family)
@@ -185,7 +191,7 @@ def test_resize_gives_the_shapes_of_a_cut(family):
         assert logits(empty, token_ids()).shape == (4, 13, 131)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@every_shape
 def test_magnitude_is_the_norm_of_the_parts(family):
     model = fresh(family)
     scores = hk.score(model, criterion="magnitude")
@@ -201,7 +207,7 @@ def test_magnitude_is_the_norm_of_the_parts(family):
             assert float(scores.values[group.name][u]) == pytest.approx(want, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@every_shape
 def test_a_refitted_model_is_cut_as_it_was_solved(family):
     model, tokens = fresh(family), token_ids()
     plan = make_plan(model, "attention" if family.experts else "adaptive")

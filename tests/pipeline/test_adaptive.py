@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.adaptive.modeling_hywia_adaptive import describe_changes
+from tests.support.families import fresh_named, token_ids
 from tests.support.processes import run_jobs, run_python
 from tests.support.tiny import TINY, fresh, make_plan
 
@@ -59,6 +60,12 @@ def test_every_round_trip_is_exact_in_fresh_processes(tmp_path, tokenizer, token
         jobs.append({"folder": str(out), "tokens": tokens.tolist(), "out": str(out) + ".pt"})
     jobs.append({**jobs[0], "out": jobs[0]["out"] + ".auto", "options": OFFLOAD})
     wanted.append(wanted[0])
+    # Alibi slopes belong to heads, so a checkpoint brings those of the heads that are left.
+    slopes = fresh_named("bloom")
+    hk.prune(slopes, make_plan(slopes, "adaptive"))
+    hk.save(slopes, None, tmp_path / "bloom")
+    out = str(tmp_path / "bloom.pt")
+    job = {"folder": str(tmp_path / "bloom"), "tokens": token_ids().tolist(), "out": out, "logits_only": True}
     cases = [*CASES, CASES[0]]
     adaptive = [i for i, case in enumerate(cases) if case[1] == "adaptive"]
     for mode, chosen in (
@@ -66,7 +73,11 @@ def test_every_round_trip_is_exact_in_fresh_processes(tmp_path, tokenizer, token
         ("after", adaptive[:1]),
         ("remote", [*adaptive[:3], adaptive[-1]]),
     ):
-        results = run_fresh(mode, [jobs[i] for i in chosen], tmp_path)
+        results = run_fresh(mode, [*(jobs[i] for i in chosen), *([job] if mode == "remote" else [])], tmp_path)
+        if mode == "remote":
+            assert "transformers_modules" in results.pop()["module"]
+            with torch.no_grad():
+                assert torch.equal(torch.load(out, weights_only=True), slopes(token_ids()).logits)
         for i, result in zip(chosen, results, strict=True):
             logits, ids = wanted[i]
             assert torch.equal(torch.load(jobs[i]["out"], weights_only=True), logits), (mode, jobs[i]["folder"])
