@@ -69,11 +69,8 @@ def prepare(case: CompactCase, device: torch.device, backends: Sequence[str]) ->
     return Job(candidates, error, 0.0)
 
 
-def select(device: torch.device, quick: bool) -> Sequence[CompactCase]:
-    if device.type == "cuda":
-        return cases.COMPACT_CUDA_QUICK if quick else cases.COMPACT_CUDA
-    return cases.COMPACT_CPU_QUICK if quick else cases.COMPACT_CPU
+CASES = {"cuda": (cases.COMPACT_CUDA, cases.COMPACT_CUDA_QUICK), "cpu": (cases.COMPACT_CPU, cases.COMPACT_CPU_QUICK)}
 
 
 if __name__ == "__main__":
-    sys.exit(main("compact", __doc__, "benchmarks.bench_compact", select, prepare))
+    sys.exit(main("compact", __doc__, "benchmarks.bench_compact", CASES, prepare))

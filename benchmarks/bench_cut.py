@@ -7,12 +7,9 @@ is the wall clock of `hywia_kernels.prune` with the device idle before and after
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -20,30 +17,24 @@ import hywia_kernels as hk
 from hywia_kernels.weights import weight_bytes
 
 from . import models
-from .rows import Appender
-from .timing import Environment, Timer
+from .memory import free
+from .session import Session, argv_of, common_arguments, make_parser, parse
+from .timing import Timer
 
-
-@dataclass(frozen=True)
-class CutRow:
-    """One row of cut.csv."""
-
-    date: str
-    device: str
-    torch: str
-    cuda: str
-    commit: str
-    command: str
-    model: str
-    dtype: str
-    ratio: float
-    seconds: float
-    gpu_seconds: float | None  # between events before and after, on the stream that cuts
-    bytes_before: int
-    bytes_after: int
-    extra_bytes: int | None  # peak beside the model, GPU only
-    largest_matrix: int
-    copy_gb_s: float
+MODULE = "benchmarks.bench_cut"
+# On a GPU only: gpu_seconds, between events before and after on the stream that cuts, and extra_bytes, the peak beside
+# the model.
+COLUMNS = {
+    "model": str,
+    "dtype": str,
+    "ratio": float,
+    "seconds": float,
+    "gpu_seconds": float,
+    "bytes_before": int,
+    "bytes_after": int,
+    "extra_bytes": int,
+    "largest_matrix": int,
+}
 
 
 def cut(model, ratio: float, device: torch.device) -> dict[str, float | int | None]:
@@ -75,36 +66,23 @@ def cut(model, ratio: float, device: torch.device) -> dict[str, float | int | No
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_cut", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", choices=models.NAMES, default="7b" if torch.cuda.is_available() else "tiny")
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--dtype", choices=tuple(models.DTYPES), default="bfloat16")
+    parser = make_parser(MODULE, __doc__)
+    common_arguments(parser, model=models.NAMES)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.5])
-    parser.add_argument("--csv", type=Path, help="append rows here")
-    given = parser.parse_args(arguments)
-    device = torch.device(given.device)
-    appender = Appender(given.csv, CutRow) if given.csv else None
-    torch.manual_seed(0)
-    timer = Timer(device, 5)
-    own = sys.argv[1:] if arguments is None else list(arguments)
-    found = Environment.record(timer, "benchmarks.bench_cut", own, 0)
-    cut(
-        models.build("tiny", None, given.dtype, device), 0.1, device
-    ) if device.type == "cuda" else None  # loads kernels
+    argv = argv_of(arguments)
+    given = parse(parser, argv)
+    device = given.device
+    session = Session(given, MODULE, argv, COLUMNS, Timer(device, 5))
+    if device.type == "cuda":  # loads the kernels
+        cut(models.build("tiny", None, given.dtype, device), 0.1, device)
     for ratio in given.ratios:
         took = cut(models.build(given.shape, given.layers, given.dtype, device), ratio, device)
-        row = CutRow(
-            found.date, found.device, found.torch, found.cuda, found.commit, found.command,
-            given.shape, given.dtype, ratio, copy_gb_s=found.copy_gb_s, **took,
-        )  # fmt: skip
-        if appender is not None:
-            appender.append([row])
+        row = session.add(model=given.shape, dtype=given.dtype, ratio=ratio, **took)
         gpu = f", {row.gpu_seconds:.4f} s between events" if row.gpu_seconds is not None else ""
         extra = f", {row.extra_bytes / row.largest_matrix:.2f} largest matrices extra" if row.extra_bytes else ""
         print(f"{given.shape} {given.dtype} -{ratio:.0%}: {row.seconds:.4f} s{gpu}{extra}")
-        torch.cuda.empty_cache() if device.type == "cuda" else None
-    return 0
+        free(device)
+    return session.finish()
 
 
 if __name__ == "__main__":

@@ -171,11 +171,8 @@ def prepare(case: LinearCase, device: torch.device, backends: Sequence[str]) -> 
     return Job(candidates, error, TOLERANCE, baseline=MM)
 
 
-def select(device: torch.device, quick: bool) -> Sequence[LinearCase]:
-    if device.type == "cuda":
-        return cases.LINEAR_CUDA_QUICK if quick else cases.LINEAR_CUDA
-    return cases.LINEAR_CPU_QUICK if quick else cases.LINEAR_CPU
+CASES = {"cuda": (cases.LINEAR_CUDA, cases.LINEAR_CUDA_QUICK), "cpu": (cases.LINEAR_CPU, cases.LINEAR_CPU_QUICK)}
 
 
 if __name__ == "__main__":
-    sys.exit(main("linear_importance", __doc__, "benchmarks.bench_linear", select, prepare))
+    sys.exit(main("linear_importance", __doc__, "benchmarks.bench_linear", CASES, prepare))

@@ -8,12 +8,9 @@ model's for prefill, bytes for decoding. Widths by hand: `--models dense 22x9232
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -21,49 +18,34 @@ from hywia_kernels import arch, surgery
 from hywia_kernels.speed import MODES, Case, Work, measure, work_of
 
 from . import models
-from .rows import Appender
-from .timing import Environment, Timer
+from .rows import Row
+from .session import Session, argv_of, common_arguments, make_parser, parse
+from .timing import Timer
 
+MODULE = "benchmarks.bench_pruned"
 # Ours at 20 % and 50 % follow from hywia_kernels.targets for an H100: equal shares of heads and channels, moved to the
 # nearest pair that its sweep says is fast.
 MODELS = ("dense", "22x9232", "24x8256@4:30", "16x5120", "13x4403@3:31")
 CASES = (Case("prefill", 1, 2048), Case("prefill", 8, 512), Case("decode", 1, 512), Case("decode", 16, 512))
 
 
-@dataclass(frozen=True)
-class SpeedRow:
-    """One row of speed.csv."""
-
-    date: str
-    device: str
-    torch: str
-    triton: str
-    cuda: str
-    threads: int
-    commit: str
-    command: str
-    shape: str
-    dtype: str
-    model: str  # dense, or HEADSxCHANNELS[@FIRST:END]
-    parameters: int
-    removed: float
-    mode: str
-    phase: str
-    batch: int
-    context: int
-    ms: float
-    ms_p20: float
-    ms_p80: float
-    runs: int
-    tokens_per_second: float
-    speedup: float  # over the first model of the run
-    ideal: float  # by FLOPs (prefill) or bytes (decode)
-    share: float  # speed-up over ideal
-    flop_s: float
-    byte_s: float
-    peak_bytes: int | None
-    copy_gb_s: float
-    matmul_tflop_s: float
+# `model` is dense, or HEADSxCHANNELS[@FIRST:END]; speedup is over the first model of the run, ideal by FLOPs (prefill)
+# or bytes (decode), share the speed-up over the ideal.
+COLUMNS = {
+    "shape": str,
+    "dtype": str,
+    "model": str,
+    "parameters": int,
+    "removed": float,
+    "mode": str,
+    "phase": str,
+    "batch": int,
+    "context": int,
+    **dict.fromkeys(("ms", "ms_p20", "ms_p80"), float),
+    "runs": int,
+    **dict.fromkeys(("tokens_per_second", "speedup", "ideal", "share", "flop_s", "byte_s"), float),
+    "peak_bytes": int,
+}
 
 
 def counts(model, text: str) -> dict[str, int]:
@@ -87,7 +69,7 @@ def ideal(case: Case, before: Work, after: Work) -> float:
     return before.decode_bytes(case.batch, case.context) / after.decode_bytes(case.batch, case.context)
 
 
-def show(rows: Sequence[SpeedRow], names: Sequence[str], mode: str) -> None:
+def show(rows: Sequence[Row], names: Sequence[str], mode: str) -> None:
     """A line a model, a column a case: ms, speed-up, share of the ideal."""
     rows = [r for r in rows if r.mode == mode]
     columns = list(dict.fromkeys((r.phase, r.batch, r.context) for r in rows))
@@ -102,34 +84,20 @@ def show(rows: Sequence[SpeedRow], names: Sequence[str], mode: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_pruned", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", choices=tuple(models.SHAPES), default="7b")
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--dtype", choices=tuple(models.DTYPES), default="bfloat16")
+    parser = make_parser(MODULE, __doc__)
+    common_arguments(parser, runs=20, model=models.SHAPES)
     parser.add_argument("--models", nargs="+", help=f"default: {' '.join(MODELS)}; of tiny shapes dense alone")
     parser.add_argument("--modes", nargs="+", default=["static", "captured"], choices=MODES)
     parser.add_argument("--context", type=int, help="of every case instead of its own (for a trial)")
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--csv", type=Path, help="append rows here")
-    given = parser.parse_args(arguments)
+    argv = argv_of(arguments)
+    given = parse(parser, argv)
     given.models = given.models or (list(MODELS) if given.shape == "7b" else ["dense"])
-    device = torch.device(given.device)
-    appender = Appender(given.csv, SpeedRow) if given.csv else None
     cases = [Case(c.phase, c.batch, given.context or c.context) for c in CASES]
-    torch.manual_seed(0)
-    timer = Timer(device, 7)
-    own = sys.argv[1:] if arguments is None else list(arguments)
-    found = Environment.record(timer, "benchmarks.bench_pruned", own, 0)
-    del timer  # and its buffers
-    print(
-        f"{found.device}, torch {found.torch}: product {found.matmul_tflop_s:.0f} TFLOP/s, copy {found.copy_gb_s:.0f}"
-    )
-    rows: list[SpeedRow] = []
+    session = Session(given, MODULE, argv, COLUMNS, Timer(given.device, 7))
     first: Work | None = None
     for name in given.models:
         began = time.perf_counter()
-        model = build(given.shape, name, given.layers, given.dtype, device)
+        model = build(given.shape, name, given.layers, given.dtype, given.device)
         work = work_of(model)
         first = first or work
         got, reason = measure(model, cases, modes=given.modes, runs=given.runs)
@@ -137,27 +105,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: no static figures: {reason}")
         for m in got:
             case = Case(m.phase, m.batch, m.context)
-            base = next(
-                (r for r in rows if (r.mode, r.phase, r.batch, r.context) == (m.mode, *vars(case).values())), None
-            )
-            speedup, best = (base.ms if base else m.ms) / m.ms, ideal(case, first, work)
-            rows.append(
-                SpeedRow(
-                    found.date, found.device, found.torch, found.triton, found.cuda, found.threads, found.commit,
-                    found.command, given.shape, given.dtype, name, work.parameters,
-                    1 - work.parameters / first.parameters, m.mode, m.phase, m.batch, m.context, m.ms, m.ms_p20,
-                    m.ms_p80, m.runs, m.tokens_per_second, speedup, best, speedup / best, m.flop_s, m.byte_s,
-                    m.peak_bytes,
-                    found.copy_gb_s, found.matmul_tflop_s,
-                )
-            )  # fmt: skip
-        if appender is not None:
-            appender.append([r for r in rows if r.model == name])
+            place = (m.mode, m.phase, m.batch, m.context)
+            base = next((r.ms for r in session.rows if (r.mode, r.phase, r.batch, r.context) == place), m.ms)
+            speedup, best = base / m.ms, ideal(case, first, work)
+            figures = {name: getattr(m, name) for name in COLUMNS if hasattr(m, name)}
+            figures |= {"shape": given.shape, "dtype": given.dtype, "model": name, "parameters": work.parameters}
+            removed = 1 - work.parameters / first.parameters
+            session.add(**figures, removed=removed, speedup=speedup, ideal=best, share=speedup / best)
         del model
         print(f"{name}: measured in {time.perf_counter() - began:.0f} s", flush=True)
     for mode in given.modes:
-        show(rows, given.models, mode)
-    return 0
+        show(session.rows, given.models, mode)
+    return session.finish()
 
 
 if __name__ == "__main__":

@@ -18,26 +18,29 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels.commands_recipe import REFIT_SAMPLES, SAMPLES
+from hywia_kernels.hardware import device_name
 
 from . import llm_pruner, models
 from .bench_engine import measure, once
+from .environment import commit
 from .memory import free
-from .timing import commit, device_name
+from .session import argv_of, common_arguments, make_parser, parse
 
 STEPS = ("param_mix", "calibrate", "fuse", "plan", "leftover", "refit", "prune")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, float]:
     """Step -> seconds."""
-    device = torch.device(arguments.device)
+    device = arguments.device
+    torch.manual_seed(arguments.seed)
     model = models.build(arguments.shape, arguments.layers, arguments.dtype, device)
     tokens = {n: models.token_ids(model, n, 128, device) for n in (10, arguments.samples, arguments.refit_samples)}
     found: dict[str, float] = {}
 
     def several(name: str, call: Callable[[], Any]) -> Any:
-        reading, _, result = measure(call, device, arguments.runs, 20.0)
-        found[name] = reading.median
-        return result
+        measured = measure(call, device, arguments.runs, 20.0)
+        found[name] = measured.reading.median
+        return measured.result
 
     several("param_mix", lambda: llm_pruner.score(model, tokens[10], "param_mix"))
     model.zero_grad(set_to_none=True)
@@ -54,23 +57,19 @@ def run(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", choices=models.NAMES, default="7b")
-    parser.add_argument("--layers", type=int, metavar="N", help="the first N decoder layers only")
-    parser.add_argument("--dtype", choices=tuple(models.DTYPES), default="bfloat16")
+    parser = make_parser("benchmarks.bench_recipe", __doc__)
+    common_arguments(parser, runs=3, model=models.NAMES, csv=False)
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--refit-samples", type=int, default=REFIT_SAMPLES)
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--align", type=int, default=64)
-    parser.add_argument("--runs", type=int, default=3)
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _arguments(sys.argv[1:] if argv is None else argv)
+    arguments = _arguments(argv_of(argv))
     found = run(arguments)
-    print(f"{device_name(torch.device(arguments.device))}, torch {torch.__version__}, commit {commit()}")
+    print(f"{device_name(arguments.device)}, torch {torch.__version__}, commit {commit()}")
     print("| step | s |\n| --- | --- |")
     for name in STEPS:
         print(f"| {name} | {found[name]:.3f} |")

@@ -10,8 +10,6 @@ turns of dense time over pruned time. `--clock process` counts the process's own
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import shlex
 import statistics
@@ -19,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +27,20 @@ import hywia_kernels as hk
 from hywia_kernels import cli
 from hywia_kernels.speed import Case, Work, work_of
 from hywia_kernels.speed.driver import StaticDriver, drivable
-from hywia_kernels.versions import versions
 
 from .bench_pruned import ideal
-from .timing import commit, device_name
+from .environment import Environment
+from .rows import Appender, Columns, Row
 
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 PHASES = ("prefill", "decode")
+COLUMNS: Columns = {
+    **dict.fromkeys(("model", "made_by", "phase", "clock"), str),
+    **dict.fromkeys(("kv_groups", "channels", "parameters", "context", "runs"), int),
+    **dict.fromkeys(("removed", "perplexity", "ms", "tokens_per_second"), float),
+    **dict.fromkeys(("speedup", "speedup_p20", "speedup_p80", "ideal", "share"), float),
+    "compiled": bool,
+}
 TURNS_A_PROMPT = 3  # a prompt takes as long as many steps
 
 
@@ -145,21 +150,6 @@ def figures(models: Sequence[Made], times: dict[str, list[list[float]]], context
     return rows
 
 
-def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows of one run to a file, whose columns must be these."""
-    columns = list(rows[0])
-    new = not path.exists() or not path.stat().st_size
-    if not new:
-        with path.open(newline="") as file:
-            if next(csv.reader(file)) != columns:
-                raise SystemExit(f"--csv: {path} has other columns than this version writes; name another file")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     at = given.index("--") if "--" in given else len(given)
@@ -199,18 +189,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             torch._dynamo.config.recompile_limit = limit
         finally:
             torch.set_num_threads(threads)
-    used = versions()
-    environment = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
-        "device": device_name(torch.device("cpu")),
-        "threads": options.threads,
-        "clock": options.clock,
-        "compiled": options.compile,
-        **{name: used.get(name, "") for name in ("python", "torch", "transformers", "hywia_kernels")},
-        "commit": commit(),
-        "command": shlex.join(["python", "-m", "benchmarks.bench_smollm2", *given]),
-    }
-    print(f"{environment['device']}, {options.threads} threads, torch {torch.__version__}, {options.clock} clock")
+    device = torch.device("cpu")
+    environment = replace(Environment.record(device, "benchmarks.bench_smollm2", given, 0), threads=options.threads)
+    for row in rows:
+        row |= {"clock": options.clock, "compiled": options.compile}
+    print(f"{environment.device}, {options.threads} threads, torch {environment.torch}, {options.clock} clock")
     for row in rows:
         print(
             f"{row['phase']:<8}{row['model']:<14}{row['kv_groups']:>3} KV groups x {row['channels']:<6}"
@@ -219,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"share {row['share']:.3f}"
         )
     if options.csv is not None:
-        append(options.csv, [environment | row for row in rows])
+        Appender(options.csv, COLUMNS).append([Row(environment, row) for row in rows])
     return 0
 
 

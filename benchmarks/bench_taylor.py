@@ -87,11 +87,8 @@ def prepare(case: TaylorCase, device: torch.device, backends: Sequence[str]) -> 
     return Job(candidates, error, TOLERANCE)
 
 
-def select(device: torch.device, quick: bool) -> Sequence[TaylorCase]:
-    if device.type == "cuda":
-        return cases.TAYLOR_CUDA_QUICK if quick else cases.TAYLOR_CUDA
-    return cases.TAYLOR_CPU_QUICK if quick else cases.TAYLOR_CPU
+CASES = {"cuda": (cases.TAYLOR_CUDA, cases.TAYLOR_CUDA_QUICK), "cpu": (cases.TAYLOR_CPU, cases.TAYLOR_CPU_QUICK)}
 
 
 if __name__ == "__main__":
-    sys.exit(main("taylor_importance", __doc__, "benchmarks.bench_taylor", select, prepare))
+    sys.exit(main("taylor_importance", __doc__, "benchmarks.bench_taylor", CASES, prepare))

@@ -79,11 +79,11 @@ def prepare(case: TaylorBatchCase, device: torch.device, backends: Sequence[str]
     return Job(candidates, error, TOLERANCE)
 
 
-def select(device: torch.device, quick: bool) -> Sequence[TaylorBatchCase]:
-    if device.type == "cuda":
-        return cases.TAYLOR_BATCH_CUDA[:1] if quick else cases.TAYLOR_BATCH_CUDA
-    return cases.TAYLOR_BATCH_CPU
+CASES = {
+    "cuda": (cases.TAYLOR_BATCH_CUDA, cases.TAYLOR_BATCH_CUDA[:1]),
+    "cpu": (cases.TAYLOR_BATCH_CPU, cases.TAYLOR_BATCH_CPU),
+}
 
 
 if __name__ == "__main__":
-    sys.exit(main("taylor_importance_batch", __doc__, "benchmarks.bench_taylor_batch", select, prepare))
+    sys.exit(main("taylor_importance_batch", __doc__, "benchmarks.bench_taylor_batch", CASES, prepare))

@@ -12,15 +12,16 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
 from hywia_kernels import charts
 
-from .rows import Appender, read
-from .timing import Environment, Timer
+from . import models
+from .rows import Row, read_rows
+from .session import Session, add_dtype, argv_of, common_arguments, make_parser, parse
+from .timing import Timer
 
 FORMS = ("up", "down")
 GRID = 64  # of the widths whose rates a target keeps
@@ -28,29 +29,16 @@ ALIGNMENTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOLERANCE = 0.03  # a wider alignment must gain more than this to be asked for
 
 
-@dataclass(frozen=True)
-class WidthRow:
-    """One row of width.csv: the product `[tokens, k] x [k, n]`."""
-
-    date: str
-    device: str
-    torch: str
-    cuda: str
-    threads: int
-    commit: str
-    command: str
-    dtype: str
-    form: str
-    tokens: int
-    hidden: int
-    width: int
-    us: float
-    us_p20: float
-    us_p80: float
-    tflop_s: float
-    gb_s: float  # of the weight's bytes alone: what decoding waits for
-    matmul_tflop_s: float
-    copy_gb_s: float
+MODULE = "benchmarks.bench_width"
+# Of the product `[tokens, k] x [k, n]`; gb_s counts the weight's bytes alone: what decoding waits for.
+COLUMNS = {
+    "dtype": str,
+    "form": str,
+    "tokens": int,
+    "hidden": int,
+    "width": int,
+    **dict.fromkeys(("us", "us_p20", "us_p80", "tflop_s", "gb_s"), float),
+}
 
 
 def fine_widths(bases: Iterable[int]) -> list[int]:
@@ -58,7 +46,7 @@ def fine_widths(bases: Iterable[int]) -> list[int]:
     return sorted({base + a for base in bases for a in ALIGNMENTS} | set(bases))
 
 
-def alignment_costs(rows: Iterable[WidthRow], bases: Sequence[int]) -> dict[int, float]:
+def alignment_costs(rows: Iterable[Row], bases: Sequence[int]) -> dict[int, float]:
     """Alignment -> mean time of a width so aligned, relative to the line between the multiples of 256 beside it."""
     times = {(r.form, r.tokens, r.width): r.us for r in rows}
     costs: dict[int, list[float]] = {a: [] for a in ALIGNMENTS[:-1]}
@@ -80,7 +68,7 @@ def _digits(rate: float) -> float:
     return float(f"{rate:.5g}")
 
 
-def profile(rows: Sequence[WidthRow], bases: Sequence[int], capability: tuple[int, int] | None = None) -> dict:
+def profile(rows: Sequence[Row], bases: Sequence[int], capability: tuple[int, int] | None = None) -> dict:
     """What `hywia_kernels.targets` keeps of a sweep; `capability`: of the GPU, by which others borrow its figures."""
     costs, first = alignment_costs(rows, bases), rows[0]
     rates: dict[str, dict[str, dict[str, float]]] = {}
@@ -101,12 +89,6 @@ def profile(rows: Sequence[WidthRow], bases: Sequence[int], capability: tuple[in
     }
 
 
-def read_rows(path: Path) -> list[WidthRow]:
-    kinds = {f.name: f.type for f in fields(WidthRow)}
-    convert = {"str": str, "int": int, "float": float}
-    return [WidthRow(**{k: convert[str(kinds[k])](v) for k, v in row.items()}) for row in read(path)]
-
-
 def measure(timer: Timer, form: str, tokens: int, hidden: int, width: int, dtype: torch.dtype):
     k, n = (hidden, width) if form == "up" else (width, hidden)
     x = torch.randn((tokens, k), dtype=dtype, device=timer.device)
@@ -116,7 +98,7 @@ def measure(timer: Timer, form: str, tokens: int, hidden: int, width: int, dtype
     return timer.work(lambda: torch.mm(x, weight.T, out=out), cold=tokens < 256)
 
 
-def figure(rows: Sequence[WidthRow]) -> str:
+def figure(rows: Sequence[Row]) -> str:
     """TFLOP/s against width, a curve a form and count of tokens, on the coarse grid."""
     series: dict[str, list[tuple[float, float]]] = {}
     for r in rows:
@@ -136,9 +118,9 @@ def show(found: dict, path: Path | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_width", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default=None, choices=("bfloat16", "float16", "float32"))
+    parser = make_parser(MODULE, __doc__)
+    common_arguments(parser, runs=7)
+    add_dtype(parser)
     cuda = torch.cuda.is_available()  # LLaMA-7B's sizes there, SmolLM2's elsewhere
     parser.add_argument("--hidden", type=int, default=4096 if cuda else 576)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096] if cuda else [128, 512])
@@ -146,52 +128,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--grid", type=int, nargs=3, metavar=("FIRST", "LAST", "STEP"), default=grid)
     bases = [2048, 3072, 4096, 5120, 6144, 8192] if cuda else [512, 768, 1024, 1280]
     parser.add_argument("--bases", type=int, nargs="+", default=bases)
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--csv", type=Path, help="append rows here")
     parser.add_argument(
         "--profile", type=Path, help="write the target's profile here (hywia_kernels/targets/NAME.json)"
     )
     parser.add_argument("--rows", type=Path, help="measure nothing: the profile of an earlier run's --csv")
     parser.add_argument("--figure", type=Path, help="write rates against width as SVG")
-    given = parser.parse_args(arguments)
+    argv = argv_of(arguments)
+    given = parse(parser, argv)
     if given.rows is not None:
-        rows = [r for r in read_rows(given.rows) if r.tokens in given.tokens]
-        if given.figure is not None:
-            given.figure.write_text(figure(rows))
-        show(profile(rows, given.bases), given.profile)
-        return 0
-    device = torch.device(given.device)
-    name = given.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    appender = Appender(given.csv, WidthRow) if given.csv else None
-    torch.manual_seed(0)
-    timer = Timer(device, given.runs)
-    own = sys.argv[1:] if arguments is None else list(arguments)
-    found = Environment.record(timer, "benchmarks.bench_width", own, 0)
-    first, last, step = given.grid
-    grid, fine = list(range(first, last + 1, step)), fine_widths(given.bases)
-    rows: list[WidthRow] = []
-    for form, tokens in ((f, t) for f in FORMS for t in given.tokens):
-        for width in sorted({*grid, *fine}):
-            reading = measure(timer, form, tokens, given.hidden, width, getattr(torch, name))
-            us = reading.median
-            size = given.hidden * width
-            rows.append(
-                WidthRow(
-                    found.date, found.device, found.torch, found.cuda, found.threads, found.commit, found.command,
-                    name, form, tokens, given.hidden, width, us, reading.low, reading.high,
-                    2 * tokens * size / us / 1e6, size * getattr(torch, name).itemsize / us / 1e3,
-                    found.matmul_tflop_s, found.copy_gb_s,
-                )
-            )  # fmt: skip
-    if appender is not None:
-        appender.append(rows)
-    print(f"{found.device}, torch {found.torch}: {name}, hidden {given.hidden}, tokens {given.tokens}")
-    print(f"product {found.matmul_tflop_s:.0f} TFLOP/s, copy {found.copy_gb_s:.0f} GB/s")
+        rows = [r for r in read_rows(given.rows, COLUMNS) if r.tokens in given.tokens]
+    else:
+        rows = sweep(given, argv)
     if given.figure is not None:
         given.figure.write_text(figure(rows))
+    device = given.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     show(profile(rows, given.bases, capability), given.profile)
     return 0
+
+
+def sweep(given: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
+    """Every width of the grid and around the bases, measured."""
+    timer = Timer(given.device, given.runs)
+    session = Session(given, MODULE, argv, COLUMNS, timer)
+    dtype = models.DTYPES[given.dtype]
+    print(f"{given.dtype}, hidden {given.hidden}, tokens {given.tokens}")
+    first, last, step = given.grid
+    widths = sorted({*range(first, last + 1, step), *fine_widths(given.bases)})
+    for form, tokens in ((f, t) for f in FORMS for t in given.tokens):
+        for width in widths:
+            reading = measure(timer, form, tokens, given.hidden, width, dtype)
+            us, size = reading.median, given.hidden * width
+            session.add(
+                dtype=given.dtype,
+                form=form,
+                tokens=tokens,
+                hidden=given.hidden,
+                width=width,
+                **reading.columns("us"),
+                tflop_s=2 * tokens * size / us / 1e6,
+                gb_s=size * dtype.itemsize / us / 1e3,
+            )
+    session.finish()
+    return session.rows
 
 
 if __name__ == "__main__":

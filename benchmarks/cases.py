@@ -11,12 +11,25 @@ SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
-class TaylorCase:
-    """One call of `ops.taylor_importance`. `order` is "first" (weight, grad) or "mixed" (weight, grad, fisher)."""
+class Matrix:
+    """A weight whose rows (`axis=0`) or columns (`axis=1`) are units."""
 
     rows: int
     columns: int
     axis: int
+
+    def units_of(self, group_size: int) -> int:
+        return (self.rows, self.columns)[self.axis] // group_size
+
+    def named(self, dtypes: str, group_size: int = 1) -> str:
+        size = f"/{group_size}" if group_size > 1 else ""
+        return f"{self.rows}x{self.columns} {dtypes} {('rows', 'cols')[self.axis]}{size}"
+
+
+@dataclass(frozen=True)
+class TaylorCase(Matrix):
+    """One call of `ops.taylor_importance`. `order` is "first" (weight, grad) or "mixed" (weight, grad, fisher)."""
+
     order: str
     dtype: torch.dtype = torch.bfloat16
     statistics: torch.dtype | None = None  # of grad and fisher; None: the weight's
@@ -32,12 +45,11 @@ class TaylorCase:
 
     @property
     def name(self) -> str:
-        units = ("rows", "cols")[self.axis] + (f"/{self.group_size}" if self.group_size > 1 else "")
-        return f"{self.rows}x{self.columns} {self.dtypes} {units} {self.order}"
+        return f"{self.named(self.dtypes, self.group_size)} {self.order}"
 
     @property
     def units(self) -> int:
-        return (self.rows, self.columns)[self.axis] // self.group_size
+        return self.units_of(self.group_size)
 
     @property
     def bytes(self) -> int:
@@ -87,30 +99,23 @@ class TaylorBatchCase:
 
 
 @dataclass(frozen=True)
-class CompactCase:
+class CompactCase(Matrix):
     """One call of `ops.compact`: a random `share` of the rows (`axis=0`) or columns (`axis=1`) survives.
 
     Columns are kept in pieces smaller than a DRAM sector, so that a column cut has to fetch nearly the whole matrix:
     its share of the copy bandwidth, over the bytes that survive, cannot reach 1.
     """
 
-    rows: int
-    columns: int
-    axis: int
     dtype: torch.dtype = torch.bfloat16
     share: float = 0.75
 
     @property
-    def dtypes(self) -> str:
-        return SHORT[self.dtype]
-
-    @property
     def name(self) -> str:
-        return f"{self.rows}x{self.columns} {self.dtypes} {('rows', 'cols')[self.axis]} keep {self.share:.0%}"
+        return f"{self.named(SHORT[self.dtype])} keep {self.share:.0%}"
 
     @property
     def kept(self) -> int:
-        return round((self.rows, self.columns)[self.axis] * self.share)
+        return round(self.units_of(1) * self.share)
 
     @property
     def bytes(self) -> int:
@@ -121,15 +126,12 @@ class CompactCase:
 
 
 @dataclass(frozen=True)
-class LinearCase:
+class LinearCase(Matrix):
     """One call of `ops.linear_importance`: `samples` samples of `length` tokens through a `rows`×`columns` layer.
 
     `order` and `per_sample` are the op's: ("first", False), ("first", True) or ("all", True).
     """
 
-    rows: int
-    columns: int
-    axis: int
     order: str
     per_sample: bool = True
     dtype: torch.dtype = torch.bfloat16
@@ -138,29 +140,20 @@ class LinearCase:
     group_size: int = 1
 
     @property
-    def dtypes(self) -> str:
-        return SHORT[self.dtype]
-
-    @property
     def tokens(self) -> int:
         return self.samples * self.length
 
     @property
     def name(self) -> str:
-        units = ("rows", "cols")[self.axis] + (f"/{self.group_size}" if self.group_size > 1 else "")
         order = self.order + ("" if self.per_sample else " mean")
-        return f"{self.rows}x{self.columns} {self.dtypes} {units} {self.samples}x{self.length} {order}"
-
-    @property
-    def units(self) -> int:
-        return (self.rows, self.columns)[self.axis] // self.group_size
+        return f"{self.named(SHORT[self.dtype], self.group_size)} {self.samples}x{self.length} {order}"
 
     @property
     def bytes(self) -> int:
         """Output gradients, inputs and weight read once, the float32 results written. No weight gradient."""
         operands = self.dtype.itemsize * (self.tokens * (self.rows + self.columns) + self.rows * self.columns)
         fine, coarse = (3 if self.order == "all" else 1), (self.samples if self.per_sample else 1)
-        return operands + 4 * self.units * (fine + coarse)
+        return operands + 4 * self.units_of(self.group_size) * (fine + coarse)
 
     @property
     def flops(self) -> int:

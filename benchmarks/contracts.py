@@ -68,6 +68,19 @@ def eager_attention(model: Any) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+# Torch-Pruning's flow for language models: half of the heads, of the MLP's channels and of the hidden dimensions.
+LANGUAGE_MODEL: dict[str, Any] = {
+    "global_pruning": False,
+    "pruning_ratio": 0.5,
+    "head_pruning_ratio": 0.5,
+    "prune_num_heads": True,
+    "prune_head_dims": False,
+    "output_transform": lambda out: out.logits,
+    "out_channel_groups": {},
+    "in_channel_groups": {},
+}
+
+
 def backward(model: Any, tokens: Tensor) -> None:
     """Gradients of the batch, for first order and for param_mix."""
     model.zero_grad(set_to_none=True)
@@ -90,16 +103,9 @@ def torch_pruning(model: Any, tokens: Tensor) -> Contract:
         model,
         tokens[:2, :8],
         importance=collector,
-        global_pruning=False,
-        pruning_ratio=0.5,
         num_heads=heads,
-        prune_num_heads=True,
-        prune_head_dims=False,
-        head_pruning_ratio=0.5,
         ignored_layers=[model.lm_head],
-        output_transform=lambda out: out.logits,
-        out_channel_groups={},
-        in_channel_groups={},
+        **LANGUAGE_MODEL,
     )
     list(pruner.step(interactive=True))
     groups = [group for group, _ in collector.calls]

@@ -7,12 +7,9 @@ passed the job's gate, on the inputs that are then timed.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -22,8 +19,9 @@ from hywia_kernels import ops
 from hywia_kernels.errors import BackendError
 from hywia_kernels.ops import registry
 
-from .rows import Appender
-from .timing import Environment, Timer
+from .rows import Row
+from .session import Session, argv_of, at_least, common_arguments, make_parser, parse
+from .timing import Timer
 
 EAGER, COMPILE = "eager", "torch.compile"
 
@@ -62,44 +60,25 @@ class Job:
     baseline: str | None = None  # the candidate that `share_of_baseline` holds the others against
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One row of results.csv. New columns go to the end; earlier rows hold nothing there."""
-
-    date: str
-    op: str
-    case: str
-    implementation: str
-    work_us: float
-    work_us_p20: float
-    work_us_p80: float
-    call_us: float
-    call_us_p20: float
-    call_us_p80: float
-    runs: int
-    bytes: int
-    gb_s: float
-    copy_gb_s: float
-    share_of_copy: float
-    speedup_over_compile: float | None
-    error: float
-    device: str
-    threads: int
-    python: str
-    torch: str
-    triton: str
-    cuda: str
-    commit: str
-    seed: int
-    command: str
-    # Of the case's products alone (empty where it has none), and shares of a time: the baseline's over this one's.
-    flops: int | None
-    tflop_s: float | None
-    baseline: str | None
-    share_of_baseline: float | None
-    matmul_tflop_s: float
-    share_of_matmul: float | None
-    read_gb_s: float
+# flops and tflop_s are of the case's products alone, empty where it has none; share_of_baseline is the baseline's time
+# over this one's.
+COLUMNS = {
+    "op": str,
+    "case": str,
+    "implementation": str,
+    **dict.fromkeys(("work_us", "work_us_p20", "work_us_p80", "call_us", "call_us_p20", "call_us_p80"), float),
+    "runs": int,
+    "bytes": int,
+    "gb_s": float,
+    "share_of_copy": float,
+    "speedup_over_compile": float,
+    "error": float,
+    "flops": int,
+    "tflop_s": float,
+    "baseline": str,
+    "share_of_baseline": float,
+    "share_of_matmul": float,
+}
 
 
 def backend_candidates(
@@ -131,37 +110,28 @@ def poison(*shapes: Tensor, dtype: torch.dtype) -> None:
     held.clear()
 
 
-def _arguments(description: str, op: str, argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+def _arguments(description: str, op: str, module: str, argv: Sequence[str]) -> argparse.Namespace:
+    parser = make_parser(module, description)
+    common_arguments(parser)
     parser.add_argument(
         "--backends", nargs="*", choices=ops.BACKENDS, help=f"of ops.{op}; default: all for the device but reference"
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--quick", action="store_true", help="fewer cases and runs")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes seconds a case")
-    parser.add_argument("--runs", type=int, help="readings per figure")
-    parser.add_argument("--seed", type=int, help="of the inputs; default: a fresh one, which is recorded")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="append a row per figure")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write environment and figures")
-    arguments = parser.parse_args(argv)
-    arguments.device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if arguments.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: no GPU is visible to torch")
+    parser.add_argument("--runs", type=at_least(2), help="readings per figure; default: 50, with --quick 15")
+    arguments = parse(parser, argv)
     if arguments.runs is None:
         arguments.runs = 15 if arguments.quick else 50
-    if arguments.runs < 2:
-        parser.error("--runs: expected at least 2")
-    if arguments.seed is None:
-        arguments.seed = torch.seed() % 2**32
     if arguments.backends is None:
         preferred = registry.PREFERENCE[arguments.device.type][op]
         arguments.backends = [name for name in preferred if name != "reference"]
     return arguments
 
 
-def _measure(op: str, case: Case, job: Job, timer: Timer, environment: Environment) -> tuple[list[Figure], list[str]]:
-    readings, failures = {}, []
+def _measure(op: str, case: Case, job: Job, timer: Timer, session: Session) -> None:
+    """Add a row per candidate that passes the gate, and print it."""
+    readings = {}
     cuda = timer.device.type == "cuda"
     for candidate in job.candidates:
         work = (candidate.work if cuda else None) or candidate.call
@@ -170,58 +140,41 @@ def _measure(op: str, case: Case, job: Job, timer: Timer, environment: Environme
             errors = [(candidate.error or job.error)(run) for run in {candidate.call, work}]
             error = max(errors)
             if not all(e <= tolerance for e in errors):  # NaN fails too
-                failures.append(f"{case.name}, {candidate.name}: WRONG, errors {errors}, allowed {tolerance:.0e}")
+                session.fail(f"{case.name}, {candidate.name}: WRONG, errors {errors}, allowed {tolerance:.0e}")
                 continue
             device = timer.work(work)
             call = timer.call(candidate.call) if cuda else device
             readings[candidate.name] = (error, device, call)
         except Exception as problem:  # one broken candidate must not cost the run its other figures
-            failures.append(f"{case.name}, {candidate.name}: {type(problem).__name__}: {problem}")
+            session.fail(f"{case.name}, {candidate.name}: {type(problem).__name__}: {problem}")
     jit = readings.get(COMPILE)
     baseline = readings.get(job.baseline) if job.baseline else None
     flops = getattr(case, "flops", None)
-    figures = []
+    ceilings = session.environment
+    assert ceilings.copy_gb_s is not None
+    assert ceilings.matmul_tflop_s is not None
     for name, (error, device, call) in readings.items():
         gb_s = case.bytes / device.median / 1e3
         tflop_s = flops / device.median / 1e6 if flops else None
-        figures.append(
-            Figure(
-                date=environment.date,
-                op=op,
-                case=case.name,
-                implementation=name,
-                work_us=device.median,
-                work_us_p20=device.low,
-                work_us_p80=device.high,
-                call_us=call.median,
-                call_us_p20=call.low,
-                call_us_p80=call.high,
-                runs=device.runs,
-                bytes=case.bytes,
-                gb_s=gb_s,
-                copy_gb_s=environment.copy_gb_s,
-                share_of_copy=gb_s / environment.copy_gb_s,
-                speedup_over_compile=jit[1].median / device.median if jit else None,
-                error=error,
-                device=environment.device,
-                threads=environment.threads,
-                python=environment.python,
-                torch=environment.torch,
-                triton=environment.triton,
-                cuda=environment.cuda,
-                commit=environment.commit,
-                seed=environment.seed,
-                command=environment.command,
-                flops=flops,
-                tflop_s=tflop_s,
-                baseline=job.baseline if baseline else None,
-                share_of_baseline=baseline[1].median / device.median if baseline else None,
-                matmul_tflop_s=environment.matmul_tflop_s,
-                share_of_matmul=tflop_s / environment.matmul_tflop_s if tflop_s else None,
-                read_gb_s=environment.read_gb_s,
-            )
+        row = session.add(
+            op=op,
+            case=case.name,
+            implementation=name,
+            **device.columns("work_us"),
+            **call.columns("call_us"),
+            runs=device.runs,
+            bytes=case.bytes,
+            gb_s=gb_s,
+            share_of_copy=gb_s / ceilings.copy_gb_s,
+            speedup_over_compile=jit[1].median / device.median if jit else None,
+            error=error,
+            flops=flops,
+            tflop_s=tflop_s,
+            baseline=job.baseline if baseline else None,
+            share_of_baseline=baseline[1].median / device.median if baseline else None,
+            share_of_matmul=tflop_s / ceilings.matmul_tflop_s if tflop_s else None,
         )
-    return figures, failures
+        print(_line(row), flush=True)
 
 
 _ROW = "{:<42} {:<14} {:>9} {:>19} {:>9} {:>8} {:>6} {:>6} {:>8} {:>7} {:>6} {:>9} {:>8}"
@@ -231,21 +184,21 @@ _HEADER = _ROW.format(
 )
 
 
-def _line(figure: Figure, environment: Environment) -> str:
+def _line(row: Row) -> str:
     return _ROW.format(
-        figure.case,
-        figure.implementation,
-        f"{figure.work_us:.1f}",
-        f"{figure.work_us_p20:.1f}..{figure.work_us_p80:.1f}",
-        f"{figure.call_us:.1f}",
-        f"{figure.gb_s:.0f}",
-        f"{figure.share_of_copy:.0%}",
-        f"{figure.gb_s / environment.read_gb_s:.0%}",
-        f"{figure.tflop_s:.2f}" if figure.tflop_s else "",
-        f"{figure.share_of_matmul:.0%}" if figure.share_of_matmul else "",
-        f"{figure.share_of_baseline:.0%}" if figure.share_of_baseline else "",
-        f"{figure.speedup_over_compile:.2f}" if figure.speedup_over_compile else "",
-        f"{figure.error:.0e}",
+        row.case,
+        row.implementation,
+        f"{row.work_us:.1f}",
+        f"{row.work_us_p20:.1f}..{row.work_us_p80:.1f}",
+        f"{row.call_us:.1f}",
+        f"{row.gb_s:.0f}",
+        f"{row.share_of_copy:.0%}",
+        f"{row.gb_s / row.read_gb_s:.0%}",
+        f"{row.tflop_s:.2f}" if row.tflop_s else "",
+        f"{row.share_of_matmul:.0%}" if row.share_of_matmul else "",
+        f"{row.share_of_baseline:.0%}" if row.share_of_baseline else "",
+        f"{row.speedup_over_compile:.2f}" if row.speedup_over_compile else "",
+        f"{row.error:.0e}",
     )
 
 
@@ -253,43 +206,31 @@ def main(
     op: str,
     description: str,
     module: str,
-    cases: Callable[[torch.device, bool], Sequence[AnyCase]],
+    cases: Mapping[str, tuple[Sequence[AnyCase], Sequence[AnyCase]]],
     prepare: Callable[[AnyCase, torch.device, Sequence[str]], Job],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Run one benchmark; returns the exit code: 0, or 1 when a candidate was wrong or failed."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    arguments = _arguments(description, op, argv)
-    table = Appender(arguments.csv, Figure) if arguments.csv else None
-    torch.manual_seed(arguments.seed)
+    """Run one benchmark; returns the exit code: 0, or 1 when a candidate was wrong or failed.
+
+    Args:
+        cases: by kind of device all cases, and those of `--quick`.
+    """
+    argv = argv_of(argv)
+    arguments = _arguments(description, op, module, argv)
     device = arguments.device
     timer = Timer(device, arguments.runs)
-    environment = Environment.record(timer, module, argv, arguments.seed)
-    print("\n".join(f"{name}: {value}" for name, value in asdict(environment).items()))
+    session = Session(arguments, module, argv, COLUMNS, timer)
     print(f"\n{_HEADER}", flush=True)
-    figures: list[Figure] = []
-    failures: list[str] = []
     began = time.monotonic()
-    for case in cases(device, arguments.quick):
+    for case in cases[device.type][arguments.quick]:
         if arguments.only not in case.name:
             continue
         with torch.no_grad():
             job = prepare(case, device, arguments.backends)
             if arguments.no_compile:
                 job = replace(job, candidates=[c for c in job.candidates if c.name != COMPILE])
-            found, failed = _measure(op, case, job, timer, environment)
+            _measure(op, case, job, timer, session)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        for line in (*(_line(figure, environment) for figure in found), *failed):
-            print(line, flush=True)
-        if table:
-            table.append(found)
-        figures += found
-        failures += failed
-    if arguments.json:
-        record = {"environment": asdict(environment), "figures": [asdict(f) for f in figures], "failures": failures}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\n{len(figures)} figures in {time.monotonic() - began:.0f} s")
-    if failures:
-        print(f"\n{len(failures)} failed:", *failures, sep="\n")
-    return 1 if failures or not figures else 0
+    print(f"\n{len(session.rows)} figures in {time.monotonic() - began:.0f} s")
+    return session.finish() or int(not session.rows)

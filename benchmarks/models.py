@@ -74,6 +74,12 @@ def _random(name: str, layers: int | None, dtype: str, device: torch.device, cha
     return model
 
 
+def description(model: nn.Module, shape: str, dtype: str) -> dict[str, str | int]:
+    """The columns that say which model a row is about."""
+    weights = "pretrained" if shape == SMOLLM2 else "random"
+    return {"shape": shape, "layers": model.config.num_hidden_layers, "dtype": dtype, "weights": weights}  # type: ignore
+
+
 def token_ids(model: nn.Module, samples: int, length: int, device: torch.device) -> torch.Tensor:
     """Random ids `[samples, length]`: what they say does not change the time."""
     return torch.randint(model.get_input_embeddings().num_embeddings, (samples, length), device=device)  # type: ignore

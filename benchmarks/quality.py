@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,10 @@ from hywia_kernels.commands_recipe import REFIT_SAMPLES, SAMPLES, STEPS
 from hywia_kernels.evaluate import blocks
 
 from . import peers, tasks
-from .rows import Appender
-from .timing import commit, device_name
+from .rows import Row
+from .session import Session, argv_of, common_arguments, make_parser, parse
 
+MODULE = "benchmarks.quality"
 SETTINGS: dict[str, peers.Shares] = {
     "A25": {"mlp": 0.25},
     "A50": {"mlp": 0.5},
@@ -68,34 +69,20 @@ ALL = (
 DEFAULT_SAMPLES = {"wanda-sp": 128, "flap": 1024, "learned": SAMPLES, **dict.fromkeys(RECIPES, SAMPLES)}
 
 
-@dataclass(frozen=True)
-class QualityFigure:
-    """One row of quality.csv. New columns go to the end; earlier rows hold nothing there."""
-
-    date: str
-    model: str
-    criterion: str
-    samples: int
-    setting: str
-    layers: str
-    seed: int
-    removed: float  # share of all parameters
-    perplexity: float
-    text: str
-    blocks: int
-    seconds: float  # of everything but the evaluation
-    boolq: float | None
-    piqa: float | None
-    hellaswag: float | None
-    winogrande: float | None
-    arc_easy: float | None
-    arc_challenge: float | None
-    openbookqa: float | None
-    mean: float | None
-    device: str
-    torch: str
-    commit: str
-    command: str
+# `removed` is a share of all parameters, `seconds` of everything but the evaluation, `mean` of the tasks.
+COLUMNS = {
+    "model": str,
+    "criterion": str,
+    "samples": int,
+    "setting": str,
+    "layers": str,
+    "removed": float,
+    "perplexity": float,
+    "text": str,
+    "blocks": int,
+    "seconds": float,
+    **dict.fromkeys((*tasks.NAMES, "mean"), float),
+}
 
 
 class Bench:
@@ -219,7 +206,7 @@ def figure(bench: Bench, text: Tensor, seed: int, criteria: Sequence[str], batch
     return f"<!doctype html><meta charset=utf-8><title>Quality of pruned models</title>{page}"
 
 
-def table(rows: Sequence[QualityFigure]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Geometric mean of perplexity over seeds, criterion by setting, and over the settings."""
     settings = list(dict.fromkeys(r.setting for r in rows))
     lines = ["| criterion | " + " | ".join(settings) + " | all | tasks |", "| --- " * (len(settings) + 3) + "|"]
@@ -237,10 +224,10 @@ def table(rows: Sequence[QualityFigure]) -> str:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(MODULE, __doc__)
+    common_arguments(parser, seed=False)
     parser.add_argument("--model", default="smollm2", help="as `hywia prune` takes it")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--calib", required=True, help="text or .jsonl file, or a dataset")
     parser.add_argument("--text", type=Path, required=True, help="perplexity on this")
     parser.add_argument("--max-blocks", type=int, help="of the text; default: all")
@@ -255,9 +242,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--align", type=int, default=16, help="channel widths are multiples of this")
     parser.add_argument("--batch", type=int, default=64, help="blocks at a time")
     parser.add_argument("--exact", action="store_true", help="float32 products on CUDA, not TF32")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="append a row per figure")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="write shares by layer and curves as an HTML page")
-    arguments = parser.parse_args(argv)
+    arguments = parse(parser, argv)
     try:
         arguments.criteria = [split(name) for name in arguments.only]
     except ValueError as error:
@@ -267,9 +253,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, command: str) -> list[QualityFigure]:
-    """Every figure that was asked for; prints them as they come, and the table."""
-    device = device_name(next(model.parameters()).device)
+def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, argv: Sequence[str]) -> list[Row]:
+    """Every figure that was asked for but the dense model's; prints them as they come, and the table."""
+    session = Session(arguments, MODULE, argv, COLUMNS)
     text = blocks(tokenizer, arguments.text.read_text(encoding="utf-8"), arguments.block, arguments.max_blocks)
     questions = tasks.read(arguments.tasks, tokenizer, arguments.questions) if arguments.tasks else []
     made: dict[tuple[int, int], Tensor] = {}
@@ -282,59 +268,50 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, command: str)
         return made[seed, count]
 
     bench = Bench(model, samples, arguments.range, arguments.align)
-    appender = Appender(arguments.csv, QualityFigure) if arguments.csv else None
-    rows: list[QualityFigure] = []
 
     def measure(criterion: str, count: int, setting: str, seed: int, removed: float, seconds: float) -> None:
         found: dict[str, float] = tasks.evaluate(model, questions) if questions else {}
         if arguments.lm_eval:
             found = tasks.through_lm_eval(model, tokenizer)
-        row = QualityFigure(
-            date=time.strftime("%Y-%m-%d"),
+        row = session.add(
+            seed=seed,
             model=str(arguments.model),
             criterion=criterion,
             samples=count,
             setting=setting,
             layers=arguments.layers,
-            seed=seed,
             removed=removed,
             perplexity=hk.perplexity(model, text, batch=arguments.batch),
             text=arguments.text.name,
             blocks=len(text),
             seconds=seconds,
-            **{name: found.get(name) for name in (*tasks.NAMES, "mean")},  # type: ignore[arg-type]
-            device=device,
-            torch=torch.__version__,
-            commit=commit(),
-            command=command,
+            **{name: found.get(name) for name in (*tasks.NAMES, "mean")},
         )
-        rows.append(row)
-        if appender:
-            appender.append([row])
         shown = "" if row.mean is None else f", tasks {row.mean:.2f}"
         print(f"{criterion}@{count} {setting} seed {seed}: {row.perplexity:.2f}{shown} ({seconds:.1f} s)", flush=True)
 
     measure("dense", 0, arguments.settings[0], 0, 0.0, 0.0)
-    dense = rows.pop()
     for seed in arguments.seeds:
         for name, count in arguments.criteria:
             for setting in arguments.settings:
                 began = time.monotonic()
                 with bench.pruned(name, count, SETTINGS[setting], seed) as plan:
                     measure(name, count, setting, seed, plan.ratio, time.monotonic() - began)
+    dense, *rows = session.rows
     print(f"\ndense: {dense.perplexity:.2f}\n{table(rows)}")
     if arguments.figure:
         wanted = [f"{name}@{count}" for name, count in arguments.criteria]
         arguments.figure.write_text(figure(bench, text, arguments.seeds[0], wanted, arguments.batch))
+    session.finish()
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = argv_of(argv)
     arguments = _arguments(argv)
-    model, tokenizer = hk.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    model, tokenizer = hk.load(arguments.model, dtype=arguments.dtype, device=str(arguments.device))
     torch.backends.cuda.matmul.allow_tf32 = not arguments.exact
-    run(arguments, model, tokenizer, "python -m benchmarks.quality " + " ".join(argv))
+    run(arguments, model, tokenizer, argv)
     return 0
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from hywia_kernels import ops
 
 from . import rows
+from .environment import REPOSITORY
 from .harness import COMPILE, EAGER
-from .timing import REPOSITORY
 
 Row = dict[str, str]
 # Heading; and text, from a case's rows by implementation and from ours.

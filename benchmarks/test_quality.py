@@ -11,9 +11,11 @@ import torch
 from torch.nn import functional
 
 import hywia_kernels as hk
+from tests.support.tokenizers import byte_tokenizer
 
 from . import bench_recipe, llm_pruner, models, peers, quality, tasks
-from .rows import read
+from .environment import Environment
+from .rows import Row, read
 
 LAYERS = range(0, 2)
 SHARES = {"mlp": 0.5, "attention": 0.5}
@@ -32,16 +34,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Every byte is a token."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
-    from tokenizers import models as cores
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(cores.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core)
+    return byte_tokenizer(special=False)
 
 
 def entering(model, tokens):
@@ -169,9 +162,9 @@ def test_the_command_measures_and_leaves_the_model_whole(model, tokenizer, folde
     options = ["--calib", str(text), "--text", str(text), "--block", "16", "--max-blocks", "6", "--layers", "0:2"]
     options += ["--seeds", "0", "1", "--settings", "A50", "--csv", str(folder / "q.csv"), "--tasks", str(folder)]
     options += ["--figure", str(folder / "q.html"), "--only", *criteria]
-    arguments = quality._arguments(options)
+    arguments = quality._arguments(["--device", "cpu", *options])
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    rows = quality.run(arguments, model, tokenizer, "command")
+    rows = quality.run(arguments, model, tokenizer, options)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert [r.criterion for r in rows[:8]] == [c.partition("@")[0] for c in criteria]
     assert len(rows) == 16
@@ -191,9 +184,9 @@ def test_the_command_measures_and_leaves_the_model_whole(model, tokenizer, folde
 
 
 def test_the_table_is_the_geometric_mean_over_seeds_and_settings():
-    row = dict.fromkeys(quality.QualityFigure.__dataclass_fields__, None)
+    run = Environment.record(torch.device("cpu"), "module", [], 0)
     made = [
-        quality.QualityFigure(**{**row, "criterion": "x", "samples": 10, "setting": s, "perplexity": p, "mean": m})
+        Row(run, {"criterion": "x", "samples": 10, "setting": s, "perplexity": p, "mean": m})
         for s, p, m in (("A25", 10.0, 40.0), ("A25", 40.0, 41.0), ("A50", 80.0, None))
     ]
     assert quality.table(made).splitlines()[-1] == f"| x@10 | 20 | 80 | {math.sqrt(1600):.4g} | 40.50 |"

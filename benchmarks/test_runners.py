@@ -31,7 +31,7 @@ def _small(monkeypatch):
 
 def run_linear(prepare, *arguments):
     argv = ["--device", "cpu", "--backends", "reference", "--runs", "2", "--no-compile", *map(str, arguments)]
-    return harness.main("linear_importance", "", "benchmarks.bench_linear", lambda device, quick: [TINY], prepare, argv)
+    return harness.main("linear_importance", "", "benchmarks.bench_linear", {"cpu": ([TINY], [TINY])}, prepare, argv)
 
 
 def test_linear_figures(tmp_path):

@@ -11,18 +11,19 @@ import torch
 
 import hywia_kernels as hk
 from benchmarks import bench_cut, bench_pruned, bench_width, models
+from benchmarks.environment import Environment
+from benchmarks.rows import Row
 from hywia_kernels import targets
 from hywia_kernels.speed import Case, work_of
 
 
 def made_up(times):
     """Rows of one form and count of tokens, with given µs by width."""
-    blank = dict.fromkeys(bench_width.WidthRow.__dataclass_fields__, 0)
-    common = {**blank, "device": "d", "command": "c", "date": "2026-01-01T00:00Z", "torch": "t", "dtype": "float32"}
+    ceilings = {"matmul_tflop_s": 1.0, "copy_gb_s": 1.0}
+    environment = Environment("2026-01-01T00:00Z", "d", 1, "", "t", "", "", "", "", 0, "c", **ceilings)
+    common = {"dtype": "float32", "tokens": 8, "hidden": 4}
     return [
-        bench_width.WidthRow(
-            **{**common, "form": form, "tokens": 8, "hidden": 4, "width": w, "us": us, "tflop_s": w / us}
-        )
+        Row(environment, {**common, "form": form, "width": w, "us": us, "tflop_s": w / us})
         for form in ("up", "down")
         for w, us in times.items()
     ]

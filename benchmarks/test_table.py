@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import fields
 
 import pytest
+import torch
 
-from . import rows, table
-from .bench_engine import EngineFigure
-from .harness import Figure
+from . import (
+    bench_cut,
+    bench_engine,
+    bench_integrations,
+    bench_pruned,
+    bench_width,
+    environment,
+    harness,
+    quality,
+    rows,
+    table,
+)
 
 
-def write(path, row, lines):
+def write(path, columns, lines):
     """Rows with the named values; the rest is empty."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [*rows.ENVIRONMENT, *columns], lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
     return path
@@ -45,7 +54,7 @@ def test_ops(tmp_path, capsys):
         figure(NEW, linear, "C", "mm alone", 80, share_of_baseline=1, **shares),
         figure(NEW, linear, "C", "triton", 100, share_of_baseline=0.8, **shares),
     ]
-    path = write(tmp_path / "results.csv", Figure, lines)
+    path = write(tmp_path / "results.csv", harness.COLUMNS, lines)
     assert table.main(["--results", str(path), "--engine", str(tmp_path / "none.csv")]) == 0
     where = "GPU (torch 2.11, triton 3.6, CUDA 13.0)"
     new = f"{where}, 2026-01-02T00:00Z, abc, ceilings: copy 4000 GB/s, read 4100 GB/s, matmul 700 TFLOP/s"
@@ -75,7 +84,7 @@ def test_engine(tmp_path, capsys):
         row("2026-01-02T00:00Z", "plain", 10, 0.12, 1, 27e9),
         row("2026-01-01T00:00Z", "plain", 10, 0.5, 1, 27e9),
     ]
-    path = write(tmp_path / "engine.csv", EngineFigure, lines)
+    path = write(tmp_path / "engine.csv", bench_engine.COLUMNS, lines)
     assert table.main(["--results", str(tmp_path / "none.csv"), "--engine", str(path), "--device", "GPU"]) == 0
     assert capsys.readouterr().out == (
         "Scoring a whole model: 7b, 32 layers, bfloat16, random weights; GPU (torch 2.11, triton 3.6, CUDA 13.0), "
@@ -92,12 +101,45 @@ def test_no_figures(tmp_path, capsys):
     assert capsys.readouterr().out == "no figures\n"
 
 
-def test_the_published_results_have_this_versions_columns():
-    assert rows.read(table.REPOSITORY / "benchmarks" / "results.csv")[0].keys() == {f.name for f in fields(Figure)}
+PUBLISHED = {
+    "results": harness,
+    "engine": bench_engine,
+    "integrations": bench_integrations,
+    "speed": bench_pruned,
+    "cut": bench_cut,
+    "width": bench_width,
+    "quality": quality,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_results_have_this_versions_columns(name):
+    path = table.REPOSITORY / "benchmarks" / f"{name}.csv"
+    columns = PUBLISHED[name].COLUMNS
+    assert list(rows.read(path)[0]) == [*rows.ENVIRONMENT, *columns]
+    assert not rows.ENVIRONMENT.keys() & columns.keys()
+    read, written = rows.read_rows(path, columns), rows.read(path)
+    for row, line in zip(read, written, strict=True):  # every field is of its column's type, and none is lost
+        for name, value in row.values().items():
+            text = "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+            assert text == line[name] or float(text) == float(line[name]), (name, line)
+
+
+def test_a_row_of_other_columns_is_refused(tmp_path):
+    appender = rows.Appender(tmp_path / "new.csv", {"seconds": float})
+    run = environment.Environment.record(torch.device("cpu"), "module", ["--seed", "3"], 3)
+    appender.append([rows.Row(run, {"seconds": 1 / 3})])
+    with pytest.raises(ValueError, match="metres"):
+        appender.append([rows.Row(run, {"metres": 1.0})])
+    (row,) = rows.read_rows(tmp_path / "new.csv", {"seconds": float})
+    assert row.environment == run
+    assert (row.seconds, row.seed, row.command) == (0.33333, 3, "python -m module --seed 3")
+    with pytest.raises(AttributeError, match="no column 'metres'"):
+        _ = row.metres
 
 
 def test_appending_to_other_columns_is_refused(tmp_path):
     (tmp_path / "old.csv").write_text("date,op\n1,2\n")
     with pytest.raises(SystemExit, match="has other columns than this version writes"):
-        rows.Appender(tmp_path / "old.csv", Figure)
+        rows.Appender(tmp_path / "old.csv", harness.COLUMNS)
     assert (tmp_path / "old.csv").read_text() == "date,op\n1,2\n"

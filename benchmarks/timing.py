@@ -5,7 +5,7 @@ Two readings per call:
 * `work` - time the device spends. On a GPU, one pair of events around the call, which is enqueued while the device is
   still busy with a delay and a cache flush, so that launch latency does not show. Whether it was enqueued in time is
   checked after every run; a run that came late is thrown away and the delay doubled. A reading includes the gap between
-  two events (`Environment.empty_us`, printed with the results), which matters below some 20 µs.
+  two events (`empty_us` of the results), which matters below some 20 µs.
 * `call` - time the caller waits: host clock from the call to the end of its work, on an idle device, cache cold.
   It adds argument checks, dispatch, launch latency and one synchronisation.
 
@@ -18,10 +18,7 @@ holds neither the operands nor dirty lines whose write-back would be charged to 
 
 from __future__ import annotations
 
-import datetime
-import shlex
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,10 +27,6 @@ from pathlib import Path
 
 import torch
 
-from hywia_kernels.hardware import device_name
-from hywia_kernels.versions import versions
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 GIB = 2**30
 SETTLE = 0.005  # seconds
 LONGEST_DELAY = 2**28  # cycles, about 0.15 s: a call that takes the host longer waits for the device itself
@@ -41,7 +34,7 @@ LONGEST_DELAY = 2**28  # cycles, about 0.15 s: a call that takes the host longer
 
 @dataclass(frozen=True)
 class Reading:
-    """Median and the 20 % and 80 % quantiles, in µs."""
+    """Median and the 20 % and 80 % quantiles, in the unit of the times (a `Timer`'s are µs)."""
 
     median: float
     low: float
@@ -52,6 +45,10 @@ class Reading:
     def of(cls, times_us: list[float]) -> Reading:
         deciles = statistics.quantiles(times_us, n=10, method="inclusive")
         return cls(statistics.median(times_us), deciles[1], deciles[7], len(times_us))
+
+    def columns(self, name: str) -> dict[str, float]:
+        """A row's columns of these times: `name`, and with `_p20` and `_p80` behind it."""
+        return {name: self.median, f"{name}_p20": self.low, f"{name}_p80": self.high}
 
 
 def last_level_cache(device: torch.device) -> int:
@@ -163,58 +160,3 @@ class Timer:
         cuda = self.device.type == "cuda"
         size = min(4 * GIB, torch.cuda.mem_get_info(self.device)[0] // 4) if cuda else GIB
         return torch.ones(size // 4, dtype=torch.float32, device=self.device)
-
-
-@dataclass(frozen=True)
-class Environment:
-    """Where, when and from what a run's figures come."""
-
-    date: str
-    device: str
-    python: str
-    torch: str
-    triton: str
-    cuda: str
-    threads: int
-    commit: str
-    command: str
-    seed: int
-    empty_us: float
-    copy_gb_s: float
-    read_gb_s: float
-    matmul_tflop_s: float
-
-    @classmethod
-    def record(cls, timer: Timer, module: str, arguments: list[str], seed: int) -> Environment:
-        found = versions()
-        return cls(
-            date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
-            device=device_name(timer.device),
-            python=found["python"],
-            torch=torch.__version__,
-            triton=found.get("triton", ""),
-            cuda=(torch.version.cuda or "") if timer.device.type == "cuda" else "",
-            threads=torch.get_num_threads(),
-            commit=commit(),
-            command=shlex.join(["python", "-m", module, *arguments]),
-            seed=seed,
-            empty_us=timer.empty_us,
-            copy_gb_s=timer.copy_bandwidth(),
-            read_gb_s=timer.read_bandwidth(),
-            matmul_tflop_s=timer.matmul_rate(),
-        )
-
-
-def commit() -> str:
-    """Short hash, with "-dirty" when tracked files other than the results differ; "unknown" outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ("git", "-C", str(REPOSITORY), *arguments), capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/*.csv")
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -91,8 +91,16 @@ struct Readers {
     static __device__ __forceinline__ int64_t step_of(const Operand& x, int stride) {
         return along == Along::Reduce ? stride : stride * x.reduce_stride;
     }
-    __device__ __forceinline__ void load(Step<order, along, W, G, F, count>& step, int ahead) const {
-        w.load(step.w, ahead), g.load(step.g, ahead), f.load(step.f, ahead);
+    // Steps `at`, `at + 1`, ... of which the last before `stop` is real; those behind it are empty.
+    template <int unroll>
+    __device__ __forceinline__ void load(Step<order, along, W, G, F, count> (&step)[unroll], int at, int stop) const {
+#pragma unroll
+        for (int u = 0; u < unroll; ++u) {
+            if (at + u < stop)
+                w.load(step[u].w, u), g.load(step[u].g, u), f.load(step[u].f, u);
+            else
+                step[u].clear();
+        }
     }
     __device__ __forceinline__ void advance(int steps) { w.advance(steps), g.advance(steps), f.advance(steps); }
 };
@@ -116,13 +124,7 @@ __device__ __noinline__ void chunk_rows(const BatchMember& m, const Chunk& chunk
             float fine = 0.0f, signed_sum = 0.0f;
             for (int at = first; at < stop; at += kUnroll, readers.advance(kUnroll)) {
                 Step<order, Along::Reduce, W, G, F, count> step[kUnroll];
-#pragma unroll
-                for (int u = 0; u < kUnroll; ++u) {
-                    if (at + u < stop)
-                        readers.load(step[u], u);
-                    else
-                        step[u].clear();
-                }
+                readers.load(step, at, stop);
 #pragma unroll
                 for (int u = 0; u < kUnroll; ++u) step[u].add_to(m, fine, signed_sum);
             }
@@ -158,22 +160,8 @@ __device__ __noinline__ void chunk_columns(const BatchMember& m, const Chunk& ch
             const int stop = min(steps, at + int(kLongestChain));
             for (; at < stop; at += kUnroll) {
                 Step<order, Along::Units, W, G, F, count> step[kUnroll];
-#pragma unroll
-                for (int u = 0; u < kUnroll; ++u) {
-                    if (at + u < stop)
-                        readers.load(step[u], u);
-                    else
-                        step[u].clear();
-                }
-#pragma unroll
-                for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-                    for (int i = 0; i < count; ++i) {
-                        const float t = step[u].get(m, i);
-                        sum[0][i] += fabsf(t);
-                        sum[1][i] += t;
-                    }
-                }
+                readers.load(step, at, stop);
+                add_columns(step, m, sum[0], sum[1]);
                 readers.advance(kUnroll);
             }
 #pragma unroll
@@ -357,5 +345,13 @@ HYWIA_DECLARE_BATCH(first)
 HYWIA_DECLARE_BATCH(second)
 HYWIA_DECLARE_BATCH(mixed)
 #undef HYWIA_DECLARE_BATCH
+
+// An order's launchers, each in its own file so that the kernels compile in parallel.
+#define HYWIA_DEFINE_BATCH(name, order)                                                        \
+    void launch_batch_##name(const BatchKernelArgs& a, int64_t chunks, cudaStream_t stream) {  \
+        launch_batch_of<order>(a, chunks, stream);                                             \
+    }                                                                                          \
+    int resident_clusters_##name(int cluster) { return resident_clusters_of<order>(cluster); } \
+    bool clusters_compiled_##name() { return clusters_compiled_of<order>(); }
 
 }  // namespace hywia

@@ -2,11 +2,5 @@
 #include "taylor_batch.cuh"
 
 namespace hywia {
-
-void launch_batch_second(const BatchKernelArgs& a, int64_t chunks, cudaStream_t stream) {
-    launch_batch_of<Order::Second>(a, chunks, stream);
-}
-int resident_clusters_second(int cluster) { return resident_clusters_of<Order::Second>(cluster); }
-bool clusters_compiled_second() { return clusters_compiled_of<Order::Second>(); }
-
+HYWIA_DEFINE_BATCH(second, Order::Second)
 }  // namespace hywia

@@ -116,6 +116,35 @@ struct Step {
     }
 };
 
+// Steps from position `at` on, `stride` apart; those behind `end` are empty. All are loaded before the first is used.
+template <typename S, int unroll, typename Op, typename Stride>
+__device__ __forceinline__ void load_steps(S (&step)[unroll], const Op& op, int64_t unit, int64_t at, Stride stride,
+                                           int64_t end) {
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) {
+        const int64_t position = at + u * stride;
+        if (position < end)
+            step[u].load(op, unit, position);
+        else
+            step[u].clear();
+    }
+}
+
+// The terms of `count` neighbouring columns, each to its own sums.
+template <typename S, int unroll, typename Op, int count>
+__device__ __forceinline__ void add_columns(const S (&step)[unroll], const Op& op, float (&fine)[count],
+                                            float (&signed_sum)[count]) {
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) {
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+            const float t = step[u].get(op, i);
+            fine[i] += fabsf(t);
+            signed_sum[i] += t;
+        }
+    }
+}
+
 // Steps that a thread loads before it uses the first.
 template <typename W, typename G, typename F, int count>
 struct Unroll {
@@ -156,14 +185,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) taylor_rows(const __gr
     float fine = 0.0f, signed_sum = 0.0f;
     for (int64_t at = begin + lane * count; at < end; at += int64_t(stride) * kUnroll) {
         Step<order, Along::Reduce, W, G, F, count> step[kUnroll];
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const int64_t position = at + u * stride;
-            if (position < end)
-                step[u].load(a.op, unit, position);
-            else
-                step[u].clear();
-        }
+        load_steps(step, a.op, unit, at, stride, end);
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) step[u].add_to(a.op, fine, signed_sum);
     }
@@ -224,23 +246,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) taylor_columns(const _
     float fine[count] = {}, signed_sum[count] = {};
     for (int64_t at = begin + row; at < end; at += int64_t(stride) * kUnroll) {
         Step<order, Along::Units, W, G, F, count> step[kUnroll];
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const int64_t position = at + u * stride;
-            if (position < end)
-                step[u].load(a.op, unit, position);
-            else
-                step[u].clear();
-        }
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-            for (int i = 0; i < count; ++i) {
-                const float t = step[u].get(a.op, i);
-                fine[i] += fabsf(t);
-                signed_sum[i] += t;
-            }
-        }
+        load_steps(step, a.op, unit, at, stride, end);
+        add_columns(step, a.op, fine, signed_sum);
     }
     // Over the rows that share a warp by shuffles, over the warps through shared memory.
     __shared__ float shared[2][kWarps][32 * count];

@@ -162,17 +162,6 @@ void launch_finish(const TaylorImportanceArgs& a, const TaylorPlan& plan) {
     HYWIA_CHECK_CUDA(cudaLaunchKernelEx(&config, finish, f));
 }
 
-void launch_any_type(const TaylorKernelArgs& a) {
-    switch (a.op.order) {
-        case Order::First:
-            return launch_taylor<Order::First, AnyType, AnyType, void, 1>(a);
-        case Order::Second:
-            return launch_taylor<Order::Second, AnyType, void, AnyType, 1>(a);
-        case Order::Mixed:
-            return launch_taylor<Order::Mixed, AnyType, AnyType, AnyType, 1>(a);
-    }
-}
-
 TaylorImportanceArgs normalised(TaylorImportanceArgs a) {
     for (Operand* x : {&a.weight, &a.grad, &a.fisher}) {  // the stride of a dimension of size one means nothing
         if (a.reduce == 1) x->reduce_stride = a.units == 1 ? 1 : 0;
@@ -209,7 +198,7 @@ void taylor_importance_cuda(const TaylorImportanceArgs& args) {
         kernel.accumulate = false;
     }
     if (!plan.vectors)
-        launch_any_type(kernel);
+        launch_taylor_alike<AnyType, 1>(kernel);
     else if (a.weight.dtype == DType::Float32)
         launch_taylor_float32(kernel);
     else if (a.weight.dtype == DType::BFloat16)

@@ -28,6 +28,19 @@ void launch_taylor(const TaylorKernelArgs& a) {
     HYWIA_CHECK_CUDA(cudaGetLastError());
 }
 
+// Operands of one type.
+template <typename T, int count>
+void launch_taylor_alike(const TaylorKernelArgs& a) {
+    switch (a.op.order) {
+        case Order::First:
+            return launch_taylor<Order::First, T, T, void, count>(a);
+        case Order::Second:
+            return launch_taylor<Order::Second, T, void, T, count>(a);
+        case Order::Mixed:
+            return launch_taylor<Order::Mixed, T, T, T, count>(a);
+    }
+}
+
 // One instantiation per dtype of the weight, each in its own file so that they compile in parallel. The dtypes of
 // the other operands: `Other` is the weight's own.
 void launch_taylor_float32(const TaylorKernelArgs& a);

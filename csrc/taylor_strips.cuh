@@ -40,22 +40,8 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocksPerSM)
     float fine[count] = {}, signed_sum[count] = {};
     for (int64_t at = begin + row; at < end; at += kStripRows * kUnroll) {
         Step<order, Along::Units, W, G, F, count> step[kUnroll];
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            if (at + u * kStripRows < end)
-                step[u].load(a.op, unit, at + u * kStripRows);
-            else
-                step[u].clear();
-        }
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-            for (int i = 0; i < count; ++i) {
-                const float t = step[u].get(a.op, i);
-                fine[i] += fabsf(t);
-                signed_sum[i] += t;
-            }
-        }
+        load_steps(step, a.op, unit, at, kStripRows, end);
+        add_columns(step, a.op, fine, signed_sum);
     }
 
     // Over the two rows of a warp by shuffles, over the warps through shared memory.

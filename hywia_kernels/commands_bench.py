@@ -163,8 +163,6 @@ def _print(found: Sequence[Mapping[str, Any]]) -> None:
                     )
 
 
-
-
 def export_served(arguments: argparse.Namespace) -> None:
     """`hywia export`."""
     from . import commands

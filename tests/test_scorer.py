@@ -9,6 +9,7 @@ from torch.nn.utils import prune
 
 import hywia_kernels as hk
 from hywia_kernels import UsageError
+from tests.support.models import random_model, sizes
 
 
 class Net(nn.Module):
@@ -95,18 +96,8 @@ def test_ln_structured_keeps_what_the_scores_say(net):
 
 
 def test_hywia_gives_every_matrix_its_groups_scores():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model, ids = LlamaForCausalLM(config).eval(), torch.randint(64, (3, 9))
+    model = random_model(**sizes(64, 32, 40, layers=2, heads=4, kv_heads=2))
+    ids = torch.randint(64, (3, 9))
     scores = hk.HyWIAScorer(ids)(model)
     own = hk.score(model, ids)
     layer = "model.layers.1"

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from .. import ops
 from ..ops import checks
+from ..ops.calls import LinearCall
 from ..ops.registry import implementation
 from ..progress import Bar
 from ..types import Member
@@ -110,22 +111,8 @@ class Scorer:
             self.bar.step()
         elif also is not None:
             self.score(also, *brought)
-        run(
-            grad_output,
-            inputs,
-            weight,
-            self.offsets,
-            axis,
-            "all",
-            size,
-            True,
-            self.scale,
-            target.fine,
-            target.coarse,
-            True,
-            mapped,
-            **more,
-        )
+        call = LinearCall(grad_output, inputs, weight, self.offsets, axis, "all", size, True, self.scale, mapped)
+        run(call, target.fine, target.coarse, True, **more)
         self.results.scored(target.member)
         self.bar.step()
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import checks, library
 from .both_axes import taylor_importance_both
+from .calls import TaylorCall
 from .registry import BACKENDS, Availability, availability, choose, require
 
 __all__ = [
@@ -71,6 +72,17 @@ def _body(name: str, *operands: object) -> Any:
     return getattr(torch.ops.hywia if checks.traced(*operands) else library, name)
 
 
+def _sums(op: str, call: Any, out: tuple | None, backend: str | None) -> Any:
+    """The op's sums, new or added to `out`: through torch's dispatcher for whoever records calls or makes tensors up,
+    else straight, which is faster."""
+    name, outputs = (op, ()) if out is None else (f"{op}_", out)
+    if checks.traced(*call.operands):
+        made = getattr(torch.ops.hywia, name)(*call, *outputs, backend)
+    else:
+        made = getattr(library, name)(call, *outputs, backend)
+    return made if out is None else out
+
+
 def taylor_importance(
     weight: Tensor,
     grad: Tensor | None,
@@ -111,18 +123,8 @@ def taylor_importance(
     Raises:
         UsageError: an argument outside the above. BackendError: a named backend that is off or cannot do this.
     """
-    checks.taylor_importance(weight, grad, fisher, axis, order, group_size, out)
-    if order == "first":
-        fisher = None
-    elif order == "second":
-        grad = None
-    if out is None:
-        functional = _body("taylor_importance", weight, grad, fisher)
-        return TaylorImportance(*functional(weight, grad, fisher, axis, order, group_size, backend))
-    fine, signed = out
-    inplace = _body("taylor_importance_", weight, grad, fisher)
-    inplace(weight, grad, fisher, axis, order, group_size, fine, signed, backend)
-    return TaylorImportance(fine, signed)
+    call = checks.taylor_importance(TaylorCall(weight, grad, fisher, axis, order, group_size), out)
+    return TaylorImportance(*_sums("taylor_importance", call, out, backend))
 
 
 def linear_importance(
@@ -180,16 +182,10 @@ def linear_importance(
     Raises:
         UsageError: an argument outside the above. BackendError: a named backend that is off or cannot do this.
     """
-    offsets = checks.linear_importance(
+    call = checks.linear_importance(
         grad_output, input, weight, samples, axis, order, group_size, per_sample, scale, mapped, out
     )
-    call = (grad_output, input, weight, offsets, axis, order, group_size, per_sample, float(scale), mapped)
-    if out is None:
-        functional = _body("linear_importance", grad_output, input, weight)
-        return LinearImportance(*functional(*call, backend))
-    inplace = _body("linear_importance_", grad_output, input, weight)
-    inplace(*call, *out, backend)
-    return LinearImportance(*out)
+    return LinearImportance(*_sums("linear_importance", call, out, backend))
 
 
 def compact(
@@ -304,9 +300,7 @@ def taylor_importance_batch(
     """
     call = checks.taylor_importance_batch(weights, grads, fishers, axes, order, group_sizes, into, out)
     if out is None:
-        functional = _body("taylor_importance_batch", *call.weights, *call.grads, *call.fishers)
-        flat = functional(*call, backend)
+        flat = _sums("taylor_importance_batch", call, None, backend)
         return [TaylorImportance(fine, signed) for fine, signed in zip(flat[::2], flat[1::2], strict=True)]
-    inplace = _body("taylor_importance_batch_", *call.weights, *call.grads, *call.fishers)
-    inplace(*call, [fine for fine, _ in out], [signed for _, signed in out], backend)
+    _sums("taylor_importance_batch", call, ([fine for fine, _ in out], [signed for _, signed in out]), backend)
     return [TaylorImportance(fine, signed) for fine, signed in out]

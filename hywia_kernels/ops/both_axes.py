@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks, registry
+from .calls import TaylorCall
 from .devices import on
 
 __all__ = ["taylor_importance_both"]
@@ -48,7 +49,7 @@ def taylor_importance_both(
     Raises:
         UsageError: as `taylor_importance`. BackendError: a named backend that is off or cannot do this.
     """
-    checks.taylor_importance(weight, grad, fisher, 0, order, 1, None)
+    checks.taylor_importance(TaylorCall(weight, grad, fisher, 0, order, 1), None)
     grad = None if order == "second" else grad
     fisher = None if order == "first" else fisher
     if checks.traced(weight, grad, fisher):
@@ -106,7 +107,7 @@ def _in_bands(
     band = max(1, _BAND_BYTES.get(weight.device.type, rows * bytes_a_row) // max(1, bytes_a_row))
     for at in range(0, rows, band):
         part = slice(at, at + band)
-        operands = [None if x is None else x[part] for x in (weight, grad, fisher)]
-        run(*operands, 0, order, 1, row_fine[part], row_signed[part], False)
-        run(*operands, 1, order, 1, column_fine, column_signed, True)
+        operands = weight[part], None if grad is None else grad[part], None if fisher is None else fisher[part]
+        run(TaylorCall(*operands, 0, order, 1), row_fine[part], row_signed[part], False)
+        run(TaylorCall(*operands, 1, order, 1), column_fine, column_signed, True)
     return (row_fine, row_signed), (column_fine, column_signed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from ..errors import UsageError
 from ..types import ORDERS
+from .calls import BatchCall, LinearCall, TaylorCall
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LINEAR_ORDERS = (*ORDERS, "all")
@@ -114,15 +115,9 @@ def _group_size(group_size: object, size: int, axis: int) -> None:
         )
 
 
-def taylor_importance(
-    weight: Tensor,
-    grad: Tensor | None,
-    fisher: Tensor | None,
-    axis: int,
-    order: str,
-    group_size: int,
-    out: tuple[Tensor, Tensor] | None,
-) -> None:
+def taylor_importance(call: TaylorCall, out: tuple[Tensor, Tensor] | None) -> TaylorCall:
+    """Returns the call without what its order does not read."""
+    weight, grad, fisher, axis, order, group_size = call
     _axis(axis)
     if order not in ORDERS:
         raise UsageError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
@@ -143,7 +138,9 @@ def taylor_importance(
     if out is not None:
         units = [size // group_size]
         _pair(out, ("fine", "signed"), (units, units), weight.device)
-    _stored(weight=weight, grad=grad if order != "second" else None, fisher=fisher if order != "first" else None)
+    grad, fisher = None if order == "second" else grad, None if order == "first" else fisher
+    _stored(weight=weight, grad=grad, fisher=fisher)
+    return TaylorCall(weight, grad, fisher, axis, order, group_size)
 
 
 def _offsets(samples: object, tokens: int) -> list[int]:
@@ -167,14 +164,6 @@ def _offsets(samples: object, tokens: int) -> list[int]:
     return list(samples)
 
 
-def linear_shapes(
-    weight: Tensor, offsets: list[int], axis: int, order: str, group_size: int, per_sample: bool
-) -> tuple[list[int], list[int]]:
-    """Of `linear_importance`'s fine and coarse sums."""
-    units = weight.shape[axis] // group_size
-    return [3, units] if order == "all" else [units], [len(offsets) - 1 if per_sample else 1, units]
-
-
 def linear_importance(
     grad_output: Tensor,
     input: Tensor,
@@ -187,8 +176,8 @@ def linear_importance(
     scale: float,
     mapped: Tensor | None,
     out: tuple[Tensor, Tensor] | None,
-) -> list[int]:
-    """Returns the samples' offsets."""
+) -> LinearCall:
+    """Returns the call with the samples' offsets."""
     _axis(axis)
     if order not in LINEAR_ORDERS:
         raise UsageError(f"order: expected one of {', '.join(LINEAR_ORDERS)}, got {order!r}")
@@ -226,11 +215,11 @@ def linear_importance(
                 f"mapped: expected {_name(weight.dtype)} {shape} on {weight.device}, "
                 f"got {_name(mapped.dtype)} {list(mapped.shape)} on {mapped.device}; leave it out"
             )
+    call = LinearCall(grad_output, input, weight, offsets, axis, order, group_size, per_sample, float(scale), mapped)
     if out is not None:
-        shapes = linear_shapes(weight, offsets, axis, order, group_size, per_sample)
-        _pair(out, ("fine", "coarse"), shapes, weight.device)
+        _pair(out, ("fine", "coarse"), call.shapes, weight.device)
     _stored(grad_output=grad_output, input=input, weight=weight, mapped=mapped)
-    return offsets
+    return call
 
 
 def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor | None) -> None:
@@ -288,18 +277,6 @@ def keep_values(keep: Tensor, size: int) -> None:
         )
 
 
-class TaylorBatch(NamedTuple):
-    """A checked call of `taylor_importance_batch`, its defaults filled in; [] for what `order` does not read."""
-
-    weights: list[Tensor]
-    grads: list[Tensor]
-    fishers: list[Tensor]
-    axes: list[int]
-    order: str
-    group_sizes: list[int]
-    into: list[int]
-
-
 def _per_matrix(name: str, value: object, count: int) -> list:
     if not isinstance(value, (list, tuple)):
         raise UsageError(f"{name}: expected a list or tuple of one per matrix, got {type(value).__name__}")
@@ -333,7 +310,7 @@ def taylor_importance_batch(
     group_sizes: int | Sequence[int] | None,
     into: Sequence[int] | None,
     out: Sequence[tuple[Tensor, Tensor]] | None,
-) -> TaylorBatch:
+) -> BatchCall:
     if not isinstance(weights, (list, tuple)) or not weights:
         raise UsageError(
             f"weights: expected a list or tuple of at least one matrix, got {type(weights).__name__}"
@@ -357,7 +334,7 @@ def taylor_importance_batch(
     for i, weight in enumerate(weights):
         grad, fisher = (x[i] if x else None for x in (gradients, squares))
         try:
-            taylor_importance(weight, grad, fisher, axes[i], order, sizes[i], None)
+            taylor_importance(TaylorCall(weight, grad, fisher, axes[i], order, sizes[i]), None)
         except UsageError as error:
             raise UsageError(f"matrix {i}: {error}") from None
         if weight.device != weights[0].device:
@@ -385,4 +362,4 @@ def taylor_importance_batch(
             raise UsageError(
                 "out: expected a tensor of its own for every sum, got one twice; share results with `into`"
             )
-    return TaylorBatch(list(weights), gradients, squares, axes, order, sizes, results)
+    return BatchCall(list(weights), gradients, squares, axes, order, sizes, results)

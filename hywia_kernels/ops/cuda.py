@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import by_result, triples
+from .calls import BatchCall, LinearCall, TaylorCall
 from .devices import on, stream
-from .native import DTYPE_CODES, ORDER_CODES, compact_sizes, operand
+from .native import DTYPE_CODES, ORDER_CODES, compact_sizes, operand, taylor_arguments
 
 OPS = ("taylor_importance", "linear_importance", "compact", "taylor_importance_batch")
 
@@ -158,40 +158,21 @@ def _counters(device: int) -> Tensor:
     return _kept_counters[key]
 
 
-def taylor_importance(
-    weight: Tensor,
-    grad: Tensor | None,
-    fisher: Tensor | None,
-    axis: int,
-    order: str,
-    group_size: int,
-    fine: Tensor,
-    signed: Tensor,
-    accumulate: bool,
-) -> None:
-    extension = _extension()
-    call = {
-        "weight": operand(weight, axis),
-        "grad": operand(grad, axis),
-        "fisher": operand(fisher, axis),
-        "units": weight.shape[axis],
-        "reduce": weight.shape[1 - axis],
-        "group_size": group_size,
-        "order": ORDER_CODES[order],
-    }
-    with on(weight.device):
+def taylor_importance(call: TaylorCall, fine: Tensor, signed: Tensor, accumulate: bool) -> None:
+    extension, device, arguments = _extension(), call.weight.device, taylor_arguments(call)
+    with on(device):
         # The caching allocator ties the workspace to the current stream, so it may be freed when this returns.
-        floats = extension.taylor_importance_workspace(**call)
-        workspace = torch.empty(floats, dtype=torch.float32, device=weight.device)
-        counters = _counters(weight.device.index)
+        floats = extension.taylor_importance_workspace(**arguments)
+        workspace = torch.empty(floats, dtype=torch.float32, device=device)
+        counters = _counters(device.index)
         extension.taylor_importance(
-            **call,
+            **arguments,
             fine=fine.data_ptr(),
             signed_sum=signed.data_ptr(),
             accumulate=accumulate,
             workspace=workspace.data_ptr(),
             counters=counters.data_ptr(),
-            stream=stream(weight.device),
+            stream=stream(device),
         )
 
 
@@ -200,26 +181,13 @@ def _pitch(tensor: Tensor) -> int:
     return tensor.stride(0) if tensor.shape[0] > 1 else -(-tensor.shape[1] // 8) * 8
 
 
-def linear_importance(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    offsets: list[int],
-    axis: int,
-    order: str,
-    group_size: int,
-    per_sample: bool,
-    scale: float,
-    fine: Tensor,
-    coarse: Tensor,
-    accumulate: bool,
-    mapped: Tensor | None = None,
-) -> None:
+def linear_importance(call: LinearCall, fine: Tensor, coarse: Tensor, accumulate: bool) -> None:
     extension = _extension()
-    samples, tokens = len(offsets) - 1, offsets[-1]
+    grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, mapped = call
+    samples, tokens = call.samples, offsets[-1]
     equal = tokens % samples == 0 and offsets == list(range(0, tokens + 1, tokens // samples))
     limits = None if equal else torch.tensor(offsets, dtype=torch.int32).to(weight.device, non_blocking=True)
-    call = extension.LinearImportanceArgs(
+    arguments = extension.LinearImportanceArgs(
         grad_output=(grad_output.data_ptr(), _pitch(grad_output)),
         input=(input.data_ptr(), _pitch(input)),
         weight=(weight.data_ptr(), _pitch(weight)),
@@ -237,9 +205,11 @@ def linear_importance(
         scale=scale,
     )
     with on(weight.device):
-        workspace = torch.empty(extension.linear_importance_workspace(call), dtype=torch.float32, device=weight.device)
+        workspace = torch.empty(
+            extension.linear_importance_workspace(arguments), dtype=torch.float32, device=weight.device
+        )
         extension.linear_importance(
-            call,
+            arguments,
             fine=fine.data_ptr(),
             coarse=coarse.data_ptr(),
             accumulate=accumulate,
@@ -259,34 +229,22 @@ def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor) -> None:
         )
 
 
-def taylor_importance_batch(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    fishers: list[Tensor],
-    axes: list[int],
-    order: str,
-    group_sizes: list[int],
-    into: list[int],
-    fine: list[Tensor],
-    signed: list[Tensor],
-    accumulate: bool,
-) -> None:
-    members, operands = by_result(into, len(fine)), triples(weights, grads, fishers)
-    with on(weights[0].device):
+def taylor_importance_batch(call: BatchCall, fine: list[Tensor], signed: list[Tensor], accumulate: bool) -> None:
+    members, matrices, device = call.members, call.matrices, call.weights[0].device
+    with on(device):
         left: list[int] = _extension().taylor_importance_batch(
             matrices=[
-                (*(operand(x, axes[i]) for x in operands[i]), weights[i].shape[1 - axes[i]], group_sizes[i])
+                (*(operand(x, m.axis) for x in m.operands), m.weight.shape[1 - m.axis], m.group_size)
                 for listed in members
-                for i in listed
+                for m in (matrices[i] for i in listed)
             ],
             results=[
                 (f.data_ptr(), s.data_ptr(), f.numel(), len(listed), accumulate)
                 for f, s, listed in zip(fine, signed, members, strict=True)
             ],
-            order=ORDER_CODES[order],
-            stream=stream(weights[0].device),
+            order=ORDER_CODES[call.order],
+            stream=stream(device),
         )
     for result in left:  # layouts that the kernel cannot read in 16-byte words
         for number, i in enumerate(members[result]):
-            add = accumulate or number > 0
-            taylor_importance(*operands[i], axes[i], order, group_sizes[i], fine[result], signed[result], add)
+            taylor_importance(matrices[i], fine[result], signed[result], accumulate or number > 0)

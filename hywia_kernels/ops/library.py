@@ -2,86 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from . import checks
-from .batch import triples
+from .calls import BatchCall, LinearCall, TaylorCall
 from .registry import implementation
 
+Call = TaylorCall | LinearCall | BatchCall
+Sums = tuple[Tensor, Tensor]
 
-def _units(weight: Tensor, axis: int, group_size: int) -> int:
-    return weight.shape[axis] // group_size
 
-
-def taylor_importance(
-    weight: Tensor,
-    grad: Tensor | None,
-    fisher: Tensor | None,
-    axis: int,
-    order: str,
-    group_size: int,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    run = implementation("taylor_importance", backend, weight, grad, fisher)
-    units = _units(weight, axis, group_size)
-    fine, signed = (torch.empty(units, dtype=torch.float32, device=weight.device) for _ in range(2))
-    run(weight, grad, fisher, axis, order, group_size, fine, signed, False)
+def taylor_importance(call: TaylorCall, backend: str | None = None) -> Sums:
+    run = implementation("taylor_importance", backend, *call.operands)
+    fine, signed = (torch.empty(call.units, dtype=torch.float32, device=call.weight.device) for _ in range(2))
+    run(call, fine, signed, False)
     return fine, signed
 
 
-def taylor_importance_(
-    weight: Tensor,
-    grad: Tensor | None,
-    fisher: Tensor | None,
-    axis: int,
-    order: str,
-    group_size: int,
-    fine: Tensor,
-    signed: Tensor,
-    backend: str | None = None,
-) -> None:
-    run = implementation("taylor_importance", backend, weight, grad, fisher)
-    run(weight, grad, fisher, axis, order, group_size, fine, signed, True)
+def taylor_importance_(call: TaylorCall, fine: Tensor, signed: Tensor, backend: str | None = None) -> None:
+    implementation("taylor_importance", backend, *call.operands)(call, fine, signed, True)
 
 
-def linear_importance(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    offsets: list[int],
-    axis: int,
-    order: str,
-    group_size: int,
-    per_sample: bool,
-    scale: float,
-    mapped: Tensor | None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    run = implementation("linear_importance", backend, grad_output, input, weight, mapped)
-    shapes = checks.linear_shapes(weight, offsets, axis, order, group_size, per_sample)
-    fine, coarse = (torch.empty(shape, dtype=torch.float32, device=weight.device) for shape in shapes)
-    run(grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, fine, coarse, False, mapped)
+def linear_importance(call: LinearCall, backend: str | None = None) -> Sums:
+    run = implementation("linear_importance", backend, *call.operands)
+    fine, coarse = (torch.empty(shape, dtype=torch.float32, device=call.weight.device) for shape in call.shapes)
+    run(call, fine, coarse, False)
     return fine, coarse
 
 
-def linear_importance_(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    offsets: list[int],
-    axis: int,
-    order: str,
-    group_size: int,
-    per_sample: bool,
-    scale: float,
-    mapped: Tensor | None,
-    fine: Tensor,
-    coarse: Tensor,
-    backend: str | None = None,
-) -> None:
-    run = implementation("linear_importance", backend, grad_output, input, weight, mapped)
-    run(grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, fine, coarse, True, mapped)
+def linear_importance_(call: LinearCall, fine: Tensor, coarse: Tensor, backend: str | None = None) -> None:
+    implementation("linear_importance", backend, *call.operands)(call, fine, coarse, True)
 
 
 def compact(weight: Tensor, keep: Tensor, axis: int, backend: str | None = None) -> Tensor:
@@ -113,19 +66,46 @@ def attention_fusion_(
     run(fine, coarse, temperature, score, weight)
 
 
+def taylor_importance_batch(call: BatchCall, backend: str | None = None) -> list[Tensor]:
+    """Fine and signed sums of each result in turn."""
+    run = implementation("taylor_importance_batch", backend, *call.operands)
+    device = call.weights[0].device
+    flat = [torch.empty(n, dtype=torch.float32, device=device) for n in call.units for _ in range(2)]
+    run(call, flat[::2], flat[1::2], False)
+    return flat
+
+
+def taylor_importance_batch_(
+    call: BatchCall, fine: list[Tensor], signed: list[Tensor], backend: str | None = None
+) -> None:
+    implementation("taylor_importance_batch", backend, *call.operands)(call, fine, signed, True)
+
+
 def _register(name: str, schema: str, body, fake, mutates: tuple[str, ...] = ()) -> None:
     # The dispatcher drops trailing arguments that equal their default, so bodies and fakes default `backend` too.
     torch.library.custom_op(f"hywia::{name}", body, mutates_args=mutates, schema=schema).register_fake(fake)
 
 
-def _fake_taylor(weight, grad, fisher, axis, order, group_size, backend=None):
-    units = _units(weight, axis, group_size)
-    return tuple(weight.new_empty(units, dtype=torch.float32) for _ in range(2))
+def _flat(function: Callable, kind: type[Call]) -> Callable:
+    """`function` of a call for the dispatcher, which hands over the call's fields one by one."""
+    count = len(kind._fields)
+
+    def of_fields(*arguments):
+        return function(kind(*arguments[:count]), *arguments[count:])
+
+    return of_fields
 
 
-def _fake_linear(grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, mapped, backend=None):
-    shapes = checks.linear_shapes(weight, offsets, axis, order, group_size, per_sample)
-    return tuple(weight.new_empty(shape, dtype=torch.float32) for shape in shapes)
+def _fake_taylor(call: TaylorCall, backend=None):
+    return tuple(call.weight.new_empty(call.units, dtype=torch.float32) for _ in range(2))
+
+
+def _fake_linear(call: LinearCall, backend=None):
+    return tuple(call.weight.new_empty(shape, dtype=torch.float32) for shape in call.shapes)
+
+
+def _fake_taylor_batch(call: BatchCall, backend=None):
+    return [call.weights[0].new_empty(n, dtype=torch.float32) for n in call.units for _ in range(2)]
 
 
 def _fake_compact(weight, keep, axis, backend=None):
@@ -142,27 +122,46 @@ def _fake_inplace(*args) -> None:
     return None
 
 
-_TAYLOR = "Tensor weight, Tensor? grad, Tensor? fisher, int axis, str order, SymInt group_size, "
-_register("taylor_importance", f"({_TAYLOR}str? backend=None) -> (Tensor, Tensor)", taylor_importance, _fake_taylor)
-_register(
-    "taylor_importance_",
-    f"({_TAYLOR}Tensor(a!) fine, Tensor(b!) signed, str? backend=None) -> ()",
-    taylor_importance_,
-    _fake_inplace,
-    ("fine", "signed"),
+_SUMS: tuple[tuple[type[Call], Callable, Callable, Callable, str, str, str], ...] = (
+    (
+        TaylorCall,
+        taylor_importance,
+        taylor_importance_,
+        _fake_taylor,
+        "Tensor weight, Tensor? grad, Tensor? fisher, int axis, str order, SymInt group_size",
+        "Tensor(a!) fine, Tensor(b!) signed",
+        "(Tensor, Tensor)",
+    ),
+    (
+        LinearCall,
+        linear_importance,
+        linear_importance_,
+        _fake_linear,
+        "Tensor grad_output, Tensor input, Tensor weight, int[] offsets, int axis, str order, SymInt group_size, "
+        "bool per_sample, float scale, Tensor? mapped",
+        "Tensor(a!) fine, Tensor(b!) coarse",
+        "(Tensor, Tensor)",
+    ),
+    (
+        BatchCall,
+        taylor_importance_batch,
+        taylor_importance_batch_,
+        _fake_taylor_batch,
+        "Tensor[] weights, Tensor[] grads, Tensor[] fishers, int[] axes, str order, SymInt[] group_sizes, int[] into",
+        "Tensor(a!)[] fine, Tensor(b!)[] signed",
+        "Tensor[]",
+    ),
 )
-_LINEAR = (
-    "Tensor grad_output, Tensor input, Tensor weight, int[] offsets, int axis, str order, SymInt group_size, "
-    "bool per_sample, float scale, Tensor? mapped, "
-)
-_register("linear_importance", f"({_LINEAR}str? backend=None) -> (Tensor, Tensor)", linear_importance, _fake_linear)
-_register(
-    "linear_importance_",
-    f"({_LINEAR}Tensor(a!) fine, Tensor(b!) coarse, str? backend=None) -> ()",
-    linear_importance_,
-    _fake_inplace,
-    ("fine", "coarse"),
-)
+for _kind, _body, _adding, _fake, _fields, _outputs, _result in _SUMS:
+    _name = _body.__name__
+    _register(_name, f"({_fields}, str? backend=None) -> {_result}", _flat(_body, _kind), _flat(_fake, _kind))
+    _register(
+        f"{_name}_",
+        f"({_fields}, {_outputs}, str? backend=None) -> ()",
+        _flat(_adding, _kind),
+        _fake_inplace,
+        tuple(output.split()[-1] for output in _outputs.split(",")),
+    )
 _register("compact", "(Tensor weight, Tensor keep, int axis, str? backend=None) -> Tensor", compact, _fake_compact)
 _register(
     "compact_",
@@ -183,70 +182,4 @@ _register(
     attention_fusion_,
     _fake_inplace,
     ("score", "weight"),
-)
-
-
-def _batch_operands(weights: list[Tensor], grads: list[Tensor], fishers: list[Tensor]) -> list[Tensor | None]:
-    """The operands of all matrices in turn, as the backends' `unsupported` looks at them."""
-    return [operand for operands in triples(weights, grads, fishers) for operand in operands]
-
-
-def _batch_units(weights: list[Tensor], axes: list[int], group_sizes: list[int], into: list[int]) -> list[int]:
-    """Units of each result."""
-    of = {result: _units(weights[i], axes[i], group_sizes[i]) for i, result in enumerate(into)}
-    return [of[result] for result in range(len(of))]
-
-
-def taylor_importance_batch(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    fishers: list[Tensor],
-    axes: list[int],
-    order: str,
-    group_sizes: list[int],
-    into: list[int],
-    backend: str | None = None,
-) -> list[Tensor]:
-    """Fine and signed sums of each result in turn."""
-    run = implementation("taylor_importance_batch", backend, *_batch_operands(weights, grads, fishers))
-    units = _batch_units(weights, axes, group_sizes, into)
-    flat = [torch.empty(n, dtype=torch.float32, device=weights[0].device) for n in units for _ in range(2)]
-    run(weights, grads, fishers, axes, order, group_sizes, into, flat[::2], flat[1::2], False)
-    return flat
-
-
-def taylor_importance_batch_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    fishers: list[Tensor],
-    axes: list[int],
-    order: str,
-    group_sizes: list[int],
-    into: list[int],
-    fine: list[Tensor],
-    signed: list[Tensor],
-    backend: str | None = None,
-) -> None:
-    run = implementation("taylor_importance_batch", backend, *_batch_operands(weights, grads, fishers))
-    run(weights, grads, fishers, axes, order, group_sizes, into, fine, signed, True)
-
-
-def _fake_taylor_batch(weights, grads, fishers, axes, order, group_sizes, into, backend=None):
-    units = _batch_units(weights, axes, group_sizes, into)
-    return [weights[0].new_empty(n, dtype=torch.float32) for n in units for _ in range(2)]
-
-
-_BATCH = "Tensor[] weights, Tensor[] grads, Tensor[] fishers, int[] axes, str order, SymInt[] group_sizes, int[] into, "
-_register(
-    "taylor_importance_batch",
-    f"({_BATCH}str? backend=None) -> Tensor[]",
-    taylor_importance_batch,
-    _fake_taylor_batch,
-)
-_register(
-    "taylor_importance_batch_",
-    f"({_BATCH}Tensor(a!)[] fine, Tensor(b!)[] signed, str? backend=None) -> ()",
-    taylor_importance_batch_,
-    _fake_inplace,
-    ("fine", "signed"),
 )

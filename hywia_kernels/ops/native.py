@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import triples
+from .calls import BatchCall, LinearCall, TaylorCall
 from .precision import full_float32
 
 OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion", "taylor_importance_batch")
@@ -66,25 +66,23 @@ def compact_sizes(weight: Tensor, axis: int, out: Tensor) -> dict[str, int]:
     }
 
 
-def taylor_importance(
-    weight: Tensor,
-    grad: Tensor | None,
-    fisher: Tensor | None,
-    axis: int,
-    order: str,
-    group_size: int,
-    fine: Tensor,
-    signed: Tensor,
-    accumulate: bool,
-) -> None:
+def taylor_arguments(call: TaylorCall) -> dict[str, Any]:
+    """The operands and sizes of a call, as the extensions take them."""
+    axis = call.axis
+    return {
+        "weight": operand(call.weight, axis),
+        "grad": operand(call.grad, axis),
+        "fisher": operand(call.fisher, axis),
+        "units": call.weight.shape[axis],
+        "reduce": call.weight.shape[1 - axis],
+        "group_size": call.group_size,
+        "order": ORDER_CODES[call.order],
+    }
+
+
+def taylor_importance(call: TaylorCall, fine: Tensor, signed: Tensor, accumulate: bool) -> None:
     _extension().taylor_importance(
-        weight=operand(weight, axis),
-        grad=operand(grad, axis),
-        fisher=operand(fisher, axis),
-        units=weight.shape[axis],
-        reduce=weight.shape[1 - axis],
-        group_size=group_size,
-        order=ORDER_CODES[order],
+        **taylor_arguments(call),
         fine=fine.data_ptr(),
         signed_sum=signed.data_ptr(),
         accumulate=accumulate,
@@ -114,23 +112,15 @@ def _products(dy: Tensor, x: Tensor, limits: list[int], scale: float, out: Tenso
 
 @torch.no_grad()
 def linear_importance(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    offsets: list[int],
-    axis: int,
-    order: str,
-    group_size: int,
-    per_sample: bool,
-    scale: float,
+    call: LinearCall,
     fine: Tensor,
     coarse: Tensor,
     accumulate: bool,
-    mapped: Tensor | None = None,
     also: tuple[int, int, Tensor, Tensor] | None = None,
 ) -> None:
     """`also`: axis, group size, fine and coarse of other units on the same matrix. The products, nearly all of the
     work, are made once."""
+    grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, _ = call
     run, threads = _extension().sample_importance, torch.get_num_threads()
     results = [(axis, group_size, fine, coarse), *([] if also is None else [also])]
     if not per_sample:  # first order alone: one product over all tokens, as if of one sample
@@ -208,21 +198,9 @@ def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, score: Te
     )
 
 
-def taylor_importance_batch(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    fishers: list[Tensor],
-    axes: list[int],
-    order: str,
-    group_sizes: list[int],
-    into: list[int],
-    fine: list[Tensor],
-    signed: list[Tensor],
-    accumulate: bool,
-) -> None:
+def taylor_importance_batch(call: BatchCall, fine: list[Tensor], signed: list[Tensor], accumulate: bool) -> None:
     """One matrix after the other: a call costs nothing here."""
     seen: set[int] = set()
-    for i, (operands, result) in enumerate(zip(triples(weights, grads, fishers), into, strict=True)):
-        add = accumulate or result in seen
-        taylor_importance(*operands, axes[i], order, group_sizes[i], fine[result], signed[result], add)
+    for matrix, result in zip(call.matrices, call.into, strict=True):
+        taylor_importance(matrix, fine[result], signed[result], accumulate or result in seen)
         seen.add(result)

@@ -10,9 +10,11 @@ import itertools
 import torch
 from torch import Tensor
 
-from .batch import triples
+from .calls import BatchCall, LinearCall, TaylorCall
 
 OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion", "taylor_importance_batch")
+
+Sums = tuple[Tensor, Tensor]
 
 
 def unavailable() -> str | None:
@@ -25,7 +27,7 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
 
 def taylor_importance_fp64(
     weight: Tensor, grad: Tensor | None, fisher: Tensor | None, axis: int, order: str, group_size: int
-) -> tuple[Tensor, Tensor]:
+) -> Sums:
     w = weight.double()
     if order == "first":
         assert grad is not None
@@ -45,23 +47,13 @@ def taylor_importance_fp64(
 
 
 @torch.no_grad()
-def taylor_importance(
-    weight: Tensor,
-    grad: Tensor | None,
-    fisher: Tensor | None,
-    axis: int,
-    order: str,
-    group_size: int,
-    fine: Tensor,
-    signed: Tensor,
-    accumulate: bool,
-) -> None:
-    fine64, signed64 = taylor_importance_fp64(weight, grad, fisher, axis, order, group_size)
-    if accumulate:
-        fine64 += fine
-        signed64 += signed
-    fine.copy_(fine64)
-    signed.copy_(signed64)
+def taylor_importance(call: TaylorCall, fine: Tensor, signed: Tensor, accumulate: bool) -> None:
+    _store(taylor_importance_fp64(*call), (fine, signed), accumulate)
+
+
+def _store(exact: Sums, out: Sums, accumulate: bool) -> None:
+    for sums, rounded in zip(exact, out, strict=True):
+        rounded.copy_(sums + rounded if accumulate else sums)
 
 
 def _fold(terms: Tensor, axis: int, group_size: int) -> Tensor:
@@ -79,7 +71,9 @@ def linear_importance_fp64(
     group_size: int,
     per_sample: bool,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+    mapped: Tensor | None = None,
+) -> Sums:
+    """`mapped` is not read: the gradients are made in any case."""
     dy, x, w = grad_output.double(), input.double(), weight.double()
     mean, fisher = torch.zeros_like(w), torch.zeros_like(w)
     coarse = []
@@ -98,29 +92,8 @@ def linear_importance_fp64(
 
 
 @torch.no_grad()
-def linear_importance(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    offsets: list[int],
-    axis: int,
-    order: str,
-    group_size: int,
-    per_sample: bool,
-    scale: float,
-    fine: Tensor,
-    coarse: Tensor,
-    accumulate: bool,
-    mapped: Tensor | None = None,
-) -> None:
-    fine64, coarse64 = linear_importance_fp64(
-        grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale
-    )
-    if accumulate:
-        fine64 += fine
-        coarse64 += coarse
-    fine.copy_(fine64)
-    coarse.copy_(coarse64)
+def linear_importance(call: LinearCall, fine: Tensor, coarse: Tensor, accumulate: bool) -> None:
+    _store(linear_importance_fp64(*call), (fine, coarse), accumulate)
 
 
 @torch.no_grad()
@@ -155,38 +128,17 @@ def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, score: Te
     weight.copy_(weight64)
 
 
-def taylor_importance_batch_fp64(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    fishers: list[Tensor],
-    axes: list[int],
-    order: str,
-    group_sizes: list[int],
-    into: list[int],
-) -> list[tuple[Tensor, Tensor]]:
+def taylor_importance_batch_fp64(call: BatchCall) -> list[Sums]:
     """`(fine, signed)` of each result: the sums of its matrices, added in the order in which they are listed."""
-    results: dict[int, tuple[Tensor, Tensor]] = {}
-    for i, operands in enumerate(triples(weights, grads, fishers)):
-        fine, signed = taylor_importance_fp64(*operands, axes[i], order, group_sizes[i])
-        before = results.get(into[i])
-        results[into[i]] = (fine, signed) if before is None else (before[0] + fine, before[1] + signed)
+    results: dict[int, Sums] = {}
+    for matrix, result in zip(call.matrices, call.into, strict=True):
+        fine, signed = taylor_importance_fp64(*matrix)
+        before = results.get(result)
+        results[result] = (fine, signed) if before is None else (before[0] + fine, before[1] + signed)
     return [results[result] for result in range(len(results))]
 
 
 @torch.no_grad()
-def taylor_importance_batch(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    fishers: list[Tensor],
-    axes: list[int],
-    order: str,
-    group_sizes: list[int],
-    into: list[int],
-    fine: list[Tensor],
-    signed: list[Tensor],
-    accumulate: bool,
-) -> None:
-    sums = taylor_importance_batch_fp64(weights, grads, fishers, axes, order, group_sizes, into)
-    for (fine64, signed64), fine32, signed32 in zip(sums, fine, signed, strict=True):
-        fine32.copy_(fine64 + fine32 if accumulate else fine64)
-        signed32.copy_(signed64 + signed32 if accumulate else signed64)
+def taylor_importance_batch(call: BatchCall, fine: list[Tensor], signed: list[Tensor], accumulate: bool) -> None:
+    for exact, *out in zip(taylor_importance_batch_fp64(call), fine, signed, strict=True):
+        _store(exact, (out[0], out[1]), accumulate)

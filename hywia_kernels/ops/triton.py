@@ -7,6 +7,7 @@ import os
 import torch
 from torch import Tensor
 
+from .calls import BatchCall, LinearCall, TaylorCall
 from .devices import on
 
 try:
@@ -70,17 +71,8 @@ def _cut(lines: int, reduce: int, group_size: int, reduce_contiguous: bool) -> t
     return block_u, block_r, blocks, max(1, min(pieces, steps, 65535))
 
 
-def taylor_importance(
-    weight: Tensor,
-    grad: Tensor | None,
-    fisher: Tensor | None,
-    axis: int,
-    order: str,
-    group_size: int,
-    fine: Tensor,
-    signed: Tensor,
-    accumulate: bool,
-) -> None:
+def taylor_importance(call: TaylorCall, fine: Tensor, signed: Tensor, accumulate: bool) -> None:
+    weight, grad, fisher, axis, order, group_size = call
     lines, reduce = weight.shape[axis], weight.shape[1 - axis]
     units = fine.numel()
     if lines == 0 or reduce == 0:
@@ -132,9 +124,9 @@ def taylor_importance(
             )
 
 
-def linear_importance(grad_output: Tensor, input: Tensor, weight: Tensor, *call) -> None:
-    with on(weight.device):
-        triton_linear.linear_importance(grad_output, input, weight, *call)
+def linear_importance(call: LinearCall, fine: Tensor, coarse: Tensor, accumulate: bool) -> None:
+    with on(call.weight.device):
+        triton_linear.linear_importance(call, fine, coarse, accumulate)
 
 
 def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor) -> None:
@@ -181,5 +173,5 @@ def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, score: Te
         )
 
 
-def taylor_importance_batch(*arguments) -> None:
-    triton_batch.taylor_importance_batch(*arguments)
+def taylor_importance_batch(call: BatchCall, fine: list[Tensor], signed: list[Tensor], accumulate: bool) -> None:
+    triton_batch.taylor_importance_batch(call, fine, signed, accumulate)

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from . import kernels_triton_batch as kernels
-from .batch import Operands, by_result, triples
+from .calls import BatchCall, TaylorCall
 from .devices import on
 from .native import DTYPE_CODES
 from .triton_tiles import LONGEST_CHAIN, TILE, power_of_two
@@ -20,14 +20,14 @@ def _strides(tensor: Tensor | None, axis: int) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.stride(axis), tensor.stride(1 - axis))
 
 
-def _member(operands: Operands, axis: int, group_size: int) -> list[int]:
+def _member(matrix: TaylorCall) -> list[int]:
     """A row of the table of matrices, as the kernel reads it."""
-    weight = operands[0]
+    operands, weight, axis = matrix.operands, matrix.weight, matrix.axis
     return [
         *(0 if x is None else x.data_ptr() for x in operands),
         *(stride for x in operands for stride in _strides(x, axis)),
         weight.shape[1 - axis],
-        group_size,
+        matrix.group_size,
         int(weight.stride(1 - axis) == 1),
         *(0 if x is None else DTYPE_CODES[x.dtype] for x in operands),
     ]
@@ -57,21 +57,10 @@ def _common(members: list[list[int]], field: int) -> int:
     return codes.pop() if len(codes) == 1 else -1
 
 
-def taylor_importance_batch(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    fishers: list[Tensor],
-    axes: list[int],
-    order: str,
-    group_sizes: list[int],
-    into: list[int],
-    fine: list[Tensor],
-    signed: list[Tensor],
-    accumulate: bool,
-) -> None:
-    device = weights[0].device
-    of_result, operands = by_result(into, len(fine)), triples(weights, grads, fishers)
-    members = [_member(operands[i], axes[i], group_sizes[i]) for listed in of_result for i in listed]
+def taylor_importance_batch(call: BatchCall, fine: list[Tensor], signed: list[Tensor], accumulate: bool) -> None:
+    device = call.weights[0].device
+    of_result, matrices = call.members, call.matrices
+    members = [_member(matrices[i]) for listed in of_result for i in listed]
     block_u, block_r = _tile(members, max(f.numel() for f in fine))
     results: list[list[int]] = []
     blocks: list[int] = []
@@ -87,7 +76,7 @@ def taylor_importance_batch(
     split = max(1, min(steps, max(_PROGRAMS // len(blocks), triton.cdiv(steps, LONGEST_CHAIN))))
     codes = {name: _common(members, field) for name, field in (("WEIGHT", 12), ("GRAD", 13), ("FISHER", 14))}
     flat = all(code >= 0 for code in codes.values()) and all(
-        _flat(m, fine[result].numel(), block_r) for m, result in zip(members, sorted(into), strict=True)
+        _flat(m, fine[result].numel(), block_r) for m, result in zip(members, sorted(call.into), strict=True)
     )
     fields = [field for row in (*results, *members) for field in row] + blocks
     tables = torch.tensor(fields, dtype=torch.int64)
@@ -102,7 +91,7 @@ def taylor_importance_batch(
             len(results) * _RESULT_FIELDS + len(members) * _MEMBER_FIELDS,
             torch.empty(shares, dtype=torch.float32, device=device),
             counters,
-            ORDER=order,
+            ORDER=call.order,
             **codes,
             FLAT=flat,
             WIDE=any(m[9] * m[10] + TILE >= 1 << 31 for m in members),

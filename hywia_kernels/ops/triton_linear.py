@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import kernels_triton_linear as kernels
 from . import linear_configs as configs
-from .checks import linear_shapes
+from .calls import LinearCall
 from .linear_configs import Config
 from .linear_cut import Cut, cut, form_of, longest
 
@@ -82,20 +82,15 @@ def launch(
     plan: Cut,
     a: Tensor,
     b: Tensor,
-    weight: Tensor,
-    axis: int,
-    offsets: list[int],
-    order: str,
-    group_size: int,
-    per_sample: bool,
-    scale: float,
+    call: LinearCall,
     fine: Tensor,
     coarse: Tensor,
     accumulate: bool,
 ) -> None:
-    """`a` is the operand on the units' side, [tokens, lines]; `b` the other one, [tokens, reduce]."""
+    """`a` is the operand on the units' side, [tokens, lines]; `b` the other one, [tokens, reduce]; both readable."""
+    weight, axis, order, per_sample = call.weight, call.axis, call.order, call.per_sample
     config, device = plan.config, weight.device
-    (tokens, lines), reduce, samples = a.shape, b.shape[1], len(offsets) - 1
+    (tokens, lines), reduce, samples = a.shape, b.shape[1], call.samples
     units = fine.shape[-1]
     whole = not plan.ragged and plan.length % config.block_k == 0 and tokens % config.block_k == 0
     # Beyond the last token a descriptor reads zeros, beyond the last of a sample it reads the next one.
@@ -110,7 +105,7 @@ def launch(
         w = TensorDescriptor.from_tensor(weight, block if axis == 0 else block[::-1])
     limits = None
     if plan.ragged:
-        limits = torch.tensor(offsets, dtype=torch.int32)
+        limits = torch.tensor(call.offsets, dtype=torch.int32)
         if device.type == "cuda":
             limits = limits.pin_memory().to(device, non_blocking=True)
     count = min(plan.tiles, plan.tiles_per_launch)
@@ -136,7 +131,7 @@ def launch(
     }
     for first in range(0, plan.tiles, count):
         last = min(first + count, plan.tiles)
-        tiles = (plan.u_blocks, plan.r_blocks, first, last, scale, 1.0 / samples)
+        tiles = (plan.u_blocks, plan.r_blocks, first, last, call.scale, 1.0 / samples)
         if plan.form == "total":
             programs = min(last - first, config.per_sm * _multiprocessors(device))
             kernels.linear_total[(programs,)](
@@ -166,7 +161,7 @@ def launch(
                 SEGMENT=plan.segment,
                 **common,
             )
-        _finish(plan, partial, fine, coarse, first, last, lines, units, group_size, add)
+        _finish(plan, partial, fine, coarse, first, last, lines, units, call.group_size, add)
 
 
 def _finish(
@@ -216,55 +211,31 @@ def _finish(
     )
 
 
-def linear_importance(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    offsets: list[int],
-    axis: int,
-    order: str,
-    group_size: int,
-    per_sample: bool,
-    scale: float,
-    fine: Tensor,
-    coarse: Tensor,
-    accumulate: bool,
-    mapped: Tensor | None = None,
-) -> None:
+def linear_importance(call: LinearCall, fine: Tensor, coarse: Tensor, accumulate: bool) -> None:
+    weight, axis, order, offsets, per_sample = call.weight, call.axis, call.order, call.offsets, call.per_sample
     lines, reduce = weight.shape[axis], weight.shape[1 - axis]
     if lines == 0 or reduce == 0:
         if not accumulate:
             fine.zero_()
             coarse.zero_()
         return
-    a, b = (_readable(x) for x in ((grad_output, input) if axis == 0 else (input, grad_output)))
+    a, b = (_readable(x) for x in (call.operands[:2] if axis == 0 else call.operands[1::-1]))
     form = form_of(order, per_sample, offsets[-1])
     wide = weight.dtype == torch.float32
     length = longest(offsets, form, per_sample)
     config = configs.default(form, wide, axis, length, _hopper(weight.device))
-    call = (offsets, order, group_size, per_sample, scale)
     if os.environ.get(configs.AUTOTUNE) == "1" and weight.device.type == "cuda":
-        config = _tuned(form, a, b, weight, axis, *call)
+        config = _tuned(form, a, b, call)
     plan = cut(config, lines, reduce, offsets, order, per_sample, _described(a, b, weight))
-    launch(plan, a, b, weight, axis, *call, fine, coarse, accumulate)
+    launch(plan, a, b, call, fine, coarse, accumulate)
 
 
 _chosen: dict[str, Config] = {}
 
 
-def _tuned(
-    form: str,
-    a: Tensor,
-    b: Tensor,
-    weight: Tensor,
-    axis: int,
-    offsets: list[int],
-    order: str,
-    group_size: int,
-    per_sample: bool,
-    scale: float,
-) -> Config:
+def _tuned(form: str, a: Tensor, b: Tensor, call: LinearCall) -> Config:
     """The measured configuration of this call's key: from this process, from the file, or measured now."""
+    weight, axis, order, offsets, per_sample = call.weight, call.axis, call.order, call.offsets, call.per_sample
     lines, reduce = a.shape[1], b.shape[1]
     name = configs.key(
         torch.cuda.get_device_name(weight.device),
@@ -274,18 +245,16 @@ def _tuned(
         lines,
         reduce,
         offsets[-1],
-        len(offsets) - 1 if per_sample else 1,
+        call.samples if per_sample else 1,
     )
     if name not in _chosen:
         _chosen.update({n: c for n, c in configs.read().items() if n not in _chosen})
     if name not in _chosen:
-        shapes = linear_shapes(weight, offsets, axis, order, group_size, per_sample)
-        fine, coarse = (torch.empty(shape, dtype=torch.float32, device=weight.device) for shape in shapes)
+        fine, coarse = (torch.empty(shape, dtype=torch.float32, device=weight.device) for shape in call.shapes)
         times = {}
         for candidate in configs.candidates(form, weight.dtype == torch.float32):
             plan = cut(candidate, lines, reduce, offsets, order, per_sample, _described(a, b, weight))
-            call = (offsets, order, group_size, per_sample, scale, fine, coarse, False)
-            run = functools.partial(launch, plan, a, b, weight, axis, *call)
+            run = functools.partial(launch, plan, a, b, call, fine, coarse, False)
             try:
                 times[candidate] = _median(run)
             except triton.OutOfResources:  # more shared memory than this device has

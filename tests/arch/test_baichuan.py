@@ -11,13 +11,14 @@ import pytest
 import torch
 from families import fresh_named, randomised, token_ids
 from safetensors.torch import load_file, save_file
-from test_contract import CUTS, logits, make_plan, relative
 from words import text, write_tokenizer
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.adaptive.alibi_hywia_adaptive import SURVIVORS
 from hywia_kernels.cli import main
+from tests.support.comparison import logits, relative
+from tests.support.cuts import CUTS, make_plan
 
 CODE = Path(__file__).with_name("baichuan_code")
 BOMB = 'raise AssertionError("code of the checkpoint was run")\n'

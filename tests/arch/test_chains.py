@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, fresh, fresh_named, token_ids
-from test_contract import logits, make_plan, relative
-from words import text, write_tokenizer
 
 import hywia_kernels as hk
 from hywia_kernels.cli import main
 from hywia_kernels.learned import learn
+from tests.support.comparison import logits, relative
+from tests.support.cuts import make_plan
+from tests.support.shapes import distinct
+from tests.support.tokenizers import text, write_tokenizer
 
 SMALL = ["--samples", "3", "--seq-len", "12", "--align", "4", "--block", "16", "--max-blocks", "3"]
 
@@ -62,7 +61,7 @@ def test_a_family_without_experts_says_so(tmp_path, monkeypatch, capsys):
     assert "units: the model has no experts to cut" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@pytest.mark.parametrize("family", distinct(FAMILIES), ids=lambda f: f.name)
 def test_a_second_cut_after_a_reload(family, tmp_path):
     """Layers of different widths, saved, loaded, measured, cut again, saved and loaded again."""
     tokens, model = token_ids(), fresh(family)
@@ -159,36 +158,6 @@ def test_masks_are_learned_on_the_model_s_own_logits(family):
     dense, cut = (logits(m, tokens).double().log_softmax(-1) for m in (model, masked))
     want = float((dense.exp() * (dense - cut)).sum(-1).mean())
     assert learned.record["learned"]["divergence"][0] == pytest.approx(want, rel=1e-3)
-
-
-REMOTE = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM
-tokens = torch.tensor(json.loads(sys.argv[2]))
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-assert not any(name.startswith("hywia_kernels") for name in sys.modules)
-with torch.no_grad():
-    torch.save(model(tokens).logits, sys.argv[1] + ".pt")
-"""
-
-
-def test_slopes_travel_with_a_checkpoint_that_is_loaded_without_this_package(tmp_path):
-    model, tokens = fresh_named("bloom"), token_ids()
-    hk.prune(model, make_plan(model, "adaptive"))
-    hk.save(model, None, tmp_path / "out")
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE, str(tmp_path / "out"), json.dumps(tokens.tolist())],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "HF_MODULES_CACHE": str(tmp_path / "modules"),
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        },
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert torch.equal(torch.load(str(tmp_path / "out") + ".pt", weights_only=True), logits(model, tokens))
 
 
 def without_alignment(model):

@@ -5,103 +5,36 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, Family, fresh, fresh_named, token_ids
+from families import FAMILIES, fresh, fresh_named, token_ids
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError, arch, surgery
 from hywia_kernels.speed.work import work_of
-
-ORDERS = ("first", "second", "mixed")
-CUTS = ("mlp", "attention", "both", "adaptive")
-
-
-def make_plan(model, cut: str) -> hk.Plan:
-    """What its name says, ranked by seeded random scores; adaptive leaves the first layer alone."""
-    scores = hk.score(model, criterion="random", seed=5)
-    shape, _, kind = cut.partition("-")
-    layers = (1, 3) if shape == "adaptive" else None
-    kind = kind or shape
-    units = ("mlp", "attention") if kind in ("both", "adaptive") else (kind,)
-    return hk.plan(scores, group_ratio=0.4, layers=layers, units=units, align=4)
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model(tokens).logits
-
-
-def relative(got, want) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
-
-
-def cuts(family: Family) -> tuple[str, ...]:
-    return (*CUTS, "experts") if family.experts else CUTS
-
+from tests.support.comparison import logits, relative
+from tests.support.cuts import make_plan
+from tests.support.processes import run_jobs
+from tests.support.shapes import all_cuts, distinct, saved_cuts
+from tests.support.statistics import assert_statistics, family_statistics
 
 CASES = [
-    pytest.param(family, cut, id=f"{family.name}-{cut}")
-    for family in FAMILIES
-    for cut in (*cuts(family), "adaptive-mlp", "adaptive-attention")
+    pytest.param(family, cut, id=f"{family.name}-{cut}") for family in FAMILIES for cut in all_cuts(family, FAMILIES)
 ]
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+every_shape = pytest.mark.parametrize("family", distinct(FAMILIES), ids=lambda f: f.name)
 
 
-def plain_statistics(family: Family, model, samples):
-    """`group name -> (order -> fine, coarse [members, samples, units])` in float64: one backward a sample, all
-    gradients kept; from the family's own list of parts, without the table."""
-    gradients: dict[str, list[torch.Tensor]] = {}
-    for sample in samples:
-        model.zero_grad(set_to_none=True)
-        out = model(sample[None]).logits[0, :-1].float()
-        torch.nn.functional.cross_entropy(out, sample[1:]).backward()
-        for name, parameter in model.named_parameters():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradients.setdefault(name, []).append(gradient.double())
-    model.zero_grad(set_to_none=True)
-    weights = dict(model.named_parameters())
-
-    def of(prefix, parts, units, expert=None):
-        fine, coarse = {order: torch.zeros(units, dtype=torch.float64) for order in ORDERS}, []
-        for name, part in parts:
-            w, g = weights[prefix + name].detach().double(), torch.stack(gradients[prefix + name])
-            w, g = (w, g) if expert is None else (w[expert], g[:, expert])
-            mean, fisher = g.mean(0), g.square().mean(0)
-            terms = dict(first=mean * w, second=0.5 * fisher * w * w, mixed=mean * w - 0.5 * fisher * w * w)
-            for order, t in terms.items():
-                fine[order] += torch.stack([part(t, u).abs().sum() for u in range(units)])
-            coarse.append(torch.stack([torch.stack([part(s * w, u).sum() for u in range(units)]) for s in g]))
-        return fine, torch.stack(coarse)
-
-    found = {}
-    for group in hk.groups(model):
-        prefix = f"{family.layers}.{group.layer}."
-        if group.kind == "attention":
-            found[group.name] = of(prefix, family.attention, group.units)
-        elif group.kind == "experts":
-            whole = [(name, lambda w, u: w[u]) for name in ("mlp.gate.weight", "mlp.experts.gate_up_proj")]
-            whole.append(("mlp.experts.down_proj", lambda w, u: w[u]))
-            found[group.name] = of(prefix, whole, family.experts)
-        elif family.experts and group.layer not in family.dense_layers:
-            found[group.name] = of(prefix, family.mlp, group.units, int(group.name.rpartition(".")[2]))
-        else:
-            found[group.name] = of(prefix, family.dense or family.mlp, group.units)
-    return found
-
-
-def compare(statistics, plain, way) -> None:
-    for group in statistics.groups:
-        fine, coarse = plain[group.name]
-        for order in ORDERS:
-            error = (statistics.fine[group.name][order].double() - fine[order]).abs().max() / fine[order].max()
-            assert float(error) <= 2e-5, (way, group.name, order)
-        error = (statistics.coarse[group.name].double() - coarse).abs().max() / coarse.abs().max()
-        assert float(error) <= 2e-5, (way, group.name)
+def test_every_shape_of_entry_is_cut_in_every_way():
+    full = {family.name for family in distinct(FAMILIES)}
+    assert {"llama", "mistral", "gemma2", "gemma3", "olmo2", "phi", "phi3", "starcoder2"} <= full
+    assert {"gpt_neox", "opt", "gpt2", "bloom", "mixtral", "qwen3_moe"} <= full
+    assert {"qwen2", "qwen3", "olmo3", "gemma3_text"}.isdisjoint(full)
+    whole = [cut for family, cut in (case.values for case in CASES) if family.name == "mixtral"]
+    assert whole == ["mlp", "attention", "both", "adaptive", "experts", "adaptive-mlp", "adaptive-attention"]
+    assert [cut for family, cut in (case.values for case in CASES) if family.name == "qwen3"] == ["both", "adaptive"]
 
 
 class TestContract:
@@ -124,7 +57,7 @@ class TestContract:
         gone = cut == "experts"  # with the groups of their channels
         assert counts == {g.name: plan.keep[g.name].numel() for g in plan.groups if not gone or g.name in counts}
 
-    @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+    @every_family
     def test_statistics_equal_a_plain_loop(self, family, monkeypatch):
         """By every pass that serves the family; layerwise in runs of one or two samples; ragged samples too."""
         monkeypatch.setattr("hywia_kernels.engine.memory.CHUNK_TOKENS", 27)
@@ -135,19 +68,19 @@ class TestContract:
             with pytest.raises(UsageError, match=r"'fused' and model\.layers\.0\.mlp\.experts, whose tokens"):
                 hk.calibrate(model, tokens, engine="fused", memory=ways.pop()[1])
         for samples in (list(tokens), [tokens[0], tokens[1, :7], tokens[2, :2], tokens[3, :11]]):
-            plain = plain_statistics(family, model, samples)
+            plain = family_statistics(family, model, samples)
             for engine, memory in ways:
                 statistics = hk.calibrate(model, samples, engine=engine, memory=memory)
                 if engine == "auto":
                     assert (statistics.record["engine"], statistics.record["not_fused"]) == ("fused", None)
-                compare(statistics, plain, (engine, memory))
+                assert_statistics(statistics, plain, (engine, memory))
 
     def test_saved_and_reloaded_in_a_fresh_process(self, tmp_path):
         """One process for all families and cuts. Where the family's config can say it, stock transformers alone."""
         tokens = token_ids()
         jobs, wanted = [], []
         for family in FAMILIES:
-            for cut in cuts(family):
+            for cut in saved_cuts(family, FAMILIES):
                 model = fresh(family)
                 hk.prune(model, make_plan(model, cut))
                 folder = tmp_path / f"{family.name}-{cut}"
@@ -158,23 +91,14 @@ class TestContract:
                 ids = model.generate(tokens[:2], attention_mask=mask, do_sample=False, max_new_tokens=6)
                 jobs.append({"folder": str(folder), "out": f"{folder}.pt", "stock": cut in family.stock})
                 wanted.append((logits(model, tokens), ids.tolist()))
-        (tmp_path / "jobs.json").write_text(json.dumps({"tokens": tokens.tolist(), "jobs": jobs}))
-        script = Path(__file__).with_name("reload_families.py")
-        done = subprocess.run(
-            [sys.executable, str(script), str(tmp_path / "jobs.json")],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        results = json.loads(done.stdout.splitlines()[-1])
+        content = {"tokens": tokens.tolist(), "jobs": jobs}
+        results = run_jobs(Path(__file__).with_name("reload_families.py"), content, tmp_path)
         for job, (want, ids), result in zip(jobs, wanted, results, strict=True):
             assert torch.equal(torch.load(job["out"], weights_only=True), want), job["folder"]
             assert result["ids"] == ids, job["folder"]
             assert (result["class"] != "HywiaAdaptiveForCausalLM") == job["stock"], job["folder"]
 
-    @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+    @every_family
     def test_refitted_is_nearer_and_cuts_like_any(self, family):
         """The least squares see every family's output matrices; the cut model is the refitted one."""
         model, text = fresh(family), torch.randint(2, 131, (40, 14), generator=torch.Generator().manual_seed(5))
@@ -249,7 +173,7 @@ def test_experts_of_one_layer_must_stay_equally_wide():
     assert before == {n: p.shape for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@every_shape
 def test_resize_gives_the_shapes_of_a_cut(family):
     for cut in ("mlp", "adaptive"):
         model = fresh(family)
@@ -267,7 +191,7 @@ def test_resize_gives_the_shapes_of_a_cut(family):
         assert logits(empty, token_ids()).shape == (4, 13, 131)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@every_shape
 def test_magnitude_is_the_norm_of_the_parts(family):
     model = fresh(family)
     scores = hk.score(model, criterion="magnitude")
@@ -283,7 +207,7 @@ def test_magnitude_is_the_norm_of_the_parts(family):
             assert float(scores.values[group.name][u]) == pytest.approx(want, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@every_shape
 def test_a_refitted_model_is_cut_as_it_was_solved(family):
     model, tokens = fresh(family), token_ids()
     plan = make_plan(model, "attention" if family.experts else "adaptive")

@@ -10,42 +10,24 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels.engine import rotary
+from tests.support.comparison import ORDERS, distance
+from tests.support.models import random_model, sizes
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-ORDERS = ("first", "second", "mixed")
 
 
 @pytest.fixture(scope="module")
 def model():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        initializer_range=0.05,
-    )
-    return LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    built = random_model(**sizes(2048, 512, 1408, layers=4, heads=8, kv_heads=4), initializer_range=0.05)
+    return built.to("cuda", torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
 def tokens():
     return torch.randint(0, 2048, (6, 640), generator=torch.Generator().manual_seed(1))
-
-
-def distance(one, two):
-    found = 0.0
-    for name, fine in one.fine.items():
-        pairs = [(fine[o], two.fine[name][o]) for o in ORDERS] + [(one.coarse[name], two.coarse[name])]
-        found = max(found, *(float((a - b).norm() / b.norm()) for a, b in pairs))
-    return found
 
 
 @pytest.mark.parametrize("mode", ["fast", "lean", "layerwise"])

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "arch"))
-from families import FAMILIES, fresh, token_ids
-from test_contract import CUTS, ORDERS, logits, make_plan, relative
-
 import hywia_kernels as hk
+from tests.support.comparison import distance, logits, relative
+from tests.support.cuts import CUTS, make_plan
+from tests.support.families import FAMILIES, fresh, token_ids
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 DEVICE = "cuda"
-
-
-def distance(one, two) -> float:
-    found = 0.0
-    for name, fine in one.fine.items():
-        pairs = [(fine[o], two.fine[name][o]) for o in ORDERS] + [(one.coarse[name], two.coarse[name])]
-        found = max(found, *(float((a - b).norm() / b.norm()) for a, b in pairs))
-    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from operands import bits, matrix
-from tolerances import TAYLOR, error, magnitude
 from torch import nn
 
 from hywia_kernels import ops
 from hywia_kernels.ops import reference
 from hywia_kernels.ops.checks import ORDERS
-
-sys.path.append(str(Path(__file__).parents[1] / "integrations"))
+from tests.support.operands import bits, matrix
+from tests.support.tolerances import TAYLOR, error, magnitude
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,9 +37,8 @@ def test_both_axes(shape, dtypes, order, backend):
 
 def test_torch_pruning_scores_as_on_the_cpu():
     tp = pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
-    from nets import Convolutions
-
     from hywia_kernels.integrations import torch_pruning as importance
+    from tests.support.nets import Convolutions
 
     torch.manual_seed(0)
     model, images = Convolutions().eval(), torch.randn(4, 3, 8, 8)

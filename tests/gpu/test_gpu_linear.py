@@ -14,10 +14,10 @@ import itertools
 
 import pytest
 import torch
-from operands import bits, lay, need
 
 from hywia_kernels import BackendError, ops
 from hywia_kernels.selection import top_units
+from tests.support.operands import bits, lay, need
 
 pytestmark = [
     pytest.mark.gpu,

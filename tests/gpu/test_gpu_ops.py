@@ -6,15 +6,18 @@ import copy
 
 import pytest
 import torch
-from operands import GUARD, NARROW, bits, guarded, lay, need, raw_fusion, raw_taylor, untouched
-from tolerances import TAYLOR, assert_fused, assert_sums, error, magnitude
 
 import hywia_kernels as hk
 from hywia_kernels import BackendError, UsageError, ops
 from hywia_kernels.ops import reference
+from hywia_kernels.ops.calls import TaylorCall
 from hywia_kernels.ops.checks import DTYPES, ORDERS
 from hywia_kernels.ops.registry import implementation
 from hywia_kernels.selection import top_units
+from tests.support.comparison import relative
+from tests.support.models import random_model, sizes
+from tests.support.operands import GUARD, NARROW, bits, guarded, lay, need, raw_fusion, raw_taylor, untouched
+from tests.support.tolerances import TAYLOR, assert_fused, assert_sums, error, magnitude
 
 pytestmark = [
     pytest.mark.gpu,
@@ -396,33 +399,11 @@ def test_a_bare_kernel_call_overwrites_or_adds_as_told(backend):
     run = implementation("taylor_importance", backend, weight, grad, None)
     fine, signed = torch.full((64,), 1e9, device=DEVICE), torch.full((64,), -1e9, device=DEVICE)
     want = reference.taylor_importance_fp64(weight, grad, None, 0, "first", 4)
-    run(weight, grad, None, 0, "first", 4, fine, signed, False)
+    call = TaylorCall(weight, grad, None, 0, "first", 4)
+    run(call, fine, signed, False)
     assert_sums(fine, signed, want, want[0], BF16)
-    run(weight, grad, None, 0, "first", 4, fine, signed, True)
+    run(call, fine, signed, True)
     assert_sums(fine, signed, (2 * want[0], 2 * want[1]), 2 * want[0], BF16)
-
-
-def tiny_llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=96,
-        intermediate_size=208,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=16,
-        max_position_embeddings=128,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def relative(got, want):
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda", None])
@@ -430,7 +411,8 @@ def test_a_model_is_scored_and_cut_as_on_the_cpu(backend):
     """Statistics within 1e-3 of the CPU's; the pruned model is the masked one within 1e-4."""
     if backend is not None:
         need(backend, "taylor_importance")
-    model = tiny_llama()
+    more = {"head_dim": 16, "max_position_embeddings": 128, "initializer_range": 0.15, "tie_word_embeddings": False}
+    model = random_model(**sizes(320, 96, 208, layers=3, heads=6, kv_heads=3), **more)
     tokens = torch.randint(0, 320, (4, 33), generator=torch.Generator().manual_seed(1))
     on_cpu = hk.calibrate(model, tokens, backend="reference")
     model.to(DEVICE)

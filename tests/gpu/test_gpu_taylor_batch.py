@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operands import bits, need
-from test_taylor_batch import assert_right, made, raw, scales
-from tolerances import TAYLOR, error
 
 from hywia_kernels import ops
 from hywia_kernels.ops import reference
 from hywia_kernels.ops.checks import ORDERS
+from tests.support.batches import assert_right, attention, made, mlp, raw, scales
+from tests.support.operands import bits, need
+from tests.support.tolerances import TAYLOR, error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,15 +20,8 @@ pytestmark = [
 OP = "taylor_importance_batch"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 gpu_backends = pytest.mark.parametrize("backend", ["triton", "cuda"])
-LAYER = [  # rows, columns, axis, group size, result: 8 KV groups of 4 query heads of 64, and an MLP of odd width
-    (2048, 1024, 0, 256, 0),
-    (512, 1024, 0, 64, 0),
-    (512, 1024, 0, 64, 0),
-    (1024, 2048, 1, 256, 0),
-    (2752, 1024, 0, 1, 1),
-    (2752, 1024, 0, 1, 1),
-    (1024, 2752, 1, 1, 1),
-]
+# 8 KV groups of 4 query heads of 64, and an MLP of odd width.
+LAYER = [*attention(1024, 256, 64, kv_heads=8, result=0), *mlp(1024, 2752, result=1)]
 
 
 @gpu_backends

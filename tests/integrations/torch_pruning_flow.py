@@ -6,6 +6,8 @@ import pytest
 import torch
 from nets import Concatenated, Convolutions, Flattened, FusedGate, Group, llama
 
+from benchmarks.contracts import LANGUAGE_MODEL
+
 tp = pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
 
 theirs = tp.importance
@@ -38,17 +40,9 @@ def pruner_of(model, importance, **options):
         model,
         torch.arange(16).view(2, 8),
         importance=importance,
-        global_pruning=False,
-        pruning_ratio=0.5,
         num_heads=heads_of(model),
-        prune_num_heads=True,
-        prune_head_dims=False,
-        head_pruning_ratio=0.5,
         ignored_layers=[model.lm_head],
-        output_transform=lambda out: out.logits,
-        out_channel_groups={},
-        in_channel_groups={},
-        **options,
+        **(LANGUAGE_MODEL | options),
     )
 
 

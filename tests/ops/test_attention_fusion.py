@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 from hypothesis import strategies as st
-from operands import bits, generator, guarded, need, raw_fusion, run_examples, untouched
-from tolerances import FUSION, assert_fused
 
 from hywia_kernels import ops
 from hywia_kernels.ops import BACKENDS, reference
+from tests.support.operands import bits, generator, guarded, need, raw_fusion, run_examples, untouched
+from tests.support.tolerances import FUSION, assert_fused
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NaN in the interpreter's numpy
 OP = "attention_fusion"

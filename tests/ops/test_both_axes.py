@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operands import bits, matrix, need
-from tolerances import TAYLOR, error, magnitude
 
 from hywia_kernels import BackendError, UsageError, ops
 from hywia_kernels.ops import both_axes, reference
 from hywia_kernels.ops.checks import ORDERS
+from tests.support.operands import bits, matrix, need
+from tests.support.tolerances import TAYLOR, error, magnitude
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -52,7 +52,9 @@ def test_bands_that_do_not_divide_the_rows(monkeypatch):
     calls = []
     run = both_axes.registry.implementation("taylor_importance", None, *given)
     monkeypatch.setattr(
-        both_axes.registry, "implementation", lambda *_: lambda *a: (calls.append((a[0].shape[0], a[3])), run(*a))
+        both_axes.registry,
+        "implementation",
+        lambda *_: lambda *a: (calls.append((a[0].weight.shape[0], a[0].axis)), run(*a)),
     )
     assert_both(ops.taylor_importance_both(*given), given, "first")
     assert calls == [(n, axis) for n in (5, 5, 5, 5, 3) for axis in (0, 1)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import strategies as st
-from operands import LAYOUTS, SIZES, bits, generator, lay, need, possible, run_examples
 
 from hywia_kernels import UsageError, ops
 from hywia_kernels.ops import BACKENDS
 from hywia_kernels.ops.checks import DTYPES
 from hywia_kernels.ops.registry import implementation
+from tests.support.operands import LAYOUTS, SIZES, bits, generator, lay, need, possible, run_examples
 
 OP = "compact"
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

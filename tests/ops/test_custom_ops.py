@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operands import generator
 
 from hywia_kernels import ops
+from tests.support.operands import generator
 
 OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion")
 

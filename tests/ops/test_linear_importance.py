@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from hypothesis import strategies as st
-from operands import (
+
+from hywia_kernels import ops
+from hywia_kernels.ops import BACKENDS, reference
+from hywia_kernels.ops.calls import LinearCall
+from hywia_kernels.ops.checks import DTYPES, LINEAR_ORDERS
+from hywia_kernels.ops.registry import implementation
+from tests.support.operands import (
     LAYOUTS,
     bits,
     divisors,
@@ -19,12 +25,7 @@ from operands import (
     untouched,
     whole_numbers,
 )
-from tolerances import error
-
-from hywia_kernels import ops
-from hywia_kernels.ops import BACKENDS, reference
-from hywia_kernels.ops.checks import DTYPES, LINEAR_ORDERS
-from hywia_kernels.ops.registry import implementation
+from tests.support.tolerances import error
 
 OP = "linear_importance"
 # Of a unit's magnitude: what its sums would be if every product of activations had the same sign. Products of 20 tokens
@@ -48,7 +49,7 @@ def raw(backend, dy, x, w, offsets, axis, order="all", group_size=1, per_sample=
     shape = fine_shape(order, units)
     made = [guarded(n, str(w.device)) for n in (units * (len(shape) > 1) * 2 + units, rows * units)]
     fine, coarse = made[0][0].view(shape), made[1][0].view(rows, units)
-    run(dy, x, w, offsets, axis, order, group_size, per_sample, scale, fine, coarse, False)
+    run(LinearCall(dy, x, w, offsets, axis, order, group_size, per_sample, scale), fine, coarse, False)
     assert all(untouched(whole) for _, whole in made)
     return fine, coarse
 
@@ -334,13 +335,6 @@ def test_coarse_sums_are_the_taps_of_the_layer(backend):
         assert error(coarse, taps.view(2, 10, -1).sum(1), scale) <= TOLERANCE
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offsets", [[0, 60, 120, 180], [0, 1, 100, 180]])
@@ -376,7 +370,8 @@ def test_both_axes_from_the_same_products(samples, order):
     fines = [torch.full((3, n) if order == "all" else (n,), 2.0) for n in (75, 220)]
     coarses = [torch.full((samples, n), 2.0) for n in (75, 220)]
     run = implementation(OP, "native", *made)
-    run(*made, offsets, 0, order, 2, True, 0.5, fines[0], coarses[0], False, None, (1, 5, fines[1], coarses[1]))
+    call = LinearCall(*made, offsets, 0, order, 2, True, 0.5)
+    run(call, fines[0], coarses[0], False, also=(1, 5, fines[1], coarses[1]))
     for axis, size in ((0, 2), (1, 5)):
         fine, coarse = raw("native", *made, offsets, axis, order, size, True, 0.5)
         assert torch.equal(bits(fines[axis]), bits(fine))

@@ -7,10 +7,10 @@ import logging
 
 import pytest
 import torch
-from operands import interpreted
 
 from hywia_kernels import BackendError, UsageError, ops
 from hywia_kernels.ops import BACKENDS, cuda, native, reference, registry, triton
+from tests.support.operands import interpreted
 
 W = torch.ones(4, 6)
 V = torch.ones(4)

@@ -5,87 +5,32 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import strategies as st
-from operands import MIXES, NARROW, bits, guarded, lay, matrix, need, possible, run_examples, untouched, whole_numbers
-from tolerances import TAYLOR, error, magnitude
 
 from hywia_kernels import BackendError, UsageError, ops
 from hywia_kernels.ops import BACKENDS, checks, reference
 from hywia_kernels.ops.checks import ORDERS
-from hywia_kernels.ops.registry import implementation
+from tests.support.batches import assert_right, attention, made, mlp, raw, scales
+from tests.support.operands import (
+    MIXES,
+    NARROW,
+    bits,
+    lay,
+    matrix,
+    need,
+    possible,
+    run_examples,
+    whole_numbers,
+)
+from tests.support.tolerances import TAYLOR, error
 
 OP = "taylor_importance_batch"
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-COUPLED = [  # rows, columns, axis, group size, result: grouped-query attention, an MLP, and a matrix by itself
-    (48, 40, 0, 8, 0),
-    (24, 40, 0, 4, 0),
-    (24, 40, 0, 4, 0),
-    (40, 48, 1, 8, 0),
-    (16, 32, 0, 1, 1),
-    (16, 32, 0, 1, 1),
-    (32, 16, 1, 1, 1),
-    (7, 5, 1, 5, 2),
-]
+COUPLED = [*attention(40, 8, 4, kv_heads=6, result=0), *mlp(32, 16, result=1), (7, 5, 1, 5, 2)]
+# In whole words of 16 bytes.
 WORDS = [
-    (48, 32, 0, 1, 0),
-    (32, 48, 1, 1, 0),
-    (32, 64, 0, 4, 1),
-    (48, 16, 0, 1, 0),
-    (16, 16, 1, 1, 2),
-    (32, 128, 1, 64, 3),
-]  # in whole words
-
-
-def made(matrices, order, device, dtypes=(torch.float32,) * 3, layout="contiguous", seed=0):
-    """The arguments that `checks.taylor_importance_batch` hands on."""
-    operands = []
-    for kind, dtype in enumerate(dtypes):
-        operands.append([matrix(m[:2], dtype, layout, seed + 10 * i + kind, device) for i, m in enumerate(matrices)])
-    weights, grads, fishers = operands
-    return checks.taylor_importance_batch(
-        weights,
-        grads if order != "second" else None,
-        [f.abs() for f in fishers] if order != "first" else None,
-        [m[2] for m in matrices],
-        order,
-        [m[3] for m in matrices],
-        [m[4] for m in matrices],
-        None,
-    )
-
-
-def scales(call):
-    """Of each result's rounding errors: the sum of its matrices' magnitudes."""
-    totals = {}
-    for i, result in enumerate(call.into):
-        grad, fisher = (x[i] if x else None for x in (call.grads, call.fishers))
-        more = magnitude(call.weights[i], grad, fisher, call.axes[i], call.order, call.group_sizes[i])
-        totals[result] = totals[result] + more if result in totals else more
-    return [totals[result] for result in range(len(totals))]
-
-
-def raw(backend, call, start=None):
-    """The backend's own function on guarded outputs: full of NaN, or added to where they hold `start`."""
-    interleaved = [
-        x for i, w in enumerate(call.weights) for x in (w, *(y[i] if y else None for y in (call.grads, call.fishers)))
-    ]
-    run = implementation(OP, backend, *interleaved)
-    units = [len(scale) for scale in scales(call)]
-    device = str(call.weights[0].device)
-    value = float("nan") if start is None else start
-    fine, signed = ([guarded(n, device, value) for n in units] for _ in range(2))
-    run(*call, [inner for inner, _ in fine], [inner for inner, _ in signed], start is not None)
-    assert all(untouched(whole) for _, whole in (*fine, *signed))
-    return [(f, s) for (f, _), (s, _) in zip(fine, signed, strict=True)]
-
-
-def assert_right(backend, call):
-    results = raw(backend, call)
-    wanted = reference.taylor_importance_batch_fp64(*call)
-    assert len(results) == len(wanted)
-    for got, want, scale in zip(results, wanted, scales(call), strict=True):
-        assert error(got[0], want[0], scale) <= TAYLOR[torch.float32]
-        assert error(got[1], want[1], scale) <= TAYLOR[torch.float32]
-    return results
+    *((48, 32, 0, 1, 0), (32, 48, 1, 1, 0), (32, 64, 0, 4, 1)),
+    *((48, 16, 0, 1, 0), (16, 16, 1, 1, 2), (32, 128, 1, 64, 3)),
+]
 
 
 @st.composite
@@ -140,7 +85,7 @@ def test_whole_numbers_are_exact(backend, matrices, order):
         grads=[whole_numbers(g.shape, torch.float32, 50 + i, device) for i, g in enumerate(call.grads)],
         fishers=[whole_numbers(f.shape, torch.float32, 90 + i, device) for i, f in enumerate(call.fishers)],
     )
-    for got, want in zip(raw(backend, exact), reference.taylor_importance_batch_fp64(*exact), strict=True):
+    for got, want in zip(raw(backend, exact), reference.taylor_importance_batch_fp64(exact), strict=True):
         assert torch.equal(got[0].double(), want[0])
         assert torch.equal(got[1].double(), want[1])
 

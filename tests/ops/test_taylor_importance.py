@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operands import (
+
+from hywia_kernels import BackendError, ops
+from hywia_kernels.ops import BACKENDS, reference
+from hywia_kernels.ops.checks import DTYPES, ORDERS
+from hywia_kernels.selection import top_units
+from tests.support.operands import (
     MIXES,
     NARROW,
     bits,
@@ -19,12 +24,7 @@ from operands import (
     untouched,
     whole_numbers,
 )
-from tolerances import TAYLOR, assert_sums, error, magnitude
-
-from hywia_kernels import BackendError, ops
-from hywia_kernels.ops import BACKENDS, reference
-from hywia_kernels.ops.checks import DTYPES, ORDERS
-from hywia_kernels.selection import top_units
+from tests.support.tolerances import TAYLOR, assert_sums, error, magnitude
 
 OP = "taylor_importance"
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -172,13 +172,6 @@ def test_two_runs_give_the_same_bits(backend, axis, layout):
     assert torch.equal(bits(first[0]), bits(second[0]))
     assert torch.equal(bits(first[1]), bits(second[1]))
     assert first[0].isfinite().all()
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -8,10 +8,11 @@ import logging
 
 import pytest
 import torch
-from operands import generator, need
 
 from hywia_kernels import ops
 from hywia_kernels.ops import reference
+from hywia_kernels.ops.calls import LinearCall
+from tests.support.operands import generator, need
 
 pytest.importorskip("triton")
 
@@ -267,7 +268,7 @@ def test_tuning_measures_once_and_remembers(cache, monkeypatch):
     monkeypatch.setattr(triton_linear, "_median", median)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "a card")
     monkeypatch.setattr(triton_linear, "_chosen", {})
-    call = ("both", *made, 0, [0, 16, 32], "all", 1, True, 1.0)
+    call = ("both", *made[:2], LinearCall(*made, [0, 16, 32], 0, "all", 1, True, 1.0))
     assert triton_linear._tuned(*call) == fastest
     assert len(measured) == len(configs.candidates("both", True))
     assert configs.read() == {"a card|both|float32|axis0|64x64x32x2": fastest}

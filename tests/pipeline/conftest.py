@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import TINY, Tiny, fresh
+
+from tests.support.tiny import TINY, Tiny, fresh
+from tests.support.tokenizers import byte_tokenizer
 
 
 @pytest.fixture(params=TINY, ids=lambda t: t.name)
@@ -39,18 +41,7 @@ def way(request, monkeypatch) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """Byte-level: every byte is a token, plus begin, end and padding."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {c: i for i, c in enumerate(alphabet)} | {"<s>": 256, "</s>": 257, "<pad>": 258}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    built = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    built.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    return built
+    return byte_tokenizer()
 
 
 @pytest.fixture

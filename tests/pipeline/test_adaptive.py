@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY, fresh, make_plan
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.adaptive.modeling_hywia_adaptive import describe_changes
+from tests.support.families import fresh_named, token_ids
+from tests.support.processes import run_jobs, run_python
+from tests.support.tiny import TINY, fresh, make_plan
 
 SCRIPT = Path(__file__).with_name("reload_adaptive.py")
 
@@ -32,20 +31,7 @@ def round_trip(folder, tiny, plan_name, dtype, sharded, tokenizer):
 
 
 def run_fresh(mode, jobs, folder):
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), mode, str(folder / "jobs.json")],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={
-            **os.environ,
-            "HF_MODULES_CACHE": str(folder / "modules"),
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        },
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_jobs(SCRIPT, jobs, folder, mode, HF_MODULES_CACHE=str(folder / "modules"))
 
 
 CASES = [
@@ -74,6 +60,12 @@ def test_every_round_trip_is_exact_in_fresh_processes(tmp_path, tokenizer, token
         jobs.append({"folder": str(out), "tokens": tokens.tolist(), "out": str(out) + ".pt"})
     jobs.append({**jobs[0], "out": jobs[0]["out"] + ".auto", "options": OFFLOAD})
     wanted.append(wanted[0])
+    # Alibi slopes belong to heads, so a checkpoint brings those of the heads that are left.
+    slopes = fresh_named("bloom")
+    hk.prune(slopes, make_plan(slopes, "adaptive"))
+    hk.save(slopes, None, tmp_path / "bloom")
+    out = str(tmp_path / "bloom.pt")
+    job = {"folder": str(tmp_path / "bloom"), "tokens": token_ids().tolist(), "out": out, "logits_only": True}
     cases = [*CASES, CASES[0]]
     adaptive = [i for i, case in enumerate(cases) if case[1] == "adaptive"]
     for mode, chosen in (
@@ -81,7 +73,11 @@ def test_every_round_trip_is_exact_in_fresh_processes(tmp_path, tokenizer, token
         ("after", adaptive[:1]),
         ("remote", [*adaptive[:3], adaptive[-1]]),
     ):
-        results = run_fresh(mode, [jobs[i] for i in chosen], tmp_path)
+        results = run_fresh(mode, [*(jobs[i] for i in chosen), *([job] if mode == "remote" else [])], tmp_path)
+        if mode == "remote":
+            assert "transformers_modules" in results.pop()["module"]
+            with torch.no_grad():
+                assert torch.equal(torch.load(out, weights_only=True), slopes(token_ids()).logits)
         for i, result in zip(chosen, results, strict=True):
             logits, ids = wanted[i]
             assert torch.equal(torch.load(jobs[i]["out"], weights_only=True), logits), (mode, jobs[i]["folder"])
@@ -104,8 +100,7 @@ def test_importing_the_package_registers_without_importing_transformers():
         "import transformers.models.auto.modeling_auto as m\n"
         "print(type(c).__name__, m.AutoModelForCausalLM._model_mapping[type(c)].__name__)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["HywiaAdaptiveConfig", "HywiaAdaptiveForCausalLM"], done.stderr
+    assert run_python("-c", code).split() == ["HywiaAdaptiveConfig", "HywiaAdaptiveForCausalLM"]
 
 
 @pytest.fixture

@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import copy
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import PLANS, TINY, fresh, make_plan
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, surgery
+from tests.support.comparison import logits, relative
+from tests.support.cuts import masked_logits
+from tests.support.processes import run_jobs
+from tests.support.tiny import PLANS, TINY, fresh, make_plan
 
 RELATIVE = 1e-5
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model(tokens).logits
-
-
-def error(got, want):
-    return float((got.double() - want.double()).norm() / want.double().norm())
-
-
-def masked_logits(model, plan, tokens):
-    masked = copy.deepcopy(model)
-    hk.mask(masked, plan)
-    return logits(masked, tokens)
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_pruned_equals_masked(model, tokens, name):
     plan = make_plan(model, name)
     want = masked_logits(model, plan, tokens)
-    assert error(want, logits(model, tokens)) > 1e-2, "the mask must matter for the comparison to mean anything"
+    assert relative(want, logits(model, tokens)) > 1e-2, "the mask must matter for the comparison to mean anything"
     hk.prune(model, plan)
-    assert error(logits(model, tokens), want) <= RELATIVE
+    assert relative(logits(model, tokens), want) <= RELATIVE
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
@@ -50,7 +35,7 @@ def test_every_compact_backend_cuts_the_same(gqa, tokens, backend):
     plan = make_plan(gqa, "both")
     want = masked_logits(gqa, plan, tokens)
     hk.prune(gqa, plan, backend=backend)
-    assert error(logits(gqa, tokens), want) <= RELATIVE
+    assert relative(logits(gqa, tokens), want) <= RELATIVE
 
 
 def test_saved_and_reloaded_in_a_fresh_process(tmp_path, tokenizer, tokens):
@@ -69,17 +54,11 @@ def test_saved_and_reloaded_in_a_fresh_process(tmp_path, tokenizer, tokens):
             )
             jobs.append({"folder": str(folder), "tokens": tokens.tolist(), "out": str(folder) + ".pt"})
             wanted.append((masked, logits(model, tokens), ids[0].tolist()))
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("reload.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "jobs.json")], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    results = json.loads(done.stdout.splitlines()[-1])
+    results = run_jobs(Path(__file__).with_name("reload.py"), jobs, tmp_path)
     classes = set()
     for job, (masked, memory, ids), result in zip(jobs, wanted, results, strict=True):
         reloaded = torch.load(job["out"], weights_only=True)
-        assert error(reloaded, masked) <= RELATIVE, job["folder"]
+        assert relative(reloaded, masked) <= RELATIVE, job["folder"]
         assert torch.equal(reloaded, memory), job["folder"]
         assert result["ids"] == ids, job["folder"]
         classes.add(result["class"])
@@ -92,7 +71,7 @@ def test_adaptive_checkpoints_reload_through_this_package(model, tokenizer, toke
     hk.prune(model, plan)
     hk.save(model, tokenizer, tmp_path / "out", plan=plan)
     again, _ = hk.load(tmp_path / "out")
-    assert error(logits(again, tokens), masked) <= RELATIVE
+    assert relative(logits(again, tokens), masked) <= RELATIVE
     assert torch.equal(logits(again, tokens), logits(model, tokens))
 
 
@@ -107,7 +86,7 @@ def test_a_pruned_model_can_be_pruned_again(tokenizer, tokens, tmp_path, name):
     plan = hk.plan(hk.score(again, tokens), ratio=0.1, align=4, units=("mlp",))
     want = masked_logits(again, plan, tokens)
     hk.prune(again, plan)
-    assert error(logits(again, tokens), want) <= RELATIVE
+    assert relative(logits(again, tokens), want) <= RELATIVE
 
 
 def test_wrong_kv_stride_is_caught(gqa, tokens, monkeypatch):
@@ -124,7 +103,7 @@ def test_wrong_kv_stride_is_caught(gqa, tokens, monkeypatch):
 
     monkeypatch.setattr(surgery, "_entries", planted)
     hk.prune(gqa, plan)
-    assert error(logits(gqa, tokens), want) > 1e-2
+    assert relative(logits(gqa, tokens), want) > 1e-2
 
 
 def test_bfloat16_is_cut_exactly_and_keeps_its_dtype(gqa, tokenizer, tokens, tmp_path):
@@ -134,7 +113,7 @@ def test_bfloat16_is_cut_exactly_and_keeps_its_dtype(gqa, tokenizer, tokens, tmp
     plan = make_plan(gqa, "both")
     want = masked_logits(gqa, plan, tokens)
     hk.prune(gqa, plan)
-    assert error(logits(gqa, tokens).float(), want.float()) <= 2e-2
+    assert relative(logits(gqa, tokens).float(), want.float()) <= 2e-2
     hk.save(gqa, tokenizer, tmp_path / "out")
     again, _ = hk.load(tmp_path / "out")
     assert again.dtype == torch.bfloat16

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hywia_kernels.ops import availability
+from hywia_kernels.ops.calls import TaylorCall
 from hywia_kernels.ops.checks import DTYPES, ORDERS
 from hywia_kernels.ops.registry import implementation
 
@@ -163,7 +164,7 @@ def raw_taylor(backend, weight, grad, fisher, axis, order, group_size) -> tuple[
     run = implementation("taylor_importance", backend, weight, grad, fisher)
     units = weight.shape[axis] // group_size
     (fine, fine_whole), (signed, signed_whole) = (guarded(units, str(weight.device)) for _ in range(2))
-    run(weight, grad, fisher, axis, order, group_size, fine, signed, False)
+    run(TaylorCall(weight, grad, fisher, axis, order, group_size), fine, signed, False)
     assert untouched(fine_whole)
     assert untouched(signed_whole)
     return fine, signed

@@ -1,0 +1,108 @@
+"""What an op is asked for, in one value: `checks` has passed it, the backends take it, and the outputs come beside it.
+
+The fields are in the order of the ops' schemas (see `library`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["BatchCall", "LinearCall", "Operands", "TaylorCall"]
+
+Operands = tuple[Tensor, Tensor | None, Tensor | None]  # weight, gradient and Fisher information of a matrix
+
+
+class TaylorCall(NamedTuple):
+    """A call of `taylor_importance`; None for what `order` does not read."""
+
+    weight: Tensor
+    grad: Tensor | None
+    fisher: Tensor | None
+    axis: int
+    order: str
+    group_size: int
+
+    @property
+    def operands(self) -> Operands:
+        return self.weight, self.grad, self.fisher
+
+    @property
+    def units(self) -> int:
+        return self.weight.shape[self.axis] // self.group_size
+
+
+class LinearCall(NamedTuple):
+    """A call of `linear_importance`. Sample `s` is the tokens from `offsets[s]` to `offsets[s + 1]`."""
+
+    grad_output: Tensor
+    input: Tensor
+    weight: Tensor
+    offsets: list[int]
+    axis: int
+    order: str
+    group_size: int
+    per_sample: bool
+    scale: float
+    mapped: Tensor | None = None
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return self.grad_output, self.input, self.weight, self.mapped
+
+    @property
+    def samples(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def shapes(self) -> tuple[list[int], list[int]]:
+        """Of the fine and the coarse sums."""
+        units = self.weight.shape[self.axis] // self.group_size
+        return [3, units] if self.order == "all" else [units], [self.samples if self.per_sample else 1, units]
+
+
+class BatchCall(NamedTuple):
+    """A call of `taylor_importance_batch`; [] for what `order` does not read."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    fishers: list[Tensor]
+    axes: list[int]
+    order: str
+    group_sizes: list[int]
+    into: list[int]
+
+    @property
+    def matrices(self) -> list[TaylorCall]:
+        """Each matrix by itself."""
+        return [
+            TaylorCall(
+                weight,
+                self.grads[i] if self.grads else None,
+                self.fishers[i] if self.fishers else None,
+                self.axes[i],
+                self.order,
+                self.group_sizes[i],
+            )
+            for i, weight in enumerate(self.weights)
+        ]
+
+    @property
+    def operands(self) -> list[Tensor | None]:
+        """Of all matrices in turn, as the backends' `unsupported` looks at them."""
+        return [operand for matrix in self.matrices for operand in matrix.operands]
+
+    @property
+    def members(self) -> list[list[int]]:
+        """The matrices that add to each result, in the order in which they are listed."""
+        listed: list[list[int]] = [[] for _ in range(max(self.into) + 1)]
+        for i, result in enumerate(self.into):
+            listed[result].append(i)
+        return listed
+
+    @property
+    def units(self) -> list[int]:
+        """Of each result."""
+        matrices = self.matrices
+        return [matrices[listed[0]].units for listed in self.members]
