@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import hywia_kernels as hk
-from benchmarks import bench_smollm2
-from benchmarks.rows import ENVIRONMENT, models
+from benchmarks import bench_smollm2, models
+from benchmarks.rows import ENVIRONMENT
 from hywia_kernels import cli
 
 
