@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
+from collections.abc import Callable
 from functools import cache
 from importlib import metadata
 
-__all__ = ["versions"]
+__all__ = ["CACHES", "cache_keyword", "versions"]
+
+# A forward's keyword for the keys and values of earlier tokens, by transformers' versions.
+CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
+
+
+def cache_keyword(forward: Callable) -> str:
+    """The one of CACHES that a forward takes, as it was written: what decorates it may take older names, and warn."""
+    known = inspect.signature(inspect.unwrap(forward)).parameters
+    return next((name for name in CACHES if name in known), "past_key_values")
 
 
 def versions() -> dict[str, str]:

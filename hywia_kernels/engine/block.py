@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
+from ..versions import CACHES
 from . import recompute
 from .flash import FlashAttention, FlashCore
 from .gated import GatedMlp, mlp_backward, mlp_forward
@@ -27,9 +28,6 @@ from .linear import Scorer, Target
 from .patches import reproducible
 
 __all__ = ["Block", "BlockForward", "Kept", "handed_out", "no_cache"]
-
-# An attention's keyword for the keys and values of earlier tokens, by transformers' versions.
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")
 
 
 class _Sources(torch.autograd.Function):
@@ -198,16 +196,16 @@ class BlockForward:
 
 def _without_cache(keywords: dict[str, Any]) -> dict[str, Any]:
     """A pass keeps no cache; what a version of transformers does not know, or no longer, it must not be given."""
-    if any(keywords.get(name) is not None for name in _CACHES):
+    if any(keywords.get(name) is not None for name in CACHES):
         raise AssertionError("a calibration pass keeps no cache")
-    return {name: value for name, value in keywords.items() if name not in _CACHES}
+    return {name: value for name, value in keywords.items() if name not in CACHES}
 
 
 @cache
 def no_cache(attention: type) -> Mapping[str, None]:
     """Keywords for the cache that this class of attention cannot be called without."""
     parameters = inspect.signature(inspect.unwrap(attention.forward)).parameters.values()  # type: ignore[attr-defined]
-    return {p.name: None for p in parameters if p.name in _CACHES and p.default is p.empty}
+    return {p.name: None for p in parameters if p.name in CACHES and p.default is p.empty}
 
 
 def handed_out(forward: BlockForward, linear: nn.Linear) -> Callable[[Tensor], Tensor]:

@@ -15,6 +15,7 @@ import torch
 from .. import progress
 from ..engine.patches import frozen
 from ..errors import UsageError
+from ..versions import cache_keyword
 from .driver import StaticDriver, capture, drivable, joined_bytes
 from .work import Work, work_of
 
@@ -180,10 +181,10 @@ def _eager(model: Any, case: Case, runs: int) -> tuple[list[float], int | None]:
 
     # The cache grows by one token a step; it ends at `context`.
     before = max(1, case.context - runs - 3)
-    cache = DynamicCache(config=model.config)
-    model(_ids(model, case.batch, before), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache: Any = {cache_keyword(type(model).forward): DynamicCache(config=model.config)}
+    model(_ids(model, case.batch, before), use_cache=True, logits_to_keep=1, **cache)
     token = _ids(model, case.batch, 1)
-    times = _times(lambda: model(token, past_key_values=cache, use_cache=True).logits, device, runs)
+    times = _times(lambda: model(token, use_cache=True, **cache).logits, device, runs)
     return times, _peak(device)
 
 

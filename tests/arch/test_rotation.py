@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 from families import FAMILIES, fresh, token_ids
+from transformers import DynamicCache
 
 import hywia_kernels as hk
 from hywia_kernels import arch
@@ -21,6 +22,7 @@ from hywia_kernels.engine.passes import apart
 from hywia_kernels.engine.results import Results
 from hywia_kernels.engine.samples import padded
 from hywia_kernels.progress import Bar
+from hywia_kernels.versions import cache_keyword
 
 NAMED = [f for f in FAMILIES if arch.architecture(fresh(f)).attention.rotary]
 BLOCKS = [f for f in FAMILIES if arch.architecture(fresh(f)).blocks]
@@ -104,3 +106,16 @@ def test_a_cache_that_must_be_named_is_said_to_be_none():
             return past_key_values
 
     assert block.no_cache(Attention) == {"past_key_values": None}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_the_keyword_of_the_cache_is_the_models_own(family):
+    model = fresh(family)
+    keyword = cache_keyword(type(model).forward)
+    cache = DynamicCache(config=model.config)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        want = model(token_ids(), use_cache=False).logits[:, -1]
+        model(token_ids()[:, :-1], use_cache=True, **{keyword: cache})
+        got = model(token_ids()[:, -1:], use_cache=True, **{keyword: cache}).logits[:, -1]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
