@@ -122,6 +122,21 @@ __device__ __forceinline__ void copy_weight(uint32_t to, const CUtensorMap* map,
     }
 }
 
+// This block's `chunks` of an operand's step, to itself or, where `sharing` blocks of the cluster read them, to
+// `blocks`.
+template <int chunks, int sharing>
+__device__ __forceinline__ void copy_chunks(uint32_t to, const CUtensorMap* map, int place, int column, int token,
+                                            uint32_t barrier, uint16_t blocks) {
+    for (int i = 0; i < chunks; ++i) {
+        const int chunk = sharing == 1 ? i : place * chunks + i;
+        if constexpr (sharing == 1)
+            copy_box(to + chunk * kChunkBytes, map, column + chunk * 64, token, barrier, kEvictNormal);
+        else
+            copy_box_multicast(to + chunk * kChunkBytes, map, column + chunk * 64, token, barrier, blocks,
+                               kEvictNormal);
+    }
+}
+
 template <bool whole, bool signed_sums, bool ragged, bool columns, int CM, int CN>
 __device__ void produce(const LinearKernelArgs& p, const CUtensorMap* map_a, const CUtensorMap* map_b,
                         const CUtensorMap* map_w, const Shared<LinearTile<whole, signed_sums>>& shared,
@@ -146,22 +161,8 @@ __device__ void produce(const LinearKernelArgs& p, const CUtensorMap* map_a, con
                 barrier_wait(shared.empty(ring.slot), ring.parity ^ 1);
                 const uint32_t full = shared.full(ring.slot);
                 barrier_expect(full, Tile::kStageBytes);
-                for (int i = 0; i < kAChunks; ++i) {
-                    const int chunk = CN == 1 ? i : place.n * kAChunks + i;
-                    const uint32_t to = shared.a(ring.slot) + chunk * kChunkBytes;
-                    if constexpr (CN == 1)
-                        copy_box(to, map_a, m + chunk * 64, token, full, kEvictNormal);
-                    else
-                        copy_box_multicast(to, map_a, m + chunk * 64, token, full, same_m, kEvictNormal);
-                }
-                for (int i = 0; i < kBChunks; ++i) {
-                    const int chunk = CM == 1 ? i : place.m * kBChunks + i;
-                    const uint32_t to = shared.b(ring.slot) + chunk * kChunkBytes;
-                    if constexpr (CM == 1)
-                        copy_box(to, map_b, n + chunk * 64, token, full, kEvictNormal);
-                    else
-                        copy_box_multicast(to, map_b, n + chunk * 64, token, full, same_n, kEvictNormal);
-                }
+                copy_chunks<kAChunks, CN>(shared.a(ring.slot), map_a, place.n, m, token, full, same_m);
+                copy_chunks<kBChunks, CM>(shared.b(ring.slot), map_b, place.m, n, token, full, same_n);
                 ring.advance();
             }
         }

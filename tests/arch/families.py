@@ -91,7 +91,21 @@ _SIZES = dict(hidden_size=36, intermediate_size=44, num_hidden_layers=3)
 _GQA = dict(**_SIZES, num_attention_heads=6, num_key_value_heads=3)
 _WIDE = dict(**_GQA, head_dim=10)  # six heads of ten: not the hidden size
 _SLIDING = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+_VISION = dict(_SIZES, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
 _NO_STOCK_HEADS = ("mlp",)
+
+
+def _neox(name: str, heads: int, **fields: Any) -> Family:
+    """Queries, keys and values of a head in consecutive rows of one matrix."""
+    size = 36 // heads
+    return Family(
+        name,
+        _SIZES | dict(num_attention_heads=heads) | fields,
+        (rows("attention.query_key_value.weight", 3 * size), columns("attention.dense.weight", size)),
+        (rows("mlp.dense_h_to_4h.weight"), columns("mlp.dense_4h_to_h.weight")),
+        layers="gpt_neox.layers",
+        stock=_NO_STOCK_HEADS,
+    )
 
 
 def _experts() -> tuple[Part, ...]:
@@ -146,14 +160,7 @@ FAMILIES: tuple[Family, ...] = (
         "gemma3",
         dict(
             text_config=_WIDE | _SLIDING | dict(vocab_size=131, max_position_embeddings=64, query_pre_attn_scalar=12),
-            vision_config=dict(
-                hidden_size=16,
-                intermediate_size=20,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                image_size=8,
-                patch_size=4,
-            ),
+            vision_config=_VISION,
             mm_tokens_per_image=1,
             image_token_index=130,
             boi_token_index=129,
@@ -197,22 +204,8 @@ FAMILIES: tuple[Family, ...] = (
         _grouped(2, 6),
         (rows("mlp.c_fc.weight"), columns("mlp.c_proj.weight")),
     ),
-    Family(
-        "gpt_neox",
-        _SIZES | dict(num_attention_heads=6),
-        (rows("attention.query_key_value.weight", 18), columns("attention.dense.weight", 6)),
-        (rows("mlp.dense_h_to_4h.weight"), columns("mlp.dense_4h_to_h.weight")),
-        layers="gpt_neox.layers",
-        stock=_NO_STOCK_HEADS,
-    ),
-    Family(
-        "gpt_neox-sequential",
-        _SIZES | dict(num_attention_heads=4, use_parallel_residual=False, attention_bias=False),
-        (rows("attention.query_key_value.weight", 27), columns("attention.dense.weight", 9)),
-        (rows("mlp.dense_h_to_4h.weight"), columns("mlp.dense_4h_to_h.weight")),
-        layers="gpt_neox.layers",
-        stock=_NO_STOCK_HEADS,
-    ),
+    _neox("gpt_neox", 6),
+    _neox("gpt_neox-sequential", 4, use_parallel_residual=False, attention_bias=False),
     Family(
         "opt",
         dict(hidden_size=36, ffn_dim=44, num_hidden_layers=3, num_attention_heads=6, word_embed_proj_dim=20),

@@ -38,6 +38,7 @@ def fuse(fine=V, coarse=V, **options):
 DTYPE = "expected dtype float32, bfloat16, float16, got {}; convert it with .to(...)"
 AXIS = "axis: expected 0 (units are rows) or 1 (units are columns), got {}"
 SAMPLES = "samples: expected a positive divisor of the 12 tokens, or offsets, got {}"
+DIVISOR = "group_size: expected a positive divisor of the weight's size {} along axis {}, got {}"
 OFFSETS = "samples: expected offsets that increase from 0 to the 12 tokens, got {}"
 KIND = "samples: expected a number or offsets [samples + 1], got {}"
 TENSOR = "samples: expected int64 offsets [samples + 1] on the CPU, got {}"
@@ -95,26 +96,11 @@ WRONG = {
         taylor(fisher=META, order="second"),
         "fisher: expected the weight's device cpu, got meta; move it first",
     ),
-    "group size of 0": (
-        taylor(group_size=0),
-        "group_size: expected a positive divisor of the weight's size 4 along axis 0, got 0",
-    ),
-    "negative group size": (
-        taylor(group_size=-2),
-        "group_size: expected a positive divisor of the weight's size 4 along axis 0, got -2",
-    ),
-    "group size that does not divide": (
-        taylor(group_size=4, axis=1),
-        "group_size: expected a positive divisor of the weight's size 6 along axis 1, got 4",
-    ),
-    "group size of 2.0": (
-        taylor(group_size=2.0),
-        "group_size: expected a positive divisor of the weight's size 4 along axis 0, got 2.0",
-    ),
-    "group size of True": (
-        taylor(group_size=True),
-        "group_size: expected a positive divisor of the weight's size 4 along axis 0, got True",
-    ),
+    "group size of 0": (taylor(group_size=0), DIVISOR.format(4, 0, "0")),
+    "negative group size": (taylor(group_size=-2), DIVISOR.format(4, 0, "-2")),
+    "group size that does not divide": (taylor(group_size=4, axis=1), DIVISOR.format(6, 1, "4")),
+    "group size of 2.0": (taylor(group_size=2.0), DIVISOR.format(4, 0, "2.0")),
+    "group size of True": (taylor(group_size=True), DIVISOR.format(4, 0, "True")),
     "out of one tensor": (taylor(out=V), "out: expected a pair (fine, signed) of tensors, got Tensor"),
     "out of three": (taylor(out=(V, V, V)), "out: expected a pair (fine, signed) of tensors, got tuple"),
     "out as a list": (taylor(out=[V, V]), "out: expected a pair (fine, signed) of tensors, got list"),
@@ -215,10 +201,7 @@ WRONG = {
         linear(samples=torch.tensor([0, 12]).to("meta")),
         TENSOR.format("int64 [2] on meta"),
     ),
-    "linear: group size that does not divide": (
-        linear(group_size=4, axis=1),
-        "group_size: expected a positive divisor of the weight's size 6 along axis 1, got 4",
-    ),
+    "linear: group size that does not divide": (linear(group_size=4, axis=1), DIVISOR.format(6, 1, "4")),
     "linear: per_sample of 1": (
         linear(per_sample=1),
         "per_sample: expected True, or False with order='first', got 1 with 'first'",
