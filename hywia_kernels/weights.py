@@ -8,10 +8,11 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .arch.table import TABLE
@@ -27,6 +28,8 @@ __all__ = [
     "weight_bytes",
 ]
 
+_Part = tuple[torch.device, torch.dtype, bool]  # the last: computed when the model is made, not stored with it
+_MIXERS = (-7046029254386353131, -4658895280553007687)  # odd, from splitmix64, as signed numbers
 _LEAST = 1024  # values read of every tensor that has as many
 _ROUNDING = 12  # bits: of what a machine computes anew at every load, the last ones are its own
 _STAND_INS = {name: entry.stand_in for entry in TABLE for name in entry.model_types if entry.stand_in is not None}
@@ -47,15 +50,6 @@ _NO_MATHEMATICS_START = ("_", "initializer", "output_", "summary_")
 _NO_MATHEMATICS_END = ("dropout", "pdrop", "_drop", "layerdrop", "token_id", "token_ids", "token_index")
 
 
-class _Sampled(NamedTuple):
-    """What is read of one tensor."""
-
-    described: str
-    group: tuple[torch.device, torch.dtype]
-    size: int
-    derived: bool  # computed when the model is made, not stored with it
-
-
 def count_parameters(model: nn.Module) -> int:
     """Parameters of the whole model, tied ones once."""
     return sum(p.numel() for p in model.parameters())
@@ -71,7 +65,7 @@ def fingerprint(model: nn.Module) -> str:
 
     The sample has a value of every row and every column of every matrix. Values are taken as float32, so that an exact
     change of dtype keeps the fingerprint; so do moves between devices, modes, gradients' switches, and a save and load.
-    Waits once a device.
+    Waits once a device. No hash against forgery: it tells models apart.
 
     Raises:
         HywiaError: a tensor whose values are not here (meta, offloaded, distributed or quantised by a subclass).
@@ -82,16 +76,18 @@ def fingerprint(model: nn.Module) -> str:
 @torch.no_grad()
 def identity(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> tuple[str, int]:
     """`(fingerprint, count_parameters)` from one walk over the model, or none where its modules are given by name."""
-    sampled: list[_Sampled] = []
-    parts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    described: list[str] = []
+    parts: dict[_Part, list[Tensor]] = {}
+    places: list[tuple[_Part, int]] = []
     seen: set[int] = set()
     total = 0
 
     def read(name: str, tensor: Tensor, derived: bool) -> None:
         sample = _sample(name, tensor)
-        group = (sample.device, sample.dtype)
-        parts.setdefault(group, []).append(sample)
-        sampled.append(_Sampled(f"{name}{tuple(tensor.shape)}", group, sample.numel(), derived))
+        part = (sample.device, sample.dtype, derived)
+        described.append(f"{name}{tuple(tensor.shape)}")
+        places.append((part, len(parts.setdefault(part, []))))
+        parts[part].append(sample)
 
     # As `named_parameters`, which takes as long to walk as the rest of this.
     for prefix, module in (dict(model.named_modules()) if modules is None else modules).items():
@@ -108,14 +104,10 @@ def identity(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -
                 continue
             seen.add(id(buffer))
             read(f"buffer {dot}{own}", buffer, derived)
-    host = _downloaded(parts)
-    at = dict.fromkeys(parts, 0)
+    sums = _downloaded({part: _checksums(samples, derived=part[2]) for part, samples in parts.items()})
     digest = hashlib.sha256(_mathematics(model))
-    for described, group, size, derived in sampled:
-        begin, at[group] = at[group], at[group] + size
-        values = host[group][begin : begin + size]
-        digest.update(described.encode())
-        digest.update((_rounded(values) if derived else values).numpy().data.cast("B") if size else b"")
+    for text, (part, index) in zip(described, places, strict=True):
+        digest.update(f"{text}{sums[part][index]}".encode())
     return digest.hexdigest(), total
 
 
@@ -161,7 +153,8 @@ def _step(shape: torch.Size) -> int:
 
 def _sample(name: str, tensor: Tensor) -> Tensor:
     """A view, so that one concatenation is all that has to be launched; made in one step where it can."""
-    if tensor.device.type == "meta" or is_traceable_wrapper_subclass(tensor):
+    plain = type(tensor) is nn.Parameter or type(tensor) is Tensor
+    if tensor.is_meta or not (plain or not is_traceable_wrapper_subclass(tensor)):
         what = "on the meta device" if tensor.device.type == "meta" else f"in a {type(tensor).__name__}"
         raise HywiaError(
             f"{name}: expected a plain tensor with its values in memory, got one {what}; load the model whole, without "
@@ -175,25 +168,36 @@ def _sample(name: str, tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)[::step]
 
 
-def _downloaded(
-    parts: Mapping[tuple[torch.device, torch.dtype], list[Tensor]],
-) -> dict[tuple[torch.device, torch.dtype], Tensor]:
-    """The samples of each device and dtype one after the other, float32 on the host: one copy a device, of bytes."""
-    host = {}
-    for device in dict.fromkeys(device for device, _ in parts):
-        # Wide dtypes first, so that each starts at a multiple of its size.
-        dtypes = sorted((t for d, t in parts if d == device), key=lambda t: (-t.itemsize, str(t)))
-        joined = [torch.cat(parts[device, dtype]).view(torch.uint8) for dtype in dtypes]
-        raw = (joined[0] if len(joined) == 1 else torch.cat(joined)).cpu()
-        for dtype, piece in zip(dtypes, raw.split([len(j) for j in joined]), strict=True):
-            host[device, dtype] = piece.view(dtype).float()
+def _checksums(samples: list[Tensor], *, derived: bool) -> Tensor:
+    """Of each of some 1-D samples of one device and dtype, int64 `[samples]` there: `Σ_i m_i · b_i` modulo 2⁶⁴.
+
+    `b_i` are the bits of the i-th value as float32 and `m_i` odd numbers without a pattern, so that one value that
+    changes always changes the sum, and values that change places do. Whole numbers have one sum, in whatever order a
+    device adds them; what comes to the host is a number a tensor.
+    """
+    device, counts = samples[0].device, [len(s) for s in samples]
+    bits = torch.cat(samples).float().view(torch.int32)
+    if derived:  # nearest values of few bits: powers and sines differ in the last ones between machines
+        bits = bits.add(1 << (_ROUNDING - 1)).bitwise_and_(-(1 << _ROUNDING))
+    ends = torch.tensor(counts, dtype=torch.int64).cumsum(0)
+    starts = (ends - torch.tensor(counts, dtype=torch.int64)).to(device, non_blocking=True)
+    lengths = torch.tensor(counts, dtype=torch.int64).to(device, non_blocking=True)
+    place = torch.arange(len(bits), device=device) - starts.repeat_interleave(lengths, output_size=len(bits))
+    factors = place.mul_(_MIXERS[0])
+    factors = factors.bitwise_xor_(factors >> 29).mul_(_MIXERS[1]).bitwise_or_(1)
+    summed = functional.pad(factors.mul_(bits).cumsum(0), (1, 0))
+    return summed[ends.to(device, non_blocking=True)] - summed[starts]
+
+
+def _downloaded(sums: Mapping[_Part, Tensor]) -> dict[_Part, list[int]]:
+    """One copy a device."""
+    host: dict[_Part, list[int]] = {}
+    for device in dict.fromkeys(part[0] for part in sums):
+        here = [part for part in sums if part[0] == device]
+        numbers = torch.cat([sums[part] for part in here]).tolist()
+        for part in here:
+            host[part], numbers = numbers[: len(sums[part])], numbers[len(sums[part]) :]
     return host
-
-
-def _rounded(values: Tensor) -> Tensor:
-    """Nearest float32 whose significand has few bits: powers and sines differ in the last ones between machines."""
-    bits = values.contiguous().view(torch.int32)
-    return bits.add(1 << (_ROUNDING - 1)).bitwise_and_(-(1 << _ROUNDING))
 
 
 def _forward_writes(module: nn.Module, name: str) -> bool:

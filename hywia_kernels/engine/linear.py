@@ -93,8 +93,9 @@ class Scorer:
         brought = grad_output, inputs
         if target.transposed:
             grad_output, inputs = inputs, grad_output
-        key: tuple = (weight.shape, *_layout(weight), weight.device, axis, size)
-        key += tuple(_layout(x) for x in (grad_output, inputs, mapped) if x is not None)
+        key = (weight.shape, weight.device, axis, size, *_layout(weight), *_layout(grad_output), *_layout(inputs))
+        if mapped is not None:
+            key += _layout(mapped)
         run = self._runs.get(key)
         if run is None:
             out = (target.fine, target.coarse)
