@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 
 from hywia_kernels import arch, surgery
-from hywia_kernels.speed import MODES, Case, Work, measure, work_of
+from hywia_kernels.speed.measure import MODES, Case, measure
+from hywia_kernels.speed.work import Work, work_of
 
 from . import models
 from .rows import Row

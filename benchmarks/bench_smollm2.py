@@ -25,8 +25,9 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels import cli
-from hywia_kernels.speed import Case, Work, work_of
 from hywia_kernels.speed.driver import StaticDriver, drivable
+from hywia_kernels.speed.measure import Case
+from hywia_kernels.speed.work import Work, work_of
 
 from .bench_pruned import ideal
 from .environment import Environment

@@ -14,7 +14,8 @@ from benchmarks import bench_cut, bench_pruned, bench_width, models
 from benchmarks.environment import Environment
 from benchmarks.rows import Row
 from hywia_kernels import targets
-from hywia_kernels.speed import Case, work_of
+from hywia_kernels.speed.measure import Case
+from hywia_kernels.speed.work import work_of
 
 
 def made_up(times):

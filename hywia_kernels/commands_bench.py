@@ -72,7 +72,8 @@ def bench(arguments: argparse.Namespace) -> None:
     """`hywia bench`."""
     from . import commands
     from .load import load
-    from .speed import cases, measure, work_of
+    from .speed.measure import cases, measure
+    from .speed.work import work_of
 
     commands._begin(arguments)
     wanted = cases(arguments.batch, arguments.context)
@@ -179,7 +180,7 @@ def export_served(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace, gguf: bool) -> None:
     from .load import load
-    from .served import write_decilm, write_gguf
+    from .served.decilm import write_decilm, write_gguf
 
     report.say(f"loading {arguments.model}")
     model, tokenizer = load(

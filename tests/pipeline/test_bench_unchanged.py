@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY, fresh
 
-from hywia_kernels.speed import Case, driver, measure
+from hywia_kernels.speed import driver
 from hywia_kernels.speed.driver import StaticDriver, drivable
+from hywia_kernels.speed.measure import Case, measure
 
 
 def state(model) -> dict:

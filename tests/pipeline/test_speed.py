@@ -13,8 +13,8 @@ from tiny import TINY, fresh, make_plan
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError, html_report, run_record
 from hywia_kernels.cli import main
-from hywia_kernels.speed import Case, cases, measure
 from hywia_kernels.speed.driver import StaticDriver, drivable
+from hywia_kernels.speed.measure import Case, cases, measure
 
 
 def test_the_static_driver_gives_the_models_logits(model, tokens):

@@ -11,7 +11,7 @@ from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
 from hywia_kernels import UsageError, constraints, planning, targets
-from hywia_kernels.speed import work_of
+from hywia_kernels.speed.work import work_of
 from hywia_kernels.types import Group, Member
 
 
