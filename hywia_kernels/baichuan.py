@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import loaded
+from . import loaded_weights
 from .errors import HywiaError
 from .file_kinds import read_json
 from .weight_files import stored_tensors, weight_files
@@ -104,8 +104,8 @@ def load(folder: Path, dtype: torch.dtype | str) -> Any:
     # Only Baichuan2 was trained with a loss on the logits' scale, and says so.
     state = converted(state, normalised_head="z_loss_weight" in values)
     config = LlamaConfig(**{k: values[k] for k in _SHARED if k in values})
-    model, report = loaded.read(None, LlamaForCausalLM, config=config, state_dict=state, dtype=wanted)
-    loaded.check_complete(report, str(folder))
+    model, report = loaded_weights.read(None, LlamaForCausalLM, config=config, state_dict=state, dtype=wanted)
+    loaded_weights.check_complete(report, str(folder))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = model.name_or_path = str(folder)

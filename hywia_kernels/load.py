@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import baichuan, checkpoint, checkpoint_text, hub, loaded
+from . import baichuan, description, description_text, hub, loaded_weights
 from .adaptive import remote
 from .errors import HywiaError, UsageError
 from .tying import settle_tying
@@ -134,13 +134,13 @@ def _directory(
     folder: Path, name: str, dtype: Any, trusted: bool, quantised: bool, *, fetch: bool = False
 ) -> tuple[Any, Any]:
     """Of a directory; with `fetch`, of the hub's copy of `name`, which holds no weights yet."""
-    values = checkpoint.read_config(folder)
-    checkpoint.check_directory(folder)
-    checkpoint_text.check_generation(folder)
-    _check_quantisation(name, checkpoint.quantisation(values), quantised)
-    family = checkpoint.family(values)
+    values = description.read_config(folder)
+    description.check_directory(folder)
+    description_text.check_generation(folder)
+    _check_quantisation(name, description.quantisation(values), quantised)
+    family = description.family(values)
     rotary = baichuan.is_rotary(values)
-    coded = checkpoint.needs_code(family)
+    coded = description.needs_code(family)
     code = trusted and coded
     if coded and not rotary and not code:
         raise HywiaError(
@@ -148,19 +148,19 @@ def _directory(
             "pass --trust-remote-code (trust_remote_code=True) if you trust it"
         )
     if code:
-        checkpoint.check_code(values, f"{name}: config.json")
-        checkpoint.check_code(checkpoint_text.tokenizer_config(folder), f"{name}: tokenizer_config.json")
+        description.check_code(values, f"{name}: config.json")
+        description.check_code(description_text.tokenizer_config(folder), f"{name}: tokenizer_config.json")
     if fetch:
         folder = hub.complete(name, folder, code=code)
-    loaded.check_stored(folder, values, quantised)
+    loaded_weights.check_stored(folder, values, quantised)
     tokenizer = _tokenizer(folder, name, coded, code)
     if rotary:
         network = baichuan.load(folder, dtype)
     elif code:
         network = remote.load(str(folder), dtype, values, trusted=code)
     else:
-        network = loaded.stock(folder, dtype, quantised)
-    loaded.check_types(network, name)
+        network = loaded_weights.stock(folder, dtype, quantised)
+    loaded_weights.check_types(network, name)
     settle_tying(network)
     return network, tokenizer
 
@@ -180,7 +180,7 @@ def _is_quantised(network: Any) -> bool:
 def _tokenizer(folder: Path, name: str, coded: bool, code: bool) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-    checkpoint_text.check_tokenizer(folder, name)
+    description_text.check_tokenizer(folder, name)
     if coded and not code:
         if not (folder / "tokenizer.json").is_file():
             raise HywiaError(
@@ -200,13 +200,13 @@ def _gguf(path: Path, dtype: Any) -> tuple[Any, Any]:
     _need("gguf", "gguf")
     _need("accelerate", "gguf")  # transformers dequantises through it
     # transformers looks for an adapter and a tokenizer's config beside the file.
-    checkpoint.check_directory(path.parent)
+    description.check_directory(path.parent)
     if (path.parent / "tokenizer_config.json").is_file():
-        checkpoint_text.check_tokenizer_class(path.parent)
-    loaded.check_gguf(path)
+        description_text.check_tokenizer_class(path.parent)
+    loaded_weights.check_gguf(path)
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
-    network = loaded.gguf(path, dtype)
-    loaded.check_types(network, str(path))
+    network = loaded_weights.gguf(path, dtype)
+    loaded_weights.check_types(network, str(path))
     settle_tying(network)
     return network, tokenizer
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint, loaded
+from .. import description, loaded_weights
 from ..errors import HywiaError
 from ..ties import set_ties
 
@@ -58,15 +58,15 @@ def load(source: str, dtype: Any, values: Mapping[str, Any], *, trusted: bool) -
         HywiaError: it may not, or transformers has the family, or `auto_map` names other code than the directory's; or
             the weights are not the model's.
     """
-    family_type = checkpoint.family(values)
-    if trusted is not True or not checkpoint.needs_code(family_type):
+    family_type = description.family(values)
+    if trusted is not True or not description.needs_code(family_type):
         raise HywiaError(
             f"model: {source}: the code of a {family_type} checkpoint is run with trust_remote_code=True "
             "(--trust-remote-code) only, and where transformers has no such family"
         )
-    checkpoint.check_code(values, f"{source}: config.json")
+    description.check_code(values, f"{source}: config.json")
     network, report = _built(source, dtype, values)
-    loaded.check_complete(report, source)
+    loaded_weights.check_complete(report, source)
     return network
 
 
@@ -77,7 +77,7 @@ def _built(source: str, dtype: Any, values: Mapping[str, Any]) -> tuple[Any, Map
     from .modeling_hywia_adaptive import change_modules, check_changes
 
     if not values.get(_CHANGES):
-        return loaded.read(source, AutoModelForCausalLM, dtype=dtype, trust_remote_code=True)
+        return loaded_weights.read(source, AutoModelForCausalLM, dtype=dtype, trust_remote_code=True)
     check_changes(values[_CHANGES])
     config = AutoConfig.from_pretrained(source, trust_remote_code=True)
     family: Any = get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], source)
@@ -88,6 +88,6 @@ def _built(source: str, dtype: Any, values: Mapping[str, Any]) -> tuple[Any, Map
             change_modules(self, getattr(config, _CHANGES))
 
     Changed.__name__, Changed.__module__ = family.__name__, family.__module__
-    network, report = loaded.read(source, Changed, config=config, dtype=dtype)
+    network, report = loaded_weights.read(source, Changed, config=config, dtype=dtype)
     network.__class__ = family
     return network, report

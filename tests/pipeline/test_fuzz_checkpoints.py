@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiny import Tiny
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, checkpoint, checkpoint_text, loaded
+from hywia_kernels import HywiaError, description, description_text, loaded_weights
 
 EXAMPLES = int(os.environ.get("HYWIA_FUZZ", "50"))
 TINY = Tiny("fuzz", heads=4, kv_heads=2, tied=False, layers=2, hidden=16, head_dim=4, intermediate=12)
@@ -101,15 +101,15 @@ def changed(pristine, edits, whole):
 
 def judge(folder):
     """What `load` asks of a directory before transformers makes anything of it."""
-    values = checkpoint.read_config(folder)
-    checkpoint.check_directory(folder)
-    checkpoint_text.check_generation(folder)
-    method = checkpoint.quantisation(values)
-    checkpoint.check_code(values, "config.json")
-    checkpoint.check_code(checkpoint_text.tokenizer_config(folder), "tokenizer_config.json")
-    tensors = loaded.check_stored(folder, values, method is not None)
-    checkpoint_text.check_tokenizer(folder, str(folder))
-    return checkpoint.family(values), len(tensors)
+    values = description.read_config(folder)
+    description.check_directory(folder)
+    description_text.check_generation(folder)
+    method = description.quantisation(values)
+    description.check_code(values, "config.json")
+    description.check_code(description_text.tokenizer_config(folder), "tokenizer_config.json")
+    tensors = loaded_weights.check_stored(folder, values, method is not None)
+    description_text.check_tokenizer(folder, str(folder))
+    return description.family(values), len(tensors)
 
 
 usual = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=EXAMPLES == 50, database=None)
@@ -128,7 +128,7 @@ def test_judging(pristine, edits, whole):
         text = str(refused)
         assert text.startswith(("model: ", "tokenizer: ")), text
     else:
-        assert family in checkpoint.model_types()
+        assert family in description.model_types()
         assert tensors >= 1
     assert not (pristine.parent / "mark").exists()
 

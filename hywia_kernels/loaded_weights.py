@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
+from . import description
 from .errors import HywiaError
 from .file_kinds import check_kind
 from .weight_files import Stored, stored_tensors
@@ -115,10 +115,10 @@ def check_types(model: Any, name: str) -> None:
         HywiaError: it did not.
     """
     values = {k: getattr(model.config, k, None) for k in ("model_type", "base_model_type")}
-    if values["model_type"] not in (*checkpoint.model_types(), "hywia_adaptive"):
+    if values["model_type"] not in (*description.model_types(), "hywia_adaptive"):
         raise HywiaError(
             f"model: transformers takes {name} for a {values['model_type']} model, which is not supported; "
-            f"supported: {', '.join(checkpoint.model_types())}"
+            f"supported: {', '.join(description.model_types())}"
         )
 
 
@@ -171,10 +171,10 @@ def check_gguf(path: Path) -> None:
         check_kind(path)
         raise HywiaError(f"model: {path} is no GGUF file (or its beginning is damaged)")
     config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
-    checkpoint.family({"model_type": config.model_type})
+    description.family({"model_type": config.model_type})
     layers = config.get_text_config().num_hidden_layers
-    if not 1 <= layers <= checkpoint.MOST_LAYERS:
-        raise HywiaError(f"model: {path}: expected 1 to {checkpoint.MOST_LAYERS} layers, got {layers}")
+    if not 1 <= layers <= description.MOST_LAYERS:
+        raise HywiaError(f"model: {path}: expected 1 to {description.MOST_LAYERS} layers, got {layers}")
 
 
 def gguf(path: Path, dtype: Any) -> Any:
