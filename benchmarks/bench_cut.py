@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 import hywia_kernels as hk
-from hywia_kernels.weights import weight_bytes
+from hywia_kernels.arch.facts import weight_bytes
 
 from . import models
 from .memory import free

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import hywia_kernels as hk
-from hywia_kernels.weights import weight_bytes
+from hywia_kernels.arch.facts import weight_bytes
 
 from . import llm_pruner, models
 from .agreement import BOUNDS, compare

@@ -111,7 +111,7 @@ def _cut(groups: Sequence[Group], shares: Shares, layers: range) -> list[Group]:
 
 
 def _plan(model: Any, groups: Sequence[Group], keep: dict[str, Tensor]) -> hk.Plan:
-    from hywia_kernels.weights import count_parameters, fingerprint
+    from hywia_kernels.arch.facts import count_parameters, fingerprint
 
     keep = {g.name: keep.get(g.name, torch.arange(g.units)) for g in groups}
     total = count_parameters(model)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from . import arch, ops
+from .arch.facts import check_finite, identity_after, queued
+from .arch.holding import check_held, unwrapped
 from .engine import autograd, layered, loss, whole
 from .engine.experts import whole_experts
 from .engine.instrument import instrument
@@ -29,12 +31,10 @@ from .engine.results import Results
 from .engine.rotary import rotary_replaced
 from .engine.samples import Samples, padded
 from .errors import BackendError, HywiaError, UsageError
-from .holding import check_held, unwrapped
 from .progress import Bar
 from .text import check_tokens, digest
 from .types import Group, Statistics
 from .versions import versions
-from .weights import check_finite, identity_after, queued
 
 __all__ = ["ENGINES", "MEMORY", "calibrate", "measure"]
 

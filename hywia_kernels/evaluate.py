@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import progress
+from .arch.facts import weight_bytes
+from .arch.holding import unwrapped
 from .errors import HywiaError, UsageError
-from .holding import unwrapped
 from .packed import count_weights
 from .tokens import check_length, check_tokens, encode, positions, prefix
 from .weight_files import weight_files
-from .weights import weight_bytes
 from .writing import continuation, evaluating, greedy
 
 __all__ = ["blocks", "continuation", "evaluate", "perplexity", "stored_bytes", "tokens_per_second"]

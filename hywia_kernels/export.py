@@ -13,8 +13,9 @@ import torch
 
 from . import arch, atomic, model_card
 from .adaptive import adapted, remote
+from .arch.facts import weight_bytes
+from .arch.holding import plain_model
 from .errors import HywiaError
-from .holding import plain_model
 from .originals import copy_companions, original
 from .record import parsed, sealed
 from .replaceable import Input
@@ -24,7 +25,6 @@ from .types import Plan
 from .verify import check_written
 from .versions import versions
 from .weight_files import weight_files
-from .weights import weight_bytes
 
 __all__ = ["RECORD", "add_to_record", "plan_record", "read_record", "save", "stock_config"]
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from . import arch, ops
+from .arch.facts import check_finite, identity
 from .calibrate import calibrate
 from .errors import UsageError
 from .ops.checks import ORDERS
 from .ops.reference import standardised_log
 from .types import Group, Scores, Statistics
 from .versions import versions
-from .weights import check_finite, identity
 
 __all__ = ["CRITERIA", "FUSIONS", "coarse_estimate", "fuse", "fused", "magnitude", "prior", "random", "score"]
 

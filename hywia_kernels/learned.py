@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import arch
+from .arch.facts import fingerprint
+from .arch.holding import check_held, unwrapped
 from .engine import loss
 from .engine.passes import apart
 from .engine.patches import hooked
 from .engine.samples import Samples, padded
 from .errors import HywiaError, UsageError
-from .holding import check_held, unwrapped
 from .ops.reference import standardised_log
 from .progress import Bar
 from .text import check_tokens, digest
 from .types import Group, Plan, Scores
-from .weights import fingerprint
 
 __all__ = ["learn"]
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from . import arch
+from .arch.holding import check_held, unwrapped
 from .engine.passes import apart
 from .engine.patches import hooked
 from .engine.samples import Samples, padded
-from .holding import check_held, unwrapped
 from .moments import exact_products, factored, moment_dtype
 from .progress import track
 from .text import check_tokens

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from . import arch, constraints, selection, targets
+from .arch.facts import count_parameters
 from .errors import UsageError
 from .speed.work import work_of
 from .types import Group, Plan, Scores
-from .weights import count_parameters
 
 __all__ = ["check_reachable", "plan_for", "with_prediction"]
 

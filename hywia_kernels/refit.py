@@ -22,17 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from . import arch, progress
+from .arch.facts import fingerprint
+from .arch.holding import plain_model
 from .engine.layered import hidden_of
 from .engine.passes import apart, put_back
 from .engine.patches import forward_replaced, hooked
 from .engine.samples import Samples, padded
 from .errors import HywiaError, UsageError
-from .holding import plain_model
 from .moments import exact_products, factored, moment_dtype
 from .surgery import checked_groups, silence
 from .text import check_tokens, digest
 from .types import Group, Plan
-from .weights import fingerprint
 
 __all__ = ["RIDGE", "refit"]
 

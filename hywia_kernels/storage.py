@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import arch, atomic
+from .arch.facts import fingerprint
 from .errors import HywiaError
 from .record import DIGEST, parsed, sealed
 from .types import Group, Member, Scores, Statistics
 from .verify import check_file
-from .weights import fingerprint
 
 __all__ = ["check_scored_on", "load_scores", "save_scores"]
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from . import arch, ops, progress
 from .adaptive.alibi_hywia_adaptive import SURVIVORS, keep_heads
+from .arch.facts import fingerprint
+from .arch.holding import plain_model
 from .engine.passes import plain_modes, put_back
 from .errors import HywiaError
-from .holding import plain_model
 from .types import Group, Member, Plan
 from .undo import Removed, Undo
-from .weights import fingerprint
 
 __all__ = ["mask", "prune", "resize", "silence"]
 

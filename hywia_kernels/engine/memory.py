@@ -29,9 +29,9 @@ import torch
 from torch import nn
 
 from .. import arch
+from ..arch.facts import weight_bytes
 from ..errors import HywiaError
 from ..types import Group
-from ..weights import weight_bytes
 from .host import free_on_host
 from .loss import LOGIT_BYTES
 from .results import result_bytes

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import arch, atomic
+from ..arch.facts import weight_bytes
 from ..errors import HywiaError
 from ..originals import copy_companions, original
 from ..replaceable import Input
 from ..ties import set_ties, tied_head
 from ..verify import check_tensors
-from ..weights import weight_bytes
 
 __all__ = ["ffn_mult", "write_decilm"]
 

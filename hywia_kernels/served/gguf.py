@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import arch, atomic, progress
+from ..arch.facts import weight_bytes
 from ..errors import HywiaError, UsageError
 from ..ties import tied_head
-from ..weights import weight_bytes
 
 __all__ = ["write_gguf"]
 

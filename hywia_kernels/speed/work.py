@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from .. import arch
+from ..arch.facts import count_parameters, weight_bytes
 from ..types import Plan
-from ..weights import count_parameters, weight_bytes
 
 __all__ = ["Work", "work_of"]
 

@@ -6,7 +6,7 @@ import pytest
 from families import FAMILIES, fresh
 
 import hywia_kernels as hk
-from hywia_kernels.weights import fingerprint
+from hywia_kernels.arch.facts import fingerprint
 
 CUTS = {"mlp": dict(units=("mlp",)), "adaptive": dict(layers=(1, 2))}
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
-from hywia_kernels.weights import fingerprint
+from hywia_kernels.arch.facts import fingerprint
 
 CASES = [
     pytest.param(family, cut, id=f"{family.name}-{cut}")

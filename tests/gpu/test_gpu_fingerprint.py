@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hywia_kernels.weights import fingerprint, identity_after, queued
+from hywia_kernels.arch.facts import fingerprint, identity_after, queued
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

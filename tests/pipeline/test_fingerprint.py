@@ -12,8 +12,9 @@ from tiny import TINY, fresh
 from torch import nn
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, weights
-from hywia_kernels.weights import _step, fingerprint, identity
+from hywia_kernels import HywiaError
+from hywia_kernels.arch import facts
+from hywia_kernels.arch.facts import _step, fingerprint, identity
 
 # (rows, columns) or (matrices, rows, columns); the sizes of real models, powers of two and others.
 SHAPES = [
@@ -309,13 +310,13 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "stream", Using)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current of {device}")
-        monkeypatch.setattr(weights, "identity", lambda *a: log.append(("read",)) or ("x", 1))
+        monkeypatch.setattr(facts, "identity", lambda *a: log.append(("read",)) or ("x", 1))
 
 
 def test_it_waits_for_what_was_queued_on_each_device(monkeypatch):
     fake = FakeCuda(monkeypatch)
-    events = weights.queued([torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")])
-    assert weights.identity_after(events, nn.Linear(1, 1)) == ("x", 1)
+    events = facts.queued([torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")])
+    assert facts.identity_after(events, nn.Linear(1, 1)) == ("x", 1)
     assert fake.calls == [
         ("record", "current of cuda:0"),
         ("record", "current of cuda:1"),

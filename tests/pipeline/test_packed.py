@@ -11,8 +11,8 @@ from tiny import TINY, fresh
 from torch import nn
 
 import hywia_kernels as hk
+from hywia_kernels.arch.facts import count_parameters
 from hywia_kernels.packed import count_weights
-from hywia_kernels.weights import count_parameters
 
 
 def test_plain_weights_are_the_parameters(model):

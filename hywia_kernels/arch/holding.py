@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import HywiaError, UsageError
+from ..errors import HywiaError, UsageError
 
 __all__ = ["check_held", "plain_model", "unwrapped"]
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .arch.table import TABLE
-from .errors import HywiaError
+from ..errors import HywiaError
+from .table import TABLE
 
 __all__ = [
     "check_finite",
