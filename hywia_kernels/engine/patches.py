@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..switch import Switch
+from ..ops.switch import Switch
 
 __all__ = [
     "STRICT",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import arch
-from ..switch import Held, Switch
+from ..ops.switch import Held, Switch
 from .kernels import kernels_module, power_of_two, usable
 from .launch import Launcher
 

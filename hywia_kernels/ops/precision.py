@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..switch import Held, Switch
+from .switch import Held, Switch
 
 __all__ = ["full_float32"]
 
