@@ -16,19 +16,20 @@ classes of transformers; until it is imported, a finder in `sys.meta_path` waits
 
 from typing import Any as _Any
 
-from . import adaptive, ops
+from . import ops
 from .arch import groups
 from .calibrate import calibrate
+from .checkpoint import adaptive
+from .checkpoint.loading import load
+from .checkpoint.saving import save
+from .checkpoint.scores_file import load_scores, save_scores
 from .errors import BackendError, HywiaError, UsageError
 from .evaluate import evaluate, perplexity
-from .export import save
 from .fusion import fuse, score
 from .learned import learn
 from .leftover import leftover, with_leftover
-from .load import load
 from .refit import refit
 from .selection import plan
-from .storage import load_scores, save_scores
 from .surgery import mask, prune
 from .text import calibration
 from .types import Group, Member, Plan, Scores, Statistics

@@ -14,11 +14,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from . import atomic, commands, commands_bench, commands_recipe, ops, selection
+from . import commands, commands_bench, commands_recipe, ops, selection
 from .calibrate import ENGINES, MEMORY
+from .checkpoint import atomic_directory
+from .checkpoint.loading import DTYPES
 from .errors import HywiaError, UsageError
 from .fusion import CRITERIA, FUSIONS
-from .load import DTYPES
 from .ops.checks import ORDERS
 
 __all__ = ["main", "parser"]
@@ -165,7 +166,7 @@ def _signals() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    atomic.begin()
+    atomic_directory.begin()
     arguments = None
     with _signals():
         try:
@@ -178,23 +179,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         except HywiaError as error:
             return _fail(str(error), 1)
         except KeyboardInterrupt:
-            return _fail(f"interrupted; {atomic.outcome()}", 128 + signal.SIGINT)
+            return _fail(f"interrupted; {atomic_directory.outcome()}", 128 + signal.SIGINT)
         except _Ended as ended:
-            return _fail(f"ended by {signal.Signals(ended.number).name}; {atomic.outcome()}", 128 + ended.number)
+            return _fail(
+                f"ended by {signal.Signals(ended.number).name}; {atomic_directory.outcome()}", 128 + ended.number
+            )
         except BrokenPipeError:
             _give_up_output()
             wrote = getattr(arguments, "output", None) is not None
             return _fail(
-                f"nobody reads the output any more; {atomic.outcome()}" if wrote else None, 128 + signal.SIGPIPE
+                f"nobody reads the output any more; {atomic_directory.outcome()}" if wrote else None,
+                128 + signal.SIGPIPE,
             )
         except OSError as error:
             _give_up_output()
             where = f"{error.filename}: " if error.filename else ""
-            return _fail(f"{where}{error.strerror or error}; {atomic.outcome()}", 1)
+            return _fail(f"{where}{error.strerror or error}; {atomic_directory.outcome()}", 1)
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
-            return _fail(f"out of memory ({_first_line(error)}); {_lever(error)}; {atomic.outcome()}", 1)
+            return _fail(f"out of memory ({_first_line(error)}); {_lever(error)}; {atomic_directory.outcome()}", 1)
     return 0
 
 

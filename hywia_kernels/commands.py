@@ -12,33 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-from . import (
-    arch,
-    atomic,
-    commands_recipe,
-    constraints,
-    export,
-    ops,
-    originals,
-    planning,
-    progress,
-    report,
-    run_record,
-    selection,
-    storage,
-    surgery,
-    targets,
-)
+from . import arch, commands_recipe, constraints, ops, planning, progress, report, selection, surgery, targets
 from .calibrate import calibrate
+from .checkpoint import atomic_directory, originals, run_record, saving, scores_file
+from .checkpoint.loading import load
+from .checkpoint.replaceable import check_report
 from .errors import HywiaError, UsageError
 from .evaluate import blocks, continuation
 from .evaluate import evaluate as evaluate_model
 from .fusion import fuse
 from .fusion import score as score_model
 from .hardware import threaded_device_name
-from .load import load
 from .reading import BUNDLED, bundled_text, documents, file_documents, is_local
-from .replaceable import check_report
 from .text import calibration
 from .tokens import check_length, prefix
 from .types import Plan, Scores, Statistics
@@ -81,7 +66,7 @@ def _claimed(arguments: argparse.Namespace, *, in_place: bool = False, least: in
     check_report("json", arguments.json, outputs=(output,), inputs=given)
     if arguments.command != "prune":  # only what was pruned may take its own model's place
         given = tuple(i._replace(what="model that is read") if i.what == "model" else i for i in given)
-    with atomic.claim(output, overwrite=arguments.overwrite, in_place=in_place, inputs=given, need=least):
+    with atomic_directory.claim(output, overwrite=arguments.overwrite, in_place=in_place, inputs=given, need=least):
         yield
 
 
@@ -248,7 +233,7 @@ def _blend(arguments: argparse.Namespace) -> str:
 
 
 def _stored(arguments: argparse.Namespace) -> Scores:
-    scores, statistics = storage.load_scores(arguments.scores)
+    scores, statistics = scores_file.load_scores(arguments.scores)
     if arguments.fusion is None and arguments.order is None:
         return scores
     if statistics is None:
@@ -274,7 +259,7 @@ def _score(arguments: argparse.Namespace, output: Path) -> None:
     _say_left_alone(model)
     _check_lengths(arguments, model, tokenizer, None, _setting(arguments, "criterion") == "hywia")
     scores, statistics = _scored(arguments, model, _Texts(arguments, model, tokenizer))
-    storage.save_scores(output, scores, statistics, overwrite=arguments.overwrite)
+    scores_file.save_scores(output, scores, statistics, overwrite=arguments.overwrite)
     report.say(f"wrote {output}: {len(scores.groups)} groups, {sum(g.units for g in scores.groups)} units")
     report.write_json(arguments.json, {"output": str(output), "scores": dict(scores.record)})
 
@@ -295,7 +280,7 @@ def _prune(arguments: argparse.Namespace, output: Path) -> None:
     model, tokenizer = _load(arguments)
     _say_left_alone(model)
     if stored is not None:
-        storage.check_scored_on(stored, model, arguments.scores, arguments.model)
+        scores_file.check_scored_on(stored, model, arguments.scores, arguments.model)
     planning.check_reachable(
         model, stored, criterion=_setting(arguments, "criterion"), **commands_recipe.plan_request(arguments)
     )
@@ -312,13 +297,13 @@ def _prune(arguments: argparse.Namespace, output: Path) -> None:
     given = {k: v for k, v in vars(arguments).items() if k != "command"}
     record = {"arguments": given, "scores_summary": run_record.score_summary(scores, plan)}
     written = {"overwrite": arguments.overwrite, "in_place": arguments.in_place}
-    export.save(model, tokenizer, output, plan=plan, record=record, **written)
+    saving.save(model, tokenizer, output, plan=plan, record=record, **written)
     after = _measure(arguments, model, tokenizer, text, output)
     report.print_comparison(before, after)
     if before is not None:
         device = threaded_device_name(next(model.parameters()).device)
         evaluation = {"text": before["text"], "device": device, "before": before, "after": after}
-        export.add_to_record(output, {"evaluation": evaluation})
+        saving.add_to_record(output, {"evaluation": evaluation})
     report.say(f"wrote {output}")
     _write_prune_json(arguments, plan, before, after)
 
@@ -345,7 +330,7 @@ def _measure(
 
 
 def _write_prune_json(arguments: argparse.Namespace, plan: Plan, before: dict | None, after: dict | None) -> None:
-    content = {"output": arguments.output, "plan": export.plan_record(plan)}
+    content = {"output": arguments.output, "plan": saving.plan_record(plan)}
     if before is not None:
         content |= {"before": before, "after": after}
     report.write_json(arguments.json, content)

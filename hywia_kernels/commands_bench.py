@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import atomic, charts, constraints, export, figures, html_report, originals, report, targets
+from . import charts, constraints, figures, html_report, report, targets
+from .checkpoint import atomic_directory, originals, saving
+from .checkpoint.replaceable import Input, check_report
 from .errors import UsageError
 from .hardware import threaded_device_name
-from .replaceable import Input, check_report
 from .versions import versions
 
 __all__ = ["add_commands", "add_planning", "bench", "export_served", "write_report"]
@@ -71,7 +72,7 @@ def add_planning(group: Any) -> None:
 def bench(arguments: argparse.Namespace) -> None:
     """`hywia bench`."""
     from . import commands
-    from .load import load
+    from .checkpoint.loading import load
     from .speed.measure import cases, measure
     from .speed.work import work_of
 
@@ -81,8 +82,8 @@ def bench(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         charts.require()
     folders = [Path(m) for m in arguments.models]
-    if arguments.record and not any((f / export.RECORD).is_file() for f in folders):
-        raise UsageError(f"record: none of the models is a directory with a {export.RECORD}")
+    if arguments.record and not any((f / saving.RECORD).is_file() for f in folders):
+        raise UsageError(f"record: none of the models is a directory with a {saving.RECORD}")
     found: list[dict[str, Any]] = []
     for name in arguments.models:
         report.say(f"loading {name}")
@@ -109,11 +110,11 @@ def bench(arguments: argparse.Namespace) -> None:
     environment = {"versions": versions(), "device": threaded_device_name(device)}
     _print(found)
     if arguments.plot is not None:
-        atomic.write_text(arguments.plot, charts.standalone(figures.speed_figures(found)), "plot")
+        atomic_directory.write_text(arguments.plot, charts.standalone(figures.speed_figures(found)), "plot")
     report.write_json(arguments.json, {**environment, "models": found})
     for folder in folders if arguments.record else ():
-        if (folder / export.RECORD).is_file():
-            export.add_to_record(folder, {"bench": {**environment, "models": found}})
+        if (folder / saving.RECORD).is_file():
+            saving.add_to_record(folder, {"bench": {**environment, "models": found}})
 
 
 def _work_of_case(work: Any, figure: Any) -> float:
@@ -174,13 +175,13 @@ def export_served(arguments: argparse.Namespace) -> None:
         raise UsageError("vocabulary: goes with --format gguf, which needs it")
     given = originals.inputs(arguments)
     check_report("json", arguments.json, outputs=(Path(arguments.output),), inputs=given)
-    with atomic.claim(arguments.output, a_file=gguf):
+    with atomic_directory.claim(arguments.output, a_file=gguf):
         _export(arguments, gguf)
 
 
 def _export(arguments: argparse.Namespace, gguf: bool) -> None:
-    from .load import load
-    from .served.decilm import write_decilm, write_gguf
+    from .checkpoint.decilm import write_decilm, write_gguf
+    from .checkpoint.loading import load
 
     report.say(f"loading {arguments.model}")
     model, tokenizer = load(
@@ -199,5 +200,5 @@ def write_report(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.output)
     target = Path(arguments.html) if arguments.html else folder.absolute().with_name(folder.absolute().name + ".html")
     check_report("html", target, inputs=(Input("model", folder),))
-    atomic.write_text(target, html_report.page(export.read_record(folder), folder.absolute().name), "html")
+    atomic_directory.write_text(target, html_report.page(saving.read_record(folder), folder.absolute().name), "html")
     report.say(f"wrote {target}")

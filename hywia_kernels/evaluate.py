@@ -16,10 +16,10 @@ from torch.nn import functional
 from . import progress
 from .arch.facts import weight_bytes
 from .arch.holding import unwrapped
+from .checkpoint.packed import count_weights
+from .checkpoint.weight_files import weight_files
 from .errors import HywiaError, UsageError
-from .packed import count_weights
 from .tokens import check_length, check_tokens, encode, positions, prefix
-from .weight_files import weight_files
 from .writing import continuation, evaluating, greedy
 
 __all__ = ["blocks", "continuation", "evaluate", "perplexity", "stored_bytes", "tokens_per_second"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import charts
-from .run_record import KindWidths, mapping, summary_rows
+from .checkpoint.run_record import KindWidths, mapping, summary_rows
 
 __all__ = ["score_figures", "speed_figures", "width_figures"]
 

@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import atomic, ops
+from . import ops
+from .checkpoint import atomic_directory
+from .checkpoint.metrics import compare, figures_of
+from .checkpoint.run_record import plain, reduction, spans
 from .errors import HywiaError
-from .metrics import compare, figures_of
-from .run_record import plain, reduction, spans
 from .types import Plan
 from .versions import versions
 
@@ -145,4 +146,4 @@ def write_json(path: str | None, content: Any) -> None:
         text = json.dumps(content, indent=2) + "\n"
     except (TypeError, ValueError) as error:
         raise HywiaError(f"json: the report holds what JSON cannot: {error}") from error
-    atomic.write_text(path, text, "json")
+    atomic_directory.write_text(path, text, "json")

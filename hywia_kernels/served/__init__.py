@@ -3,7 +3,7 @@
 `write_gguf` was run under llama.cpp; `write_decilm` follows vLLM's source and was not run under vLLM so far.
 """
 
-from .decilm import write_decilm
-from .gguf import write_gguf
+from ..checkpoint.decilm import write_decilm
+from ..checkpoint.gguf import write_gguf
 
 __all__ = ["write_decilm", "write_gguf"]

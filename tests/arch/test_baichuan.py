@@ -15,7 +15,7 @@ from words import text, write_tokenizer
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
-from hywia_kernels.adaptive.alibi_hywia_adaptive import SURVIVORS
+from hywia_kernels.checkpoint.adaptive.alibi_hywia_adaptive import SURVIVORS
 from hywia_kernels.cli import main
 from tests.support.comparison import logits, relative
 from tests.support.cuts import CUTS, make_plan

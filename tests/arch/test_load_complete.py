@@ -13,8 +13,8 @@ from words import write_tokenizer
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
-from hywia_kernels.tying import own_head
-from hywia_kernels.weight_files import stored_tensors
+from hywia_kernels.checkpoint.tying import own_head
+from hywia_kernels.checkpoint.weight_files import stored_tensors
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda f: f.name)

@@ -13,7 +13,7 @@ from pathlib import Path
 import safetensors.torch
 from transformers import PreTrainedTokenizerFast
 
-from hywia_kernels import disk
+from hywia_kernels.checkpoint import disk
 
 KILLED = 77  # exit code of a process that `kill` ended
 _OF_OS = ("open", "mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "chmod", "statvfs", "pwrite", "ftruncate")

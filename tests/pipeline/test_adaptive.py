@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
-from hywia_kernels.adaptive.modeling_hywia_adaptive import describe_changes
+from hywia_kernels.checkpoint.adaptive.modeling_hywia_adaptive import describe_changes
 from tests.support.families import fresh_named, token_ids
 from tests.support.processes import run_jobs, run_python
 from tests.support.tiny import TINY, fresh, make_plan

@@ -11,7 +11,8 @@ from tiny import TINY, fresh, make_plan
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, UsageError, atomic
+from hywia_kernels import HywiaError, UsageError
+from hywia_kernels.checkpoint import atomic_directory
 
 
 @pytest.fixture
@@ -126,4 +127,4 @@ def test_overwrite_never_deletes_what_is_no_model(pruned, tokenizer, tmp_path):
 def test_unwritable_parent_is_refused_before_work(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(HywiaError, match="output: cannot write in"):
-        atomic.check_target(tmp_path / "file" / "out", overwrite=False)
+        atomic_directory.check_target(tmp_path / "file" / "out", overwrite=False)

@@ -13,9 +13,10 @@ from faults import contents, faults, killed_at
 from tiny import Tiny, fresh
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, atomic, disk
+from hywia_kernels import HywiaError
+from hywia_kernels.checkpoint import atomic_directory, disk
+from hywia_kernels.checkpoint.weight_files import stored_tensors
 from hywia_kernels.cli import main
-from hywia_kernels.weight_files import stored_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +75,7 @@ def _check(parent, whole, earlier: bool, at_once: bool) -> None:
         assert contents(out) in whole
     elif at_once and earlier:
         raise AssertionError("the earlier result is gone")
-    atomic.check_target(out, overwrite=True)
+    atomic_directory.check_target(out, overwrite=True)
     assert [p.name for p in parent.iterdir()] == (["out"] if earlier or out.exists() else []), "something is left over"
     if earlier or out.exists():
         assert contents(out) in whole
@@ -145,12 +146,12 @@ def test_an_interrupt_at_every_step_says_what_is_there(setting):
     while True:
         step += 1
         folder = parent(str(step))
-        atomic.begin()
+        atomic_directory.begin()
         with faults(step, "interrupt") as counter:
             try:
                 write(folder)
             except KeyboardInterrupt:
-                said, out = atomic.outcome(), folder / "out"
+                said, out = atomic_directory.outcome(), folder / "out"
                 have = contents(out) if out.exists() else None
                 if "is written and complete" in said:
                     assert have == whole[1]
@@ -174,7 +175,7 @@ def test_what_a_killed_run_set_aside_is_put_back_before_the_next_one_writes(tmp_
         (old / "model.safetensors").write_text("the only copy")
 
         def full():
-            with atomic.directory(tmp_path / "out", overwrite=True):
+            with atomic_directory.directory(tmp_path / "out", overwrite=True):
                 assert (tmp_path / "out" / "model.safetensors").read_text() == "the only copy"
                 raise OSError(28, "No space left on device")
 
@@ -183,7 +184,7 @@ def test_what_a_killed_run_set_aside_is_put_back_before_the_next_one_writes(tmp_
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
         assert (tmp_path / "out" / "model.safetensors").read_text() == "the only copy"
         with pytest.raises(hk.UsageError, match="exists; choose another directory"):
-            atomic.check_target(tmp_path / "out", overwrite=False)
+            atomic_directory.check_target(tmp_path / "out", overwrite=False)
         for file in (tmp_path / "out").iterdir():
             file.unlink()
         (tmp_path / "out").rmdir()
@@ -196,21 +197,21 @@ def test_neither_is_deleted_where_something_else_took_the_place(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(HywiaError, match=r"old is an earlier result, set aside by a run .* move one of them away"):
-        atomic.check_target(tmp_path / "out", overwrite=True)
+        atomic_directory.check_target(tmp_path / "out", overwrite=True)
     assert (tmp_path / ".out.hywia-partial" / "old" / "model.safetensors").read_text() == "earlier"
     assert (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize("step", range(1, 200, 9))
 def test_a_fault_in_a_record_keeps_the_old_one(tmp_path, step):
-    from hywia_kernels.export import add_to_record, read_record
+    from hywia_kernels.checkpoint.saving import add_to_record, read_record
 
     hk.save(_model(0.25), None, tmp_path / "out")
     before = read_record(tmp_path / "out")
     for at in range(step, step + 9):
         killed_at(at, lambda: add_to_record(tmp_path / "out", {"bench": 1}))
         assert read_record(tmp_path / "out") in (before, {**before, "bench": 1})
-    atomic.check_target(tmp_path / "out", overwrite=True)
+    atomic_directory.check_target(tmp_path / "out", overwrite=True)
 
 
 def test_a_full_disk_is_a_message(saved, tmp_path, monkeypatch, capsys):

@@ -9,8 +9,9 @@ import pytest
 from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
-from hywia_kernels import report, run_record
-from hywia_kernels.history import history
+from hywia_kernels import report
+from hywia_kernels.checkpoint import run_record
+from hywia_kernels.checkpoint.history import history
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import types
 
 import pytest
 
-from hywia_kernels import adaptive
+from hywia_kernels.checkpoint import adaptive
 
 
 def finders():

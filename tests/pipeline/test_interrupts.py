@@ -13,7 +13,8 @@ from faults import contents
 from tiny import TINY, fresh
 
 import hywia_kernels as hk
-from hywia_kernels import commands, commands_bench, commands_recipe, export, report
+from hywia_kernels import commands, commands_bench, commands_recipe, report
+from hywia_kernels.checkpoint import saving
 from hywia_kernels.cli import main
 
 SMALL = ["--ratio", "0.2", "--criterion", "random", "--align", "4", "--text", "text.txt", "--block", "16"]
@@ -55,8 +56,8 @@ def test_an_end_says_what_is_on_the_disk(here, monkeypatch, capsys, how, code, w
     run = ["prune", "model", "-o", "out", *SMALL]
     for owner, name, call, said in (
         (commands, "load", 1, "nothing was written"),
-        (export, "_write_model", 1, "nothing was written"),
-        (export, "check_written", 1, "nothing was written"),
+        (saving, "_write_model", 1, "nothing was written"),
+        (saving, "check_written", 1, "nothing was written"),
         (commands, "_measure", 2, f"{here / 'out'} is written and complete; what was to come after that was not done"),
     ):
         with monkeypatch.context() as patch:
@@ -124,7 +125,7 @@ def _on_the_cpu(*args, **kwargs):
 @pytest.mark.parametrize(
     ("where", "lever"),
     [
-        ("hywia_kernels.export.check_written", "the model itself barely fits"),
+        ("hywia_kernels.checkpoint.saving.check_written", "the model itself barely fits"),
         ("hywia_kernels.evaluate.perplexity", "try a smaller --block"),
         ("hywia_kernels.commands.calibrate", "fewer --samples, a shorter --seq-len"),
     ],
@@ -160,9 +161,9 @@ def test_other_refusals_of_the_system_are_messages(here, monkeypatch, capsys):
 
 def test_a_model_that_was_saved_is_not_this_commands(here):
     """What a program wrote before it called the command line is none of the command's outcome."""
-    from hywia_kernels import atomic
+    from hywia_kernels.checkpoint import atomic_directory
 
     hk.save(fresh(TINY[2]), None, here / "own")
-    assert "own is written and complete" in atomic.outcome()
+    assert "own is written and complete" in atomic_directory.outcome()
     assert main(["eval", "nowhere/at/all"]) == 1
-    assert atomic.outcome() == "nothing was written"
+    assert atomic_directory.outcome() == "nothing was written"

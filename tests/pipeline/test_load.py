@@ -88,7 +88,7 @@ def test_unknown_architecture_type_in_config(saved):
 
 
 def test_bundled_model_that_is_not_installed_says_how_to_get_it(monkeypatch, tmp_path):
-    from hywia_kernels.load import _BUNDLED
+    from hywia_kernels.checkpoint.loading import _BUNDLED
 
     monkeypatch.setitem(_BUNDLED, "smollm2", "no-such-distribution-here")
     monkeypatch.chdir(tmp_path)

@@ -14,9 +14,10 @@ from faults import contents
 from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, UsageError, atomic
+from hywia_kernels import HywiaError, UsageError
+from hywia_kernels.checkpoint import atomic_directory
+from hywia_kernels.checkpoint.replaceable import Input
 from hywia_kernels.cli import main
-from hywia_kernels.replaceable import Input
 
 CONFIG = '{"model_type": "llama"}'
 
@@ -143,7 +144,7 @@ def test_the_model_itself_is_replaced_only_when_asked_for(saved, tmp_path, monke
 
 def _refused_inputs(path, given, message):
     with pytest.raises(UsageError, match=message):
-        atomic.check_target(path, overwrite=True, inputs=given)
+        atomic_directory.check_target(path, overwrite=True, inputs=given)
 
 
 def test_what_holds_something_that_is_read_is_refused(saved, tmp_path):
@@ -156,10 +157,12 @@ def test_what_holds_something_that_is_read_is_refused(saved, tmp_path):
     _refused_inputs(other, [Input("calib", other / "README.md"), Input("scores", other)], "holds the scores")
     (other / "model.gguf").write_text("x")
     _refused_inputs(other, [Input("model", other / "model.gguf")], "is the model itself")
-    atomic.check_target(other, overwrite=False, in_place=True, inputs=[Input("model", other / "model.gguf")])
+    atomic_directory.check_target(other, overwrite=False, in_place=True, inputs=[Input("model", other / "model.gguf")])
     (other / "another.gguf").write_text("x")
     with pytest.raises(UsageError, match=r"holds another\.gguf, which"):
-        atomic.check_target(other, overwrite=True, in_place=True, inputs=[Input("model", other / "model.gguf")])
+        atomic_directory.check_target(
+            other, overwrite=True, in_place=True, inputs=[Input("model", other / "model.gguf")]
+        )
 
 
 def test_a_report_takes_no_files_place(saved, tmp_path, monkeypatch, capsys):
@@ -185,7 +188,7 @@ def test_a_report_takes_no_files_place(saved, tmp_path, monkeypatch, capsys):
 
 
 def _hold(path, taken, done):
-    with atomic.claim(path):
+    with atomic_directory.claim(path):
         taken.set()
         done.wait(60)
 
@@ -206,7 +209,7 @@ def test_a_second_run_into_one_directory_says_so_before_it_works(saved, tmp_path
     assert main(["export", "model", "-o", "out", "--format", "decilm"]) == 1
     done.set()
     other.join()
-    with atomic.claim(tmp_path / "out"):
+    with atomic_directory.claim(tmp_path / "out"):
         refusals = []
 
         def second():
@@ -226,7 +229,7 @@ def test_a_second_run_into_one_directory_says_so_before_it_works(saved, tmp_path
 
 def test_something_that_appears_during_the_work_is_not_replaced(tmp_path):
     def work(overwrite):
-        with atomic.directory(tmp_path / "out", overwrite=overwrite) as folder:
+        with atomic_directory.directory(tmp_path / "out", overwrite=overwrite) as folder:
             (folder / "config.json").write_text(CONFIG)
             (tmp_path / "out").mkdir(exist_ok=True)
             (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -242,7 +245,7 @@ def test_long_names_and_parents_that_are_not_there(tmp_path):
     name = "x" * 250
     hk.save(fresh(TINY[2]), None, tmp_path / "a" / "b" / name)
     assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == [name]
-    with pytest.raises(HywiaError, match="nothing"), atomic.claim(tmp_path / "c" / "d" / "out"):
+    with pytest.raises(HywiaError, match="nothing"), atomic_directory.claim(tmp_path / "c" / "d" / "out"):
         raise HywiaError("nothing")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import hywia_kernels as hk
 from hywia_kernels.arch.facts import count_parameters
-from hywia_kernels.packed import count_weights
+from hywia_kernels.checkpoint.packed import count_weights
 
 
 def test_plain_weights_are_the_parameters(model):

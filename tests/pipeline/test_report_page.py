@@ -12,7 +12,8 @@ from test_speed import parsed
 from tiny import TINY, fresh
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, html_report, run_record
+from hywia_kernels import HywiaError, html_report
+from hywia_kernels.checkpoint import run_record
 from hywia_kernels.cli import main
 
 READING = {
@@ -33,7 +34,7 @@ def record():
     model = fresh(TINY[2])
     scores = hk.score(model, torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(1)))
     plan = hk.plan(scores, group_ratio=0.4, align=4)
-    from hywia_kernels.export import plan_record
+    from hywia_kernels.checkpoint.saving import plan_record
 
     return json.loads(
         json.dumps(

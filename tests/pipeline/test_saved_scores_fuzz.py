@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY, fresh
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, record, storage
+from hywia_kernels import HywiaError, record
+from hywia_kernels.checkpoint import scores_file
 from hywia_kernels.cli import main
 
 FUZZ = settings(
@@ -77,7 +78,7 @@ class Copy:
 
     def write(self, index, signed):
         if signed and isinstance(index, dict):
-            index["tensors_sha256"] = storage._file_digest(self.at / TENSORS)
+            index["tensors_sha256"] = scores_file._file_digest(self.at / TENSORS)
             index = record.sealed(index)
         (self.at / INDEX).write_text(json.dumps(index))
 

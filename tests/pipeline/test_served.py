@@ -9,9 +9,9 @@ from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
+from hywia_kernels.checkpoint.decilm import ffn_mult, write_decilm
+from hywia_kernels.checkpoint.gguf import _interleaved, write_gguf
 from hywia_kernels.cli import main
-from hywia_kernels.served.decilm import ffn_mult, write_decilm
-from hywia_kernels.served.gguf import _interleaved, write_gguf
 
 gguf = pytest.importorskip("gguf")
 

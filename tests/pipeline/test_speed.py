@@ -11,7 +11,8 @@ import torch
 from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, UsageError, html_report, run_record
+from hywia_kernels import HywiaError, UsageError, html_report
+from hywia_kernels.checkpoint import run_record
 from hywia_kernels.cli import main
 from hywia_kernels.speed.driver import StaticDriver, drivable
 from hywia_kernels.speed.measure import Case, cases, measure
@@ -193,7 +194,7 @@ def test_score_summary(gqa):
 
 
 def test_adding_to_a_record_that_is_not_there(tmp_path):
-    from hywia_kernels.export import add_to_record
+    from hywia_kernels.checkpoint.saving import add_to_record
 
     with pytest.raises(HywiaError, match=r"it has no hywia\.json"):
         add_to_record(tmp_path, {})

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from hywia_kernels import HywiaError
-from hywia_kernels.file_kinds import check_kind, read_json
-from hywia_kernels.weight_files import (
+from hywia_kernels.checkpoint.file_kinds import check_kind, read_json
+from hywia_kernels.checkpoint.weight_files import (
     INDEX,
     SINGLE,
     named_files,

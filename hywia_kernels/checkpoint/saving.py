@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 
-from . import arch, atomic, model_card
+from .. import arch
+from ..arch.facts import weight_bytes
+from ..arch.holding import plain_model
+from ..errors import HywiaError
+from ..record import parsed, sealed
+from ..types import Plan
+from ..versions import versions
+from . import atomic_directory, model_card
 from .adaptive import adapted, remote
-from .arch.facts import weight_bytes
-from .arch.holding import plain_model
-from .errors import HywiaError
 from .originals import copy_companions, original
-from .record import parsed, sealed
 from .replaceable import Input
 from .storable import check_storable, storable_generation, storable_state
 from .ties import set_ties
-from .types import Plan
 from .verify import check_written
-from .versions import versions
 from .weight_files import weight_files
 
 __all__ = ["RECORD", "add_to_record", "plan_record", "read_record", "save", "stock_config"]
@@ -191,7 +192,7 @@ def add_to_record(folder: str | Path, more: Mapping[str, Any]) -> None:
     """Add what was found out after saving; the record is the old one or the new one at any moment. The model card is
     renewed, unless somebody edited it."""
     record = {**read_record(folder), **more}
-    atomic.write_text(Path(folder) / RECORD, _json(record), "record")
+    atomic_directory.write_text(Path(folder) / RECORD, _json(record), "record")
     model_card.write_card(folder, record)
 
 
@@ -238,12 +239,12 @@ def save(
         "inputs": () if source is None else (Input("model", source),),
         "need": weight_bytes(model),
     }
-    with atomic.claim(path, **given):
+    with atomic_directory.claim(path, **given):
         check_storable(model)
         described, reason = _described(model)
         base = str(getattr(model, "name_or_path", "") or "")
         content = {"base": base, **_record(plan, record), "not_stock": reason}
-        with atomic.directory(path, **given) as folder:
+        with atomic_directory.directory(path, **given) as folder:
             # The weights come last: until they are whole, the directory does not load.
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import HywiaError
-from .export import RECORD, read_record
+from ..errors import HywiaError
+from ..types import Plan
 from .run_record import base_of, reduction
-from .types import Plan
+from .saving import RECORD, read_record
 
 __all__ = ["history"]
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import HywiaError
 from .adaptive import remote
-from .errors import HywiaError
 from .ties import shared
 from .weight_files import weight_files
 

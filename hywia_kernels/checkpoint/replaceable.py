@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import UsageError
+from ..errors import UsageError
 
 __all__ = ["Input", "check", "check_report", "is_card", "is_processor", "is_tokenizer"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ...errors import HywiaError
 from .. import description, loaded_weights
-from ..errors import HywiaError
 from ..ties import set_ties
 
 __all__ = ["adapted", "is_remote_code", "load"]

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import HywiaError
 from . import run_record
-from .errors import HywiaError
 from .metrics import compare
 from .templating import render
 
@@ -132,7 +132,7 @@ def _loading(record: Mapping[str, Any], config: Mapping[str, Any], name: str) ->
     model = f"model = AutoModelForCausalLM.from_pretrained({name!r}{trust})\n"
     if kind == "adaptive-remote":
         load = "import hywia_kernels\n\n"
-        model = f"model, tokenizer = hywia_kernels.load({name!r}{trust})"
+        model = f"model, tokenizer = hywia_kernels.checkpoint.loading({name!r}{trust})"
     else:
         model += f"tokenizer = AutoTokenizer.from_pretrained({name!r}{trust})"
     return {

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .errors import HywiaError
+from ..errors import HywiaError
 
 __all__ = ["check_storable", "storable_generation", "storable_state"]
 

@@ -16,8 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import HywiaError
 from . import disk
-from .errors import HywiaError
 
 try:
     import fcntl

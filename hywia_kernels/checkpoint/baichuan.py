@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import HywiaError
 from . import loaded_weights
-from .errors import HywiaError
 from .file_kinds import read_json
 from .weight_files import stored_tensors, weight_files
 

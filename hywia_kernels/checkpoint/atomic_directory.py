@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..errors import HywiaError, UsageError
 from . import disk
-from .errors import HywiaError, UsageError
 from .replaceable import Input, check
 from .workspace import Claim, leave, located, settle, take
 

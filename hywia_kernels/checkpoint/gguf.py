@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import arch, atomic, progress
+from .. import arch, progress
 from ..arch.facts import weight_bytes
 from ..errors import HywiaError, UsageError
-from ..ties import tied_head
+from . import atomic_directory
+from .ties import tied_head
 
 __all__ = ["write_gguf"]
 
@@ -74,7 +75,7 @@ def write_gguf(model: Any, vocabulary: str | Path, path: str | Path) -> Path:
     if reason is not None:
         raise HywiaError(f"gguf: llama.cpp's architecture for differing layers holds LLaMA's alone: {reason}")
     path = Path(path)
-    with atomic.claim(path, a_file=True):
+    with atomic_directory.claim(path, a_file=True):
         _write(gguf, model, vocabulary, path)
     return path
 
@@ -85,7 +86,7 @@ def _write(gguf: Any, model: Any, vocabulary: str | Path, path: Path) -> None:
     count = len(tokens["tokenizer.ggml.tokens"].data)
     if count != rows:
         raise UsageError(f"vocabulary: expected {rows} tokens as the model has, {vocabulary} has {count}")
-    with atomic.file(path, need=weight_bytes(model)) as partial:
+    with atomic_directory.file(path, need=weight_bytes(model)) as partial:
         writer = gguf.GGUFWriter(partial, ARCHITECTURE)
         try:
             _write_header(writer, model)

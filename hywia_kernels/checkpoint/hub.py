@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .errors import HywiaError
+from ..errors import HywiaError
 from .weight_files import INDEX, SINGLE, named_files
 
 __all__ = ["complete", "described"]

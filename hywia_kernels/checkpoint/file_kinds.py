@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .errors import HywiaError
+from ..errors import HywiaError
 
 __all__ = ["check_kind", "read_header", "read_json"]
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import HywiaError
+from ..errors import HywiaError
 from .replaceable import Input, is_card, is_processor, is_tokenizer
 from .weight_files import weight_bytes_stored
 

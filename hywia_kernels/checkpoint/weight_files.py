@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .errors import HywiaError
+from ..errors import HywiaError
 from .file_kinds import read_header, read_json
 
 __all__ = [

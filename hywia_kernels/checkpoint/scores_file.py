@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import arch, atomic
-from .arch.facts import fingerprint
-from .errors import HywiaError
-from .record import DIGEST, parsed, sealed
-from .types import Group, Member, Scores, Statistics
+from .. import arch
+from ..arch.facts import fingerprint
+from ..errors import HywiaError
+from ..record import DIGEST, parsed, sealed
+from ..types import Group, Member, Scores, Statistics
+from . import atomic_directory
 from .verify import check_file
 
 __all__ = ["check_scored_on", "load_scores", "save_scores"]
@@ -64,7 +65,7 @@ def save_scores(
             tensors[f"coarse/{name}"] = value
     index = sealed(index)  # refuses what JSON cannot hold, before anything is written
     need = sum(v.numel() * v.element_size() for v in tensors.values())
-    with atomic.directory(Path(path), overwrite=overwrite, need=need) as folder:
+    with atomic_directory.directory(Path(path), overwrite=overwrite, need=need) as folder:
         save_file(_apart(tensors), folder / _TENSORS)
         check_file(folder / _TENSORS, tensors)
         index = sealed({**index, _TENSORS_DIGEST: _file_digest(folder / _TENSORS)})

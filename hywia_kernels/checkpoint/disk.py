@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import HywiaError
+from ..errors import HywiaError
 
 __all__ = ["check_free", "exchange", "refusals", "remove", "rename_new", "sync_directory", "sync_tree"]
 

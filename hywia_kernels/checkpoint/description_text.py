@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .errors import HywiaError
+from ..errors import HywiaError
 from .file_kinds import check_kind, read_json
 
 __all__ = ["check_generation", "check_tokenizer", "check_tokenizer_class", "tokenizer_config"]

@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import HywiaError
 from . import description
-from .errors import HywiaError
 from .file_kinds import check_kind
 from .weight_files import Stored, stored_tensors
 

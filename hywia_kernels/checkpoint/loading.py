@@ -10,9 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..errors import HywiaError, UsageError
 from . import baichuan, description, description_text, hub, loaded_weights
 from .adaptive import remote
-from .errors import HywiaError, UsageError
 from .tying import settle_tying
 
 __all__ = ["DTYPES", "load"]

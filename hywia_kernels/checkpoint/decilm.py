@@ -16,13 +16,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .. import arch, atomic
+from .. import arch
 from ..arch.facts import weight_bytes
 from ..errors import HywiaError
-from ..originals import copy_companions, original
-from ..replaceable import Input
-from ..ties import set_ties, tied_head
-from ..verify import check_tensors
+from . import atomic_directory
+from .originals import copy_companions, original
+from .replaceable import Input
+from .ties import set_ties, tied_head
+from .verify import check_tensors
 
 __all__ = ["ffn_mult", "write_decilm"]
 
@@ -70,14 +71,14 @@ def write_decilm(model: Any, tokenizer: Any, path: str | Path, *, overwrite: boo
     path = Path(path)
     source = original(model)
     inputs = () if source is None else (Input("model that is read", source),)
-    atomic.check_target(path, overwrite=overwrite, inputs=inputs)
+    atomic_directory.check_target(path, overwrite=overwrite, inputs=inputs)
     attention = next(g for g in found if g.kind == "attention")
     per_group = attention.members[-1].group_size // arch.head_dim(model)
     widths = [g.units for g in found if g.kind == "mlp"]
     config = _config(model, widths, attention.units * per_group, per_group)
     whole = model.state_dict()
     state = {name: tensor for name, tensor in whole.items() if name != "lm_head.weight" or not tied_head(model)}
-    with atomic.directory(path, overwrite=overwrite, inputs=inputs, need=weight_bytes(model)) as folder:
+    with atomic_directory.directory(path, overwrite=overwrite, inputs=inputs, need=weight_bytes(model)) as folder:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if getattr(model, "generation_config", None) is not None:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from .errors import HywiaError
-from .types import Plan, Scores
+from ..errors import HywiaError
+from ..types import Plan, Scores
 
 __all__ = [
     "KindWidths",

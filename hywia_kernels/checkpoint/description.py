@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .arch import TABLE
-from .errors import HywiaError
+from ..arch import TABLE
+from ..errors import HywiaError
 from .file_kinds import read_json
 
 __all__ = [

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..errors import HywiaError
+from ...errors import HywiaError
 from ..ties import set_ties
 
 __all__ = ["MODEL_TYPE", "adapted", "register"]
