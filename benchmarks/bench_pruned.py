@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
-from hywia_kernels import arch, surgery
+from hywia_kernels import arch
+from hywia_kernels.method import surgery
 from hywia_kernels.speed.measure import MODES, Case, measure
 from hywia_kernels.speed.work import Work, work_of
 

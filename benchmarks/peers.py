@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import hywia_kernels as hk
-from hywia_kernels.fusion import coarse_estimate
-from hywia_kernels.selection import top_units
-from hywia_kernels.surgery import silence
+from hywia_kernels.method.scores import coarse_estimate
+from hywia_kernels.method.selection import top_units
+from hywia_kernels.method.surgery import silence
 from hywia_kernels.types import Group
 
 LLM_PRUNER = ("vectorize", "param_first", "param_second", "param_mix")

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hywia_kernels import progress
-from hywia_kernels.reading import json_lines
-from hywia_kernels.tokens import encode
+from hywia_kernels.method.reading import json_lines
+from hywia_kernels.method.tokens import encode
 
 NAMES = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 NOT_NORMALISED = ("boolq", "winogrande")

@@ -18,20 +18,20 @@ from typing import Any as _Any
 
 from . import ops
 from .arch import groups
-from .calibrate import calibrate
 from .checkpoint import adaptive
 from .checkpoint.loading import load
 from .checkpoint.saving import save
 from .checkpoint.scores_file import load_scores, save_scores
 from .errors import BackendError, HywiaError, UsageError
 from .evaluate import evaluate, perplexity
-from .fusion import fuse, score
-from .learned import learn
-from .leftover import leftover, with_leftover
-from .refit import refit
-from .selection import plan
-from .surgery import mask, prune
-from .text import calibration
+from .method.calibration_data import calibration
+from .method.head_residual import leftover, with_leftover
+from .method.mask_learning import learn
+from .method.reconstruction import refit
+from .method.scores import fuse, score
+from .method.selection import plan
+from .method.statistics import calibrate
+from .method.surgery import mask, prune
 from .types import Group, Member, Plan, Scores, Statistics
 
 __all__ = [

@@ -14,12 +14,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from . import commands, commands_bench, commands_recipe, ops, selection
-from .calibrate import ENGINES, MEMORY
+from . import commands, commands_bench, commands_recipe, ops
 from .checkpoint import atomic_directory
 from .checkpoint.loading import DTYPES
 from .errors import HywiaError, UsageError
-from .fusion import CRITERIA, FUSIONS
+from .method import selection
+from .method.scores import CRITERIA, FUSIONS
+from .method.statistics import ENGINES, MEMORY
 from .ops.checks import ORDERS
 
 __all__ = ["main", "parser"]

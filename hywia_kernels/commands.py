@@ -12,22 +12,23 @@ from typing import Any
 
 from torch import Tensor
 
-from . import arch, commands_recipe, constraints, ops, planning, progress, report, selection, surgery, targets
-from .calibrate import calibrate
+from . import arch, commands_recipe, constraints, ops, planning, progress, report, targets
 from .checkpoint import atomic_directory, originals, run_record, saving, scores_file
 from .checkpoint.loading import load
 from .checkpoint.replaceable import check_report
 from .errors import HywiaError, UsageError
 from .evaluate import blocks, continuation
 from .evaluate import evaluate as evaluate_model
-from .fusion import fuse
-from .fusion import score as score_model
 from .hardware import threaded_device_name
-from .reading import BUNDLED, bundled_text, documents, file_documents, is_local
-from .text import calibration
-from .tokens import check_length, prefix
+from .method import selection, surgery
+from .method.calibration_data import calibration
+from .method.reading import BUNDLED, bundled_text, documents, file_documents, is_local
+from .method.scores import fuse
+from .method.scores import score as score_model
+from .method.statistics import calibrate
+from .method.tokens import check_length, prefix
+from .method.writing import opening, prompt_tokens
 from .types import Plan, Scores, Statistics
-from .writing import opening, prompt_tokens
 
 __all__ = ["evaluate", "info", "prune", "score"]
 

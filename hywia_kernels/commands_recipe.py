@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from . import planning, report, selection
+from . import planning, report
 from .errors import UsageError
-from .learned import learn
-from .leftover import leftover, with_leftover
-from .refit import RIDGE, refit
+from .method import selection
+from .method.head_residual import leftover, with_leftover
+from .method.mask_learning import learn
+from .method.reconstruction import RIDGE, refit
 from .types import Plan, Scores
 
 __all__ = [

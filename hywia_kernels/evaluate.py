@@ -19,8 +19,8 @@ from .arch.holding import unwrapped
 from .checkpoint.packed import count_weights
 from .checkpoint.weight_files import weight_files
 from .errors import HywiaError, UsageError
-from .tokens import check_length, check_tokens, encode, positions, prefix
-from .writing import continuation, evaluating, greedy
+from .method.tokens import check_length, check_tokens, encode, positions, prefix
+from .method.writing import continuation, evaluating, greedy
 
 __all__ = ["blocks", "continuation", "evaluate", "perplexity", "stored_bytes", "tokens_per_second"]
 

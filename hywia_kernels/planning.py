@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from . import arch, constraints, selection, targets
+from . import arch, constraints, targets
 from .arch.facts import count_parameters
 from .errors import UsageError
+from .method import selection
 from .speed.work import work_of
 from .types import Group, Plan, Scores
 

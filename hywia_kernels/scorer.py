@@ -15,10 +15,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .calibrate import calibrate
 from .errors import UsageError
-from .fusion import FUSIONS, coarse_estimate, fused, prior
 from .integrations.modules import BySide, layout, magnitude_sums, taylor_sums
+from .method.scores import FUSIONS, coarse_estimate, fused, prior
+from .method.statistics import calibrate
 from .ops.checks import ORDERS
 
 __all__ = ["HyWIAScorer", "MagnitudeScorer", "Scorer", "TaylorScorer", "UnitScores"]
@@ -108,7 +108,7 @@ class HyWIAScorer:
     columns, q's, k's and v's rows and o's columns.
 
     Args:
-        batches, engine options: as in `hywia_kernels.calibrate`. fusion, order: as in `hywia_kernels.fuse`.
+        batches, engine options: as in `hywia_kernels.method.statistics`. fusion, order: as in `hywia_kernels.fuse`.
     """
 
     def __init__(self, batches: Any, fusion: str = "attention", order: str = "second", **options: Any) -> None:

@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import fusion as fusions
 from .. import ops
 from ..errors import UsageError
+from ..method import scores as fusions
 from ..ops.checks import ORDERS
 from .measured import Measured, accumulate_fisher, clear_fisher, measured
 from .modules import Sums, gradient

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import arch
-from ..calibrate import measure
 from ..errors import UsageError
+from ..method.statistics import measure
 from ..ops.checks import ORDERS
 from ..types import Group, Member
 from .modules import Sums, SumsCache
@@ -93,7 +93,7 @@ def accumulate_fisher(
     whatever means: its bits are compared when it is read. Nothing is hung on parameters or gets into checkpoints.
 
     Args:
-        model, batches, backend, memory: as in `hywia_kernels.calibrate`. `L_s` is the mean next-token loss of a sample,
+        model, batches, backend, memory: as in `hywia_kernels.method.statistics`. `L_s` is the mean next-token loss of a sample,
             `G = mean_s G_s`, `F = mean_s G_s²`. Only the decoder layers' linear layers are measured: not embeddings,
             norms, biases, the head, and stacked experts.
         axes: "both" measures output and input channels of every matrix, so that hidden dimensions can be pruned as

@@ -12,7 +12,7 @@ from families import FAMILIES, fresh, fresh_named, token_ids
 
 import hywia_kernels as hk
 from hywia_kernels.cli import main
-from hywia_kernels.learned import learn
+from hywia_kernels.method.mask_learning import learn
 from tests.support.comparison import logits, relative
 from tests.support.cuts import make_plan
 from tests.support.shapes import distinct

@@ -12,7 +12,8 @@ import torch
 from families import FAMILIES, fresh, fresh_named, token_ids
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, UsageError, arch, surgery
+from hywia_kernels import HywiaError, UsageError, arch
+from hywia_kernels.method import surgery
 from hywia_kernels.speed.work import work_of
 from tests.support.comparison import logits, relative
 from tests.support.cuts import make_plan

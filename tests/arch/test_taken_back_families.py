@@ -10,9 +10,10 @@ import torch
 from families import FAMILIES, fresh, token_ids
 
 import hywia_kernels as hk
-from hywia_kernels import ops, surgery
+from hywia_kernels import ops
+from hywia_kernels.method import surgery
 
-refitting = sys.modules["hywia_kernels.refit"]
+refitting = sys.modules["hywia_kernels.method.reconstruction"]
 
 
 def numbers(model):

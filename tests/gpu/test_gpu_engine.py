@@ -87,7 +87,7 @@ def counted(function, calls):
 
 
 def test_refit_and_leftover_do_not_see_tf32(model, tokens):
-    from hywia_kernels.leftover import leftover
+    from hywia_kernels.method.head_residual import leftover
 
     whole = copy.deepcopy(model).float()
     want = leftover(whole, tokens[:, :64])

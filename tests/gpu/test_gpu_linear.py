@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hywia_kernels import BackendError, ops
-from hywia_kernels.selection import top_units
+from hywia_kernels.method.selection import top_units
 from tests.support.operands import bits, lay, need
 
 pytestmark = [

@@ -9,11 +9,11 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels import BackendError, UsageError, ops
+from hywia_kernels.method.selection import top_units
 from hywia_kernels.ops import reference
 from hywia_kernels.ops.calls import TaylorCall
 from hywia_kernels.ops.checks import DTYPES, ORDERS
 from hywia_kernels.ops.registry import implementation
-from hywia_kernels.selection import top_units
 from tests.support.comparison import relative
 from tests.support.models import random_model, sizes
 from tests.support.operands import GUARD, NARROW, bits, guarded, lay, need, raw_fusion, raw_taylor, untouched

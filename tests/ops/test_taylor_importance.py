@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hywia_kernels import BackendError, ops
+from hywia_kernels.method.selection import top_units
 from hywia_kernels.ops import BACKENDS, reference
 from hywia_kernels.ops.checks import DTYPES, ORDERS
-from hywia_kernels.selection import top_units
 from tests.support.operands import (
     MIXES,
     NARROW,

@@ -11,7 +11,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels.cli import main
-from hywia_kernels.refit import RIDGE
+from hywia_kernels.method.reconstruction import RIDGE
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 30
 

@@ -301,7 +301,7 @@ def test_lean_does_not_run_the_layers_twice_that_it_keeps(gqa, tokens, whole, mo
     runs = []
     forward = block.Block.forward
     monkeypatch.setattr(block.Block, "forward", lambda self, *a: runs.append(a[2]) or forward(self, *a))
-    module = sys.modules["hywia_kernels.calibrate"]
+    module = sys.modules["hywia_kernels.method.statistics"]
     plan = module.plan_memory
     monkeypatch.setattr(module, "plan_memory", lambda *a, **k: dataclasses.replace(plan(*a, **k), whole=whole))
     got = hk.calibrate(gqa, tokens, memory="lean")

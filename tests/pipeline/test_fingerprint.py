@@ -333,7 +333,7 @@ def test_it_waits_for_what_was_queued_on_each_device(monkeypatch):
 def test_calibrate_marks_what_is_queued_before_it_launches_anything(gqa, tokens, monkeypatch):
     import sys
 
-    module = sys.modules["hywia_kernels.calibrate"]
+    module = sys.modules["hywia_kernels.method.statistics"]
     order = []
 
     def logged(name):

@@ -9,7 +9,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
-from hywia_kernels.fusion import coarse_estimate, fused
+from hywia_kernels.method.scores import coarse_estimate, fused
 
 
 @pytest.fixture

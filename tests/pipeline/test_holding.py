@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.arch.holding import plain_model
-from hywia_kernels.leftover import leftover
+from hywia_kernels.method.head_residual import leftover
 
 
 class Sharded(torch.Tensor):

@@ -142,7 +142,7 @@ def test_memory_that_runs_out_names_the_lever(here, monkeypatch, capsys, how, wh
 
 
 def test_the_refits_memory_has_its_own_lever(here, monkeypatch, capsys):
-    refit = importlib.import_module("hywia_kernels.refit")
+    refit = importlib.import_module("hywia_kernels.method.reconstruction")
     monkeypatch.setattr(refit._Normal, "solve", _out_of_memory)
     run = ["prune", "model", "-o", "out", "--ratio", "0.2", "--calib", "text.txt", "--samples", "3", "--seq-len", "16"]
     assert main([*run, "--align", "4", "--no-eval", "--units", "mlp"]) == 1

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, surgery
+from hywia_kernels import HywiaError
+from hywia_kernels.method import surgery
 from tests.support.comparison import logits, relative
 from tests.support.cuts import masked_logits
 from tests.support.processes import run_jobs

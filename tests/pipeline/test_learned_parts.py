@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional
 
 import hywia_kernels as hk
-from hywia_kernels import UsageError, learned
+from hywia_kernels import UsageError
 from hywia_kernels.engine import loss
+from hywia_kernels.method import mask_learning
 
 
 def whole(model, dense, masked, counts):
@@ -44,7 +45,7 @@ def test_gradients_are_those_of_the_whole(gqa, tokens_at_once, monkeypatch):
         return logits
 
     monkeypatch.setattr(loss, "logits_of", spy)
-    got = learned._divergence(gqa, dense, root.sin() * 2, counts)
+    got = mask_learning._divergence(gqa, dense, root.sin() * 2, counts)
     assert float(got) == pytest.approx(float(want.detach()), rel=1e-5)
     assert not got.requires_grad
     torch.testing.assert_close(root.grad, expected, rtol=1e-5, atol=1e-8)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hywia_kernels as hk
-from hywia_kernels.leftover import leftover, with_leftover
+from hywia_kernels.method.head_residual import leftover, with_leftover
 
 
 @pytest.fixture

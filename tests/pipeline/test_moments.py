@@ -10,8 +10,8 @@ from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
-from hywia_kernels.leftover import leftover
-from hywia_kernels.moments import exact_products, factored
+from hywia_kernels.method.head_residual import leftover
+from hywia_kernels.method.moments import exact_products, factored
 from hywia_kernels.ops.precision import full_float32
 
 BACKENDS = torch.backends

@@ -15,7 +15,7 @@ from tiny import TINY, fresh, make_plan
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.engine import passes, patches, rotary
-from hywia_kernels.leftover import leftover
+from hywia_kernels.method.head_residual import leftover
 
 ORDERS = ("first", "second", "mixed")
 

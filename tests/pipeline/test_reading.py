@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
-from hywia_kernels.reading import bundled_text, documents, json_lines
+from hywia_kernels.method.reading import bundled_text, documents, json_lines
 
 FUZZ = settings(
     max_examples=int(os.environ.get("HYWIA_FUZZ", "100")),

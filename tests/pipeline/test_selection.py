@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import hywia_kernels as hk
 from hywia_kernels import UsageError
-from hywia_kernels.selection import top_units
+from hywia_kernels.method.selection import top_units
 
 
 @pytest.fixture

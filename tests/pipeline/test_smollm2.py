@@ -16,7 +16,7 @@ import torch
 import hywia_kernels as hk
 from hywia_kernels.cli import main
 from hywia_kernels.evaluate import blocks
-from hywia_kernels.reading import bundled_text
+from hywia_kernels.method.reading import bundled_text
 
 
 def _installed() -> bool:

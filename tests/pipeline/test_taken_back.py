@@ -13,9 +13,10 @@ from test_passes import Interrupt
 from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, ops, surgery
+from hywia_kernels import HywiaError, ops
+from hywia_kernels.method import surgery
 
-refitting = sys.modules["hywia_kernels.refit"]
+refitting = sys.modules["hywia_kernels.method.reconstruction"]
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, UsageError, text
+from hywia_kernels import HywiaError, UsageError
+from hywia_kernels.method import calibration_data
 
 
 def write_jsonl(path, texts):
@@ -48,7 +49,7 @@ def test_seed_decides(tokenizer, tmp_path):
     one, same, other = (hk.calibration(None, tokenizer, source, samples=4, seq_len=24, seed=s) for s in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
-    assert text.digest(one) == text.digest(same) != text.digest(other)
+    assert calibration_data.digest(one) == calibration_data.digest(same) != calibration_data.digest(other)
 
 
 def test_dataset_through_the_datasets_library(tokenizer, tmp_path):

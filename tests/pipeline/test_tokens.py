@@ -17,8 +17,8 @@ import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.cli import main
 from hywia_kernels.evaluate import blocks, continuation, tokens_per_second
-from hywia_kernels.text import windows
-from hywia_kernels.tokens import positions, prefix
+from hywia_kernels.method.calibration_data import windows
+from hywia_kernels.method.tokens import positions, prefix
 
 sys.path.append(str(Path(__file__).parents[1] / "arch"))
 from families import fresh_named

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch_pruning.pruner import importance
 
-from ... import fusion as fusions
 from ...errors import UsageError
+from ...method import scores as fusions
 from ...ops.checks import ORDERS
 from ..measured import any_measured, measured
 from ..modules import gradient, taylor_sums, tensor_of

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import HywiaError, UsageError
+from ..errors import HywiaError, UsageError
 
 __all__ = ["check_length", "check_tokens", "digest", "encode", "positions", "prefix"]
 

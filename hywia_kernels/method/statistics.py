@@ -16,25 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arch, ops
-from .arch.facts import check_finite, identity_after, queued
-from .arch.holding import check_held, unwrapped
-from .engine import autograd, layered, loss, whole
-from .engine.experts import whole_experts
-from .engine.instrument import instrument
-from .engine.kernels import usable
-from .engine.linear import Scorer
-from .engine.memory import MODES, MemoryPlan, plan_memory, plan_whole
-from .engine.passes import apart
-from .engine.patches import forward_replaced, reproducible, without_collections
-from .engine.results import Results
-from .engine.rotary import rotary_replaced
-from .engine.samples import Samples, padded
-from .errors import BackendError, HywiaError, UsageError
-from .progress import Bar
-from .text import check_tokens, digest
-from .types import Group, Statistics
-from .versions import versions
+from .. import arch, ops
+from ..arch.facts import check_finite, identity_after, queued
+from ..arch.holding import check_held, unwrapped
+from ..engine import autograd, layered, loss, whole
+from ..engine.experts import whole_experts
+from ..engine.instrument import instrument
+from ..engine.kernels import usable
+from ..engine.linear import Scorer
+from ..engine.memory import MODES, MemoryPlan, plan_memory, plan_whole
+from ..engine.passes import apart
+from ..engine.patches import forward_replaced, reproducible, without_collections
+from ..engine.results import Results
+from ..engine.rotary import rotary_replaced
+from ..engine.samples import Samples, padded
+from ..errors import BackendError, HywiaError, UsageError
+from ..progress import Bar
+from ..types import Group, Statistics
+from ..versions import versions
+from .calibration_data import check_tokens, digest
 
 __all__ = ["ENGINES", "MEMORY", "calibrate", "measure"]
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import HywiaError, UsageError
+from ..errors import HywiaError, UsageError
 
 __all__ = ["BUNDLED", "bundled_text", "documents", "file_documents", "is_local", "json_lines"]
 

@@ -21,18 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arch, progress
-from .arch.facts import fingerprint
-from .arch.holding import plain_model
-from .engine.layered import hidden_of
-from .engine.passes import apart, put_back
-from .engine.patches import forward_replaced, hooked
-from .engine.samples import Samples, padded
-from .errors import HywiaError, UsageError
+from .. import arch, progress
+from ..arch.facts import fingerprint
+from ..arch.holding import plain_model
+from ..engine.layered import hidden_of
+from ..engine.passes import apart, put_back
+from ..engine.patches import forward_replaced, hooked
+from ..engine.samples import Samples, padded
+from ..errors import HywiaError, UsageError
+from ..types import Group, Plan
+from .calibration_data import check_tokens, digest
 from .moments import exact_products, factored, moment_dtype
 from .surgery import checked_groups, silence
-from .text import check_tokens, digest
-from .types import Group, Plan
 
 __all__ = ["RIDGE", "refit"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import HywiaError
-from .ops.precision import full_float32
+from ..errors import HywiaError
+from ..ops.precision import full_float32
 
 __all__ = ["exact_products", "factored", "moment_dtype"]
 

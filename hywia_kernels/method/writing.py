@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import progress
-from .errors import HywiaError, UsageError
+from .. import progress
+from ..errors import HywiaError, UsageError
 from .tokens import check_length, check_tokens, encode, positions, prefix
 
 __all__ = ["continuation", "evaluating", "greedy", "opening", "prompt_tokens", "self_written"]

@@ -21,18 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import arch
-from .arch.facts import fingerprint
-from .arch.holding import check_held, unwrapped
-from .engine import loss
-from .engine.passes import apart
-from .engine.patches import hooked
-from .engine.samples import Samples, padded
-from .errors import HywiaError, UsageError
-from .ops.reference import standardised_log
-from .progress import Bar
-from .text import check_tokens, digest
-from .types import Group, Plan, Scores
+from .. import arch
+from ..arch.facts import fingerprint
+from ..arch.holding import check_held, unwrapped
+from ..engine import loss
+from ..engine.passes import apart
+from ..engine.patches import hooked
+from ..engine.samples import Samples, padded
+from ..errors import HywiaError, UsageError
+from ..ops.reference import standardised_log
+from ..progress import Bar
+from ..types import Group, Plan, Scores
+from .calibration_data import check_tokens, digest
 
 __all__ = ["learn"]
 

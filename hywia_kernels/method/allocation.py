@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import UsageError
-from .types import Group, Scores
+from ..errors import UsageError
+from ..types import Group, Scores
 
 __all__ = ["redistribute"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import HywiaError, UsageError
+from ..errors import HywiaError, UsageError
 from .reading import documents
 from .tokens import check_length, check_tokens, digest, encode, prefix
 from .writing import self_written

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arch, ops, progress
-from .arch.facts import fingerprint
-from .arch.holding import plain_model
-from .checkpoint.adaptive.alibi_hywia_adaptive import SURVIVORS, keep_heads
-from .engine.passes import plain_modes, put_back
-from .errors import HywiaError
-from .types import Group, Member, Plan
+from .. import arch, ops, progress
+from ..arch.facts import fingerprint
+from ..arch.holding import plain_model
+from ..checkpoint.adaptive.alibi_hywia_adaptive import SURVIVORS, keep_heads
+from ..engine.passes import plain_modes, put_back
+from ..errors import HywiaError
+from ..types import Group, Member, Plan
 from .undo import Removed, Undo
 
 __all__ = ["mask", "prune", "resize", "silence"]
@@ -210,7 +210,7 @@ def _follow_changes(model: Any, widths: Mapping[str, Sequence[int]]) -> None:
     """What the config of a model whose layers differed when it was loaded says of them."""
     if getattr(model.config, "module_changes", None) is None:
         return
-    from .checkpoint.adaptive.modeling_hywia_adaptive import describe_changes
+    from ..checkpoint.adaptive.modeling_hywia_adaptive import describe_changes
 
     stock = None
     if not hasattr(model.config, "base_model_type"):

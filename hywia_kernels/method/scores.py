@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arch, ops
-from .arch.facts import check_finite, identity
-from .calibrate import calibrate
-from .errors import UsageError
-from .ops.checks import ORDERS
-from .ops.reference import standardised_log
-from .types import Group, Scores, Statistics
-from .versions import versions
+from .. import arch, ops
+from ..arch.facts import check_finite, identity
+from ..errors import UsageError
+from ..ops.checks import ORDERS
+from ..ops.reference import standardised_log
+from ..types import Group, Scores, Statistics
+from ..versions import versions
+from .statistics import calibrate
 
 __all__ = ["CRITERIA", "FUSIONS", "coarse_estimate", "fuse", "fused", "magnitude", "prior", "random", "score"]
 

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arch
-from .arch.holding import check_held, unwrapped
-from .engine.passes import apart
-from .engine.patches import hooked
-from .engine.samples import Samples, padded
+from .. import arch
+from ..arch.holding import check_held, unwrapped
+from ..engine.passes import apart
+from ..engine.patches import hooked
+from ..engine.samples import Samples, padded
+from ..progress import track
+from ..types import Group, Scores
+from .calibration_data import check_tokens
 from .moments import exact_products, factored, moment_dtype
-from .progress import track
-from .text import check_tokens
-from .types import Group, Scores
 
 __all__ = ["leftover", "with_leftover"]
 

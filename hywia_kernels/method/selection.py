@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .budgets import redistribute
-from .errors import HywiaError, UsageError
-from .types import KINDS, LAYOUTS, Group, Plan, Scores
+from ..errors import HywiaError, UsageError
+from ..types import KINDS, LAYOUTS, Group, Plan, Scores
+from .allocation import redistribute
 
 __all__ = ["KINDS", "LAYOUTS", "USUAL", "check_kinds", "may_go", "plan", "top_units"]
 
@@ -66,7 +66,7 @@ def plan(
     if layout not in LAYOUTS:
         raise UsageError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     if align is None:
-        from .targets import at_hand
+        from ..targets import at_hand
 
         align = at_hand().align
     if align < 1:
