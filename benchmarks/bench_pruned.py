@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 
 from hywia_kernels import arch
+from hywia_kernels.deploy.cost import Work, work_of
+from hywia_kernels.deploy.speed import MODES, Case, measure
 from hywia_kernels.method import surgery
-from hywia_kernels.speed.measure import MODES, Case, measure
-from hywia_kernels.speed.work import Work, work_of
 
 from . import models
 from .rows import Row
@@ -25,7 +25,7 @@ from .session import Session, argv_of, common_arguments, make_parser, parse
 from .timing import Timer
 
 MODULE = "benchmarks.bench_pruned"
-# Ours at 20 % and 50 % follow from hywia_kernels.targets for an H100: equal shares of heads and channels, moved to the
+# Ours at 20 % and 50 % follow from hywia_kernels.deploy.device_profiles for an H100: equal shares of heads and channels, moved to the
 # nearest pair that its sweep says is fast.
 MODELS = ("dense", "22x9232", "24x8256@4:30", "16x5120", "13x4403@3:31")
 CASES = (Case("prefill", 1, 2048), Case("prefill", 8, 512), Case("decode", 1, 512), Case("decode", 16, 512))

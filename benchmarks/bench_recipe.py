@@ -18,7 +18,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels.commands_recipe import REFIT_SAMPLES, SAMPLES
-from hywia_kernels.hardware import device_name
+from hywia_kernels.deploy.hardware import device_name
 
 from . import llm_pruner, models
 from .bench_engine import measure, once

@@ -25,9 +25,9 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels import cli
-from hywia_kernels.speed.driver import StaticDriver, drivable
-from hywia_kernels.speed.measure import Case
-from hywia_kernels.speed.work import Work, work_of
+from hywia_kernels.deploy.cost import Work, work_of
+from hywia_kernels.deploy.speed import Case
+from hywia_kernels.deploy.static_driver import StaticDriver, drivable
 
 from .bench_pruned import ideal
 from .environment import Environment

@@ -3,7 +3,7 @@
 A pruned layer has products of three forms, `[tokens, hidden] x [hidden, width]` (q, k, v, gate, up), `[tokens, width] x
 [width, hidden]` (o, down). Both are timed at every width of a coarse grid and, around several bases, at widths whose
 largest power-of-two divisor is 1, 2, 4, ...: what a width costs beyond its FLOPs is what alignment buys.
-`hywia_kernels.targets` holds the outcome; `rule` is how it is read from the rows.
+`hywia_kernels.deploy.device_profiles` holds the outcome; `rule` is how it is read from the rows.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _digits(rate: float) -> float:
 
 
 def profile(rows: Sequence[Row], bases: Sequence[int], capability: tuple[int, int] | None = None) -> dict:
-    """What `hywia_kernels.targets` keeps of a sweep; `capability`: of the GPU, by which others borrow its figures."""
+    """What `hywia_kernels.deploy.device_profiles` keeps of a sweep; `capability`: of the GPU, by which others borrow its figures."""
     costs, first = alignment_costs(rows, bases), rows[0]
     rates: dict[str, dict[str, dict[str, float]]] = {}
     for r in rows:

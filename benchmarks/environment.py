@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from hywia_kernels.hardware import device_name
+from hywia_kernels.deploy.hardware import device_name
 from hywia_kernels.versions import versions
 
 from .timing import Timer

@@ -13,9 +13,9 @@ import hywia_kernels as hk
 from benchmarks import bench_cut, bench_pruned, bench_width, models
 from benchmarks.environment import Environment
 from benchmarks.rows import Row
-from hywia_kernels import targets
-from hywia_kernels.speed.measure import Case
-from hywia_kernels.speed.work import work_of
+from hywia_kernels.deploy import device_profiles
+from hywia_kernels.deploy.cost import work_of
+from hywia_kernels.deploy.speed import Case
 
 
 def made_up(times):
@@ -52,7 +52,7 @@ def test_a_sweep_becomes_a_target(tmp_path, capsys):
     assert bench_width.main([*sweep, "--runs", "2", "--csv", str(csv_file)]) == 0
     again = ["--tokens", "4", "--bases", "256", "--rows", str(csv_file)]
     assert bench_width.main([*again, "--profile", str(profile), "--figure", str(figure)]) == 0
-    target = targets.resolve(profile)
+    target = device_profiles.resolve(profile)
     assert target.measured
     assert target.align == json.loads(profile.read_text())["align"]
     assert sorted(target.tflop_s["down"][4]) == [64, 128, 192, 256, 320, 384, 512]

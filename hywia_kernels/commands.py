@@ -12,14 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
-from . import arch, commands_recipe, constraints, ops, planning, progress, report, targets
+from . import arch, commands_recipe, ops, progress, report
 from .checkpoint import atomic_directory, originals, run_record, saving, scores_file
 from .checkpoint.loading import load
 from .checkpoint.replaceable import check_report
+from .deploy import device_profiles, planning, serving_rules
+from .deploy.hardware import threaded_device_name
 from .errors import HywiaError, UsageError
 from .evaluate import blocks, continuation
 from .evaluate import evaluate as evaluate_model
-from .hardware import threaded_device_name
 from .method import selection, surgery
 from .method.calibration_data import calibration
 from .method.reading import BUNDLED, bundled_text, documents, file_documents, is_local
@@ -110,8 +111,8 @@ def _check_selection(arguments: argparse.Namespace) -> None:
             raise UsageError(f"{name}: expected a number between 0 and 1, both excluded, got {value}")
     if arguments.layers is not None and arguments.group_ratio is None:
         raise UsageError("layers: goes with --group-ratio; --ratio prunes every layer to the same width")
-    targets.resolve(arguments.target)
-    constraints.constraints(arguments.serve, arguments.tensor_parallel)
+    device_profiles.resolve(arguments.target)
+    serving_rules.constraints(arguments.serve, arguments.tensor_parallel)
     selection.check_kinds(tuple(arguments.group_ratio) if isinstance(arguments.group_ratio, dict) else arguments.units)
     if arguments.align is not None and arguments.align < 1:
         raise UsageError(f"align: expected at least 1, got {arguments.align}")

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import charts, constraints, figures, html_report, report, targets
+from . import charts, figures, html_report, report
 from .checkpoint import atomic_directory, originals, saving
 from .checkpoint.replaceable import Input, check_report
+from .deploy import device_profiles, serving_rules
+from .deploy.hardware import threaded_device_name
 from .errors import UsageError
-from .hardware import threaded_device_name
 from .versions import versions
 
 __all__ = ["add_commands", "add_planning", "bench", "export_served", "write_report"]
@@ -57,14 +58,16 @@ def add_planning(group: Any) -> None:
     """Add to `hywia prune` what decides which widths are good ones."""
     group.add_argument("--align", type=int, help="channel widths are multiples of this; default: what the target likes")
     group.add_argument(
-        "--target", default="auto", help=f"{', '.join(targets.NAMES)}, or a .json profile; default: the device at hand"
+        "--target",
+        default="auto",
+        help=f"{', '.join(device_profiles.NAMES)}, or a .json profile; default: the device at hand",
     )
     group.add_argument(
         "--serve",
         type=lambda text: tuple(part.strip() for part in text.split(",") if part.strip()),
-        default=constraints.DEFAULT,
+        default=serving_rules.DEFAULT,
         metavar="NAMES",
-        help=f"keep to these servers' rules; default: {','.join(constraints.DEFAULT)}",
+        help=f"keep to these servers' rules; default: {','.join(serving_rules.DEFAULT)}",
     )
     group.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that will share the model")
 
@@ -73,8 +76,8 @@ def bench(arguments: argparse.Namespace) -> None:
     """`hywia bench`."""
     from . import commands
     from .checkpoint.loading import load
-    from .speed.measure import cases, measure
-    from .speed.work import work_of
+    from .deploy.cost import work_of
+    from .deploy.speed import cases, measure
 
     commands._begin(arguments)
     wanted = cases(arguments.batch, arguments.context)

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from . import planning, report
+from . import report
+from .deploy import planning
 from .errors import UsageError
 from .method import selection
 from .method.head_residual import leftover, with_leftover

@@ -66,7 +66,7 @@ def plan(
     if layout not in LAYOUTS:
         raise UsageError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     if align is None:
-        from ..targets import at_hand
+        from ..deploy.device_profiles import at_hand
 
         align = at_hand().align
     if align < 1:

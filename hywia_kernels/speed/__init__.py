@@ -4,7 +4,7 @@
 that and plain eager code.
 """
 
-from .measure import MODES, Case, Measurement, cases, measure
-from .work import Work, work_of
+from ..deploy.cost import Work, work_of
+from ..deploy.speed import MODES, Case, Measurement, cases, measure
 
 __all__ = ["MODES", "Case", "Measurement", "Work", "cases", "measure", "work_of"]

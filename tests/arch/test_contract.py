@@ -13,8 +13,8 @@ from families import FAMILIES, fresh, fresh_named, token_ids
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError, arch
+from hywia_kernels.deploy.cost import work_of
 from hywia_kernels.method import surgery
-from hywia_kernels.speed.work import work_of
 from tests.support.comparison import logits, relative
 from tests.support.cuts import make_plan
 from tests.support.processes import run_jobs

@@ -6,8 +6,8 @@ import pytest
 from families import FAMILIES
 
 import hywia_kernels as hk
-from hywia_kernels.speed.measure import Case, measure
-from hywia_kernels.speed.work import work_of
+from hywia_kernels.deploy.cost import work_of
+from hywia_kernels.deploy.speed import Case, measure
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda f: f.name)

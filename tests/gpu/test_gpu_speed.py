@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hywia_kernels.speed.driver import StaticDriver, capture, drivable
-from hywia_kernels.speed.measure import Case, measure
+from hywia_kernels.deploy.speed import Case, measure
+from hywia_kernels.deploy.static_driver import StaticDriver, capture, drivable
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():

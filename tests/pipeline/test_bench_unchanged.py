@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY, fresh
 
-from hywia_kernels.speed import driver
-from hywia_kernels.speed.driver import StaticDriver, drivable
-from hywia_kernels.speed.measure import Case, measure
+from hywia_kernels.deploy import static_driver
+from hywia_kernels.deploy.speed import Case, measure
+from hywia_kernels.deploy.static_driver import StaticDriver, drivable
 
 
 def state(model) -> dict:
@@ -80,11 +80,11 @@ def test_a_failure_leaves_it_alone_too(model, where, monkeypatch):
         raise error("no")
 
     if where == "memory":
-        monkeypatch.setattr(driver, "free_bytes", lambda device: 10)
+        monkeypatch.setattr(static_driver, "free_bytes", lambda device: 10)
     elif where in ("prefill", "step"):
         monkeypatch.setattr(StaticDriver, where, fails)
     else:
-        real, calls = driver._packed, []
+        real, calls = static_driver._packed, []
         monkeypatch.setattr(
             driver, "_packed", lambda layer: real(layer) if not calls and not calls.append(1) else fails()
         )
@@ -101,7 +101,7 @@ def test_a_failure_leaves_it_alone_too(model, where, monkeypatch):
 
 
 def test_the_driver_holds_what_it_says(model):
-    joined = driver.joined_bytes(model)
+    joined = static_driver.joined_bytes(model)
     made = StaticDriver(model, 1, 8, compile=False)
     held = {
         t.untyped_storage().data_ptr(): t.nbytes

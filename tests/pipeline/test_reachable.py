@@ -9,9 +9,10 @@ import torch
 from tiny import TINY, Tiny, fresh
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, UsageError, constraints, planning
+from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.cli import main
 from hywia_kernels.commands_recipe import group_ratio
+from hywia_kernels.deploy import planning, serving_rules
 from hywia_kernels.types import Group, Member
 
 SMALL = ("--samples", "4", "--seq-len", "16", "--no-eval")
@@ -118,9 +119,9 @@ def scores(gqa):
 
 
 def test_rules_that_cannot_bind_are_none():
-    assert constraints.constraints(constraints.SERVERS, 1) == ()
-    assert [r.name for r in constraints.constraints(("llama.cpp",), 8)] == []
-    assert [r.name for r in constraints.constraints(("vllm",), 2)] == ["vllm.heads", "vllm.kv_heads", "vllm.width"]
+    assert serving_rules.constraints(serving_rules.SERVERS, 1) == ()
+    assert [r.name for r in serving_rules.constraints(("llama.cpp",), 8)] == []
+    assert [r.name for r in serving_rules.constraints(("vllm",), 2)] == ["vllm.heads", "vllm.kv_heads", "vllm.width"]
 
 
 @pytest.mark.parametrize("request_", [dict(group_ratio=0.4), dict(ratio=0.25), dict(group_ratio={"attention": 0.01})])
@@ -185,19 +186,19 @@ def test_adaptive_widths_start_from_the_widest_admitted():
     ("vocabulary", "parallel", "fits"), [(300, 5, True), (300, 7, False), (32000, 8, True), (65, 3, False)]
 )
 def test_vocabularies_are_padded_and_shared_out(vocabulary, parallel, fits):
-    assert constraints.check_vocabulary(("tgi", "llama.cpp"), parallel, vocabulary) is None
+    assert serving_rules.check_vocabulary(("tgi", "llama.cpp"), parallel, vocabulary) is None
     if fits:
-        assert constraints.check_vocabulary(("vllm",), parallel, vocabulary) is None
+        assert serving_rules.check_vocabulary(("vllm",), parallel, vocabulary) is None
     else:
         with pytest.raises(UsageError, match=f"no multiple of {parallel} GPUs"):
-            constraints.check_vocabulary(("vllm",), parallel, vocabulary)
+            serving_rules.check_vocabulary(("vllm",), parallel, vocabulary)
 
 
 def test_groups_of_experts_have_no_rule_on_heads():
     member = Member("gate", 0, 1)
     experts = Group("l.experts", "experts", 0, 5, "expert", (member, member), 1)
-    rules = constraints.constraints(("vllm", "tgi"), 2)
-    assert constraints.check_untouched(rules, (experts,), lambda group: False) is None
+    rules = serving_rules.constraints(("vllm", "tgi"), 2)
+    assert serving_rules.check_untouched(rules, (experts,), lambda group: False) is None
 
 
 def test_mha_and_gqa_both_count_query_heads():

@@ -10,8 +10,9 @@ import torch
 from tiny import TINY, fresh
 
 import hywia_kernels as hk
-from hywia_kernels import hardware, report
+from hywia_kernels import report
 from hywia_kernels.checkpoint.metrics import METRICS, compare, figures_of
+from hywia_kernels.deploy import hardware
 
 
 def test_every_metric_is_compared_and_named_once():

@@ -14,8 +14,8 @@ import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError, html_report
 from hywia_kernels.checkpoint import run_record
 from hywia_kernels.cli import main
-from hywia_kernels.speed.driver import StaticDriver, drivable
-from hywia_kernels.speed.measure import Case, cases, measure
+from hywia_kernels.deploy.speed import Case, cases, measure
+from hywia_kernels.deploy.static_driver import StaticDriver, drivable
 
 
 def test_the_static_driver_gives_the_models_logits(model, tokens):
@@ -82,7 +82,7 @@ def test_bad_requests(gqa, call, message):
 
 
 def test_decode_attention_is_attention():
-    triton_kernel = pytest.importorskip("hywia_kernels.speed.decode_attention")
+    triton_kernel = pytest.importorskip("hywia_kernels.deploy.decode_attention")
     if not torch.cuda.is_available() and not triton_kernel.triton.knobs.runtime.interpret:
         pytest.skip("Triton's interpreter is off")
     place = "cuda" if torch.cuda.is_available() else "cpu"

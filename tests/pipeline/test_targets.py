@@ -10,28 +10,29 @@ import torch
 from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
-from hywia_kernels import UsageError, constraints, planning, targets
-from hywia_kernels.speed.work import work_of
+from hywia_kernels import UsageError
+from hywia_kernels.deploy import device_profiles, planning, serving_rules
+from hywia_kernels.deploy.cost import work_of
 from hywia_kernels.types import Group, Member
 
 
 def device(rates, align=4):
     """A target whose products have the same rate in both forms and at both counts of tokens."""
     table = {form: {64: dict(rates), 128: dict(rates)} for form in ("up", "down")}
-    return targets.Target("made", "made up", "a test", align, table, 100.0, 10.0)
+    return device_profiles.Target("made", "made up", "a test", align, table, 100.0, 10.0)
 
 
 def test_h100_is_measured_and_its_rule_is_read_from_its_costs():
-    target = targets.resolve("h100")
+    target = device_profiles.resolve("h100")
     assert target.measured
     assert "H100" in target.device
-    text = (targets.resources.files("hywia_kernels.targets") / "h100.json").read_text()
+    text = (device_profiles.resources.files("hywia_kernels.deploy.device_profiles") / "h100.json").read_text()
     costs = {int(a): c for a, c in json.loads(text)["alignment_costs"].items()}
     assert all(costs[target.align] <= c * 1.03 for a, c in costs.items() if a > target.align)
     assert any(costs[target.align // 2] > c * 1.03 for a, c in costs.items() if a >= target.align)
     # LLM-Pruner's odd width costs several times an aligned one.
     assert costs[1] > 3
-    assert targets.resolve("h200").tflop_s == target.tflop_s
+    assert device_profiles.resolve("h200").tflop_s == target.tflop_s
 
 
 def test_rates_between_measured_widths_follow_the_time():
@@ -52,7 +53,7 @@ def test_worthwhile_drops_widths_that_a_wider_one_outruns():
 
 @pytest.mark.parametrize(("name", "align"), [("a100", 64), ("cpu", 16), ("auto", None), (None, None)])
 def test_devices_that_were_not_measured_say_so(name, align):
-    target = targets.resolve(name)
+    target = device_profiles.resolve(name)
     if align is not None:
         assert (target.align, target.measured) == (align, False)
     elif not torch.cuda.is_available():
@@ -61,21 +62,21 @@ def test_devices_that_were_not_measured_say_so(name, align):
 
 def test_unknown_targets_and_damaged_profiles(tmp_path):
     with pytest.raises(UsageError, match=r"target: expected one of h100, .*got 'tpu9'"):
-        targets.resolve("tpu9")
+        device_profiles.resolve("tpu9")
     (tmp_path / "x.json").write_text('{"device": "x"}')
     with pytest.raises(UsageError, match="is no profile"):
-        targets.resolve(tmp_path / "x.json")
+        device_profiles.resolve(tmp_path / "x.json")
 
 
 def test_prediction_of_a_plan(gqa):
     before = work_of(gqa)
     plan = make_plan(gqa, "both")
     after = work_of(gqa, plan)
-    flat = targets.predict(before, after, device({32: 10.0, 64: 10.0}), context=16)
+    flat = device_profiles.predict(before, after, device({32: 10.0, 64: 10.0}), context=16)
     products = sum(n * k for n, k in before.matrices) / sum(n * k for n, k in after.matrices)
     assert all(1.0 < s < products for s in flat.prefill.values())
     assert flat.size == before.weight_bytes / after.weight_bytes
-    by_flops = targets.predict(before, after, targets.resolve("cpu"))
+    by_flops = device_profiles.predict(before, after, device_profiles.resolve("cpu"))
     assert by_flops.prefill == {2048: before.prefill_flops(1, 2048) / after.prefill_flops(1, 2048)}
     assert by_flops.decode == before.decode_bytes(1, 512) / after.decode_bytes(1, 512)
     hk.prune(gqa, plan)
@@ -106,7 +107,7 @@ def attention(units, per_unit, size=8):
 
 
 def test_rules_of_servers():
-    rules = {c.name: c for c in constraints.constraints((*constraints.SERVERS, "llama.cpp.k_quants"), 4)}
+    rules = {c.name: c for c in serving_rules.constraints((*serving_rules.SERVERS, "llama.cpp.k_quants"), 4)}
     group = attention(8, 2)
     admitted = {name: [u for u in range(1, 9) if c.admits(group, u)] for name, c in rules.items()}
     assert admitted["vllm.heads"] == [2, 4, 6, 8]
@@ -115,7 +116,7 @@ def test_rules_of_servers():
     assert not any(name.startswith("llama.cpp.h") for name in rules), "KV heads always divide query heads"
     assert admitted["llama.cpp.k_quants"] == []  # 16 entries a unit: none of 8 units makes 256
     assert admitted["vllm.width"] == list(range(1, 9))
-    limited = constraints.allowed(tuple(rules.values()))
+    limited = serving_rules.allowed(tuple(rules.values()))
     assert limited(group, list(range(1, 9))) == [8], "the present width is no cut"
 
 
@@ -128,7 +129,7 @@ def test_rules_of_servers():
 )
 def test_unknown_servers(call, message):
     with pytest.raises(UsageError, match=message):
-        constraints.constraints(**call)
+        serving_rules.constraints(**call)
 
 
 @pytest.fixture

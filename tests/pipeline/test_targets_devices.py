@@ -9,7 +9,8 @@ import torch
 from tiny import TINY, fresh
 
 import hywia_kernels as hk
-from hywia_kernels import UsageError, planning, targets
+from hywia_kernels import UsageError
+from hywia_kernels.deploy import device_profiles, planning
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -28,7 +29,7 @@ def gpu(monkeypatch):
 
 def test_the_measured_device_is_measured(gpu):
     gpu(H100)
-    target = targets.at_hand()
+    target = device_profiles.at_hand()
     assert (target.device, target.measured, target.borrowed) == (H100, True, "")
     assert target.described() == H100
 
@@ -47,10 +48,10 @@ def test_the_measured_device_is_measured(gpu):
 )
 def test_others_of_its_architecture_borrow_and_say_so(gpu, name):
     gpu(name)
-    target = targets.resolve("auto")
+    target = device_profiles.resolve("auto")
     assert (target.device, target.measured, target.borrowed) == (name, False, H100)
     assert target.described() == f"{name} (not measured; figures of {H100})"
-    assert target.tflop_s == targets.resolve("h100").tflop_s
+    assert target.tflop_s == device_profiles.resolve("h100").tflop_s
 
 
 @pytest.mark.parametrize(
@@ -65,14 +66,14 @@ def test_others_of_its_architecture_borrow_and_say_so(gpu, name):
 )
 def test_devices_like_none_have_no_figures(gpu, name, capability, align):
     gpu(name, capability)
-    target = targets.at_hand()
+    target = device_profiles.at_hand()
     assert (target.device, target.align, target.measured, target.has_rates) == (name, align, False, False)
     assert target.described() == f"{name} (not measured)"
 
 
 @pytest.mark.parametrize("name", ["h200", "gh200"])
 def test_by_name_too(name):
-    target = targets.resolve(name)
+    target = device_profiles.resolve(name)
     assert (target.name, target.measured, target.borrowed) == (name, False, H100)
     assert name.upper() in target.device
 
@@ -80,7 +81,7 @@ def test_by_name_too(name):
 @pytest.mark.parametrize(("kind", "align"), [("cpu", 16), ("mps", 64), ("xpu", 64), ("meta", 64)])
 def test_devices_that_are_no_gpus(gpu, kind, align):
     gpu(H100)
-    target = targets.at_hand(torch.device(kind))
+    target = device_profiles.at_hand(torch.device(kind))
     assert (target.device, target.align, target.measured) == (kind, align, False)
 
 
@@ -125,14 +126,14 @@ def good() -> dict:
 def test_damaged_profiles_are_refused(tmp_path, change):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(good()))
-    assert targets.resolve(path).measured
+    assert device_profiles.resolve(path).measured
     path.write_text(json.dumps({**good(), **change}))
     with pytest.raises(UsageError, match=r"target: mine is no profile of bench_width \("):
-        targets.resolve(path)
+        device_profiles.resolve(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"3", b'"x"', b"null", b"\xff\xfe"])
 def test_files_that_are_no_profiles_are_refused(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(UsageError, match="target: "):
-        targets.resolve(tmp_path / "x.json")
+        device_profiles.resolve(tmp_path / "x.json")

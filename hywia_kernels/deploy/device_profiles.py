@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from ..speed.work import Work
+from .cost import Work
 
 __all__ = ["NAMES", "Prediction", "Target", "at_hand", "predict", "resolve"]
 

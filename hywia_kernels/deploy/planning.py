@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from . import arch, constraints, targets
-from .arch.facts import count_parameters
-from .errors import UsageError
-from .method import selection
-from .speed.work import work_of
-from .types import Group, Plan, Scores
+from .. import arch
+from ..arch.facts import count_parameters
+from ..errors import UsageError
+from ..method import selection
+from ..types import Group, Plan, Scores
+from . import device_profiles, serving_rules
+from .cost import work_of
 
 __all__ = ["check_reachable", "plan_for", "with_prediction"]
 
@@ -24,8 +25,8 @@ Limit = Callable[[Group, list[int]], list[int]]
 def plan_for(
     scores: Scores,
     *,
-    target: str | Path | targets.Target | None = None,
-    serve: Sequence[str] = constraints.DEFAULT,
+    target: str | Path | device_profiles.Target | None = None,
+    serve: Sequence[str] = serving_rules.DEFAULT,
     tensor_parallel: int = 1,
     align: int | None = None,
     **request: Any,
@@ -37,15 +38,15 @@ def plan_for(
     any width of this model, and which of them bind: the widths chosen without any would have broken it.
 
     Args:
-        scores: of the model to prune. target: as `targets.resolve` takes it; None: the device at hand.
-        serve, tensor_parallel: as `constraints.constraints` takes them. align, request: as `selection.plan` takes them.
+        scores: of the model to prune. target: as `device_profiles.resolve` takes it; None: the device at hand.
+        serve, tensor_parallel: as `serving_rules.constraints` takes them. align, request: as `selection.plan` takes them.
 
     Raises:
         UsageError: an unknown target or server, a request that no widths meet, or a server's rule that what is not cut
             breaks.
     """
-    device = target if isinstance(target, targets.Target) else targets.resolve(target)
-    rules = constraints.constraints(serve, tensor_parallel)
+    device = target if isinstance(target, device_profiles.Target) else device_profiles.resolve(target)
+    rules = serving_rules.constraints(serve, tensor_parallel)
     excluding = [r for r in rules if _excludes(r, scores.groups)]
     step = device.align if align is None else align
     preferred = _worthwhile(device) if align is None else None
@@ -53,7 +54,7 @@ def plan_for(
     if not excluding:
         chosen = _plan(scores, (), preferred, step, request)
     else:
-        constraints.check_untouched(rules, scores.groups, selection.may_go(scores.groups, **request))
+        serving_rules.check_untouched(rules, scores.groups, selection.may_go(scores.groups, **request))
         try:
             chosen = _plan(scores, rules, preferred, step, request)
         except UsageError as error:
@@ -87,8 +88,8 @@ def check_reachable(
             breaks.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
-    constraints.check_vocabulary(
-        request.get("serve", constraints.DEFAULT), request.get("tensor_parallel", 1), vocabulary
+    serving_rules.check_vocabulary(
+        request.get("serve", serving_rules.DEFAULT), request.get("tensor_parallel", 1), vocabulary
     )
     if scores is None:
         groups = arch.groups(model)
@@ -109,13 +110,13 @@ def _free_widths(
     return [(g, keep[g.name].numel()) for g in scores.groups]
 
 
-def _excludes(rule: constraints.Constraint, groups: Sequence[Group]) -> bool:
+def _excludes(rule: serving_rules.Constraint, groups: Sequence[Group]) -> bool:
     """Whether a rule forbids any width of this model, the present ones included where it is hard."""
     shapes = {(g.kind, g.units): g for g in groups}.values()
     return any(not rule.admits(g, w) for g in shapes for w in range(1, g.units + rule.hard))
 
 
-def _worthwhile(device: targets.Target) -> Limit | None:
+def _worthwhile(device: device_profiles.Target) -> Limit | None:
     if not device.has_rates:
         return None
     return lambda group, widths: device.worthwhile(widths) if group.kind == "mlp" else widths
@@ -123,12 +124,12 @@ def _worthwhile(device: targets.Target) -> Limit | None:
 
 def _plan(
     scores: Scores,
-    rules: Sequence[constraints.Constraint],
+    rules: Sequence[serving_rules.Constraint],
     preferred: Limit | None,
     align: int,
     request: dict[str, Any],
 ) -> Plan:
-    admitted = constraints.allowed(rules)
+    admitted = serving_rules.allowed(rules)
     if preferred is not None:
         try:
             return selection.plan(scores, align=align, limits=lambda g, w: preferred(g, admitted(g, w)), **request)
@@ -137,10 +138,10 @@ def _plan(
     return selection.plan(scores, align=align, limits=admitted, **request)
 
 
-def with_prediction(plan: Plan, model: Any, target: str | Path | targets.Target | None = None) -> Plan:
+def with_prediction(plan: Plan, model: Any, target: str | Path | device_profiles.Target | None = None) -> Plan:
     """The plan with what it should gain on the target in its record: `prediction`, times before over times after."""
-    device = target if isinstance(target, targets.Target) else targets.resolve(target)
-    found = targets.predict(work_of(model), work_of(model, plan), device)
+    device = target if isinstance(target, device_profiles.Target) else device_profiles.resolve(target)
+    found = device_profiles.predict(work_of(model), work_of(model, plan), device)
     prediction = {
         "target": device.described(": by FLOPs"),
         "prefill": {str(t): round(s, 4) for t, s in found.prefill.items()},

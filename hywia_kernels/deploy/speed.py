@@ -16,8 +16,8 @@ from .. import progress
 from ..engine.patches import frozen
 from ..errors import UsageError
 from ..versions import cache_keyword
-from .driver import StaticDriver, capture, drivable, joined_bytes
-from .work import Work, work_of
+from .cost import Work, work_of
+from .static_driver import StaticDriver, capture, drivable, joined_bytes
 
 __all__ = ["Case", "Measurement", "cases", "measure"]
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .errors import UsageError
-from .types import Group
+from ..errors import UsageError
+from ..types import Group
 
 __all__ = ["DEFAULT", "SERVERS", "Constraint", "allowed", "check_untouched", "check_vocabulary", "constraints"]
 
