@@ -76,7 +76,7 @@ _SCORERS = ("HyWIAScorer", "MagnitudeScorer", "Scorer", "TaylorScorer")  # impor
 
 def __getattr__(name: str) -> _Any:
     if name in _SCORERS:
-        from . import scorer
+        from .integrations import protocol
 
         return getattr(scorer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

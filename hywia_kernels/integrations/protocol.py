@@ -15,11 +15,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .errors import UsageError
-from .integrations.modules import BySide, layout, magnitude_sums, taylor_sums
-from .method.scores import FUSIONS, coarse_estimate, fused, prior
-from .method.statistics import calibrate
-from .ops.checks import ORDERS
+from ..errors import UsageError
+from ..method.scores import FUSIONS, coarse_estimate, fused, prior
+from ..method.statistics import calibrate
+from ..ops.checks import ORDERS
+from .modules import BySide, layout, magnitude_sums, taylor_sums
 
 __all__ = ["HyWIAScorer", "MagnitudeScorer", "Scorer", "TaylorScorer", "UnitScores"]
 
