@@ -39,7 +39,7 @@ from torch import Tensor
 import hywia_kernels as hk
 from hywia_kernels import charts
 from hywia_kernels.commands_recipe import REFIT_SAMPLES, SAMPLES, STEPS
-from hywia_kernels.evaluate import blocks
+from hywia_kernels.evaluation import blocks
 
 from . import peers, tasks
 from .rows import Row

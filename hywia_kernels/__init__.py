@@ -23,7 +23,7 @@ from .checkpoint.loading import load
 from .checkpoint.saving import save
 from .checkpoint.scores_file import load_scores, save_scores
 from .errors import BackendError, HywiaError, UsageError
-from .evaluate import evaluate, perplexity
+from .evaluation import evaluate, perplexity
 from .method.calibration_data import calibration
 from .method.head_residual import leftover, with_leftover
 from .method.mask_learning import learn

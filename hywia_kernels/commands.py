@@ -19,8 +19,8 @@ from .checkpoint.replaceable import check_report
 from .deploy import device_profiles, planning, serving_rules
 from .deploy.hardware import threaded_device_name
 from .errors import HywiaError, UsageError
-from .evaluate import blocks, continuation
-from .evaluate import evaluate as evaluate_model
+from .evaluation import blocks, continuation
+from .evaluation import evaluate as evaluate_model
 from .method import selection, surgery
 from .method.calibration_data import calibration
 from .method.reading import BUNDLED, bundled_text, documents, file_documents, is_local

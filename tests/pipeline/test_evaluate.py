@@ -9,7 +9,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
-from hywia_kernels.evaluate import blocks, continuation, stored_bytes, tokens_per_second
+from hywia_kernels.evaluation import blocks, continuation, stored_bytes, tokens_per_second
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss(gqa, tokens):

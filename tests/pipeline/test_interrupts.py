@@ -126,7 +126,7 @@ def _on_the_cpu(*args, **kwargs):
     ("where", "lever"),
     [
         ("hywia_kernels.checkpoint.saving.check_written", "the model itself barely fits"),
-        ("hywia_kernels.evaluate.perplexity", "try a smaller --block"),
+        ("hywia_kernels.evaluation.perplexity", "try a smaller --block"),
         ("hywia_kernels.commands.calibrate", "fewer --samples, a shorter --seq-len"),
     ],
 )

@@ -15,7 +15,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels.cli import main
-from hywia_kernels.evaluate import blocks
+from hywia_kernels.evaluation import blocks
 from hywia_kernels.method.reading import bundled_text
 
 

@@ -16,7 +16,7 @@ from tiny import TINY, fresh
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.cli import main
-from hywia_kernels.evaluate import blocks, continuation, tokens_per_second
+from hywia_kernels.evaluation import blocks, continuation, tokens_per_second
 from hywia_kernels.method.calibration_data import windows
 from hywia_kernels.method.tokens import positions, prefix
 

@@ -12,7 +12,7 @@ from tiny import TINY, fresh
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
-from hywia_kernels.evaluate import continuation, tokens_per_second
+from hywia_kernels.evaluation import continuation, tokens_per_second
 from hywia_kernels.method.calibration_data import self_written
 
 sys.path.append(str(Path(__file__).parents[1] / "arch"))
