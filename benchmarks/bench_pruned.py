@@ -25,8 +25,8 @@ from .session import Session, argv_of, common_arguments, make_parser, parse
 from .timing import Timer
 
 MODULE = "benchmarks.bench_pruned"
-# Ours at 20 % and 50 % follow from hywia_kernels.deploy.device_profiles for an H100: equal shares of heads and channels, moved to the
-# nearest pair that its sweep says is fast.
+# Ours at 20 % and 50 % follow from the profile of an H100: equal shares of heads and channels, moved to the nearest
+# pair that its sweep says is fast.
 MODELS = ("dense", "22x9232", "24x8256@4:30", "16x5120", "13x4403@3:31")
 CASES = (Case("prefill", 1, 2048), Case("prefill", 8, 512), Case("decode", 1, 512), Case("decode", 16, 512))
 

@@ -69,7 +69,7 @@ def _digits(rate: float) -> float:
 
 
 def profile(rows: Sequence[Row], bases: Sequence[int], capability: tuple[int, int] | None = None) -> dict:
-    """What `hywia_kernels.deploy.device_profiles` keeps of a sweep; `capability`: of the GPU, by which others borrow its figures."""
+    """A profile of a sweep; `capability`: of the GPU, by which others borrow its figures."""
     costs, first = alignment_costs(rows, bases), rows[0]
     rates: dict[str, dict[str, dict[str, float]]] = {}
     for r in rows:

@@ -78,5 +78,5 @@ def __getattr__(name: str) -> _Any:
     if name in _SCORERS:
         from .integrations import protocol
 
-        return getattr(scorer, name)
+        return getattr(protocol, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

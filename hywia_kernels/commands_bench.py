@@ -183,7 +183,8 @@ def export_served(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace, gguf: bool) -> None:
-    from .checkpoint.decilm import write_decilm, write_gguf
+    from .checkpoint.decilm import write_decilm
+    from .checkpoint.gguf import write_gguf
     from .checkpoint.loading import load
 
     report.say(f"loading {arguments.model}")

@@ -111,10 +111,12 @@ class Target:
         return kept[::-1]
 
 
+def _profiles() -> Any:
+    return resources.files(__package__) / "profiles"
+
+
 def _names() -> list[str]:
-    return sorted(
-        f.name.removesuffix(".json") for f in resources.files(__package__).iterdir() if f.name[-5:] == ".json"
-    )
+    return sorted(f.name.removesuffix(".json") for f in _profiles().iterdir() if f.name[-5:] == ".json")
 
 
 NAMES = (*_names(), *_BORROWED, *_DOCUMENTED)
@@ -174,7 +176,7 @@ def at_hand(device: torch.device | None = None) -> Target:
 
 
 def _text(name: str) -> str:
-    return (resources.files(__package__) / f"{name}.json").read_text(encoding="utf-8")
+    return (_profiles() / f"{name}.json").read_text(encoding="utf-8")
 
 
 def _own(name: str) -> Target:

@@ -39,7 +39,8 @@ def plan_for(
 
     Args:
         scores: of the model to prune. target: as `device_profiles.resolve` takes it; None: the device at hand.
-        serve, tensor_parallel: as `serving_rules.constraints` takes them. align, request: as `selection.plan` takes them.
+        serve, tensor_parallel: as `serving_rules.constraints` takes them.
+        align, request: as `selection.plan` takes them.
 
     Raises:
         UsageError: an unknown target or server, a request that no widths meet, or a server's rule that what is not cut

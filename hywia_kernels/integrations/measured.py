@@ -93,7 +93,7 @@ def accumulate_fisher(
     whatever means: its bits are compared when it is read. Nothing is hung on parameters or gets into checkpoints.
 
     Args:
-        model, batches, backend, memory: as in `hywia_kernels.method.statistics`. `L_s` is the mean next-token loss of a sample,
+        model, batches, backend, memory: as `calibrate` takes them. `L_s` is the mean next-token loss of a sample,
             `G = mean_s G_s`, `F = mean_s G_s²`. Only the decoder layers' linear layers are measured: not embeddings,
             norms, biases, the head, and stacked experts.
         axes: "both" measures output and input channels of every matrix, so that hidden dimensions can be pruned as

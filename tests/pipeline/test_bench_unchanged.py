@@ -86,7 +86,7 @@ def test_a_failure_leaves_it_alone_too(model, where, monkeypatch):
     else:
         real, calls = static_driver._packed, []
         monkeypatch.setattr(
-            driver, "_packed", lambda layer: real(layer) if not calls and not calls.append(1) else fails()
+            static_driver, "_packed", lambda layer: real(layer) if not calls and not calls.append(1) else fails()
         )
     if where == "interrupt":
         with pytest.raises(KeyboardInterrupt):

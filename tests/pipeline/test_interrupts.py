@@ -71,7 +71,7 @@ def test_an_end_says_what_is_on_the_disk(here, monkeypatch, capsys, how, code, w
     whole = contents(here / "out")
     hk.load("out")
     with monkeypatch.context() as patch:
-        _stop_at(patch, export, "_write_model", 1, how)
+        _stop_at(patch, saving, "_write_model", 1, how)
         assert main([*run, "--overwrite"]) == code
     assert f"nothing was written; {here / 'out'} is as it was before" in capsys.readouterr().err
     assert contents(here / "out") == whole

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
-from hywia_kernels.checkpoint.decilm import write_decilm, write_gguf
+from hywia_kernels.checkpoint.decilm import write_decilm
+from hywia_kernels.checkpoint.gguf import write_gguf
 
 
 @pytest.fixture(autouse=True)
