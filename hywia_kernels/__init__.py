@@ -3,80 +3,58 @@
     import hywia_kernels as hk
 
     model, tokenizer = hk.load("smollm2")
-    batches = hk.calibration(model, tokenizer)             # or hk.calibration(model, tokenizer, "text.jsonl")
-    scores = hk.score(model, batches, fusion="attention")
-    plan = hk.plan(scores, ratio=0.2)
-    hk.prune(model, plan)
-    hk.save(model, tokenizer, "smollm2-small", plan=plan)
+    result = hk.compress(model, tokenizer, hk.Recipe(ratio=0.2))    # what `hywia prune` does
+    hk.save(model, tokenizer, "smollm2-small", plan=result.plan, record=result.record)
 
-Importing the package probes no device and compiles nothing; transformers is imported on first use. One thing is added
-outside the package: the config and model class of checkpoints whose layers differ in width are registered with the auto
-classes of transformers; until it is imported, a finder in `sys.meta_path` waits for that (`adaptive.register`).
+Every name is imported when it is first asked for: importing the package loads neither torch nor transformers, probes no
+device and compiles nothing. It does one thing to another package: transformers' auto classes learn, when transformers is
+imported, to load checkpoints whose layers differ in width.
 """
 
+import importlib as _importlib
 from typing import Any as _Any
 
-from . import ops
-from .arch import groups
-from .checkpoint import adaptive
-from .checkpoint.loading import load
-from .checkpoint.saving import save
-from .checkpoint.scores_file import load_scores, save_scores
-from .errors import BackendError, HywiaError, UsageError
-from .evaluation import evaluate, perplexity
-from .method.calibration_data import calibration
-from .method.head_residual import leftover, with_leftover
-from .method.mask_learning import learn
-from .method.reconstruction import refit
-from .method.scores import fuse, score
-from .method.selection import plan
-from .method.statistics import calibrate
-from .method.surgery import mask, prune
-from .types import Group, Member, Plan, Scores, Statistics
+from .checkpoint import adaptive as _adaptive
 
-__all__ = [
-    "BackendError",
-    "Group",
-    "HyWIAScorer",
-    "HywiaError",
-    "MagnitudeScorer",
-    "Member",
-    "Plan",
-    "Scorer",
-    "Scores",
-    "Statistics",
-    "TaylorScorer",
-    "UsageError",
-    "calibrate",
-    "calibration",
-    "evaluate",
-    "fuse",
-    "groups",
-    "learn",
-    "leftover",
-    "load",
-    "load_scores",
-    "mask",
-    "ops",
-    "perplexity",
-    "plan",
-    "prune",
-    "refit",
-    "save",
-    "save_scores",
-    "score",
-    "with_leftover",
-]
 __version__ = "0.1.0"
 
-adaptive.register()
+_HOMES = {  # public name -> module it is in
+    **dict.fromkeys(("BackendError", "HywiaError", "UsageError"), "errors"),
+    **dict.fromkeys(("Group", "Member", "Plan", "Scores", "Statistics"), "types"),
+    **dict.fromkeys(("HyWIAScorer", "MagnitudeScorer", "Scorer", "TaylorScorer"), "integrations.protocol"),
+    **dict.fromkeys(("Measured", "Result", "compress", "measure"), "compression"),
+    **dict.fromkeys(("Evaluation", "evaluate", "perplexity"), "evaluation"),
+    **dict.fromkeys(("leftover", "with_leftover"), "method.head_residual"),
+    **dict.fromkeys(("load_scores", "save_scores"), "checkpoint.scores_file"),
+    **dict.fromkeys(("mask", "prune"), "method.surgery"),
+    "Recipe": "recipe",
+    "calibrate": "method.statistics",
+    "calibration": "method.calibration_data",
+    "fuse": "method.scores",
+    "groups": "arch",
+    "learn": "method.mask_learning",
+    "load": "checkpoint.loading",
+    "plan": "method.selection",
+    "plan_for": "deploy.planning",
+    "refit": "method.reconstruction",
+    "save": "checkpoint.saving",
+    "score": "method.criteria",
+}
 
-_SCORERS = ("HyWIAScorer", "MagnitudeScorer", "Scorer", "TaylorScorer")  # imported when they are asked for
+__all__ = [*sorted(_HOMES), "ops"]
+
+_adaptive.register()
 
 
 def __getattr__(name: str) -> _Any:
-    if name in _SCORERS:
-        from .integrations import protocol
-
-        return getattr(protocol, name)
+    if name in _HOMES:
+        value = getattr(_importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if name == "ops":
+        return _importlib.import_module(".ops", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

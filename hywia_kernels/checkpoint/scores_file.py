@@ -9,28 +9,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import arch
-from ..arch.facts import fingerprint
 from ..errors import HywiaError
 from ..record import DIGEST, parsed, sealed
 from ..types import Group, Member, Scores, Statistics
 from . import atomic_directory
 from .verify import check_file
 
-__all__ = ["check_scored_on", "load_scores", "save_scores"]
+__all__ = ["load_measured", "load_scores", "save_scores"]
 
 _TENSORS, _INDEX = "scores.safetensors", "scores.json"
 _FORMAT = 3  # 3: digests, and a fingerprint that sees every row and column, the config and the buffers
 _TENSORS_DIGEST = "tensors_sha256"
+_TEXT = "tokens"
 
 
 def save_scores(
-    path: str | Path, scores: Scores, statistics: Statistics | None = None, *, overwrite: bool = False
+    path: str | Path,
+    scores: Scores,
+    statistics: Statistics | None = None,
+    *,
+    tokens: Tensor | None = None,
+    record: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write scores, and the statistics they came from if given, so that another ratio, fusion or order needs no
     second calibration.
+
+    Args:
+        tokens: int64 `[samples, seq_len]`, the text, for what reads it again after scoring. record: of the measuring.
 
     Raises:
         UsageError: the directory exists. HywiaError: it cannot be written, or the statistics are of something else.
@@ -63,6 +71,10 @@ def save_scores(
                 tensors[f"fine/{order}/{name}"] = value
         for name, value in statistics.coarse.items():
             tensors[f"coarse/{name}"] = value
+    if tokens is not None:
+        tensors[_TEXT] = tokens
+    if record is not None:
+        index["measured"] = dict(record)
     index = sealed(index)  # refuses what JSON cannot hold, before anything is written
     need = sum(v.numel() * v.element_size() for v in tensors.values())
     with atomic_directory.directory(Path(path), overwrite=overwrite, need=need) as folder:
@@ -89,6 +101,12 @@ def load_scores(path: str | Path) -> tuple[Scores, Statistics | None]:
     Raises:
         HywiaError: no such directory, or not one of scores; of another version; or damaged (the message says what is).
     """
+    scores, statistics, _, _ = load_measured(path)
+    return scores, statistics
+
+
+def load_measured(path: str | Path) -> tuple[Scores, Statistics | None, Tensor | None, dict[str, Any]]:
+    """`load_scores`, and the text's token ids and the measuring's record, if they were kept."""
     folder = Path(path)
     if not (folder / _INDEX).is_file() or not (folder / _TENSORS).is_file():
         raise HywiaError(f"scores: {folder} is not a directory written by 'hywia score'")
@@ -98,6 +116,9 @@ def load_scores(path: str | Path) -> tuple[Scores, Statistics | None]:
         groups = tuple(_group(g) for g in _entry(index, "groups", list))
         common: dict[str, Any] = {"groups": groups}
         common |= {name: index.get(name) for name in ("parameters", "fingerprint")}
+        tokens = tensors.pop(_TEXT, None)
+        if tokens is not None and (tokens.dim() != 2 or tokens.is_floating_point() or not tokens.numel()):
+            raise HywiaError(f"{_TENSORS}: expected token ids [samples, length], got {list(tokens.shape)}")
         values, loss, fine, coarse = _sorted_out(tensors)
         scores = Scores(values=values, loss=loss, record=_entry(index, "scores", dict), **common)
         statistics = None
@@ -105,27 +126,10 @@ def load_scores(path: str | Path) -> tuple[Scores, Statistics | None]:
             statistics = Statistics(fine=fine, coarse=coarse, record=_entry(index, "statistics", dict), **common)
         elif fine or coarse:
             raise HywiaError("holds statistics that its index does not tell of")
+        record = _entry(index, "measured", dict) if "measured" in index else {}
     except HywiaError as error:
         raise _damaged(folder, error) from error
-    return scores, statistics
-
-
-def check_scored_on(scores: Scores, model: nn.Module, source: str, name: str) -> None:
-    """Make sure that scores are a model's.
-
-    Args:
-        source, name: what the scores and the model are called in the message.
-
-    Raises:
-        HywiaError: other weights, another config, or other groups.
-    """
-    if scores.fingerprint != fingerprint(model):
-        raise HywiaError(
-            f"scores: {source} was scored on another model than {name} "
-            "(the weights differ, or what the config says of them); score this one, in this dtype"
-        )
-    if scores.groups != arch.groups(model):
-        raise HywiaError(f"scores: {source} is of other groups of units than {name} has; score this one again")
+    return scores, statistics, tokens, record
 
 
 def _damaged(folder: Path, what: object) -> HywiaError:

@@ -18,8 +18,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from .. import arch, ops
-from ..ops.checks import ORDERS
 from ..progress import Bar
+from ..settings import ORDERS
 from ..types import Group, Member
 from .experts import experts_forward, router_forward, whole_experts
 from .patches import forward_replaced

@@ -31,6 +31,7 @@ from torch import nn
 from .. import arch
 from ..arch.facts import weight_bytes
 from ..errors import HywiaError
+from ..settings import MEMORY
 from ..types import Group
 from .host import free_on_host
 from .loss import LOGIT_BYTES
@@ -39,7 +40,7 @@ from .samples import Samples
 
 __all__ = ["MODES", "MemoryPlan", "free_bytes", "plan_memory", "plan_whole"]
 
-MODES = ("fast", "lean", "layerwise")
+MODES = MEMORY[1:]
 Linears = Mapping[str, nn.Module]
 CHUNK_TOKENS = 4096  # of a layerwise run: enough for the matrix products to be fast
 _MODEST, _MODEST_BYTES = 0.6, 2 << 30  # of the weights' bytes, or at all: what "auto" lets fast take

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..ops.checks import ORDERS
+from ..settings import ORDERS
 from ..types import Group, Member
 
 __all__ = ["Results", "result_bytes"]

@@ -35,7 +35,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import UsageError
 from ..method import scores as fusions
-from ..ops.checks import ORDERS
+from ..settings import ORDERS
 from .measured import Measured, accumulate_fisher, clear_fisher, measured
 from .modules import Sums, gradient
 from .placement import Straight

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import arch
 from ..errors import UsageError
 from ..method.statistics import measure
-from ..ops.checks import ORDERS
+from ..settings import ORDERS
 from ..types import Group, Member
 from .modules import Sums, SumsCache
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..method.scores import FUSIONS, coarse_estimate, fused, prior
 from ..method.statistics import calibrate
-from ..ops.checks import ORDERS
+from ..settings import ORDERS
 from .modules import BySide, layout, magnitude_sums, taylor_sums
 
 __all__ = ["HyWIAScorer", "MagnitudeScorer", "Scorer", "TaylorScorer", "UnitScores"]

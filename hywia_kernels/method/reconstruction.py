@@ -29,14 +29,14 @@ from ..engine.passes import apart, put_back
 from ..engine.patches import forward_replaced, hooked
 from ..engine.samples import Samples, padded
 from ..errors import HywiaError, UsageError
+from ..settings import RIDGE
 from ..types import Group, Plan
 from .calibration_data import check_tokens, digest
 from .moments import exact_products, factored, moment_dtype
 from .surgery import checked_groups, silence
 
-__all__ = ["RIDGE", "refit"]
+__all__ = ["refit"]
 
-RIDGE = 4.0  # chosen on SmolLM2: README, "The recipe"
 _CHUNK_TOKENS = 8192
 _TINY = 1e-30
 

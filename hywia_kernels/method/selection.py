@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..errors import HywiaError, UsageError
-from ..types import KINDS, LAYOUTS, Group, Plan, Scores
+from ..settings import DEFAULT_KINDS, KINDS, LAYOUTS
+from ..types import Group, Plan, Scores
 from .allocation import redistribute
 
-__all__ = ["KINDS", "LAYOUTS", "USUAL", "check_kinds", "may_go", "plan", "top_units"]
+__all__ = ["check_kinds", "may_go", "plan", "ranked_again", "top_units"]
 
-USUAL = ("mlp", "attention")
 Limits = Callable[[Group, list[int]], list[int]]  # of a group's widths, ascending, those that may be chosen
 
 
@@ -26,7 +27,7 @@ def plan(
     ratio: float | None = None,
     group_ratio: float | Mapping[str, float] | None = None,
     layers: tuple[int, int] | None = None,
-    units: Sequence[str] = USUAL,
+    units: Sequence[str] = DEFAULT_KINDS,
     align: int = 64,
     layout: str = "uniform",
     limits: Limits | None = None,
@@ -112,7 +113,7 @@ def may_go(
     *,
     group_ratio: float | Mapping[str, float] | None = None,
     layers: tuple[int, int] | None = None,
-    units: Sequence[str] = USUAL,
+    units: Sequence[str] = DEFAULT_KINDS,
     **_: Any,
 ) -> Callable[[Group], bool]:
     """Which groups a request of `plan` cuts, by kind and layer."""
@@ -125,6 +126,12 @@ def top_units(values: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest values, ascending, int64; of equals the lower index stays."""
     order = torch.sort(values, descending=True, stable=True).indices
     return order[:count].sort().values
+
+
+def ranked_again(plan: Plan, scores: Scores) -> Plan:
+    """The plan with as many units a group, chosen by other scores of the same groups."""
+    keep = {name: top_units(scores.values[name], kept.numel()) for name, kept in plan.keep.items()}
+    return dataclasses.replace(plan, keep=keep, record={**plan.record, "scores": dict(scores.record)})
 
 
 def check_kinds(units: Sequence[str]) -> None:

@@ -32,16 +32,15 @@ from ..engine.rotary import rotary_replaced
 from ..engine.samples import Samples, padded
 from ..errors import BackendError, HywiaError, UsageError
 from ..progress import Bar
+from ..settings import ENGINES, MEMORY
 from ..types import Group, Statistics
 from ..versions import versions
 from .calibration_data import check_tokens, digest
 
-__all__ = ["ENGINES", "MEMORY", "calibrate", "measure"]
+__all__ = ["calibrate", "measure"]
 
 log = logging.getLogger(__name__)
 
-ENGINES = ("auto", "fused", "autograd")
-MEMORY = ("auto", *MODES)
 
 # Powers of two, so that scaling and unscaling are exact. float16 activations' gradients underflow without one: a mean
 # over a thousand tokens puts them near 1e-7, below float16's normal range.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import UsageError
-from ..types import ORDERS
+from ..settings import ORDERS
 from .calls import BatchCall, LinearCall, TaylorCall
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -21,10 +21,10 @@ from types import ModuleType
 from torch import Tensor
 
 from ..errors import BackendError
+from ..settings import BACKENDS
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("reference", "native", "triton", "cuda")
 ENVIRONMENT = "HYWIA_BACKEND"
 
 # Automatic choice by device and op, best first.

@@ -10,7 +10,7 @@ from torch_pruning.pruner import importance
 
 from ...errors import UsageError
 from ...method import scores as fusions
-from ...ops.checks import ORDERS
+from ...settings import ORDERS
 from ..measured import any_measured, measured
 from ..modules import gradient, taylor_sums, tensor_of
 from .base import TYPES, Member, Scorer

@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..checkpoint import run_record
+from ..checkpoint.metrics import compare
+from ..checkpoint.templating import render
 from . import charts, figures
-from .checkpoint import run_record
-from .checkpoint.metrics import compare
-from .checkpoint.templating import render
 
 __all__ = ["page"]
 

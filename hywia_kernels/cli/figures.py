@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.run_record import KindWidths, mapping, summary_rows
 from . import charts
-from .checkpoint.run_record import KindWidths, mapping, summary_rows
 
 __all__ = ["score_figures", "speed_figures", "width_figures"]
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .errors import HywiaError
+from ..errors import HywiaError
 
 __all__ = ["available", "bars", "lines", "require", "spread", "standalone"]
 

@@ -6,13 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import ops
-from .checkpoint import atomic_directory
-from .checkpoint.metrics import compare, figures_of
-from .checkpoint.run_record import plain, reduction, spans
-from .errors import HywiaError
-from .types import Plan
-from .versions import versions
+from .. import ops
+from ..checkpoint import atomic_directory
+from ..checkpoint.metrics import compare, figures_of
+from ..checkpoint.run_record import plain, reduction, spans
+from ..errors import HywiaError
+from ..types import Plan
+from ..versions import versions
 
 __all__ = [
     "environment",
@@ -22,6 +22,8 @@ __all__ = [
     "print_evaluation",
     "print_history",
     "print_plan",
+    "print_reconstruction",
+    "print_text",
     "say",
     "write_json",
 ]
@@ -118,6 +120,25 @@ def _say_planning(record: Mapping[str, Any]) -> None:
         say(
             f"  predicted on {found['target']}: prefill x{prefill}; decoding x{found['decode']:.2f}; "
             f"weights {found['size']:.2f} times smaller"
+        )
+
+
+def print_text(record: Mapping[str, Any]) -> None:
+    """What text was read, and how much of it."""
+    text = record.get("text")
+    if text:
+        say(f"calibration text: {text['samples']:,} samples, {text['tokens']:,} tokens, {text['calib']}")
+
+
+def print_reconstruction(plan: Plan) -> None:
+    """How much of the lost output the least squares brought back."""
+    done = plan.record.get("refit")
+    errors = list(done["relative_error"].values()) if done else []
+    if done and errors:
+        before, after = (sum(pair[i] for pair in errors) / len(errors) for i in (0, 1))
+        say(
+            f"reconstructed {len(errors)} matrices on {done['samples']:,} samples, {done['tokens']:,} tokens, in "
+            f"{done['seconds']:.1f} s: mean squared error of their outputs {before:.3f} -> {after:.3f} of the outputs'"
         )
 
 

@@ -1,0 +1,120 @@
+"""`hywia prune`: write a smaller model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from ..checkpoint import history, originals, saving
+from ..checkpoint.scores_file import load_measured
+from ..compression import Measured, Result, compress, with_text
+from ..errors import UsageError
+from ..evaluation import stored_bytes
+from ..recipe import Recipe
+from ..settings import LEARNED
+from ..types import Plan
+from . import arguments as shared
+from . import console, session
+
+__all__ = ["run"]
+
+# What a scores directory has decided: the rest of a recipe comes after it.
+_SCORING = ("calibration", "samples", "seq_len", "seed", "bos", "text_field", "criterion", "fusion", "order")
+_OF_TEXT = ("samples", "seq_len", "seed", "bos", "text_field")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Checks, then the work with the output held."""
+    session.begin(arguments)
+    measured = Measured(*load_measured(arguments.scores)) if arguments.scores else None
+    recipe = _recipe(arguments, measured)
+    recipe.check()
+    session.check_scoring(arguments, recipe, text_is_read=measured is None or "calibration" in vars(arguments))
+    evaluation = None if arguments.no_eval else session.evaluation_of(arguments)
+    with session.claimed(arguments, in_place=arguments.in_place, least=_least_bytes(arguments, recipe)):
+        model, tokenizer = session.load_model(arguments)
+        if measured is not None and "calibration" in vars(arguments):
+            measured = with_text(measured, model, tokenizer, recipe)
+        steps: list[dict[str, Any]] = []
+
+        def when_planned(plan: Plan) -> None:
+            steps.extend(history.history(arguments.model, plan))
+            console.print_plan(plan)
+            console.print_history(steps, plan)
+
+        def when_cut(result: Result) -> None:
+            console.print_text(result.record)
+            console.print_reconstruction(result.plan)
+            given = {k: v for k, v in vars(arguments).items() if k != "command"}
+            record = {**result.record, "arguments": given, "history": steps}
+            where = {"overwrite": arguments.overwrite, "in_place": arguments.in_place}
+            saving.save(model, tokenizer, arguments.output, plan=result.plan, record=record, **where)
+
+        result = compress(
+            model,
+            tokenizer,
+            recipe,
+            measured=measured,
+            evaluation=evaluation,
+            when_planned=when_planned,
+            when_cut=when_cut,
+            backend=arguments.backend,
+            engine=arguments.engine,
+            memory=arguments.memory,
+        )
+        before, after = _on_disk(result, arguments)
+        console.print_comparison(before, after)
+        if "evaluation" in result.record:
+            sides = {**result.record["evaluation"], "before": before, "after": after}
+            saving.add_to_record(arguments.output, {"evaluation": sides})
+        console.say(f"wrote {arguments.output}")
+    content = {"output": arguments.output, "plan": saving.plan_record(result.plan), "recipe": result.recipe.to_dict()}
+    if before is not None:
+        content |= {"before": before, "after": after}
+    console.write_json(arguments.json, content)
+
+
+def _on_disk(result: Result, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Both measurements, with the bytes that the models take on the disk."""
+    if result.before is None or result.after is None:
+        return None, None
+    sides = []
+    for side, source in ((result.before, arguments.model), (result.after, arguments.output)):
+        stored = stored_bytes(source)
+        sides.append({**side, "bytes": stored} if stored else dict(side))
+    return sides[0], sides[1]
+
+
+def _recipe(arguments: argparse.Namespace, measured: Measured | None) -> Recipe:
+    """From the arguments, on top of a recipe file or of what the scores were measured with.
+
+    Raises:
+        UsageError: an argument that would have to change what was measured already.
+    """
+    base = Recipe.read(arguments.recipe) if arguments.recipe else None
+    if measured is None:
+        return shared.recipe_of(arguments, base)
+    given = shared.given_fields(arguments)
+    refused = {"criterion", *(() if "calibration" in given else _OF_TEXT)} & given.keys()
+    refused |= {name for name in ("engine", "memory") if getattr(arguments, name) != "auto"}
+    for name in sorted(refused):
+        raise UsageError(f"{name}: does not go with --scores, which holds the outcome of an earlier scoring")
+    if measured.statistics is None and {"fusion", "order"} & given.keys():
+        raise UsageError(
+            f"scores: {arguments.scores} holds no statistics (criterion {measured.scores.record.get('criterion')}), "
+            "so --fusion and --order cannot be applied"
+        )
+    known = dict(measured.record.get("recipe", {})) or dict(measured.scores.record)
+    scored = {name: known[name] for name in _SCORING if known.get(name) is not None}
+    if scored.get("fusion") == LEARNED:
+        del scored["fusion"]
+    return shared.recipe_of(arguments, dataclasses.replace(base or Recipe(), **scored))
+
+
+def _least_bytes(arguments: argparse.Namespace, recipe: Recipe) -> int:
+    """Bytes that the pruned model takes at least, as far as is known before it is loaded."""
+    ratio = recipe.group_ratio
+    shares = ratio.values() if isinstance(ratio, dict) else [recipe.ratio or ratio]
+    narrowed = arguments.dtype in ("bfloat16", "float16")
+    return originals.least_bytes(originals.inputs(arguments), max(float(s or 0.0) for s in shares), narrowed)

@@ -1,0 +1,39 @@
+"""`hywia score`: measure a model once, and keep what was measured."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..checkpoint.scores_file import save_scores
+from ..compression import measure
+from . import arguments as shared
+from . import console, session
+
+__all__ = ["run"]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Checks, then the work with the output held."""
+    session.begin(arguments)
+    recipe = shared.recipe_of(arguments)
+    recipe.check(scoring_only=True)
+    session.check_scoring(arguments, recipe, text_is_read=True)
+    output = Path(arguments.output)
+    with session.claimed(arguments):
+        model, tokenizer = session.load_model(arguments)
+        measured = measure(
+            model, tokenizer, recipe, backend=arguments.backend, engine=arguments.engine, memory=arguments.memory
+        )
+        console.print_text(measured.record)
+        save_scores(
+            output,
+            measured.scores,
+            measured.statistics,
+            tokens=measured.tokens,
+            record=measured.record,
+            overwrite=arguments.overwrite,
+        )
+    scores = measured.scores
+    console.say(f"wrote {output}: {len(scores.groups)} groups, {sum(g.units for g in scores.groups)} units")
+    console.write_json(arguments.json, {"output": str(output), "scores": dict(scores.record), **measured.record})

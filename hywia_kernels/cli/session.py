@@ -1,0 +1,95 @@
+"""What every command does around its work: progress, the output held, the model loaded."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .. import arch, ops, progress
+from ..checkpoint import atomic_directory, originals
+from ..checkpoint.loading import load
+from ..checkpoint.replaceable import check_report
+from ..errors import UsageError
+from ..evaluation import Evaluation
+from ..method.reading import documents, is_local
+from ..recipe import Recipe
+from . import console
+
+__all__ = ["begin", "check_scoring", "claimed", "evaluation_of", "load_model"]
+
+
+def begin(arguments: argparse.Namespace) -> None:
+    """Progress on, other people's bars and notices off where nobody watches; refuse a report that has no place."""
+    import transformers
+
+    progress.enable()
+    transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    check_report("json", arguments.json, inputs=originals.inputs(arguments))
+
+
+@contextmanager
+def claimed(arguments: argparse.Namespace, *, in_place: bool = False, least: int = 0) -> Iterator[None]:
+    """Hold the output from before the work to its end; refuses what cannot be written at that end."""
+    output, given = Path(arguments.output), originals.inputs(arguments)
+    check_report("json", arguments.json, outputs=(output,), inputs=given)
+    if arguments.command != "prune":  # only what was pruned may take its own model's place
+        given = tuple(i._replace(what="model that is read") if i.what == "model" else i for i in given)
+    with atomic_directory.claim(output, overwrite=arguments.overwrite, in_place=in_place, inputs=given, need=least):
+        yield
+
+
+def check_scoring(arguments: argparse.Namespace, recipe: Recipe, text_is_read: bool) -> None:
+    """What can be refused before a model is loaded and is no matter of the recipe alone.
+
+    Raises:
+        UsageError: engine and memory, or a backend, that do not go together. HywiaError: the text cannot be read.
+    """
+    for name in ("engine", "memory"):
+        if recipe.criterion != "hywia" and getattr(arguments, name) != "auto":
+            raise UsageError(f"{name}: goes with --criterion hywia, got --criterion {recipe.criterion}")
+    if arguments.engine == "autograd" and arguments.memory == "layerwise":
+        raise UsageError("memory: expected auto, fast or lean with --engine autograd, got layerwise")
+    if arguments.backend is not None:
+        ops.require(arguments.backend)
+    if text_is_read and recipe.calibration is not None and is_local(recipe.calibration):
+        documents(recipe.calibration, field=recipe.text_field)
+
+
+def evaluation_of(arguments: argparse.Namespace) -> Evaluation:
+    """What the evaluation's arguments ask for; its text is read now.
+
+    Raises:
+        UsageError, HywiaError: as `Evaluation.content`.
+    """
+    evaluation = Evaluation(
+        text=arguments.text,
+        field=getattr(arguments, "text_field", "text"),
+        block=arguments.block,
+        max_blocks=arguments.max_blocks,
+        bos=getattr(arguments, "bos", None),
+        prompt=getattr(arguments, "prompt", None),
+    )
+    assert evaluation.content
+    return evaluation
+
+
+def load_model(arguments: argparse.Namespace, *, quantised: bool = False) -> tuple[Any, Any]:
+    """`(model, tokenizer)`; says what is left alone of a model with vision."""
+    console.say(f"loading {arguments.model}")
+    model, tokenizer = load(
+        arguments.model,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        trust_remote_code=arguments.trust_remote_code,
+        quantised=quantised,
+    )
+    others = [] if quantised else arch.left_alone(model)
+    if others:
+        console.say(f"left alone, being no part of the language decoder: {', '.join(others)}")
+    return model, tokenizer

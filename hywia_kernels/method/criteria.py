@@ -1,0 +1,97 @@
+"""How units are scored: by HyWIA, or by a criterion that needs no data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import arch, ops
+from ..arch.facts import check_finite, identity
+from ..errors import UsageError
+from ..settings import CRITERIA, FUSIONS
+from ..types import Group, Scores
+from ..versions import versions
+from .scores import fuse
+from .statistics import calibrate
+
+__all__ = ["magnitude", "random", "score"]
+
+
+def magnitude(model: Any, *, backend: str | None = None) -> Scores:
+    """Squared l2 norm of each unit's weights; needs no data. Ranks like the norm itself."""
+    check_finite(model)
+    found = arch.groups(model)
+    values = {}
+    for group in found:
+        pair = None
+        for member in group.members:
+            weight = arch.view(model, member, group.units).detach()
+            # ½·F·w² with F = 2 is w²; a zero-stride 2 costs no memory.
+            two = torch.full((), 2.0, dtype=torch.float32, device=weight.device).expand(weight.shape)
+            pair = ops.taylor_importance(
+                weight,
+                None,
+                two,
+                axis=member.axis,
+                order="second",
+                group_size=member.group_size,
+                out=pair and (pair[0], pair[1]),
+                backend=backend,
+            )
+        assert pair is not None
+        values[group.name] = pair.fine.cpu()
+    return _without_data(model, found, values, {"criterion": "magnitude"})
+
+
+def random(model: Any, seed: int = 0) -> Scores:
+    """Seeded uniform scores: the baseline that any criterion must beat."""
+    found = arch.groups(model)
+    generator = torch.Generator().manual_seed(seed)
+    values = {g.name: torch.rand(g.units, generator=generator) for g in found}
+    return _without_data(model, found, values, {"criterion": "random", "seed": seed})
+
+
+def _without_data(model: Any, found: tuple[Group, ...], values: dict[str, Tensor], record: dict[str, Any]) -> Scores:
+    record["versions"] = versions()
+    print_, parameters = identity(model)
+    return Scores(found, values, {}, parameters, print_, record)
+
+
+def score(
+    model: Any,
+    batches: Any = None,
+    *,
+    criterion: str = "hywia",
+    fusion: str = "attention",
+    order: str = "second",
+    seed: int = 0,
+    backend: str | None = None,
+    engine: str = "auto",
+    memory: str = "auto",
+) -> Scores:
+    """Score every unit of a model in one call: `calibrate` then `fuse`, or a criterion that needs no data.
+
+    Args:
+        model: a causal language model of a known architecture.
+        batches: calibration token ids (see `calibrate`); needed by "hywia" only. `hywia_kernels.calibration` makes
+            them from a file, a dataset, or the model's own writing.
+        criterion: "hywia", "magnitude" or "random".
+        fusion, order: of "hywia". seed: of "random". backend: of the ops. engine, memory: see
+            `calibrate`.
+
+    Raises:
+        UsageError: an unknown criterion, fusion or order, or no batches. HywiaError: as `calibrate`.
+    """
+    if criterion not in CRITERIA:
+        raise UsageError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
+    if criterion == "magnitude":
+        return magnitude(model, backend=backend)
+    if criterion == "random":
+        return random(model, seed)
+    if fusion not in FUSIONS:
+        raise UsageError(f"fusion: expected one of {', '.join(FUSIONS)}, got {fusion!r}")
+    if batches is None:
+        raise UsageError("batches: expected token ids for criterion 'hywia', got None; see hywia_kernels.calibration")
+    return fuse(calibrate(model, batches, backend=backend, engine=engine, memory=memory), fusion, order)

@@ -1,0 +1,45 @@
+"""What each setting may be, and the defaults that functions, recipes and commands share: said once, here.
+
+Imports nothing, so that the command line can show its help without loading torch.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BACKENDS",
+    "BLOCK",
+    "CRITERIA",
+    "DEFAULT_KINDS",
+    "DTYPES",
+    "ENGINES",
+    "FUSIONS",
+    "HEAD_RANKINGS",
+    "KINDS",
+    "LAYOUTS",
+    "LEARNED",
+    "MEMORY",
+    "ORDERS",
+    "RIDGE",
+    "SAMPLES",
+    "SEQ_LEN",
+    "STEPS",
+]
+
+KINDS = ("mlp", "attention", "experts")  # of units
+DEFAULT_KINDS = ("mlp", "attention")
+LAYOUTS = ("uniform", "adaptive")
+CRITERIA = ("hywia", "magnitude", "random")
+FUSIONS = ("attention", "fine", "coarse", "mean", "product")
+LEARNED = "learned"  # a fusion that only a whole recipe has: attention's scores, tuned by masks
+ORDERS = ("first", "second", "mixed")
+HEAD_RANKINGS = ("residual", "scores")
+ENGINES = ("auto", "fused", "autograd")
+MEMORY = ("auto", "fast", "lean", "layerwise")
+BACKENDS = ("reference", "native", "triton", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+SAMPLES = 96  # scored: on LLaMA-7B's shapes a pass over them takes less time than LLM-Pruner's over ten
+SEQ_LEN = 128
+BLOCK = 128  # tokens, of the text that perplexity is measured on: the papers' protocol
+STEPS = 50  # of mask learning
+RIDGE = 4.0  # of the reconstruction; chosen on SmolLM2
