@@ -6,14 +6,15 @@
     result = hk.compress(model, tokenizer, hk.Recipe(ratio=0.2))    # what `hywia prune` does
     hk.save(model, tokenizer, "smollm2-small", plan=result.plan, record=result.record)
 
-Every name is imported when it is first asked for: importing the package loads neither torch nor transformers, probes no
-device and compiles nothing. It does one thing to another package: transformers' auto classes learn, when transformers is
-imported, to load checkpoints whose layers differ in width.
+Every name is imported when it is first asked for: importing the package loads neither torch nor transformers, probes
+no device and compiles nothing. It does one thing to another package: transformers' auto classes learn, when
+transformers is imported, to load checkpoints whose layers differ in width.
 """
 
 import importlib as _importlib
 from typing import Any as _Any
 
+from . import _moved
 from .checkpoint import adaptive as _adaptive
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ _HOMES = {  # public name -> module it is in
 __all__ = [*sorted(_HOMES), "ops"]
 
 _adaptive.register()
+_moved.register()
 
 
 def __getattr__(name: str) -> _Any:
@@ -53,6 +55,8 @@ def __getattr__(name: str) -> _Any:
         return value
     if name == "ops":
         return _importlib.import_module(".ops", __name__)
+    if name in _moved.MODULES:
+        return _moved.module(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from . import settings
 from .deploy import device_profiles, serving_rules
 from .errors import HywiaError, UsageError
-from .record import parsed
+from .types.record import parsed
 
 __all__ = ["Recipe"]
 

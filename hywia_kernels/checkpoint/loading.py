@@ -14,7 +14,7 @@ from ..errors import HywiaError, UsageError
 from ..settings import DTYPES
 from . import baichuan, description, description_text, hub, loaded_weights
 from .adaptive import remote
-from .tying import settle_tying
+from .ties import settle_tying
 
 __all__ = ["load"]
 

@@ -44,7 +44,10 @@ def original(model: Any) -> Path | None:
 def inputs(arguments: argparse.Namespace) -> tuple[Input, ...]:
     """What a command reads, for the checks of what it writes."""
     given = []
-    for what, field in (*((n, n) for n in ("model", "scores", "text", "vocabulary", "recipe")), ("calib", "calibration")):
+    for what, field in (
+        *((n, n) for n in ("model", "scores", "text", "vocabulary", "recipe")),
+        ("calib", "calibration"),
+    ):
         names = [getattr(arguments, field, None), *(getattr(arguments, "models", ()) if what == "model" else ())]
         for name in (str(n) for n in names if n):
             source = source_of(name) if what == "model" else Path(name)

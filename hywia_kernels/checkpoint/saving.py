@@ -15,8 +15,8 @@ from .. import arch
 from ..arch.facts import weight_bytes
 from ..arch.holding import plain_model
 from ..errors import HywiaError
-from ..record import parsed, sealed
 from ..types import Plan
+from ..types.record import parsed, sealed
 from ..versions import versions
 from . import atomic_directory, model_card
 from .adaptive import adapted, remote

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import HywiaError
-from ..record import DIGEST, parsed, sealed
 from ..types import Group, Member, Scores, Statistics
+from ..types.record import DIGEST, parsed, sealed
 from . import atomic_directory
 from .verify import check_file
 

@@ -6,11 +6,12 @@ but ties them again wherever only the config is asked.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-__all__ = ["set_ties", "shared", "tied_head"]
+__all__ = ["own_head", "set_ties", "settle_tying", "shared", "tied_head"]
 
 
 def _storage(tensor: Tensor) -> tuple[Any, ...]:
@@ -46,3 +47,26 @@ def set_ties(config: Any, model: Any) -> Any:
         if bool(getattr(part, "tie_word_embeddings", False)) != tied:
             part.tie_word_embeddings = tied
     return config
+
+
+def own_head(model: Any) -> bool:
+    """Whether a model has a head `[vocabulary, hidden]` with memory of its own; False where it has none at all."""
+    return model.get_output_embeddings() is not None and tied_head(model) is False
+
+
+def settle_tying(model: Any) -> bool:
+    """Make the config of a model with a head of its own say so; whether it had to be changed.
+
+    What is saved, copied or built from the config afterwards keeps the head.
+    """
+    if not own_head(model):
+        return False
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    said = [c for c in (model.config, text) if getattr(c, "tie_word_embeddings", False)]
+    for config in said:
+        config.tie_word_embeddings = False
+    if said and hasattr(model, "all_tied_weights_keys"):
+        head = {id(p) for p in model.get_output_embeddings().parameters()}
+        own = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in head}
+        model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in own}
+    return bool(said)

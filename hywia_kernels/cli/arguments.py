@@ -172,7 +172,10 @@ def add_cut(command: argparse.ArgumentParser, profiles: tuple[str, ...], servers
         "--group-ratio under --criterion hywia",
     )
     how.add_argument(
-        "--align", type=int, default=_ABSENT, help="channel widths are multiples of this; default: what the target likes"
+        "--align",
+        type=int,
+        default=_ABSENT,
+        help="channel widths are multiples of this; default: what the target likes",
     )
     how.add_argument(
         "--target",
@@ -191,7 +194,7 @@ def add_cut(command: argparse.ArgumentParser, profiles: tuple[str, ...], servers
 
 def add_evaluation(command: argparse.ArgumentParser, max_blocks: int | None) -> None:
     group = command.add_argument_group("evaluation")
-    group.add_argument("--text", metavar="FILE", help="perplexity on this text; default: a novel's beginning")
+    group.add_argument("--text", metavar="FILE", help="perplexity on this; default: a novel's beginning")
     group.add_argument("--block", type=int, default=settings.BLOCK, help="tokens per block; default: %(default)s")
     group.add_argument("--max-blocks", type=int, default=max_blocks, help=f"default: {max_blocks or 'all'}")
 

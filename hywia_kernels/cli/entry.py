@@ -141,4 +141,3 @@ def _lever(error: Exception) -> str:
             passed.add(name.partition(".")[2])
         step = step.tb_next
     return next((lever for module, lever in _LEVERS if module in passed), _LEVER)
-

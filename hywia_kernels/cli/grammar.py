@@ -45,7 +45,9 @@ def _prune(command: argparse.ArgumentParser) -> None:
         "--recipe", metavar="FILE", help="repeat this recipe: a JSON file, or the hywia.json of a pruned model"
     )
     source.add_argument("--scores", metavar="DIR", help="use what 'hywia score' wrote instead of scoring again")
-    source.add_argument("--dry-run", action="store_true", help="say what would be done, and what it takes; write nothing")
+    source.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, and what it takes; write nothing"
+    )
     shared.add_scoring(command, learned=True)
     shared.add_calibration(command)
     shared.add_reconstruction(command)

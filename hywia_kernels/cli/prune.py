@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from ..checkpoint import history, originals, saving
@@ -114,7 +115,7 @@ def _recipe(arguments: argparse.Namespace, measured: Measured | None) -> Recipe:
 
 def _least_bytes(arguments: argparse.Namespace, recipe: Recipe) -> int:
     """Bytes that the pruned model takes at least, as far as is known before it is loaded."""
-    ratio = recipe.group_ratio
-    shares = ratio.values() if isinstance(ratio, dict) else [recipe.ratio or ratio]
+    by_kind = recipe.group_ratio
+    shares = list(by_kind.values()) if isinstance(by_kind, Mapping) else [recipe.ratio or by_kind or 0.0]
     narrowed = arguments.dtype in ("bfloat16", "float16")
-    return originals.least_bytes(originals.inputs(arguments), max(float(s or 0.0) for s in shares), narrowed)
+    return originals.least_bytes(originals.inputs(arguments), max(shares), narrowed)

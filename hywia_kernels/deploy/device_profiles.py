@@ -22,12 +22,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .cost import Work
+
+if TYPE_CHECKING:
+    import torch
+
+    from .cost import Work
 
 __all__ = ["NAMES", "Prediction", "Target", "at_hand", "predict", "resolve"]
 
@@ -156,6 +158,8 @@ def at_hand(device: torch.device | None = None) -> Target:
     A profile serves the device of its name and capability, and is lent to others of the same vendor and capability; one
     that is like none of them gets multiples of 64.
     """
+    import torch
+
     kind = device.type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind in _DOCUMENTED:
         return resolve(kind)

@@ -13,7 +13,7 @@ from words import write_tokenizer
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
-from hywia_kernels.checkpoint.tying import own_head
+from hywia_kernels.checkpoint.ties import own_head
 from hywia_kernels.checkpoint.weight_files import stored_tensors
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from .errors import HywiaError
+from ..errors import HywiaError
 
 __all__ = ["DIGEST", "Record", "digest_of", "frozen_record", "parsed", "sealed"]
 

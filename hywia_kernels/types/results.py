@@ -1,161 +1,26 @@
-"""What the stages hand each other: small frozen dataclasses that check themselves; all tensors are on the CPU."""
+"""What the stages hand each other: frozen dataclasses that check themselves; all tensors are on the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import HywiaError
+from ..errors import HywiaError
+from ..settings import LAYOUTS, ORDERS
+from .groups import Group, by_name, check_together, is_count, short
 from .record import Record, frozen_record
-from .settings import KINDS, LAYOUTS, ORDERS
 
-__all__ = ["KINDS", "LAYOUTS", "ORDERS", "Group", "Member", "Plan", "Scores", "Statistics", "check_together"]
-
-
-
-def _is(value: Any, least: int) -> bool:
-    """Whether a value is an integer (no bool) of at least so much."""
-    return type(value) is int and value >= least
-
-
-def _is_name(value: Any) -> bool:
-    return type(value) is str and value != ""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One matrix of a group: unit `u` is its rows (axis 0) or columns (axis 1) from `start + u·group_size`, so many.
-
-    Attributes:
-        module: its name in the model.
-        axis: of the stored parameter, on which the units lie; of `parameter[index]` where there is an index.
-        group_size: consecutive rows or columns of one unit.
-        start: the first unit's first; not 0 where one parameter holds several matrices.
-        parameter: the module's.
-        index: which of a stacked parameter's matrices it is; None: the parameter is one matrix (or a vector), or the
-            units are the matrices of a stacked one.
-        bias: parameter of the module with one entry per row or column of `axis`; None: there is none.
-
-    Raises:
-        HywiaError: a field of another type, or outside the above.
-    """
-
-    module: str
-    axis: int
-    group_size: int
-    start: int = 0
-    parameter: str = "weight"
-    index: int | None = None
-    bias: str | None = None
-
-    def __post_init__(self) -> None:
-        if (
-            type(self.module) is str
-            and type(self.axis) is int
-            and 0 <= self.axis <= 1
-            and _is(self.group_size, 1)
-            and _is(self.start, 0)
-            and _is_name(self.parameter)
-            and (self.index is None or _is(self.index, 0))
-            and (self.bias is None or _is_name(self.bias))
-        ):
-            return
-        raise HywiaError(f"member: expected a matrix's module, axis, sizes and names, got {self}")
-
-
-@dataclass(frozen=True)
-class Group:
-    """The coupled matrices of one layer that lose units together.
-
-    Attributes:
-        name: `<layer>.<kind>`, unique in a model, e.g. "model.layers.3.mlp".
-        kind: "mlp", "attention" or "experts".
-        layer: index of the decoder layer.
-        units: how many units there are.
-        unit: what one unit is: "channel", "head", "kv_group" or "expert".
-        members: the matrices, in the table's order; the last is the one a unit sends its output on through.
-        unit_parameters: parameters (weights, row biases, vectors) that leave with one unit.
-        stock_counts: unit counts a stock config can describe when every layer has the same; empty means any.
-        vectors: parameters with entries per unit that leave with it and are not scored.
-        least: fewest units that can stay.
-        together: groups of one such name must keep as many units as each other; "" means that it is alone.
-        width_field: config field that holds the width; "" where the config has none.
-
-    Raises:
-        HywiaError: a field of another type, or outside the above.
-    """
-
-    name: str
-    kind: str
-    layer: int
-    units: int
-    unit: str
-    members: tuple[Member, ...]
-    unit_parameters: int
-    stock_counts: tuple[int, ...] = ()
-    vectors: tuple[Member, ...] = ()
-    least: int = 1
-    together: str = ""
-    width_field: str = ""
-
-    def __post_init__(self) -> None:
-        bad = self._bad()
-        if bad is not None:
-            raise HywiaError(f"group {self.name!r}: expected {bad[1]}, got {bad[0]}={getattr(self, bad[0])!r}")
-
-    def _bad(self) -> tuple[str, str] | None:
-        """The first field that is wrong, and what it should be."""
-        if not _is_name(self.name):
-            return "name", "a name"
-        if self.kind not in KINDS:
-            return "kind", f"one of {', '.join(KINDS)}"
-        if not _is(self.layer, 0):
-            return "layer", "a layer's index"
-        if not _is(self.units, 1):
-            return "units", "at least one unit"
-        if not _is(self.unit_parameters, 0):
-            return "unit_parameters", "a number of parameters"
-        if not (_is(self.least, 1) and self.least <= self.units):
-            return "least", f"1 to {self.units} units"
-        if not self.members:
-            return "members", "at least one matrix"
-        for name in ("members", "vectors"):
-            members = getattr(self, name)
-            if type(members) is not tuple or not all(type(m) is Member for m in members):
-                return name, "a tuple of members"
-        if type(self.stock_counts) is not tuple or not all(_is(n, 1) for n in self.stock_counts):
-            return "stock_counts", "a tuple of unit counts"
-        for name in ("unit", "together", "width_field"):
-            if type(getattr(self, name)) is not str:
-                return name, "a string"
-        return None
-
-
-def _by_name(groups: Any) -> dict[str, Group]:
-    """The groups by name, after making sure that each has one of its own."""
-    if type(groups) is not tuple or not groups or not all(isinstance(g, Group) for g in groups):
-        raise HywiaError(f"groups: expected a tuple of at least one group, got {_short(groups)}")
-    named = {g.name: g for g in groups}
-    if len(named) != len(groups):
-        names = [g.name for g in groups]
-        twice = next(n for n in names if names.count(n) > 1)
-        raise HywiaError(f"groups: expected each name once, got {twice} twice")
-    return named
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+__all__ = ["Plan", "Scores", "Statistics"]
 
 
 def _check_entries(what: str, entries: Any, groups: Mapping[str, Group]) -> None:
     """One entry for every group, and none beside."""
     if not isinstance(entries, Mapping):
-        raise HywiaError(f"{what}: expected a mapping from groups' names, got {_short(entries)}")
+        raise HywiaError(f"{what}: expected a mapping from groups' names, got {short(entries)}")
     if entries.keys() == groups.keys():
         return
     missing, beside = [n for n in groups if n not in entries], [n for n in entries if n not in groups]
@@ -166,7 +31,7 @@ def _check_entries(what: str, entries: Any, groups: Mapping[str, Group]) -> None
 
 def _check_tensor(name: str, what: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
     if not isinstance(value, Tensor):
-        raise HywiaError(f"{name}: expected {what} as a tensor, got {_short(value)}")
+        raise HywiaError(f"{name}: expected {what} as a tensor, got {short(value)}")
     if value.shape != shape or value.dtype is not dtype or not value.is_cpu or value.layout is not torch.strided:
         kind = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
         raise HywiaError(
@@ -182,17 +47,17 @@ def _check_finite(name: str, what: str, value: Tensor, way_out: str) -> None:
 
 def _check_whole(self: Statistics | Scores | Plan, **parameters: int) -> None:
     for name, value in parameters.items():
-        if not _is(value, 1) or value >= 1 << 63:
-            raise HywiaError(f"{name}: expected the number of parameters of a model, got {_short(value)}")
+        if not is_count(value, 1) or value >= 1 << 63:
+            raise HywiaError(f"{name}: expected the number of parameters of a model, got {short(value)}")
     whole = max(parameters.values())
     for group in self.groups:
         if group.units * group.unit_parameters > whole:
             raise HywiaError(
                 f"{group.name}: expected units of at most {whole:,} parameters together, which are the model's, got "
-                f"{group.units} of {_short(group.unit_parameters)}"
+                f"{group.units} of {short(group.unit_parameters)}"
             )
     if type(self.fingerprint) is not str:
-        raise HywiaError(f"fingerprint: expected a string, got {_short(self.fingerprint)}")
+        raise HywiaError(f"fingerprint: expected a string, got {short(self.fingerprint)}")
     object.__setattr__(self, "record", frozen_record(self.record))
 
 
@@ -223,7 +88,7 @@ class Statistics:
     known_finite: InitVar[bool] = False
 
     def __post_init__(self, known_finite: bool) -> None:
-        groups = _by_name(self.groups)
+        groups = by_name(self.groups)
         _check_entries("fine", self.fine, groups)
         _check_entries("coarse", self.coarse, groups)
         samples: int | None = None
@@ -231,7 +96,7 @@ class Statistics:
             orders, coarse = self.fine[name], self.coarse[name]
             if not isinstance(orders, Mapping) or set(orders) != set(ORDERS):
                 raise HywiaError(
-                    f"{name}: expected fine estimates of the orders {', '.join(ORDERS)}, got {_short(orders)}"
+                    f"{name}: expected fine estimates of the orders {', '.join(ORDERS)}, got {short(orders)}"
                 )
             for order in ORDERS:
                 _check_tensor(name, f"fine {order}", orders[order], (group.units,))
@@ -279,7 +144,7 @@ class Scores:
         Raises:
             HywiaError: as when they are made.
         """
-        groups = _by_name(self.groups)
+        groups = by_name(self.groups)
         _check_entries("values", self.values, groups)
         if not isinstance(self.loss, Mapping) or self.loss:
             _check_entries("loss", self.loss, groups)
@@ -317,7 +182,7 @@ class Plan:
     record: Mapping[str, Any] = field(default_factory=Record)
 
     def __post_init__(self) -> None:
-        groups = _by_name(self.groups)
+        groups = by_name(self.groups)
         _check_entries("keep", self.keep, groups)
         counts = {name: _kept(group, self.keep[name]) for name, group in groups.items()}
         check_together(self.groups, counts)
@@ -354,36 +219,7 @@ def _kept(group: Group, keep: Any) -> int:
     # Ascending, so the first and the last tell the range.
     if keep[0] < 0 or keep[-1] >= group.units or bool((keep[1:] <= keep[:-1]).any()):
         raise HywiaError(
-            f"plan: {group.name} keeps units {_short(keep.tolist())}; expected each once, ascending, and of 0 to "
+            f"plan: {group.name} keeps units {short(keep.tolist())}; expected each once, ascending, and of 0 to "
             f"{group.units - 1}"
         )
     return count
-
-
-def check_together(groups: Sequence[Group], counts: Mapping[str, int]) -> None:
-    """What groups that hold each other may keep.
-
-    Raises:
-        HywiaError: matrices stacked in one parameter keep different counts, or a layer loses whole experts and channels
-            of experts.
-    """
-    widths: dict[str, dict[int, str]] = {}
-    cut: dict[int, set[str]] = {}
-    for group in groups:
-        if counts[group.name] != group.units:
-            cut.setdefault(group.layer, set()).add(f"{group.kind}{bool(group.together)}")
-        if group.together:
-            widths.setdefault(group.together, {})[counts[group.name]] = group.name
-    for name, by_count in widths.items():
-        if len(by_count) > 1:
-            (a, one), (b, two) = list(by_count.items())[:2]
-            raise HywiaError(
-                f"plan: {one} keeps {a} and {two} {b}, but the matrices of {name} are stacked in one parameter and "
-                "must stay equally wide; plan with the same share for both"
-            )
-    for layer, kinds in cut.items():
-        if {"mlpTrue", "expertsFalse"} <= kinds:
-            raise HywiaError(
-                f"plan: cuts whole experts and channels of experts of layer {layer}, which hold each other; "
-                "cut one kind, score again, then cut the other"
-            )

@@ -1,0 +1,73 @@
+"""Modules under the names they had before 0.2: each warns when it is used, and goes in 0.3."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+import warnings
+from typing import Any
+
+__all__ = ["MODULES", "module", "register"]
+
+_PACKAGE = __name__.rpartition(".")[0]
+MODULES = {
+    "adaptive": "checkpoint.adaptive",
+    "atomic": "checkpoint.atomic_directory",
+    "baichuan": "checkpoint.baichuan",
+    "budgets": "method.allocation",
+    "charts": "cli.charts",
+    "constraints": "deploy.serving_rules",
+    "export": "checkpoint.saving",
+    "fusion": "method.scores",
+    "html_report": "cli.html_report",
+    "learned": "method.mask_learning",
+    "planning": "deploy.planning",
+    "report": "cli.console",
+    "scorer": "integrations.protocol",
+    "selection": "method.selection",
+    "served": "checkpoint",
+    "speed": "deploy",
+    "storage": "checkpoint.scores_file",
+    "surgery": "method.surgery",
+    "targets": "deploy.device_profiles",
+    "text": "method.calibration_data",
+    "weights": "arch.facts",
+}
+# Those whose name a function has too: `import hywia_kernels.load` still gives the module.
+_SHADOWED = {
+    "calibrate": "method.statistics",
+    "evaluate": "evaluation",
+    "leftover": "method.head_residual",
+    "load": "checkpoint.loading",
+    "refit": "method.reconstruction",
+}
+
+
+class _Moved(types.ModuleType):
+    """Stands for a module under its old name."""
+
+    def __init__(self, old: str, new: str) -> None:
+        super().__init__(f"{_PACKAGE}.{old}", f"Moved to {_PACKAGE}.{new}.")
+        self.__dict__["_hywia_moved"] = (old, new)
+        self.__path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        old, new = self.__dict__["_hywia_moved"]
+        if name.startswith("__"):
+            raise AttributeError(name)
+        warnings.warn(
+            f"{_PACKAGE}.{old} is now {_PACKAGE}.{new}; the old name goes in 0.3", DeprecationWarning, stacklevel=2
+        )
+        return getattr(importlib.import_module(f".{new}", _PACKAGE), name)
+
+
+def register() -> None:
+    """Let `import` find the old names; nothing else is imported for it."""
+    for old, new in (MODULES | _SHADOWED).items():
+        sys.modules.setdefault(f"{_PACKAGE}.{old}", _Moved(old, new))
+
+
+def module(name: str) -> types.ModuleType:
+    """The stand-in of an old name."""
+    return sys.modules[f"{_PACKAGE}.{name}"]

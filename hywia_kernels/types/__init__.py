@@ -1,0 +1,21 @@
+"""What the stages hand each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .groups import Group, Member, check_together
+
+if TYPE_CHECKING:
+    from .results import Plan, Scores, Statistics
+
+__all__ = ["Group", "Member", "Plan", "Scores", "Statistics", "check_together"]
+
+
+def __getattr__(name: str) -> Any:
+    """What holds tensors is imported when it is asked for: servers' rules and recipes need the groups alone."""
+    if name in ("Plan", "Scores", "Statistics"):
+        from . import results
+
+        return getattr(results, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
