@@ -132,12 +132,14 @@ class Recipe:
         if isinstance(self.group_ratio, Mapping):
             if not self.group_ratio:
                 raise UsageError("group_ratio: expected kinds and their shares, got none")
-            shares = {f"group_ratio of {kind}": share for kind, share in self.group_ratio.items()}
+            shares = dict(self.group_ratio)
         for name, share in shares.items():
             if not (_number(share) and 0.0 < share < 1.0):
-                raise UsageError(f"{name}: expected a number between 0 and 1, both excluded, got {share!r}")
+                option, of = (name, "") if name in ("ratio", "group_ratio") else ("group_ratio", f" for {name}")
+                raise UsageError(f"{option}: expected a number between 0 and 1, both excluded, got {share!r}{of}")
+        name = "group_ratio" if isinstance(self.group_ratio, Mapping) else "units"
         for kind in self.kinds:
-            _one_of("group_ratio" if isinstance(self.group_ratio, Mapping) else "units", kind, settings.KINDS)
+            _one_of(name, kind, settings.KINDS, "some")
         if not self.kinds:
             raise UsageError(f"units: expected some of {', '.join(settings.KINDS)}, got none")
         if self.layers is not None:
@@ -194,10 +196,9 @@ class Recipe:
         """Of the fields somebody set, those without effect in this recipe: name -> what they go with."""
         reasons: dict[str, str] = {}
         if self.criterion != "hywia":
-            reasons |= dict.fromkeys(("fusion", "order", "steps", "samples"), "--criterion hywia")
+            reasons |= dict.fromkeys(("fusion", "order", "steps"), "--criterion hywia")
             if not self.reconstruct:
-                text = ("calibration", "seq_len", "bos", "text_field")
-                reasons |= dict.fromkeys(text, "--criterion hywia, or --reconstruct")
+                reasons["calibration"] = "--criterion hywia, or --reconstruct"
         if self.fusion != "learned":
             reasons.setdefault("steps", "--fusion learned")
         if self.reconstruct is False or (self.reconstruct is None and self.criterion != "hywia"):
@@ -280,11 +281,12 @@ def _number(value: Any) -> bool:
 
 def _whole(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UsageError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+        kind = "" if isinstance(value, int) and not isinstance(value, bool) else "a whole number of "
+        raise UsageError(f"{name}: expected {kind}at least {least}, got {value!r}")
 
 
-def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _one_of(name: str, value: Any, choices: tuple[str, ...], how_many: str = "one") -> None:
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{hint}")
+        raise UsageError(f"{name}: expected {how_many} of {', '.join(choices)}, got {value!r}{hint}")

@@ -29,7 +29,7 @@ __all__ = [
 
 _ABSENT = argparse.SUPPRESS
 _FIELDS = tuple(f.name for f in dataclasses.fields(Recipe))
-_FLAGS = {"calibration": "calib", "reconstruct_samples": "reconstruct-samples"}  # option names that differ from fields
+_FLAGS = {"calibration": "calib"}  # options that are not called as the field is
 
 
 def share(text: str) -> float:
@@ -52,7 +52,10 @@ def group_ratio(text: str) -> float | dict[str, float]:
             raise argparse.ArgumentTypeError(f"expected 0.5 or mlp=0.6,attention=0.34, got {text!r}")
         if kind in shares:
             raise argparse.ArgumentTypeError(f"expected each kind once, got {kind} twice in {text!r}")
-        shares[kind] = share(value)
+        try:
+            shares[kind] = share(value)
+        except argparse.ArgumentTypeError:
+            raise argparse.ArgumentTypeError(f"expected 0.5 or mlp=0.6,attention=0.34, got {text!r}") from None
     return shares
 
 
@@ -222,6 +225,5 @@ def recipe_of(arguments: argparse.Namespace, base: Recipe | None = None) -> Reci
         start = dataclasses.replace(start, ratio=None, group_ratio=None, layers=None)
     recipe = dataclasses.replace(start, **given)
     for name, reason in recipe.unused(given).items():
-        flag = _FLAGS.get(name, name.replace("_", "-"))
-        raise UsageError(f"{name}: --{flag} goes with {reason}; leave it out")
+        raise UsageError(f"{_FLAGS.get(name, name)}: goes with {reason}; leave it out")
     return recipe

@@ -28,6 +28,8 @@ _OF_TEXT = ("samples", "seq_len", "seed", "bos", "text_field")
 def run(arguments: argparse.Namespace) -> None:
     """Checks, then the work with the output held."""
     session.begin(arguments)
+    if arguments.scores:
+        _check_with_scores(arguments)
     measured = Measured(*load_measured(arguments.scores)) if arguments.scores else None
     recipe = _recipe(arguments, measured)
     recipe.check()
@@ -97,10 +99,6 @@ def _recipe(arguments: argparse.Namespace, measured: Measured | None) -> Recipe:
     if measured is None:
         return shared.recipe_of(arguments, base)
     given = shared.given_fields(arguments)
-    refused = {"criterion", *(() if "calibration" in given else _OF_TEXT)} & given.keys()
-    refused |= {name for name in ("engine", "memory") if getattr(arguments, name) != "auto"}
-    for name in sorted(refused):
-        raise UsageError(f"{name}: does not go with --scores, which holds the outcome of an earlier scoring")
     if measured.statistics is None and {"fusion", "order"} & given.keys():
         raise UsageError(
             f"scores: {arguments.scores} holds no statistics (criterion {measured.scores.record.get('criterion')}), "
@@ -111,6 +109,15 @@ def _recipe(arguments: argparse.Namespace, measured: Measured | None) -> Recipe:
     if scored.get("fusion") == LEARNED:
         del scored["fusion"]
     return shared.recipe_of(arguments, dataclasses.replace(base or Recipe(), **scored))
+
+
+def _check_with_scores(arguments: argparse.Namespace) -> None:
+    """Refuse what would have to change the scores; a text for what comes after them may be another."""
+    given = shared.given_fields(arguments)
+    refused = {"criterion", *(() if "calibration" in given else _OF_TEXT)} & given.keys()
+    refused |= {name for name in ("engine", "memory") if getattr(arguments, name) != "auto"}
+    for name in sorted(refused):
+        raise UsageError(f"{name}: does not go with --scores, which holds the outcome of an earlier scoring")
 
 
 def _least_bytes(arguments: argparse.Namespace, recipe: Recipe) -> int:

@@ -11,7 +11,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels.cli import main
-from hywia_kernels.method.reconstruction import RIDGE
+from hywia_kernels.settings import RIDGE
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 30
 
@@ -41,7 +41,7 @@ def test_prune_end_to_end(here, capsys):
     )
     assert code == 0
     report = json.loads((here / "r.json").read_text())
-    assert sorted(report) == ["after", "before", "output", "plan"]
+    assert sorted(report) == ["after", "before", "output", "plan", "recipe"]
     for side in ("before", "after"):
         assert {"perplexity", "parameters", "bytes", "tokens_per_second"} <= set(report[side])
     model, _ = hk.load("out")
@@ -88,7 +88,7 @@ def test_scores_are_reused_at_another_ratio_and_fusion(here):
     cut = ["--scores", "scores", "--align", "4", "--no-eval"]
     assert main(["prune", "model", "-o", "a", "--ratio", "0.2", *cut]) == 0
     assert main(["prune", "model", "-o", "b", "--ratio", "0.3", *cut, "--fusion", "fine", "--order", "first"]) == 0
-    direct = ["--ratio", "0.3", *CALIB, *SMALL, "--no-eval", "--fusion", "fine", "--order", "first", "--no-refit"]
+    direct = ["--ratio", "0.3", *CALIB, *SMALL, "--no-eval", "--fusion", "fine", "--order", "first"]
     assert main(["prune", "model", "-o", "c", *direct]) == 0
     assert (here / "b" / "model.safetensors").read_bytes() == (here / "c" / "model.safetensors").read_bytes()
     assert hk.load("a")[0].config.intermediate_size > hk.load("b")[0].config.intermediate_size
@@ -102,7 +102,7 @@ def test_scores_of_another_model_are_refused(here, capsys):
     hk.save(model, tokenizer, "tuned")
     before = listing(here)
     assert main(["prune", "tuned", "-o", "out", "--ratio", "0.2", "--scores", "scores", "--no-eval"]) == 1
-    assert "was scored on another model than tuned" in capsys.readouterr().err
+    assert "scores: made for another model" in capsys.readouterr().err
     assert listing(here) == before
 
 
@@ -130,8 +130,8 @@ BAD = [
     (["prune", "model", "-o", "out", "--ratio", "1.5"], 2, "ratio: expected a number between 0 and 1"),
     (["prune", "model", "-o", "out", "--ratio", "nan"], 2, "ratio: expected a number between 0 and 1"),
     ([*PRUNE, "--ratio", "0.97", *CALIB, *SMALL], 2, "ratio: 0.97 cannot be reached"),
-    ([*PRUNE], 2, "exactly one of --ratio and --group-ratio"),
-    ([*PRUNE, "--ratio", "0.2", "--layers", "1:2"], 2, "layers: goes with --group-ratio"),
+    ([*PRUNE], 2, "exactly one of ratio and group_ratio"),
+    ([*PRUNE, "--ratio", "0.2", "--layers", "1:2"], 2, "layers: goes with group_ratio"),
     ([*PRUNE, "--ratio", "0.2", "--layers", "x"], 2, "expected FIRST:END"),
     ([*PRUNE, "--group-ratio", "0.5", "--layers", "1:9", *CALIB, *SMALL], 2, "layers: expected FIRST:END with"),
     ([*PRUNE, "--ratio", "0.2", "--units", "norms"], 2, "units: expected some of mlp, attention"),
@@ -165,7 +165,7 @@ BAD = [
     (["prune", "text.txt", "-o", "out", "--ratio", "0.2"], 1, "got the file text.txt"),
     (["score", "model", "-o", "model"], 2, "model exists; choose another directory"),
     (["eval", "model", "--text", "tiny.txt"], 1, "text: expected at least one block of 128 tokens, got 3"),
-    (["eval", "model", "--block", "1"], 2, "block: expected --block of at least 2"),
+    (["eval", "model", "--block", "1"], 2, "block: expected a block of at least 2"),
     (["frobnicate"], 2, "invalid choice: 'frobnicate'"),
 ]
 
@@ -269,31 +269,50 @@ def record_of(folder):
 def test_the_default_recipe_refits_and_says_so(here, capsys):
     cut = ["prune", "model", "--group-ratio", "mlp=0.5,attention=0.34", "--layers", "1:3", *CALIB, *SMALL, "--no-eval"]
     assert main([*cut, "-o", "recipe"]) == 0
-    assert "refitted 4 matrices on " in capsys.readouterr().out
+    assert "reconstructed 4 matrices on " in capsys.readouterr().out
     assert main([*cut, "-o", "plain", "--no-refit"]) == 0
-    assert "refitted" not in capsys.readouterr().out
+    assert "reconstructed" not in capsys.readouterr().out
     recipe, plain = record_of(here / "recipe"), record_of(here / "plain")
     assert (recipe["layout"], plain["layout"]) == ("adaptive", "adaptive")  # layer 0 is whole in both
     assert recipe["parameters_after"] == plain["parameters_after"]
-    assert plain["widths"] == {"attention": [3, 2, 2], "mlp": [56, 28, 28]}
-    assert recipe["widths"]["attention"] == [3, 2, 2]
+    assert plain["widths"]["attention"] == recipe["widths"]["attention"] == [3, 2, 2]
     assert sum(recipe["widths"]["mlp"]) == 112
     assert recipe["refit"]["ridge"] == RIDGE
     assert recipe["refit"]["samples"] == len(TEXT) // 16, "a text with fewer samples than the refit takes gives all"
     assert all(after < before for before, after in recipe["refit"]["relative_error"].values())
     assert "refit" not in plain
     assert recipe["scores"]["heads"] == "leftover"
-    assert "heads" not in plain["scores"]
+    assert "heads" not in plain["scores"], "no reconstruction follows that could make up for a head"
 
 
-def test_stored_scores_are_refitted_on_a_text(here):
-    assert main(["score", "model", "-o", "scores", *CALIB, "--samples", "3", "--seq-len", "16"]) == 0
+def test_stored_scores_give_what_scoring_anew_gives(here):
+    """The text is kept with the scores, so heads are ranked and weights reconstructed on the same samples."""
+    text = [*CALIB, "--samples", "3", "--seq-len", "16"]
+    assert main(["score", "model", "-o", "scores", *text]) == 0
+    cut = ["prune", "model", "--group-ratio", "mlp=0.5,attention=0.34", "--align", "4", "--no-eval"]
+    assert main([*cut, "-o", "anew", *text]) == 0
+    assert main([*cut, "-o", "stored", "--scores", "scores"]) == 0
+    anew, stored = (json.loads((here / d / "hywia.json").read_text()) for d in ("anew", "stored"))
+    assert stored["recipe"] == anew["recipe"]
+    assert stored["kept_units"] == anew["kept_units"]
+    assert stored["plan"]["refit"]["samples"] == len(TEXT) // 16
+    weights = [(here / d / "model.safetensors").read_bytes() for d in ("anew", "stored")]
+    assert weights[0] == weights[1]
+
+
+def test_stored_scores_without_text_are_refused_only_where_text_is_needed(here, capsys):
+    model, _ = hk.load("model")
+    batches = torch.randint(0, 250, (3, 16), generator=torch.Generator().manual_seed(0))
+    statistics = hk.calibrate(model, batches)
+    hk.save_scores("scores", hk.fuse(statistics), statistics)
     cut = ["prune", "model", "--scores", "scores", "--ratio", "0.2", "--align", "4", "--no-eval"]
-    assert main([*cut, "-o", "a"]) == 0
+    assert main([*cut, "-o", "a"]) == 1
+    assert "text: " in capsys.readouterr().err
+    assert not (here / "a").exists()
+    assert main([*cut, "-o", "a", "--no-refit"]) == 0
     assert main([*cut, "-o", "b", *CALIB, "--samples", "9", "--seq-len", "16", "--refit-samples", "7"]) == 0
     assert "refit" not in record_of(here / "a")
     assert record_of(here / "b")["refit"]["samples"] == 7
-    assert record_of(here / "a")["keep"] == record_of(here / "b")["keep"]
 
 
 def test_learned_scores_from_the_command_line(here):
@@ -302,16 +321,16 @@ def test_learned_scores_from_the_command_line(here):
     record = record_of(here / "out")
     assert record["scores"]["fusion"] == "learned"
     assert record["scores"]["learned"]["steps"] == 3
-    assert "refit" not in record
+    assert record["refit"]["samples"] == len(TEXT) // 16, "a fusion changes nothing but the fusion"
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--layout", "adaptive", "--criterion", "random"], "layout: adaptive goes with --criterion hywia"),
-        (["--ridge", "0.1", "--no-refit"], "ridge: goes with --refit"),
+        (["--layout", "adaptive", "--criterion", "random"], "layout: adaptive goes with criterion 'hywia'"),
+        (["--ridge", "0.1", "--no-refit"], "ridge: goes with --reconstruct"),
         (["--ridge", "-1"], "ridge: expected a positive number, got -1.0"),
-        (["--refit-samples", "0"], "refit_samples: expected a positive number, got 0"),
+        (["--refit-samples", "0"], "reconstruct_samples: expected at least 1, got 0"),
         (["--steps", "5"], "steps: goes with --fusion learned"),
         (["--fusion", "learned", "--steps", "0"], "steps: expected at least 1, got 0"),
         (["--layout", "free"], "invalid choice: 'free'"),
@@ -331,7 +350,7 @@ def test_bad_recipes(here, capsys, more, message):
     [
         ("mlp=half", "expected 0.5 or mlp=0.6,attention=0.34, got 'mlp=half'"),
         ("mlp=1.5", "group_ratio: expected a number between 0 and 1"),
-        ("norm=0.5", "units: expected some of mlp, attention"),
+        ("norm=0.5", "group_ratio: expected some of mlp, attention"),
     ],
 )
 def test_bad_shares(here, capsys, share, message):
