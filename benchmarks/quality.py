@@ -24,6 +24,7 @@ On CUDA, products are TF32 (`--exact`: float32). Choose on one text and report o
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import sys
 import time
@@ -37,9 +38,9 @@ import torch
 from torch import Tensor
 
 import hywia_kernels as hk
-from hywia_kernels import charts
-from hywia_kernels.commands_recipe import REFIT_SAMPLES, SAMPLES, STEPS
+from hywia_kernels.cli import charts
 from hywia_kernels.evaluation import blocks
+from hywia_kernels.settings import FUSIONS, SAMPLES
 
 from . import peers, tasks
 from .rows import Row
@@ -52,8 +53,14 @@ SETTINGS: dict[str, peers.Shares] = {
     "B25": {"mlp": 0.25, "attention": 1 / 3},
     "B60": {"mlp": 0.6, "attention": 1 / 3},
 }
-FUSIONS = ("fine", "coarse", "attention", "mean", "product")
-RECIPES = ("recipe", "recipe-uniform", "recipe-unrefitted")
+# Criterion -> what it changes of `hywia prune`'s recipe for these settings; one grain or blend alone is a recipe too.
+RECIPES: dict[str, dict[str, Any]] = {
+    "recipe": {},
+    "recipe-uniform": {"layout": "uniform"},
+    "recipe-unrefitted": {"layout": "uniform", "reconstruct": False},
+    "learned": {"layout": "uniform", "reconstruct": False, "fusion": "learned"},
+}
+ALONE = {"layout": "uniform", "reconstruct": False}
 ALL = (
     "random",
     "magnitude",
@@ -64,9 +71,9 @@ ALL = (
     "coarse",
     "attention",
     *RECIPES,
-    "learned",
 )
-DEFAULT_SAMPLES = {"wanda-sp": 128, "flap": 1024, "learned": SAMPLES, **dict.fromkeys(RECIPES, SAMPLES)}
+DEFAULT_SAMPLES = {"wanda-sp": 128, "flap": 1024, **dict.fromkeys(RECIPES, SAMPLES)}
+TEXT = 1024  # samples drawn at the least: what a GPU's reconstruction reads; fewer are a prefix of them
 
 
 # `removed` is a share of all parameters, `seconds` of everything but the evaluation, `mean` of the tasks.
@@ -86,72 +93,63 @@ COLUMNS = {
 
 
 class Bench:
-    """A model, its calibration samples per seed, and statistics that criteria share."""
+    """A model, its calibration samples per seed, and what was measured of it, which criteria share."""
 
     def __init__(self, model: Any, samples: Callable[[int, int], Tensor], layers: range, align: int = 1) -> None:
         self.model, self.samples, self.layers, self.align = model, samples, layers, align
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        self._statistics: dict[tuple[int, int], hk.Statistics] = {}
+        self._measured: dict[tuple[int, int], hk.Measured] = {}
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(self.weights[name])
+    def measured(self, seed: int, count: int) -> hk.Measured:
+        key = (seed, count)
+        if key not in self._measured:
+            tokens = self.samples(seed, max(count, TEXT))
+            self._measured[key] = hk.measure(self.model, None, hk.Recipe(samples=count, seed=seed), tokens=tokens)
+        return self._measured[key]
 
     def statistics(self, seed: int, count: int) -> hk.Statistics:
-        key = (seed, count)
-        if key not in self._statistics:
-            self._statistics[key] = hk.calibrate(self.model, self.samples(seed, count))
-        return self._statistics[key]
+        statistics = self.measured(seed, count).statistics
+        assert statistics is not None
+        return statistics
 
-    def plan(self, scores: hk.Scores, shares: peers.Shares, layout: str = "uniform") -> hk.Plan:
-        layers = (self.layers.start, self.layers.stop)
-        return hk.plan(scores, group_ratio=shares, layers=layers, align=self.align, layout=layout)
-
-    @contextmanager
-    def pruned(self, criterion: str, count: int, shares: peers.Shares, seed: int) -> Iterator[hk.Plan]:
-        """The model masked, and refitted or biased where the criterion does that; whole again afterwards."""
-        self.restore()
-        biases: dict[str, Tensor] = {}
-        try:
-            if criterion == "wanda-sp":
-                plan = peers.wanda_sp(self.model, self.samples(seed, count), shares, self.layers)
-            elif criterion == "flap":
-                result = peers.flap(self.model, self.samples(seed, count), shares, self.layers)
-                plan, biases = result.plan, result.biases
-                hk.mask(self.model, plan)
-            elif criterion in RECIPES:
-                plan = self._recipe(criterion, count, shares, seed)
-            else:
-                plan = self.plan(self._scores(criterion, count, shares, seed), shares)
-                hk.mask(self.model, plan)
-            with peers.biased(self.model, biases):
-                yield plan
-        finally:
-            self.restore()
-
-    def _recipe(self, criterion: str, count: int, shares: peers.Shares, seed: int) -> hk.Plan:
-        scores = hk.fuse(self.statistics(seed, count))
-        if "attention" in shares and criterion != "recipe-unrefitted":
-            scores = hk.with_leftover(scores, hk.leftover(self.model, self.samples(seed, count)))
-        plan = self.plan(scores, shares, "adaptive" if criterion == "recipe" else "uniform")
-        if criterion == "recipe-unrefitted":
-            hk.mask(self.model, plan)
-            return plan
-        return hk.refit(self.model, plan, self.samples(seed, REFIT_SAMPLES))
-
-    def _scores(self, criterion: str, count: int, shares: peers.Shares, seed: int) -> hk.Scores:
+    def recipe(self, criterion: str, count: int, shares: peers.Shares, seed: int) -> hk.Recipe:
+        """What a criterion of this package asks of `hywia prune`."""
         name, _, order = criterion.partition(":")
         if name in ("random", "magnitude"):
-            return hk.score(self.model, criterion=name, seed=seed)
-        if name == "lp":
-            return peers.llm_pruner(self.statistics(seed, count), order)
-        statistics = self.statistics(seed, count)
-        if name == "learned":
-            scores = hk.fuse(statistics)
-            text = self.samples(seed, REFIT_SAMPLES)
-            return hk.learn(self.model, scores, self.plan(scores, shares), text, steps=STEPS)
-        return hk.fuse(statistics, name, order or "second")
+            change: dict[str, Any] = {**ALONE, "criterion": name}
+        elif name in RECIPES:
+            change = RECIPES[name]
+        else:
+            change = {**ALONE, "fusion": name, "order": order or "second"}
+        layers = (self.layers.start, self.layers.stop)
+        return hk.Recipe(group_ratio=dict(shares), layers=layers, align=self.align, samples=count, seed=seed, **change)
+
+    @contextmanager
+    def pruned(self, criterion: str, count: int, shares: peers.Shares, seed: int) -> Iterator[tuple[Any, hk.Plan]]:
+        """A copy of the model as the criterion leaves it, and the plan; a peer's is masked, not cut."""
+        model = copy.deepcopy(self.model)
+        if criterion in ("wanda-sp", "flap") or criterion.startswith("lp:"):
+            plan, biases = self._peer(model, criterion, count, shares, seed)
+            with peers.biased(model, biases):
+                yield model, plan
+            return
+        recipe = self.recipe(criterion, count, shares, seed)
+        measured = self.measured(seed, count) if recipe.criterion == "hywia" else None
+        yield model, hk.compress(model, None, recipe, measured=measured).plan
+
+    def _peer(
+        self, model: Any, criterion: str, count: int, shares: peers.Shares, seed: int
+    ) -> tuple[hk.Plan, dict[str, Tensor]]:
+        if criterion == "wanda-sp":
+            return peers.wanda_sp(model, self.samples(seed, count), shares, self.layers), {}
+        if criterion == "flap":
+            result = peers.flap(model, self.samples(seed, count), shares, self.layers)
+            plan, biases = result.plan, result.biases
+        else:
+            scores = peers.llm_pruner(self.statistics(seed, count), criterion.partition(":")[2])
+            layers = (self.layers.start, self.layers.stop)
+            plan, biases = hk.plan(scores, group_ratio=shares, layers=layers, align=self.align), {}
+        hk.mask(model, plan)
+        return plan, biases
 
 
 def split(criterion: str) -> tuple[str, int]:
@@ -197,8 +195,8 @@ def figure(bench: Bench, text: Tensor, seed: int, criteria: Sequence[str], batch
     for criterion in criteria:
         name, count = split(criterion)
         for share in (0.125, 0.25, 0.375, 0.5, 0.625):
-            with bench.pruned(name, count, {"mlp": share}, seed):
-                value = math.log10(hk.perplexity(bench.model, text, batch=batch))
+            with bench.pruned(name, count, {"mlp": share}, seed) as (model, _):
+                value = math.log10(hk.perplexity(model, text, batch=batch))
             curves.setdefault(criterion, []).append((share, value))
     page += charts.lines(
         "Perplexity", curves, x_label="share of channels removed", y_label="log10 perplexity", zero=False
@@ -258,21 +256,21 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, argv: Sequenc
     session = Session(arguments, MODULE, argv, COLUMNS)
     text = blocks(tokenizer, arguments.text.read_text(encoding="utf-8"), arguments.block, arguments.max_blocks)
     questions = tasks.read(arguments.tasks, tokenizer, arguments.questions) if arguments.tasks else []
-    made: dict[tuple[int, int], Tensor] = {}
+    drawn: dict[tuple[int, int], Tensor] = {}
 
     def samples(seed: int, count: int) -> Tensor:
-        if (seed, count) not in made:
-            made[seed, count] = hk.calibration(
+        if (seed, count) not in drawn:
+            drawn[seed, count] = hk.calibration(
                 model, tokenizer, arguments.calib, samples=count, seq_len=arguments.block, seed=seed, fewer=True
             )
-        return made[seed, count]
+        return drawn[seed, count]
 
     bench = Bench(model, samples, arguments.range, arguments.align)
 
-    def measure(criterion: str, count: int, setting: str, seed: int, removed: float, seconds: float) -> None:
-        found: dict[str, float] = tasks.evaluate(model, questions) if questions else {}
+    def measure(made: Any, criterion: str, count: int, setting: str, seed: int, removed: float, seconds: float) -> None:
+        scores: dict[str, float] = tasks.evaluate(made, questions) if questions else {}
         if arguments.lm_eval:
-            found = tasks.through_lm_eval(model, tokenizer)
+            scores = tasks.through_lm_eval(made, tokenizer)
         row = session.add(
             seed=seed,
             model=str(arguments.model),
@@ -281,22 +279,22 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, argv: Sequenc
             setting=setting,
             layers=arguments.layers,
             removed=removed,
-            perplexity=hk.perplexity(model, text, batch=arguments.batch),
+            perplexity=hk.perplexity(made, text, batch=arguments.batch),
             text=arguments.text.name,
             blocks=len(text),
             seconds=seconds,
-            **{name: found.get(name) for name in (*tasks.NAMES, "mean")},
+            **{name: scores.get(name) for name in (*tasks.NAMES, "mean")},
         )
         shown = "" if row.mean is None else f", tasks {row.mean:.2f}"
         print(f"{criterion}@{count} {setting} seed {seed}: {row.perplexity:.2f}{shown} ({seconds:.1f} s)", flush=True)
 
-    measure("dense", 0, arguments.settings[0], 0, 0.0, 0.0)
+    measure(model, "dense", 0, arguments.settings[0], 0, 0.0, 0.0)
     for seed in arguments.seeds:
         for name, count in arguments.criteria:
             for setting in arguments.settings:
                 began = time.monotonic()
-                with bench.pruned(name, count, SETTINGS[setting], seed) as plan:
-                    measure(name, count, setting, seed, plan.ratio, time.monotonic() - began)
+                with bench.pruned(name, count, SETTINGS[setting], seed) as (smaller, plan):
+                    measure(smaller, name, count, setting, seed, plan.ratio, time.monotonic() - began)
     dense, *rows = session.rows
     print(f"\ndense: {dense.perplexity:.2f}\n{table(rows)}")
     if arguments.figure:
