@@ -85,6 +85,7 @@ def test_what_savers_write_is_replaced(tmp_path, tokenizer):
     assert (out / "modeling_hywia_adaptive.py").exists()
     hk.save(fresh(TINY[1]), None, out, overwrite=True)
     assert sorted(p.name for p in out.iterdir()) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "hywia.json",
@@ -154,7 +155,8 @@ def test_what_holds_something_that_is_read_is_refused(saved, tmp_path):
     (saved / "model.safetensors").unlink()
     (saved / "model.safetensors").symlink_to(other / "model.safetensors")
     _refused_inputs(other, [Input("model", saved)], r"holds the model \(.*model\), which would be deleted")
-    _refused_inputs(other, [Input("calib", other / "README.md"), Input("scores", other)], "holds the scores")
+    _refused_inputs(other, [Input("calib", other / "absent"), Input("scores", other)], "holds the scores")
+    _refused_inputs(other, [Input("calib", other / "README.md")], r"holds the calib \(.*README\.md\), which would be")
     (other / "model.gguf").write_text("x")
     _refused_inputs(other, [Input("model", other / "model.gguf")], "is the model itself")
     atomic_directory.check_target(other, overwrite=False, in_place=True, inputs=[Input("model", other / "model.gguf")])
