@@ -255,9 +255,7 @@ def _stock_head_counts(model: nn.Module, entry: Architecture, kv_heads: int, rep
     values = {**config.to_dict(), "head_dim": head_dim(model)}
     counts = range(1, kv_heads + 1)
     stock = tuple(
-        n
-        for n in counts
-        if _accepts(family, {**values, names.heads_field: n * rep, names.kv_heads_field or "": n})
+        n for n in counts if _accepts(family, {**values, names.heads_field: n * rep, names.kv_heads_field or "": n})
     )
     return () if len(stock) == kv_heads else stock or (kv_heads + 1,)
 

@@ -24,7 +24,9 @@ SMALL = ["--ratio", "0.2", "--criterion", "random", "--align", "4", "--text", "t
 def here(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 30)
-    return tmp_path
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+    yield tmp_path
+    signal.signal(signal.SIGINT, before)
 
 
 def _stop_at(monkeypatch, owner, name, call, how):

@@ -85,7 +85,8 @@ def test_a_cut_of_more_than_three_quarters_is_called_extreme(capsys):
 def test_each_kind_has_a_sentence_of_its_own():
     plan = kept({"mlp": (1, 56, 56)})
     attention = next(g for g in plan.groups if g.kind == "attention")
-    groups = tuple(dataclasses.replace(g, units=30) if g is attention else g for g in plan.groups)
+    finer = dataclasses.replace(attention, units=30, unit_parameters=attention.unit_parameters // 10)
+    groups = tuple(finer if g is attention else g for g in plan.groups)
     plan = replanned(plan, groups, {**plan.keep, attention.name: torch.arange(3)})
     sentences = report.extreme_cuts(plan)
     assert [s.split(" go in ")[0] for s in sentences] == [

@@ -169,7 +169,9 @@ def test_dtypes_that_loading_does_not_keep_are_told(tmp_path):
 def test_weights_that_are_not_in_memory_are_named(tmp_path):
     model = fresh(TINY[2])
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.empty(56, 48, device="meta"))
-    with pytest.raises(HywiaError, match=r"layers\.0\.mlp\.up_proj\.weight: expected weights with values, got them on the meta device"):
+    with pytest.raises(
+        HywiaError, match=r"layers\.0\.mlp\.up_proj\.weight: expected weights with values, got them on the meta device"
+    ):
         hk.save(model, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
