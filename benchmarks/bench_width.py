@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bases = [2048, 3072, 4096, 5120, 6144, 8192] if cuda else [512, 768, 1024, 1280]
     parser.add_argument("--bases", type=int, nargs="+", default=bases)
     parser.add_argument(
-        "--profile", type=Path, help="write the target's profile here (hywia_kernels/targets/NAME.json)"
+        "--profile", type=Path, help="write the target's profile here (hywia_kernels/deploy/profiles/NAME.json)"
     )
     parser.add_argument("--rows", type=Path, help="measure nothing: the profile of an earlier run's --csv")
     parser.add_argument("--figure", type=Path, help="write rates against width as SVG")

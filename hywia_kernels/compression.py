@@ -112,7 +112,8 @@ def _read(model: Any, tokenizer: Any, recipe: Recipe, asked: int | None) -> tupl
         field=recipe.text_field,
     )
     scored = recipe.samples if recipe.criterion == "hywia" else 1
-    for needed, option in ((scored, "--samples"), (asked or 1, "--reconstruct-samples")):
+    solved = asked or 1 if recipe.reconstruct else 1
+    for needed, option in ((scored, "--samples"), (solved, "--reconstruct-samples")):
         if len(tokens) < needed:
             raise HywiaError(
                 f"calib: the text holds {len(tokens)} samples of {recipe.seq_len} tokens, {needed} were asked for; "

@@ -227,6 +227,14 @@ def _accepts(config_class: Any, values: Mapping[str, Any]) -> bool:
     return True
 
 
+def _family_class(config: Any) -> Any:
+    """The config class whose checks a stock checkpoint must pass; one whose layers differ runs none of them."""
+    from transformers import AutoConfig
+
+    base = getattr(config, "base_model_type", None)
+    return type(config) if base is None else type(AutoConfig.for_model(base))
+
+
 def checks_of(config_class: Any) -> tuple[str, ...]:
     """Names of a config class's own checks, beside those of all configs: by these it may refuse a head count."""
     from transformers import PretrainedConfig
@@ -239,17 +247,15 @@ def _stock_head_counts(model: nn.Module, entry: Architecture, kv_heads: int, rep
     """By asking the family's config; only those that check their fields can refuse. Empty means any; where it takes no
     count at all, one more than there are, so that the two are told apart."""
     config = text_config(model)
-    names = entry.attention
-    if not names.free_head_dim or not checks_of(type(config)):
+    family, names = _family_class(config), entry.attention
+    if not names.free_head_dim or not checks_of(family):
         return ()
     if entry.stand_in is not None and all(getattr(config, k, v) == v for k, v in entry.stand_in_needs.items()):
         return ()
     values = {**config.to_dict(), "head_dim": head_dim(model)}
     counts = range(1, kv_heads + 1)
     stock = tuple(
-        n
-        for n in counts
-        if _accepts(type(config), {**values, names.heads_field: n * rep, names.kv_heads_field or "": n})
+        n for n in counts if _accepts(family, {**values, names.heads_field: n * rep, names.kv_heads_field or "": n})
     )
     return () if len(stock) == kv_heads else stock or (kv_heads + 1,)
 

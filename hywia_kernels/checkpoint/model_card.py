@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HywiaError
-from . import run_record
+from . import atomic_directory, run_record
 from .metrics import compare
 from .templating import render
 
@@ -268,12 +268,10 @@ def write_card(
     try:
         if path.is_symlink() or (path.exists() and not _is_ours(path.read_text(encoding="utf-8", errors="replace"))):
             return False
-        beside = path.with_name(f".{CARD}.partial")
         with run_record.reading():
             base = run_record.base_of(record)
             content = _sealed(model_card(record, base, Path(folder), name=name, config=config))
-        beside.write_text(content, encoding="utf-8", newline="\n")
-        beside.replace(path)
     except OSError as error:
         raise HywiaError(f"cannot write {path}: {error.strerror or error}") from error
+    atomic_directory.write_text(path, content, "card")
     return True

@@ -30,7 +30,7 @@ _PROCESSOR = re.compile(
 )
 _CARD = re.compile(r"(README|MODEL_CARD|LICENSE|LICENCE|COPYING|NOTICE|USE_POLICY)([._-][\w.-]*)?", re.IGNORECASE)
 _MODEL = re.compile(
-    r"config\.json|generation_config\.json|hywia\.json|\.hywia\.json\.partial|\.gitattributes"
+    r"config\.json|generation_config\.json|hywia\.json|\.(hywia\.json|README\.md)\.partial|\.gitattributes"
     r"|(model|consolidated|pytorch_model)(\.[\w-]+)?(-\d{5}-of-\d{5})?\.(safetensors|bin)"
     r"|(model|consolidated)\.safetensors(\.[\w-]+)?\.index\.json|pytorch_model\.bin(\.[\w-]+)?\.index\.json|params\.json"
 )

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from ..errors import HywiaError
-
 __all__ = ["check_storable", "storable_generation", "storable_state"]
 
 
@@ -22,18 +20,12 @@ def storable_generation(generation: Any) -> Any:
 
 
 def check_storable(model: Any) -> None:
-    """Refuse weights that are elsewhere, and tell of dtypes that loading will not keep."""
+    """Tell of dtypes that loading will not keep, of a model that `plain_model` gave."""
     kept = (
         *(getattr(model, "_keep_in_fp32_modules", None) or ()),
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
     )
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise HywiaError(
-                f"save: {name}: expected a weight in memory, got one on the meta device (offloaded, or never loaded); "
-                "load the model without a device map that offloads"
-            )
     for name, parameter in model.named_parameters():
         if parameter.dtype == dtype or not parameter.is_floating_point() or any(part in name for part in kept):
             continue

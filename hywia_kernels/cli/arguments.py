@@ -32,30 +32,34 @@ _FIELDS = tuple(f.name for f in dataclasses.fields(Recipe))
 _FLAGS = {"calibration": "calib"}  # options that are not called as the field is
 
 
+_SHARES = "mlp=0.6,attention=0.34"
+
+
 def share(text: str) -> float:
     """`0.2` or `20%`."""
+    return _share(text, text, "a share such as 0.2 or 20%")
+
+
+def _share(text: str, whole: str, expected: str) -> float:
     number = text.strip()
     try:
         return float(number[:-1]) / 100.0 if number.endswith("%") else float(number)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a share such as 0.2 or 20%, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {whole!r}") from None
 
 
 def group_ratio(text: str) -> float | dict[str, float]:
     """`0.5`, or shares by kind: `mlp=0.6,attention=34%`."""
     if "=" not in text:
-        return share(text)
+        return _share(text, text, f"0.5 or {_SHARES}")
     shares: dict[str, float] = {}
     for part in text.split(","):
-        kind, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or not kind:
-            raise argparse.ArgumentTypeError(f"expected 0.5 or mlp=0.6,attention=0.34, got {text!r}")
+        kind, _, value = (piece.strip() for piece in part.partition("="))
         if kind in shares:
             raise argparse.ArgumentTypeError(f"expected each kind once, got {kind} twice in {text!r}")
-        try:
-            shares[kind] = share(value)
-        except argparse.ArgumentTypeError:
-            raise argparse.ArgumentTypeError(f"expected 0.5 or mlp=0.6,attention=0.34, got {text!r}") from None
+        if not kind:
+            raise argparse.ArgumentTypeError(f"expected KIND=SHARE, got {part!r} in {text!r}")
+        shares[kind] = _share(value, text, f"0.5 or {_SHARES}")
     return shares
 
 

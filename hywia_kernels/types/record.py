@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from ..errors import HywiaError
+from ..errors import HywiaError, UsageError
 
 __all__ = ["DIGEST", "Record", "digest_of", "frozen_record", "parsed", "sealed"]
 
@@ -70,8 +70,15 @@ def digest_of(content: Mapping[str, Any]) -> str:
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object as it will be read (keys are strings, tuples lists), with its digest."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(content)))
+    """A JSON object as it will be read (keys are strings, tuples lists), with its digest.
+
+    Raises:
+        UsageError: it holds what JSON cannot.
+    """
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(content)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"record: expected what JSON can hold, got something else: {error}") from error
     return plain | {DIGEST: digest_of(plain)}
 
 

@@ -129,6 +129,8 @@ def test_head_counts_that_a_config_refuses(name, tmp_path):
     assert "not a multiple of the number of attention heads (5)" in reason
     again, _ = hk.load(tmp_path / "out")
     assert [g.units for g in hk.groups(again) if g.kind == "attention"] == [5, 5, 5]
+    assert {g.stock_counts for g in hk.groups(again) if g.kind == "attention"} == {(1, 2, 3, 4)}
+    assert hk.groups(again) == hk.groups(model)
     assert torch.equal(logits(again, tokens), logits(model, tokens))
 
 

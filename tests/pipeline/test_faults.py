@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from faults import contents, faults, killed_at
+from hywia_kernels.record import sealed
 from tiny import Tiny, fresh
 
 import hywia_kernels as hk
@@ -87,15 +88,16 @@ def setting(request, tmp_path, writer, monkeypatch):
     earlier, exchanges = request.param
     if not exchanges:  # an old kernel, or a filesystem without such renames
         monkeypatch.setattr(disk, "_renameat2", lambda *args: False)
-    for which in ("old", "new"):
-        writer(tmp_path / which, which)
-    whole = [contents(tmp_path / which) for which in ("old", "new")]
+    for which in ("old", "new"):  # under the name that they will have, which a model's card says
+        (tmp_path / which).mkdir()
+        writer(tmp_path / which / "out", which)
+    whole = [contents(tmp_path / which / "out") for which in ("old", "new")]
 
     def parent(name):
         folder = tmp_path / name
         folder.mkdir()
         if earlier:
-            shutil.copytree(tmp_path / "old", folder / "out")
+            shutil.copytree(tmp_path / "old" / "out", folder / "out")
         return folder
 
     return parent, whole, earlier, lambda folder: writer(folder / "out", "new"), exchanges
@@ -207,11 +209,12 @@ def test_a_fault_in_a_record_keeps_the_old_one(tmp_path, step):
     from hywia_kernels.checkpoint.saving import add_to_record, read_record
 
     hk.save(_model(0.25), None, tmp_path / "out")
-    before = read_record(tmp_path / "out")
+    before, card = read_record(tmp_path / "out"), (tmp_path / "out" / "README.md").read_text()
     for at in range(step, step + 9):
         killed_at(at, lambda: add_to_record(tmp_path / "out", {"bench": 1}))
-        assert read_record(tmp_path / "out") in (before, {**before, "bench": 1})
-    atomic_directory.check_target(tmp_path / "out", overwrite=True)
+        assert read_record(tmp_path / "out") in (before, sealed({**before, "bench": 1}))
+        assert (tmp_path / "out" / "README.md").read_text() == card
+        atomic_directory.check_target(tmp_path / "out", overwrite=True)  # what is left over is known to be ours
 
 
 def test_a_full_disk_is_a_message(saved, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import json
 import warnings
 
 import pytest
+from hywia_kernels.record import sealed
 from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
@@ -91,7 +92,7 @@ def test_a_record_of_another_model_is_not_believed(first, change):
     folder, _, model = first
     record = json.loads((folder / "hywia.json").read_text())
     change(record)
-    (folder / "hywia.json").write_text(json.dumps(record))
+    (folder / "hywia.json").write_text(json.dumps(sealed(record)))
     with pytest.warns(
         UserWarning, match=r"the reduction since the original is unknown: .*hywia\.json does not lead to"
     ):
@@ -100,6 +101,9 @@ def test_a_record_of_another_model_is_not_believed(first, change):
 
 def test_a_damaged_record_is_said(first):
     folder, _, model = first
-    (folder / "hywia.json").write_text("{")
-    with pytest.warns(UserWarning, match="damaged"):
-        assert history(folder, make_plan(model, "attention")) == []
+    record = json.loads((folder / "hywia.json").read_text())
+    record["plan"]["parameters_after"] -= 1  # by an editor, which seals nothing
+    for text in ("{", json.dumps(record)):
+        (folder / "hywia.json").write_text(text)
+        with pytest.warns(UserWarning, match="the reduction since the original is unknown: .* is damaged: "):
+            assert history(folder, make_plan(model, "attention")) == []

@@ -13,9 +13,9 @@ from faults import contents
 from tiny import TINY, fresh
 
 import hywia_kernels as hk
-from hywia_kernels import commands, commands_bench, commands_recipe, report
+from hywia_kernels import compression, evaluation
 from hywia_kernels.checkpoint import saving
-from hywia_kernels.cli import main
+from hywia_kernels.cli import console, main, session
 
 SMALL = ["--ratio", "0.2", "--criterion", "random", "--align", "4", "--text", "text.txt", "--block", "16"]
 
@@ -24,7 +24,9 @@ SMALL = ["--ratio", "0.2", "--criterion", "random", "--align", "4", "--text", "t
 def here(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 30)
-    return tmp_path
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+    yield tmp_path
+    signal.signal(signal.SIGINT, before)
 
 
 def _stop_at(monkeypatch, owner, name, call, how):
@@ -55,10 +57,15 @@ def test_an_end_says_what_is_on_the_disk(here, monkeypatch, capsys, how, code, w
     before = signal.getsignal(signal.SIGTERM)
     run = ["prune", "model", "-o", "out", *SMALL]
     for owner, name, call, said in (
-        (commands, "load", 1, "nothing was written"),
+        (session, "load", 1, "nothing was written"),
         (saving, "_write_model", 1, "nothing was written"),
         (saving, "check_written", 1, "nothing was written"),
-        (commands, "_measure", 2, f"{here / 'out'} is written and complete; what was to come after that was not done"),
+        (
+            evaluation,
+            "evaluate",
+            2,
+            f"{here / 'out'} is written and complete; what was to come after that was not done",
+        ),
     ):
         with monkeypatch.context() as patch:
             _stop_at(patch, owner, name, call, how)
@@ -76,7 +83,7 @@ def test_an_end_says_what_is_on_the_disk(here, monkeypatch, capsys, how, code, w
     assert f"nothing was written; {here / 'out'} is as it was before" in capsys.readouterr().err
     assert contents(here / "out") == whole
     with monkeypatch.context() as patch:
-        _stop_at(patch, commands_bench, "_export", 1, how)
+        _stop_at(patch, session, "load", 1, how)
         assert main(["export", "model", "-o", "other", "--format", "decilm"]) == code
     assert "nothing was written" in capsys.readouterr().err
 
@@ -85,7 +92,7 @@ def test_nobody_reads_the_output(here, monkeypatch, capfd):
     def closed(line):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr(report, "say", closed)
+    monkeypatch.setattr(console, "say", closed)
     assert main(["info"]) == 141
     assert capfd.readouterr().err == ""
     assert main(["prune", "model", "-o", "out", *SMALL]) == 141
@@ -127,7 +134,7 @@ def _on_the_cpu(*args, **kwargs):
     [
         ("hywia_kernels.checkpoint.saving.check_written", "the model itself barely fits"),
         ("hywia_kernels.evaluation.perplexity", "try a smaller --block"),
-        ("hywia_kernels.commands.calibrate", "fewer --samples, a shorter --seq-len"),
+        ("hywia_kernels.compression.calibrate", "fewer --samples, a shorter --seq-len"),
     ],
 )
 def test_memory_that_runs_out_names_the_lever(here, monkeypatch, capsys, how, where, lever):
@@ -146,15 +153,15 @@ def test_the_refits_memory_has_its_own_lever(here, monkeypatch, capsys):
     monkeypatch.setattr(refit._Normal, "solve", _out_of_memory)
     run = ["prune", "model", "-o", "out", "--ratio", "0.2", "--calib", "text.txt", "--samples", "3", "--seq-len", "16"]
     assert main([*run, "--align", "4", "--no-eval", "--units", "mlp"]) == 1
-    assert "try fewer --refit-samples" in capsys.readouterr().err
-    assert commands_recipe.refit is refit.refit
+    assert "try fewer --reconstruct-samples" in capsys.readouterr().err
+    assert compression.refit is refit.refit
 
 
 def test_other_refusals_of_the_system_are_messages(here, monkeypatch, capsys):
     def refused(*args, **kwargs):
         raise PermissionError(13, "Permission denied", "model/config.json")
 
-    monkeypatch.setattr(commands, "load", refused)
+    monkeypatch.setattr(session, "load", refused)
     assert main(["eval", "model", "--text", "text.txt"]) == 1
     assert "hywia: error: model/config.json: Permission denied; nothing was written" in capsys.readouterr().err
 

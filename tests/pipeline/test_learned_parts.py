@@ -57,6 +57,7 @@ def test_gradients_are_those_of_the_whole(gqa, tokens_at_once, monkeypatch):
 def test_a_plan_that_removes_nothing(gqa, tokens):
     scores = hk.score(gqa, criterion="random")
     plan = hk.plan(scores, group_ratio=0.4, align=4)
-    plan = dataclasses.replace(plan, keep={g.name: torch.arange(g.units) for g in plan.groups})
+    keep = {g.name: torch.arange(g.units) for g in plan.groups}
+    plan = dataclasses.replace(plan, keep=keep, parameters_after=plan.parameters_before)
     with pytest.raises(UsageError, match="^plan: expected one that removes units, got one that keeps all"):
         hk.learn(gqa, scores, plan, tokens, steps=1)

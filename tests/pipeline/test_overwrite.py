@@ -85,6 +85,7 @@ def test_what_savers_write_is_replaced(tmp_path, tokenizer):
     assert (out / "modeling_hywia_adaptive.py").exists()
     hk.save(fresh(TINY[1]), None, out, overwrite=True)
     assert sorted(p.name for p in out.iterdir()) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "hywia.json",
@@ -154,7 +155,8 @@ def test_what_holds_something_that_is_read_is_refused(saved, tmp_path):
     (saved / "model.safetensors").unlink()
     (saved / "model.safetensors").symlink_to(other / "model.safetensors")
     _refused_inputs(other, [Input("model", saved)], r"holds the model \(.*model\), which would be deleted")
-    _refused_inputs(other, [Input("calib", other / "README.md"), Input("scores", other)], "holds the scores")
+    _refused_inputs(other, [Input("calib", other / "absent"), Input("scores", other)], "holds the scores")
+    _refused_inputs(other, [Input("calib", other / "README.md")], r"holds the calib \(.*README\.md\), which would be")
     (other / "model.gguf").write_text("x")
     _refused_inputs(other, [Input("model", other / "model.gguf")], "is the model itself")
     atomic_directory.check_target(other, overwrite=False, in_place=True, inputs=[Input("model", other / "model.gguf")])
@@ -201,7 +203,7 @@ def test_a_second_run_into_one_directory_says_so_before_it_works(saved, tmp_path
     other = context.Process(target=_hold, args=(tmp_path / "out", taken, done))
     other.start()
     assert taken.wait(60)
-    monkeypatch.setattr("hywia_kernels.commands.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("hywia_kernels.cli.session.load", lambda *a, **k: pytest.fail("the model was loaded"))
     for name in ("out", "elsewhere/out"):
         assert main(["prune", "model", "-o", name, "--ratio", "0.2"]) == 1
         assert f"output: another run (process {other.pid} on " in capsys.readouterr().err

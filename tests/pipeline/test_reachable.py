@@ -11,7 +11,7 @@ from tiny import TINY, Tiny, fresh
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.cli import main
-from hywia_kernels.commands_recipe import group_ratio
+from hywia_kernels.cli.arguments import group_ratio
 from hywia_kernels.deploy import planning, serving_rules
 from hywia_kernels.types import Group, Member
 
@@ -22,11 +22,10 @@ SMALL = ("--samples", "4", "--seq-len", "16", "--no-eval")
 def here(saved, tmp_path, monkeypatch):
     """A model on disk, and a world in which nothing may be measured or written by it."""
     monkeypatch.chdir(tmp_path)
-    for name in ("calibration", "calibrate", "score_model"):
+    for name in ("calibration", "calibrate", "score", "leftover"):
         monkeypatch.setattr(
-            f"hywia_kernels.commands.{name}", lambda *a, **k: pytest.fail("measured before the refusal")
+            f"hywia_kernels.compression.{name}", lambda *a, **k: pytest.fail("measured before the refusal")
         )
-    monkeypatch.setattr("hywia_kernels.commands_recipe.leftover", lambda *a: pytest.fail("measured before the refusal"))
     return tmp_path
 
 
@@ -57,10 +56,10 @@ def test_refused_before_anything_is_measured(here, capsys, request_, message, cr
 @pytest.mark.parametrize(
     ("share", "message"),
     [
-        ("mpl=0.5", "got mpl; did you mean mlp?"),
-        ("MLP=0.5", "units: expected some of mlp, attention, experts, got MLP"),
-        ("atention=0.5,mlp=0.5", "did you mean attention?"),
-        ("expert=0.5", "did you mean experts?"),
+        ("mpl=0.5", "got 'mpl'; did you mean 'mlp'?"),
+        ("MLP=0.5", "group_ratio: expected some of mlp, attention, experts, got 'MLP'"),
+        ("atention=0.5,mlp=0.5", "did you mean 'attention'?"),
+        ("expert=0.5", "did you mean 'experts'?"),
         ("mlp=0.5,mlp=0.6", "expected each kind once, got mlp twice"),
         ("", "expected 0.5 or mlp=0.6,attention=0.34, got ''"),
         ("mlp=", "expected 0.5 or"),
@@ -75,7 +74,7 @@ def test_refused_before_anything_is_measured(here, capsys, request_, message, cr
     ],
 )
 def test_shares_by_kind_are_refused_before_a_model_is_loaded(here, capsys, share, message, monkeypatch):
-    monkeypatch.setattr("hywia_kernels.commands.load", lambda *a, **k: pytest.fail("loaded before the refusal"))
+    monkeypatch.setattr("hywia_kernels.cli.session.load", lambda *a, **k: pytest.fail("loaded before the refusal"))
     try:
         code = main(["prune", "model", "-o", "out", f"--group-ratio={share}", *SMALL])
     except SystemExit as stop:

@@ -99,7 +99,7 @@ def test_another_field(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "a"}\n{"text": "b"},\n', "line 2: expected a JSON object .* which is not JSON"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b"},\n', "line 2: expected a JSON object, got .*, which is not JSON"),
         ("a.jsonl", '{"text": "a"}\n\n{"text": "b"} trailing\n', "line 3: expected"),
         ("a.jsonl", '{"text": "a"}{"text": "b"}\n', "line 1: expected"),
         ("a.jsonl", '{"text": "a"}\r{"text": "b"}\r', "line 1: expected"),

@@ -22,7 +22,8 @@ def test_every_metric_is_compared_and_named_once():
     assert [r.metric.key for r in rows] == list(before)
     assert [r.ratio for r in rows] == ["0.500", "0.500", "1.250", "1.500"]
     assert [(r.before, r.after) for r in rows][:3] == [("2,000", "1,000"), ("8,000", "4,000"), ("10.00", "12.50")]
-    assert [(m.name, v) for m, v in figures_of(after)][3] == ("tokens a second", "75.0")
+    assert [(m.name, v) for m, v in figures_of(after)][3] == ("eager tokens/s", "75.0")
+    assert rows[3].metric.detail == "tokens a second (greedy, one sequence)"
     assert len({m.name for m in METRICS}) == len({m.detail for m in METRICS}) == len(METRICS)
 
 
@@ -40,14 +41,15 @@ def test_missing_and_odd_values_are_left_out():
 
 
 def test_the_console_prints_the_same_table(capsys):
-    before, after = {"parameters": 10, "perplexity": 2.0}, {"parameters": 5, "perplexity": 3.0, "continuation": "x"}
+    text = {"text": {"name": "words.txt", "sha256": "5f" * 32, "blocks": 4, "block": 16, "tokens": 64, "bos": False}}
+    before, after = {"parameters": 10, "perplexity": 2.0, **text}, {"parameters": 5, "perplexity": 3.0, **text}
     report.print_comparison(before, {**after, "continuation": "a\x1b[31m\nb"})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[1:3]] == [
         ["parameters", "10", "5", "0.500"],
         ["perplexity", "2.00", "3.00", "1.500"],
     ]
-    assert lines[3] == "after continues: a\ufffd[31m b"
+    assert lines[3:] == ["perplexity on 4 blocks of 16 tokens: words.txt", "after continues: a\ufffd[31m b"]
 
 
 def kept(shares):
@@ -59,7 +61,13 @@ def kept(shares):
     for kind, counts in shares.items():
         groups = sorted((g for g in plan.groups if g.kind == kind), key=lambda g: g.layer)
         keep |= {g.name: torch.arange(count) for g, count in zip(groups, counts, strict=True)}
-    return dataclasses.replace(plan, keep=keep)
+    return replanned(plan, plan.groups, keep)
+
+
+def replanned(plan, groups, keep):
+    """The plan with other groups and kept units, and the number of parameters that these leave."""
+    removed = sum((g.units - keep[g.name].numel()) * g.unit_parameters for g in groups)
+    return dataclasses.replace(plan, groups=groups, keep=keep, parameters_after=plan.parameters_before - removed)
 
 
 def test_a_cut_of_more_than_three_quarters_is_called_extreme(capsys):
@@ -77,8 +85,9 @@ def test_a_cut_of_more_than_three_quarters_is_called_extreme(capsys):
 def test_each_kind_has_a_sentence_of_its_own():
     plan = kept({"mlp": (1, 56, 56)})
     attention = next(g for g in plan.groups if g.kind == "attention")
-    groups = tuple(dataclasses.replace(g, units=30) if g is attention else g for g in plan.groups)
-    plan = dataclasses.replace(plan, groups=groups, keep={**plan.keep, attention.name: torch.arange(3)})
+    finer = dataclasses.replace(attention, units=30, unit_parameters=attention.unit_parameters // 10)
+    groups = tuple(finer if g is attention else g for g in plan.groups)
+    plan = replanned(plan, groups, {**plan.keep, attention.name: torch.arange(3)})
     sentences = report.extreme_cuts(plan)
     assert [s.split(" go in ")[0] for s in sentences] == [
         "attention: up to 90 % of the kv groups",
@@ -87,9 +96,9 @@ def test_each_kind_has_a_sentence_of_its_own():
 
 
 def test_one_name_of_a_device_for_the_command_and_the_benchmarks():
-    from benchmarks import timing
+    from benchmarks import environment
 
-    assert timing.device_name is hardware.device_name
+    assert environment.device_name is hardware.device_name
     name = hardware.device_name(torch.device("cpu"))
     assert name == hardware.device_name("cpu") != ""
     threads = torch.get_num_threads()
