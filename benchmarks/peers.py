@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import hywia_kernels as hk
 from hywia_kernels.method.scores import coarse_estimate
 from hywia_kernels.method.selection import top_units
-from hywia_kernels.method.surgery import silence
+from hywia_kernels.method.surgery import zero_units
 from hywia_kernels.types import Group
 
 LLM_PRUNER = ("vectorize", "param_first", "param_second", "param_mix")
@@ -134,7 +134,7 @@ def wanda_sp(model: Any, tokens: Tensor, shares: Shares, layers: range) -> hk.Pl
             score = _per_unit(metric, group).sum(1).cpu()
             keep[group.name] = top_units(score, count(group, shares))
         for group in here:
-            silence(model, group, keep[group.name])
+            zero_units(model, group, keep[group.name])
     final = {g.name: keep.get(g.name, torch.arange(g.units)) for g in groups}
     removed = sum((g.units - final[g.name].numel()) * g.unit_parameters for g in groups)
     return hk.Plan(plan.groups, final, plan.parameters_before, plan.parameters_before - removed, "adaptive", "")

@@ -89,7 +89,7 @@ def test_wanda_sp_scores_what_the_pruned_layers_before_leave(model, tokens):
             score = (weight.abs() * norm).mean(0).view(group.units, -1).sum(1)
             keep = score.argsort(descending=True)[: group.units // 2].sort().values
             assert torch.equal(plan.keep[group.name], keep), group.name
-            hk.surgery.silence(again, group, keep)
+            hk.surgery.zero_units(again, group, keep)
     assert plan.parameters_after == plan.parameters_before - sum(
         g.units // 2 * g.unit_parameters for g in hk.groups(model)
     )

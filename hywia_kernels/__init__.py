@@ -25,7 +25,7 @@ _HOMES = {  # public name -> module it is in
     **dict.fromkeys(("HyWIAScorer", "MagnitudeScorer", "Scorer", "TaylorScorer"), "integrations.protocol"),
     **dict.fromkeys(("Measured", "Result", "compress", "measure"), "compression"),
     **dict.fromkeys(("Evaluation", "evaluate", "perplexity"), "evaluation"),
-    **dict.fromkeys(("leftover", "with_leftover"), "method.head_residual"),
+    **dict.fromkeys(("head_residuals", "rank_heads"), "method.head_residual"),
     **dict.fromkeys(("load_scores", "save_scores"), "checkpoint.scores_file"),
     **dict.fromkeys(("mask", "prune"), "method.surgery"),
     "Recipe": "recipe",
@@ -33,11 +33,11 @@ _HOMES = {  # public name -> module it is in
     "calibration": "method.calibration_data",
     "fuse": "method.scores",
     "groups": "arch",
-    "learn": "method.mask_learning",
+    "learn_masks": "method.mask_learning",
     "load": "checkpoint.loading",
     "plan": "method.selection",
     "plan_for": "deploy.planning",
-    "refit": "method.reconstruction",
+    "reconstruct": "method.reconstruction",
     "save": "checkpoint.saving",
     "score": "method.criteria",
 }
@@ -55,6 +55,8 @@ def __getattr__(name: str) -> _Any:
         return value
     if name == "ops":
         return _importlib.import_module(".ops", __name__)
+    if name in _moved.NAMES:
+        return getattr(_importlib.import_module(__name__), _moved.renamed(name))
     if name in _moved.MODULES:
         return _moved.module(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

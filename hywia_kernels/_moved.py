@@ -1,4 +1,4 @@
-"""Modules under the names they had before 0.2: each warns when it is used, and goes in 0.3."""
+"""Modules and functions under the names they had before 0.2: each warns when it is used, and goes in 0.3."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import types
 import warnings
 from typing import Any
 
-__all__ = ["MODULES", "module", "register"]
+__all__ = ["MODULES", "NAMES", "module", "register", "renamed"]
 
 _PACKAGE = __name__.rpartition(".")[0]
 MODULES = {
@@ -44,6 +44,21 @@ _SHADOWED = {
 }
 
 
+NAMES = {"learn": "learn_masks", "leftover": "head_residuals", "refit": "reconstruct", "with_leftover": "rank_heads"}
+
+
+def renamed(name: str) -> str:
+    """The present name of a function."""
+    _warn(name, NAMES[name])
+    return NAMES[name]
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(
+        f"{_PACKAGE}.{old} is now {_PACKAGE}.{new}; the old name goes in 0.3", DeprecationWarning, stacklevel=3
+    )
+
+
 class _Moved(types.ModuleType):
     """Stands for a module under its old name."""
 
@@ -56,10 +71,8 @@ class _Moved(types.ModuleType):
         old, new = self.__dict__["_hywia_moved"]
         if name.startswith("__"):
             raise AttributeError(name)
-        warnings.warn(
-            f"{_PACKAGE}.{old} is now {_PACKAGE}.{new}; the old name goes in 0.3", DeprecationWarning, stacklevel=2
-        )
-        return getattr(importlib.import_module(f".{new}", _PACKAGE), name)
+        _warn(old, new)
+        return getattr(importlib.import_module(f".{new}", _PACKAGE), NAMES.get(name, name))
 
 
 def register() -> None:

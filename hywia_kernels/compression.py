@@ -21,9 +21,9 @@ from .evaluation import Evaluation
 from .method import selection, surgery
 from .method.calibration_data import calibration
 from .method.criteria import score
-from .method.head_residual import leftover, with_leftover
-from .method.mask_learning import learn
-from .method.reconstruction import refit
+from .method.head_residual import head_residuals, rank_heads
+from .method.mask_learning import learn_masks
+from .method.reconstruction import reconstruct
 from .method.scores import fuse
 from .method.statistics import calibrate
 from .method.tokens import check_length, digest, prefix
@@ -309,7 +309,7 @@ def compress(
         if recipe.reconstruct:
             text = _first(measured.tokens, recipe.reconstruct_samples or 1, "the reconstruction")
             with clock.time("reconstruction"):
-                plan = refit(model, plan, text, ridge=recipe.ridge)
+                plan = reconstruct(model, plan, text, ridge=recipe.ridge)
         with clock.time("cut"):
             surgery.prune(model, plan, backend=backend)
         record = {
@@ -335,12 +335,12 @@ def _decided(model: Any, recipe: Recipe, measured: Measured, clock: _Clock) -> t
     if recipe.head_ranking == "residual" and "attention" in recipe.kinds:
         text = _first(measured.tokens, recipe.samples, "ranking heads by what the others leave of them")
         with clock.time("head ranking"):
-            scores = with_leftover(scores, leftover(model, text))
+            scores = rank_heads(scores, head_residuals(model, text))
     with clock.time("planning"):
         plan = plan_for_recipe(scores, recipe)
     if recipe.fusion == LEARNED:
         assert measured.tokens is not None
         with clock.time("mask learning"):
-            scores = learn(model, scores, plan, measured.tokens[: recipe.learning_samples()], steps=recipe.steps)
+            scores = learn_masks(model, scores, plan, measured.tokens[: recipe.learning_samples()], steps=recipe.steps)
             plan = selection.ranked_again(plan, scores)
     return scores, plan

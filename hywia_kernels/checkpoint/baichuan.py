@@ -20,7 +20,7 @@ from . import loaded_weights
 from .file_kinds import read_json
 from .weight_files import stored_tensors, weight_files
 
-__all__ = ["converted", "is_rotary", "load"]
+__all__ = ["converted", "is_rotary", "llama_config", "load"]
 
 _PACKED = ".self_attn.W_pack.weight"
 _FREQUENCIES = ".rotary_emb.inv_freq"
@@ -81,6 +81,13 @@ def _check_frequencies(name: str, stored: Tensor) -> None:
         raise HywiaError(f"{name}: expected the frequencies of a rotary base of 10000, found others; not a Baichuan-7B")
 
 
+def llama_config(values: dict[str, Any]) -> Any:
+    """The config of the LLaMA model that a Baichuan-7B of this config.json is."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**{k: values[k] for k in _SHARED if k in values})
+
+
 def load(folder: Path, dtype: torch.dtype | str) -> Any:
     """The model of a Baichuan-7B directory, of transformers' LLaMA class.
 
@@ -91,7 +98,7 @@ def load(folder: Path, dtype: torch.dtype | str) -> Any:
         HywiaError: a tensor is missing, unknown or of another shape; or as `weight_files.weight_files`.
     """
     from safetensors.torch import load_file
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import GenerationConfig, LlamaForCausalLM
 
     values = read_json(folder / "config.json")
     stored_tensors(folder)  # whole, and no name twice
@@ -103,7 +110,7 @@ def load(folder: Path, dtype: torch.dtype | str) -> Any:
     state = {name: t if name.endswith(_FREQUENCIES) else t.to(wanted) for name, t in state.items()}  # type: ignore[arg-type]
     # Only Baichuan2 was trained with a loss on the logits' scale, and says so.
     state = converted(state, normalised_head="z_loss_weight" in values)
-    config = LlamaConfig(**{k: values[k] for k in _SHARED if k in values})
+    config = llama_config(values)
     model, report = loaded_weights.read(None, LlamaForCausalLM, config=config, state_dict=state, dtype=wanted)
     loaded_weights.check_complete(report, str(folder))
     if (folder / "generation_config.json").is_file():

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import HywiaError
 from .weight_files import INDEX, SINGLE, named_files
 
-__all__ = ["complete", "described"]
+__all__ = ["complete", "described", "with_code"]
 
 _DESCRIPTION = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
 
@@ -31,15 +31,23 @@ def complete(name: str, folder: Path, *, code: bool) -> Path:
     wanted = [SINGLE]
     if (folder / INDEX).is_file():
         wanted = sorted({file.name for file in named_files(folder)})
-    # The commit whose description was judged, whatever has been pushed since.
-    revision = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
-    again = _snapshot(name, [*wanted, *(["*.py"] if code else [])], revision)
+    again = _snapshot(name, [*wanted, *(["*.py"] if code else [])], _commit(folder))
     if wanted == [SINGLE] and not (again / SINGLE).exists():
         raise HywiaError(
             f"model: {name} has neither {SINGLE} nor {INDEX} on the hub; weights stored as pickles can run code when "
             "opened and are never loaded: convert it to safetensors first (save_pretrained in an environment you trust)"
         )
     return again
+
+
+def with_code(name: str, folder: Path) -> Path:
+    """The same directory once the Python files are there, for a model that was trusted to run them."""
+    return _snapshot(name, ["*.py"], _commit(folder))
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit whose description was judged, whatever has been pushed since."""
+    return folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
 
 
 def _snapshot(name: str, patterns: list[str], revision: str | None) -> Path:

@@ -16,7 +16,17 @@ from . import description
 from .file_kinds import check_kind
 from .weight_files import Stored, stored_tensors
 
-__all__ = ["check_complete", "check_gguf", "check_stored", "check_types", "gguf", "read", "stock"]
+__all__ = [
+    "check_complete",
+    "check_gguf",
+    "check_stored",
+    "check_types",
+    "described",
+    "gguf",
+    "read",
+    "stock",
+    "stock_config",
+]
 
 # Buffers that old checkpoints hold and models make themselves: rotary frequencies, causal masks.
 _REMADE = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention|self_attention)\.(bias|masked_bias))")
@@ -122,18 +132,36 @@ def check_types(model: Any, name: str) -> None:
         )
 
 
+def stock_config(folder: Path) -> Any:
+    """The config of a directory whose class transformers or this package has; its code is not run."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    # A config can name kernels on the hub, which would be fetched and run; the choice is this machine's.
+    config._attn_implementation = None
+    config._experts_implementation = None
+    return config
+
+
+def described(config: Any, dtype: Any = None) -> Any:
+    """The model of a config on the meta device: shapes without memory. `dtype` None: the config's."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options = {} if dtype is None else {"dtype": dtype}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False, **options)
+
+
 def stock(folder: Path, dtype: Any, quantised: bool) -> Any:
     """The model of a directory, of a class that transformers or this package has; its code is not run.
 
     Raises:
         HywiaError: the weights are not the model's.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    # A config can name kernels on the hub, which would be fetched and run; the choice is this machine's.
-    config._attn_implementation = None
-    config._experts_implementation = None
+    config = stock_config(folder)
     if not quantised:
         _check_count(folder, config)
     model, report = read(str(folder), AutoModelForCausalLM, config=config, dtype=dtype, trust_remote_code=False)
@@ -143,12 +171,7 @@ def stock(folder: Path, dtype: Any, quantised: bool) -> Any:
 
 def _check_count(folder: Path, config: Any) -> None:
     """Refuse a config of a far larger model than was stored: its weights would be made up first, in memory."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        described = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-    wanted = sum(p.numel() for p in described.parameters())
+    wanted = sum(p.numel() for p in described(config).parameters())
     held = sum(math.prod(tensor.shape) for tensor in stored_tensors(folder).values())
     if wanted > 4 * held + 1_000_000:
         raise HywiaError(
@@ -157,8 +180,8 @@ def _check_count(folder: Path, config: Any) -> None:
         )
 
 
-def check_gguf(path: Path) -> None:
-    """Refuse a GGUF file by its header.
+def check_gguf(path: Path) -> Any:
+    """The config of a GGUF file, which is refused by its header alone.
 
     Raises:
         HywiaError: it is no GGUF file, or its family is not supported.
@@ -175,6 +198,7 @@ def check_gguf(path: Path) -> None:
     layers = config.get_text_config().num_hidden_layers
     if not 1 <= layers <= description.MOST_LAYERS:
         raise HywiaError(f"model: {path}: expected 1 to {description.MOST_LAYERS} layers, got {layers}")
+    return config
 
 
 def gguf(path: Path, dtype: Any) -> Any:

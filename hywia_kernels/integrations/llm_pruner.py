@@ -351,7 +351,7 @@ class HyWIAImportance(_Scorer, tp.importance.Importance):
                 fine += by_channel
                 coarse += fusions.coarse_estimate(by_sample[None], self.order)
         prior = fusions.prior("head" if size > 1 else "channel")
-        scores = fusions.fused(fine, coarse, self.fusion, "reference", prior).repeat_interleave(size)
+        scores = fusions.blend(fine, coarse, self.fusion, "reference", prior).repeat_interleave(size)
         return scores if self.normalizer is None else self.normalizer(group, scores)
 
     def _both(self, part: _Part) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..method.scores import FUSIONS, coarse_estimate, fused, prior
+from ..method.scores import FUSIONS, blend, coarse_estimate, prior
 from ..method.statistics import calibrate
 from ..settings import ORDERS
 from .modules import BySide, layout, magnitude_sums, taylor_sums
@@ -125,7 +125,7 @@ class HyWIAScorer:
         for group in statistics.groups:
             coarse = coarse_estimate(statistics.coarse[group.name], self.order)
             fine = statistics.fine[group.name][self.order]
-            values = fused(fine, coarse, self.fusion, "reference", prior(group.unit))
+            values = blend(fine, coarse, self.fusion, "reference", prior(group.unit))
             for member in group.members:
                 if member.parameter == "weight" and member.index is None:  # experts' stacks are no module's weight
                     of_weight = parts.setdefault((member.module, member.axis), {})

@@ -11,7 +11,7 @@ import torch
 from ..errors import UsageError
 from ..types import Group, Scores
 
-__all__ = ["redistribute"]
+__all__ = ["allocate"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class _Step:
     parameters: int
 
 
-def redistribute(
+def allocate(
     scores: Scores, counts: Mapping[str, int], groups: Sequence[Group], widths: Mapping[str, Sequence[int]]
 ) -> dict[str, int]:
     """Counts that remove as many parameters as `counts` do from `groups`, where the estimated loss is least.

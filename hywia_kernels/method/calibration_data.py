@@ -37,14 +37,15 @@ def calibration(
     Args:
         model: writes the text, where there is no source; may be None where there is one.
         source: a `.txt` file (one text), a `.jsonl` file (a `text` field per line), a `.json` file (a list of such),
-            any of these with `.gz`, a directory of `.txt` files, `NAME[:config[:split]]` of a dataset on the hub or a
-            local directory `datasets` can read, or None: text the model writes itself.
+            a `.csv` or `.tsv` file with a header (a row each), any of these with `.gz`, a `.parquet` file, a directory
+            of such files, `NAME[:config[:split]]` of a dataset on the hub or a local directory `datasets` can read, or
+            None: text the model writes itself.
         samples, seq_len: how many samples of how many tokens, the beginning-of-text token counted.
         seed: of the choice of windows, or of the writing.
         fewer: take what there is when the text holds at least one sample, but not as many.
         bos: whether each sample begins with the beginning-of-text token. None: where the tokenizer puts one before a
             text by itself (Llama 2 and 3, Gemma, Mistral; not GPT-2), and in written text wherever there is one.
-        field: of an object or a dataset's row; it holds the text.
+        field: of an object, or the column of a table or dataset; it holds the text.
 
     Raises:
         UsageError: samples or seq_len out of range, or beyond the model's positions, or `bos=True` without such a

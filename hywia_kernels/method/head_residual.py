@@ -25,14 +25,14 @@ from ..types import Group, Scores
 from .calibration_data import check_tokens
 from .moments import exact_products, factored, moment_dtype
 
-__all__ = ["leftover", "with_leftover"]
+__all__ = ["head_residuals", "rank_heads"]
 
 _CHUNK_TOKENS = 8192
 _RIDGE = 0.01  # of the mean square of the inputs
 
 
 @torch.no_grad()
-def leftover(model: Any, batches: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
+def head_residuals(model: Any, batches: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
     """Of every attention group, float32 `[units]` on the CPU: `tr(W_u (H⁻¹)_uu⁻¹ W_uᵀ) / tokens`.
 
     `H = Σ_t x_t x_tᵀ + λ` are the second moments of what enters the output matrix `W`, `u` the unit's inputs; this is
@@ -95,6 +95,6 @@ def _energy(model: Any, group: Group, gram: Tensor, tokens: int) -> Tensor:
     return roots.square().sum((1, 2)).div(tokens).float().cpu()
 
 
-def with_leftover(scores: Scores, measured: dict[str, Tensor]) -> Scores:
-    """Scores whose attention groups are ranked by `leftover`."""
+def rank_heads(scores: Scores, measured: dict[str, Tensor]) -> Scores:
+    """Scores whose attention groups are ranked by `head_residuals`."""
     return replace(scores, values={**scores.values, **measured}, record={**scores.record, "heads": "leftover"})

@@ -34,7 +34,7 @@ from ..progress import Bar
 from ..types import Group, Plan, Scores
 from .calibration_data import check_tokens, digest
 
-__all__ = ["learn"]
+__all__ = ["learn_masks"]
 
 _RATE, _BETAS = 0.05, (0.9, 0.95)
 _SLOPE = 2.0  # of the sigmoid that stands for the step in backward, scores in standard deviations of their layer
@@ -114,7 +114,7 @@ def _divergence(model: Any, dense: Tensor, masked: Tensor, counts: Tensor) -> Te
     return mean
 
 
-def learn(
+def learn_masks(
     model: Any,
     scores: Scores,
     plan: Plan,

@@ -1,4 +1,4 @@
-"""Texts as they lie on the disk: plain text, JSON lines, JSON, directories of texts, data sets."""
+"""Texts as they lie on the disk: plain text, JSON lines, JSON, tables, directories of these, data sets."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import HywiaError, UsageError
+from .rows import TABLES, dataset_texts, table_texts, text_of
 
 __all__ = ["BUNDLED", "bundled_text", "documents", "file_documents", "is_local", "json_lines"]
 
 BUNDLED = "Alice's Adventures in Wonderland, chapters I to VI"
 
 _TEXT, _LINES, _JSON = (".txt",), (".jsonl", ".ndjson"), (".json",)
-_OTHERS = (".csv", ".tsv", ".parquet", ".arrow", ".xml", ".zip", ".tar", ".tgz", ".xz", ".zst", ".bz2", ".7z", ".pdf")
+_READ = _TEXT + _LINES + _JSON + TABLES
+_OTHERS = (".arrow", ".xlsx", ".orc", ".xml", ".zip", ".tar", ".tgz", ".xz", ".zst", ".bz2", ".7z", ".pdf")
 # Longer marks first: UTF-32's begins as UTF-16's does.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -38,32 +40,34 @@ def bundled_text() -> str:
 
 
 def documents(source: str, *, field: str = "text", argument: str = "calib") -> list[str] | Any:
-    """The texts of a source: a list for files and directories of `.txt` files, an iterator for data sets.
+    """The texts of a source: a list for files and directories of such files, an iterator for data sets.
 
     Args:
-        source: `.txt` (one text), `.jsonl` (an object a line), `.json` (such a list, or lines), these with `.gz`, a
-            directory of `.txt` files, or `NAME[:config[:split]]` of a data set.
-        field: of an object or row; it holds the text.
+        source: `.txt` (one text), `.jsonl` (an object a line), `.json` (such a list, or lines), `.csv` and `.tsv` (with
+            a header), these with `.gz`, `.parquet`, a directory of such files and no others, or
+            `NAME[:config[:split]]` of a data set. Tables and data sets need the package `datasets`.
+        field: of an object, or the column of a table; it holds the text.
         argument: what messages begin with.
 
     Raises:
-        HywiaError: a missing, unreadable or empty file, one that is no text, a line without the field (by its number),
-            or a data set that cannot be had. UsageError: an empty name.
+        HywiaError: a missing, unreadable or empty file, one that is no text, a line or row without text in the field
+            (by its number), a table without the column, or a data set that cannot be had. UsageError: an empty name.
     """
     if not source:
         raise UsageError(f"{argument}: expected a file, a directory or a data set, got an empty name")
     path = Path(source)
     if is_local(source):
         if path.is_dir():
-            return [file_documents(file, field=field, argument=argument)[0] for file in _texts_of(path)]
+            files = _texts_of(path)
+            return [text for file in files for text in file_documents(file, field=field, argument=argument)]
         return file_documents(path, field=field, argument=argument)
-    return _dataset_documents(source, field, argument)
+    return dataset_texts(source, field=field, argument=argument)
 
 
 def is_local(source: str) -> bool:
     """Whether `documents` reads the source itself."""
     path = Path(source)
-    return path.is_file() or _suffix(path) in _TEXT + _LINES + _JSON or bool(_texts_of(path))
+    return path.is_file() or _suffix(path) in _READ or bool(_texts_of(path))
 
 
 def _suffix(path: Path) -> str:
@@ -71,11 +75,11 @@ def _suffix(path: Path) -> str:
 
 
 def _texts_of(path: Path) -> list[Path]:
-    """The files of a directory that holds `.txt` files and nothing else, by name."""
+    """The files of a directory that holds files which are read here and nothing else, by name."""
     if not path.is_dir():
         return []
     files = sorted(f for f in path.iterdir() if not f.name.startswith("."))
-    return files if all(f.is_file() and _suffix(f) in _TEXT for f in files) else []
+    return files if all(f.is_file() and _suffix(f) in _READ for f in files) else []
 
 
 def file_documents(path: Path, *, field: str = "text", argument: str = "calib") -> list[str]:
@@ -87,8 +91,11 @@ def file_documents(path: Path, *, field: str = "text", argument: str = "calib") 
     suffix = _suffix(path)
     if suffix in _OTHERS:
         raise HywiaError(
-            f"{argument}: expected a .txt or .jsonl file, got {path}; write what it holds as one of these first"
+            f"{argument}: expected a .txt, .jsonl, .json, .csv, .tsv or .parquet file, got {path}; write what it holds "
+            "as one of these first"
         )
+    if suffix in TABLES:
+        return _table_documents(path, suffix, field, argument)
     if suffix in _JSON:
         return _json_documents(path, field, argument)
     if suffix in _LINES or (suffix not in _TEXT and _begins_with_an_object(path, argument)):
@@ -129,7 +136,7 @@ def _parsed(content: str) -> Any:
 
 
 def _line_documents(path: Path, field: str, argument: str) -> list[str]:
-    rows = [_text_of(row, field, f"{argument}: {path}, line {number}") for number, row in json_lines(path, argument)]
+    rows = [text_of(row, field, f"{argument}: {path}, line {number}") for number, row in json_lines(path, argument)]
     if not rows:
         raise HywiaError(f"{argument}: {path} is empty")
     return rows
@@ -154,35 +161,18 @@ def _json_documents(path: Path, field: str, argument: str) -> list[str]:
         raise HywiaError(f"{argument}: {path} is empty")
     where = f"{argument}: {path}, entry "
     return [
-        _text_of({field: entry} if isinstance(entry, str) else entry, field, where + str(i))
+        text_of({field: entry} if isinstance(entry, str) else entry, field, where + str(i))
         for i, entry in enumerate(entries, 1)
     ]
 
 
-def _text_of(row: Any, field: str, where: str) -> str:
-    if not isinstance(row, dict):
-        raise HywiaError(f"{where}: expected a JSON object with a {field!r} field, got {_kind(row)}")
-    if field not in row:
-        fields = ", ".join(repr(name) for name in list(row)[:20]) or "none"
-        raise HywiaError(
-            f"{where}: expected a JSON object with a {field!r} field, got the fields {fields}; "
-            "name the one that holds the text by --text-field"
-        )
-    text = row[field]
-    if not isinstance(text, str):
-        raise HywiaError(f"{where}: expected {field!r} to be a string, got {_kind(text)}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise HywiaError(
-            f"{where}: expected text, got half of a surrogate pair (\\u{ord(text[error.start]):04x}) at character "
-            f"{error.start + 1} of {field!r}, which no tokenizer takes; repair or remove it"
-        ) from None
-    return text
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
+def _table_documents(path: Path, suffix: str, field: str, argument: str) -> list[str]:
+    with _opened(path, argument) as (file, encoding):  # so that what cannot be opened is told in the same words
+        if not file.read(1):
+            raise HywiaError(f"{argument}: {path} is empty")
+    # A mark that says how wide the characters are is skipped by the codec that is named without their order.
+    encoding = encoding if encoding == "utf-8" else encoding[:6]
+    return table_texts(path, suffix=suffix, field=field, encoding=encoding, argument=argument)
 
 
 @contextmanager
@@ -247,29 +237,3 @@ def _begins_with_an_object(path: Path, argument: str) -> bool:
         return isinstance(next(json_lines(path, argument), (0, None))[1], dict)
     except HywiaError:
         return False
-
-
-def _dataset_documents(source: str, field: str, argument: str) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError:
-        raise HywiaError(
-            f"{argument}: {source!r} is no .txt or .jsonl file; a dataset needs: pip install 'hywia_kernels[hub]'"
-        ) from None
-    name, _, rest = source.partition(":")
-    config, _, split = rest.partition(":")
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        for row in rows:
-            if not isinstance(row.get(field), str):
-                raise HywiaError(
-                    f"{argument}: dataset {source!r} has no {field!r} column; it has {sorted(row)}"
-                    if field not in row
-                    else f"{argument}: dataset {source!r}: expected {field!r} to be a string, got {_kind(row[field])}"
-                )
-            yield row[field]
-    except HywiaError:
-        raise
-    except Exception as error:  # datasets raises many kinds: not found, no network, bad config
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise HywiaError(f"{argument}: could not read dataset {source!r}: {reason}") from error

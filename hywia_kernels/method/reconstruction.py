@@ -33,9 +33,9 @@ from ..settings import RIDGE
 from ..types import Group, Plan
 from .calibration_data import check_tokens, digest
 from .moments import exact_products, factored, moment_dtype
-from .surgery import checked_groups, silence
+from .surgery import checked_groups, zero_units
 
-__all__ = ["refit"]
+__all__ = ["reconstruct"]
 
 _CHUNK_TOKENS = 8192
 _TINY = 1e-30
@@ -267,7 +267,7 @@ def _write(model: Any, plan: Plan, found: Sequence[Group], solved: Sequence[tupl
     while True:
         try:
             for group in found:
-                silence(model, group, plan.keep[group.name])  # a router's forward ends with the pass
+                zero_units(model, group, plan.keep[group.name])  # a router's forward ends with the pass
             for matrix, values in solved:
                 _apply(matrix, values)
             break
@@ -278,7 +278,7 @@ def _write(model: Any, plan: Plan, found: Sequence[Group], solved: Sequence[tupl
 
 
 @torch.no_grad()
-def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: float = RIDGE) -> Plan:
+def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: float = RIDGE) -> Plan:
     """Refit a model to a plan, before `prune` cuts it: removed units become zero, surviving output columns are solved.
 
     For every matrix `W` through which removed units sent their output on, in the order of the forward pass,
@@ -332,7 +332,7 @@ def refit(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: 
 
 
 def _refitted(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[str, list[float]]:
-    """`refit`; the relative errors of its matrices."""
+    """`reconstruct`; the relative errors of its matrices."""
     found = checked_groups(model, plan)
     check_tokens(samples.tokens, model)
     entry = arch.architecture(model)
@@ -352,7 +352,7 @@ def _refitted(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[st
                 aims = [_aim(layer, index, matrices, run, entry.residual is not None) for run in runs]
             with _tried(model, cut):
                 for group in here:
-                    silence(model, group, plan.keep[group.name])
+                    zero_units(model, group, plan.keep[group.name])
                 for matrix in matrices:
                     change, before, after = _equations(layer, index, matrix, runs, aims).solve(
                         ridge * matrix.kept.numel() / samples.total

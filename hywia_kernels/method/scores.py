@@ -11,7 +11,7 @@ from ..ops.reference import standardised_log
 from ..settings import FUSIONS, ORDERS
 from ..types import Group, Scores, Statistics
 
-__all__ = ["coarse_estimate", "fuse", "fused", "prior"]
+__all__ = ["blend", "coarse_estimate", "fuse", "prior"]
 
 
 def coarse_estimate(samples: Tensor, order: str) -> Tensor:
@@ -44,7 +44,7 @@ def prior(unit: str) -> float:
     return 0.9 if unit == "channel" else 0.05
 
 
-def fused(fine: Tensor, coarse: Tensor, fusion: str, backend: str, prior: float = 0.5) -> Tensor:
+def blend(fine: Tensor, coarse: Tensor, fusion: str, backend: str, prior: float = 0.5) -> Tensor:
     """One number per unit from its two estimates, both float32 `[units]`; `fusion` is one of `FUSIONS`.
 
     `prior` in (0, 1) is a bias on attention's keys: with 0.5 the op's own score, otherwise its weight `w` becomes
@@ -93,7 +93,7 @@ def fuse(
     values, loss = {}, {}
     for group in statistics.groups:
         coarse = coarse_estimate(statistics.coarse[group.name], order)
-        values[group.name] = fused(statistics.fine[group.name][order], coarse, fusion, backend, prior(group.unit))
+        values[group.name] = blend(statistics.fine[group.name][order], coarse, fusion, backend, prior(group.unit))
         loss[group.name] = _loss_estimate(statistics, group)
     record = {"criterion": "hywia", "fusion": fusion, "order": order, "statistics": dict(statistics.record)}
     return Scores(statistics.groups, values, loss, statistics.parameters, statistics.fingerprint, record)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import HywiaError, UsageError
 from ..settings import DEFAULT_KINDS, KINDS, LAYOUTS
 from ..types import Group, Plan, Scores
-from .allocation import redistribute
+from .allocation import allocate
 
 __all__ = ["check_kinds", "may_go", "plan", "ranked_again", "top_units"]
 
@@ -93,7 +93,7 @@ def plan(
         free = [g for g in scores.groups if g.kind == "mlp" and "mlp" in kinds and first <= g.layer < end]
         widths = {g.name: _widths(g, align, limits) for g in free}
         _some_width(free, widths)
-        counts |= redistribute(scores, counts, free, widths)
+        counts |= allocate(scores, counts, free, widths)
     request |= {"units": list(kinds), "align": align, "layout": layout}
     keep = {g.name: top_units(scores.values[g.name], counts[g.name]) for g in scores.groups}
     removed = sum((g.units - counts[g.name]) * g.unit_parameters for g in scores.groups)

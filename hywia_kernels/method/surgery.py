@@ -18,7 +18,7 @@ from ..errors import HywiaError
 from ..types import Group, Member, Plan
 from .undo import Removed, Undo
 
-__all__ = ["mask", "prune", "resize", "silence"]
+__all__ = ["mask", "prune", "resize", "zero_units"]
 
 _Parts = list[tuple[Member, Group]]
 
@@ -368,11 +368,11 @@ def mask(model: Any, plan: Plan) -> None:
     model = plain_model(model, changing=True)
     with plain_modes():
         for group in checked_groups(model, plan):
-            silence(model, group, plan.keep[group.name])
+            zero_units(model, group, plan.keep[group.name])
 
 
 @torch.no_grad()
-def silence(model: Any, group: Group, keep: Tensor) -> None:
+def zero_units(model: Any, group: Group, keep: Tensor) -> None:
     """Zero the units of one group that are not kept; see `mask`."""
     gone = _removed(group, keep)
     if not gone.numel():

@@ -16,9 +16,11 @@ from words import text, write_tokenizer
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.checkpoint.adaptive.alibi_hywia_adaptive import SURVIVORS
+from hywia_kernels.checkpoint.skeleton import skeleton
 from hywia_kernels.cli import main
 from tests.support.comparison import logits, relative
 from tests.support.cuts import CUTS, make_plan
+from tests.support.structure import check_alike
 
 CODE = Path(__file__).with_name("baichuan_code")
 BOMB = 'raise AssertionError("code of the checkpoint was run")\n'
@@ -237,3 +239,17 @@ def test_thirteen_by_command(thirteen, tmp_path, monkeypatch, capsys):
     assert sum(p.numel() for p in again.parameters()) < sum(
         t.numel() for t in load_file(thirteen / "model.safetensors").values()
     )
+
+
+def test_skeletons(seven, thirteen, tmp_path):
+    check_alike(skeleton(seven[0]), hk.load(seven[0], device="cpu")[0])
+    with pytest.raises(HywiaError, match="--trust-remote-code"):
+        skeleton(thirteen)
+    trusted = dict(device="cpu", trust_remote_code=True)
+    model, tokenizer = hk.load(thirteen, **trusted)
+    check_alike(skeleton(thirteen, trust_remote_code=True), model)
+    plan = make_plan(model, "adaptive-mlp")
+    hk.prune(model, plan)
+    hk.save(model, tokenizer, tmp_path / "cut", plan=plan)
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["module_changes"]
+    check_alike(skeleton(tmp_path / "cut", trust_remote_code=True), hk.load(tmp_path / "cut", **trusted)[0])

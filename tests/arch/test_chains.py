@@ -12,7 +12,7 @@ from families import FAMILIES, fresh, fresh_named, token_ids
 
 import hywia_kernels as hk
 from hywia_kernels.cli import main
-from hywia_kernels.method.mask_learning import learn
+from hywia_kernels.method.mask_learning import learn_masks
 from tests.support.comparison import logits, relative
 from tests.support.cuts import make_plan
 from tests.support.shapes import distinct
@@ -152,9 +152,9 @@ def test_masks_are_learned_on_the_model_s_own_logits(family):
     plan = hk.plan(scores, group_ratio=0.4, align=4, units=("mlp",))
     if family.experts:
         with pytest.raises(hk.HywiaError, match="is stacked experts"):
-            learn(model, scores, plan, tokens, steps=1)
+            learn_masks(model, scores, plan, tokens, steps=1)
         return
-    learned = learn(model, scores, plan, tokens, steps=2)
+    learned = learn_masks(model, scores, plan, tokens, steps=2)
     masked = fresh(family)
     hk.mask(masked, plan)
     dense, cut = (logits(m, tokens).double().log_softmax(-1) for m in (model, masked))

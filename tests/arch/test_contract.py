@@ -106,7 +106,7 @@ class TestContract:
         plan = make_plan(model, "both")
         masked, refitted = copy.deepcopy(model), copy.deepcopy(model)
         hk.mask(masked, plan)
-        after = hk.refit(refitted, plan, text, ridge=1e-2)
+        after = hk.reconstruct(refitted, plan, text, ridge=1e-2)
         errors = after.record["refit"]["relative_error"]
         assert len(errors) == sum(1 for g in plan.groups if g.members[-1].index is None and g.kind != "experts")
         assert all(new < old for old, new in errors.values())
@@ -215,7 +215,7 @@ def test_a_refitted_model_is_cut_as_it_was_solved(family):
     dense = logits(model, tokens)
     masked = copy.deepcopy(model)
     hk.mask(masked, plan)
-    plan = hk.refit(model, plan, tokens)
+    plan = hk.reconstruct(model, plan, tokens)
     errors = plan.record["refit"]["relative_error"]
     cut = [g for g in plan.groups if plan.keep[g.name].numel() < g.units]
     assert sorted(errors) == sorted(g.members[-1].module for g in cut)
@@ -233,7 +233,7 @@ def test_experts_are_cut_but_not_refitted(name):
         plan = make_plan(model, cut)
         masked = copy.deepcopy(model)
         hk.mask(masked, plan)
-        after = hk.refit(model, plan, token_ids())
+        after = hk.reconstruct(model, plan, token_ids())
         dense_mlps = [g for g in plan.groups if g.kind == "mlp" and g.members[-1].index is None]
         assert len(after.record["refit"]["relative_error"]) == (len(dense_mlps) if cut == "mlp" else 0)
         experts = [n for n, _ in model.named_parameters() if "experts." in n]

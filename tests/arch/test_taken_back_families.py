@@ -106,5 +106,5 @@ def test_a_refit_of_experts_that_fails_puts_the_router_back(monkeypatch):
         refitting, "_equations", lambda *a: calls.append(1) or (original(*a) if len(calls) < 2 else 1 / 0)
     )
     with pytest.raises(ZeroDivisionError):
-        hk.refit(model, plan, token_ids())
+        hk.reconstruct(model, plan, token_ids())
     assert_as_it_was(model, before, said, flags)

@@ -87,13 +87,13 @@ def counted(function, calls):
 
 
 def test_refit_and_leftover_do_not_see_tf32(model, tokens):
-    from hywia_kernels.method.head_residual import leftover
+    from hywia_kernels.method.head_residual import head_residuals
 
     whole = copy.deepcopy(model).float()
-    want = leftover(whole, tokens[:, :64])
+    want = head_residuals(whole, tokens[:, :64])
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        got = leftover(whole, tokens[:, :64])
+        got = head_residuals(whole, tokens[:, :64])
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
         torch.backends.cuda.matmul.fp32_precision = "none"

@@ -9,7 +9,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
-from hywia_kernels.method.scores import coarse_estimate, fused
+from hywia_kernels.method.scores import blend, coarse_estimate
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ def test_an_even_prior_is_the_op_itself(statistics):
     name = "model.layers.2.mlp"
     fine, coarse = statistics.fine[name]["second"], coarse_estimate(statistics.coarse[name], "second")
     want = hk.ops.attention_fusion(fine, coarse, backend="reference").score
-    assert torch.equal(fused(fine, coarse, "attention", "reference"), want)
-    near = fused(fine, coarse, "attention", "reference", 0.5 + 1e-9)
+    assert torch.equal(blend(fine, coarse, "attention", "reference"), want)
+    near = blend(fine, coarse, "attention", "reference", 0.5 + 1e-9)
     assert torch.allclose(near, want, atol=1e-6)
 
 

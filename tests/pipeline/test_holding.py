@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.arch.holding import plain_model
-from hywia_kernels.method.head_residual import leftover
+from hywia_kernels.method.head_residual import head_residuals
 
 
 class Sharded(torch.Tensor):
@@ -44,9 +44,9 @@ def wrapped(name, attribute, model):
 
 PASSES = {
     "calibrate": lambda model, tokens, plan: hk.calibrate(model, tokens),
-    "leftover": lambda model, tokens, plan: leftover(model, tokens),
-    "learn": lambda model, tokens, plan: hk.learn(model, plan.scores, plan, tokens, steps=1),
-    "refit": lambda model, tokens, plan: hk.refit(model, plan, tokens),
+    "leftover": lambda model, tokens, plan: head_residuals(model, tokens),
+    "learn": lambda model, tokens, plan: hk.learn_masks(model, plan.scores, plan, tokens, steps=1),
+    "refit": lambda model, tokens, plan: hk.reconstruct(model, plan, tokens),
     "mask": lambda model, tokens, plan: hk.mask(model, plan),
     "prune": lambda model, tokens, plan: hk.prune(model, plan),
     "save": lambda model, tokens, plan: hk.save(model, None, plan.folder / "out"),
@@ -174,13 +174,13 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_a_wrapped_model_is_scored_as_it_is(tokens, wrap):
     model = fresh(TINY[2])
-    want, left = hk.calibrate(model, tokens), leftover(model, tokens)
+    want, left = hk.calibrate(model, tokens), head_residuals(model, tokens)
     outer = WRAPPERS[wrap](model)
     state = model_state(model)
     got = hk.calibrate(outer, tokens)
     assert got.fingerprint == want.fingerprint
     assert all(torch.equal(got.coarse[n], want.coarse[n]) for n in want.coarse)
-    assert all(torch.equal(v, left[n]) for n, v in leftover(outer, tokens).items())
+    assert all(torch.equal(v, left[n]) for n, v in head_residuals(outer, tokens).items())
     assert hk.perplexity(outer, tokens) == hk.perplexity(model, tokens)
     assert_same(state, model_state(model))
 
@@ -190,8 +190,8 @@ def test_a_wrapped_model_is_cut_inside(tokens, wrap, tmp_path):
     model, plain = fresh(TINY[2]), fresh(TINY[2])
     plan = make_plan(model, "both")
     outer = WRAPPERS[wrap](model)
-    hk.prune(outer, hk.refit(outer, plan, tokens))
-    hk.prune(plain, hk.refit(plain, plan, tokens))
+    hk.prune(outer, hk.reconstruct(outer, plan, tokens))
+    hk.prune(plain, hk.reconstruct(plain, plan, tokens))
     for (name, one), two in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, two), name
     hk.save(outer, None, tmp_path / "out")

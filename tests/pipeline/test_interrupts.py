@@ -154,7 +154,7 @@ def test_the_refits_memory_has_its_own_lever(here, monkeypatch, capsys):
     run = ["prune", "model", "-o", "out", "--ratio", "0.2", "--calib", "text.txt", "--samples", "3", "--seq-len", "16"]
     assert main([*run, "--align", "4", "--no-eval", "--units", "mlp"]) == 1
     assert "try fewer --reconstruct-samples" in capsys.readouterr().err
-    assert compression.refit is refit.refit
+    assert compression.reconstruct is refit.refit
 
 
 def test_other_refusals_of_the_system_are_messages(here, monkeypatch, capsys):

@@ -27,7 +27,7 @@ def divergence(dense, pruned, tokens):
 def test_learned_masks_lose_less_than_where_they_began(gqa, text, units):
     scores = hk.score(gqa, criterion="random", seed=2)  # a start that leaves much to find
     plan = hk.plan(scores, group_ratio=0.4, units=units, align=4)
-    learned = hk.learn(gqa, scores, plan, text, steps=25, batch=8)
+    learned = hk.learn_masks(gqa, scores, plan, text, steps=25, batch=8)
     again = hk.plan(learned, group_ratio=0.4, units=units, align=4)
     assert again.widths("mlp") == plan.widths("mlp")
     assert again.widths("attention") == plan.widths("attention")
@@ -54,7 +54,7 @@ def test_model_and_other_groups_stay_as_they_were(gqa, text):
     before = {k: v.clone() for k, v in gqa.state_dict().items()}
     scores = hk.fuse(hk.calibrate(gqa, text[:4]))
     plan = hk.plan(scores, group_ratio=0.4, layers=(1, 2), units=("mlp",), align=4)
-    learned = hk.learn(gqa, scores, plan, text, steps=2, batch=4)
+    learned = hk.learn_masks(gqa, scores, plan, text, steps=2, batch=4)
     assert all(torch.equal(v, before[k]) for k, v in gqa.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in gqa.parameters())
     assert not any(m._forward_pre_hooks for m in gqa.modules())
@@ -62,7 +62,7 @@ def test_model_and_other_groups_stay_as_they_were(gqa, text):
         same = torch.equal(learned.values[group.name], scores.values[group.name])
         assert same == (group.name != "model.layers.1.mlp"), group.name
     assert learned.record["fusion"] == "learned"
-    repeated = hk.learn(gqa, scores, plan, text, steps=2, batch=4)
+    repeated = hk.learn_masks(gqa, scores, plan, text, steps=2, batch=4)
     assert torch.equal(repeated.values["model.layers.1.mlp"], learned.values["model.layers.1.mlp"])
 
 
@@ -70,8 +70,8 @@ def test_bad_requests(gqa, text):
     scores = hk.score(gqa, criterion="random")
     plan = hk.plan(scores, group_ratio=0.4, align=4)
     with pytest.raises(UsageError, match="steps: expected steps and batch of at least 1, got 0 and 16"):
-        hk.learn(gqa, scores, plan, text, steps=0)
+        hk.learn_masks(gqa, scores, plan, text, steps=0)
     with torch.no_grad():
         gqa.model.layers[0].mlp.down_proj.weight.mul_(2.0)
     with pytest.raises(HywiaError, match="made for another model"):
-        hk.learn(gqa, scores, plan, text)
+        hk.learn_masks(gqa, scores, plan, text)

@@ -60,4 +60,4 @@ def test_a_plan_that_removes_nothing(gqa, tokens):
     keep = {g.name: torch.arange(g.units) for g in plan.groups}
     plan = dataclasses.replace(plan, keep=keep, parameters_after=plan.parameters_before)
     with pytest.raises(UsageError, match="^plan: expected one that removes units, got one that keeps all"):
-        hk.learn(gqa, scores, plan, tokens, steps=1)
+        hk.learn_masks(gqa, scores, plan, tokens, steps=1)

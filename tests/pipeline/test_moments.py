@@ -10,7 +10,7 @@ from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
-from hywia_kernels.method.head_residual import leftover
+from hywia_kernels.method.head_residual import head_residuals
 from hywia_kernels.method.moments import exact_products, factored
 from hywia_kernels.ops.precision import full_float32
 
@@ -136,9 +136,9 @@ def test_the_whole_work_under_either_setting(text, way):
     plan = make_plan(model, "both")
     WAYS[way]()
     before = shown()
-    left = leftover(model, text)
+    left = head_residuals(model, text)
     hk.calibrate(model, text)
-    after = hk.refit(model, plan, text)
+    after = hk.reconstruct(model, plan, text)
     hk.prune(model, after)
     assert shown() == before
     assert all(bool((v > 0).all()) for v in left.values())
@@ -152,9 +152,9 @@ def test_activations_that_are_no_numbers_are_named(gqa, text, value, layer):
         gqa.model.layers[layer].self_attn.v_proj.weight[0, 0] = value
     name = rf"model\.layers\.{layer}\.self_attn\.o_proj: expected finite activations, got NaN or Inf"
     with pytest.raises(HywiaError, match=name):
-        leftover(gqa, text)
+        head_residuals(gqa, text)
     with pytest.raises(HywiaError, match=name):
-        hk.refit(gqa, make_plan(gqa, "attention"), text)
+        hk.reconstruct(gqa, make_plan(gqa, "attention"), text)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in gqa.modules())
 
 

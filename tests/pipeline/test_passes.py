@@ -15,7 +15,7 @@ from tiny import TINY, fresh, make_plan
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.engine import passes, patches, rotary
-from hywia_kernels.method.head_residual import leftover
+from hywia_kernels.method.head_residual import head_residuals
 
 ORDERS = ("first", "second", "mixed")
 
@@ -84,8 +84,8 @@ def test_the_same_model_under_any_mode(mode, tokens):
         plan = make_plan(model, "both")
         with context():
             before = process_state()
-            left = leftover(model, tokens)
-            after = hk.refit(model, plan, tokens)
+            left = head_residuals(model, tokens)
+            after = hk.reconstruct(model, plan, tokens)
             hk.prune(model, after)
             assert_same(before, process_state())
         assert not any(p.is_inference() for p in model.parameters())
@@ -123,7 +123,7 @@ def test_a_layer_that_was_compiled_is_measured_as_it_is(gqa, tokens, way):
     vars(gqa.model.layers[2].mlp)["_compiled_call_impl"] = refuse
     state = model_state(gqa)
     equal(hk.calibrate(gqa, tokens, **way), want)
-    leftover(gqa, tokens)
+    head_residuals(gqa, tokens)
     assert_same(state, model_state(gqa))
 
 
@@ -214,11 +214,11 @@ class Interrupt:
 
 def work(model, tokens, what):
     if what == "leftover":
-        return leftover(model, tokens)
+        return head_residuals(model, tokens)
     if what == "learn":
         scores = hk.score(model, criterion="random")
         plan = hk.plan(scores, group_ratio=0.4, align=4)
-        return hk.learn(model, scores, plan, tokens, steps=1, batch=2)
+        return hk.learn_masks(model, scores, plan, tokens, steps=1, batch=2)
     return hk.calibrate(model, tokens[:2, :5], engine=what[0], memory=what[1])
 
 

@@ -131,8 +131,8 @@ def test_another_field(tmp_path, tokenizer):
         ("a.txt", b"\xef\xbb\xbf", "is empty"),
         ("a.txt.gz", b"no gzip", "cannot read"),
         ("a.txt.gz", gzip.compress(b"text" * 999, mtime=0)[:30], "cannot read"),
-        ("a.parquet", b"PAR1", r"expected a .txt or .jsonl file"),
-        ("a.tsv", "a\tb", r"expected a .txt or .jsonl file"),
+        ("a.arrow", b"ARROW1", r"expected a .txt, .jsonl, .json, .csv, .tsv or .parquet file"),
+        ("a.csv.zst", "a,b", r"expected a .txt, .jsonl, .json, .csv, .tsv or .parquet file"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message):

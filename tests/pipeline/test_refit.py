@@ -31,7 +31,7 @@ def test_one_matrix_is_the_ridge_regression_that_is_stated(text):
     scores = hk.score(dense, criterion="random", seed=2)
     plan = hk.plan(scores, group_ratio=0.5, layers=(1, 2), units=("mlp",), align=4)
     refitted = copy.deepcopy(dense)
-    hk.refit(refitted, plan, text, ridge=3.0)
+    hk.reconstruct(refitted, plan, text, ridge=3.0)
     seen = {}
     layer, down = dense.model.layers[1], dense.model.layers[1].mlp.down_proj
     hooks = [
@@ -62,7 +62,7 @@ def test_the_model_gets_nearer_to_the_dense_one(model, text, name):
     plan = make_plan(model, name)
     masked, refitted = copy.deepcopy(model), copy.deepcopy(model)
     hk.mask(masked, plan)
-    after = hk.refit(refitted, plan, text, ridge=1e-3)
+    after = hk.reconstruct(refitted, plan, text, ridge=1e-3)
     assert hidden_error(model, refitted, text) < 0.85 * hidden_error(model, masked, text)
     errors = after.record["refit"]["relative_error"]
     assert all(new < old for old, new in errors.values())
@@ -72,7 +72,7 @@ def test_the_model_gets_nearer_to_the_dense_one(model, text, name):
 
 def test_refitted_then_cut_equals_refitted(model, text):
     plan = make_plan(model, "both")
-    after = hk.refit(model, plan, text)
+    after = hk.reconstruct(model, plan, text)
     with torch.no_grad():
         want = model(text[:2]).logits
     hk.prune(model, after)
@@ -87,9 +87,9 @@ def test_padding_does_not_count(gqa, text, monkeypatch):
     plan = make_plan(gqa, "both")
     ragged = [row[: 6 + (i % 7) * 2] for i, row in enumerate(text)]
     one, two = copy.deepcopy(gqa), copy.deepcopy(gqa)
-    hk.refit(one, plan, ragged)
+    hk.reconstruct(one, plan, ragged)
     monkeypatch.setattr("hywia_kernels.engine.samples.Samples.chunks", lambda samples, _: single(samples))
-    hk.refit(two, plan, ragged)
+    hk.reconstruct(two, plan, ragged)
     for (name, a), b in zip(one.named_parameters(), two.named_parameters(), strict=True):
         assert torch.allclose(a, b[1], rtol=1e-3, atol=1e-5), name
 
@@ -105,7 +105,7 @@ def test_a_large_ridge_leaves_the_survivors_as_they_were(gqa, text):
     plan = make_plan(gqa, "mlp")
     masked = copy.deepcopy(gqa)
     hk.mask(masked, plan)
-    hk.refit(gqa, plan, text, ridge=1e9)
+    hk.reconstruct(gqa, plan, text, ridge=1e9)
     for layer, (a, b) in enumerate(zip(gqa.model.layers, masked.model.layers, strict=True)):
         assert torch.allclose(a.mlp.down_proj.weight, b.mlp.down_proj.weight, atol=1e-6), layer
 
@@ -113,7 +113,7 @@ def test_a_large_ridge_leaves_the_survivors_as_they_were(gqa, text):
 def test_nothing_else_changes(gqa, text):
     plan = make_plan(gqa, "adaptive")
     before = {k: v.clone() for k, v in gqa.state_dict().items()}
-    hk.refit(gqa, plan, text)
+    hk.reconstruct(gqa, plan, text)
     cut = [g for g in plan.groups if plan.keep[g.name].numel() < g.units]
     changed = {k for k, v in gqa.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {f"{m.module}.weight" for g in cut for m in g.members}
@@ -128,10 +128,10 @@ def test_nothing_else_changes(gqa, text):
 def test_bad_requests(gqa, text):
     plan = make_plan(gqa, "mlp")
     with pytest.raises(UsageError, match="ridge: expected a positive number, got 0"):
-        hk.refit(gqa, plan, text, ridge=0)
+        hk.reconstruct(gqa, plan, text, ridge=0)
     with pytest.raises(HywiaError, match="vocabulary"):
-        hk.refit(gqa, plan, text + 1000)
-    after = hk.refit(gqa, plan, text)
+        hk.reconstruct(gqa, plan, text + 1000)
+    after = hk.reconstruct(gqa, plan, text)
     with pytest.raises(HywiaError, match="the weights differ"):
-        hk.refit(gqa, plan, text)
+        hk.reconstruct(gqa, plan, text)
     hk.prune(gqa, after)

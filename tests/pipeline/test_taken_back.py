@@ -53,12 +53,12 @@ def test_a_refit_that_fails(model, text, at, step, monkeypatch):
 
     monkeypatch.setattr(refitting, step, planted)
     with pytest.raises(HywiaError, match="planted"):
-        hk.refit(model, plan, text)
+        hk.reconstruct(model, plan, text)
     assert len(calls) == at
     assert_as_it_was(model, before)
     assert_same(state, model_state(model))
     monkeypatch.undo()
-    assert hk.refit(model, plan, text).fingerprint != plan.fingerprint  # and it can be tried again
+    assert hk.reconstruct(model, plan, text).fingerprint != plan.fingerprint  # and it can be tried again
 
 
 def test_an_interrupted_refit(text):
@@ -67,14 +67,14 @@ def test_an_interrupted_refit(text):
     plan = make_plan(made, "both")
     model = copy.deepcopy(made)
     with Interrupt() as whole:
-        hk.refit(model, plan, text)
+        hk.reconstruct(model, plan, text)
     before, after = values(made), values(model)
     outcomes = set()
     for at in (*range(1, whole.lines, whole.lines // 40), *range(whole.lines - 130, whole.lines, 2)):
         model = copy.deepcopy(made)
         state = model_state(model)
         with Interrupt(at):
-            hk.refit(model, plan, text)
+            hk.reconstruct(model, plan, text)
         now = values(model)
         outcomes.add(whole_of(now, before, after))
         assert_same(state, model_state(model))
@@ -99,14 +99,14 @@ def test_a_solution_that_the_dtype_cannot_hold_is_refused(gqa, text, monkeypatch
 
     monkeypatch.setattr(refitting._Normal, "solve", huge)
     with pytest.raises(HywiaError, match=r"layers\.0\.mlp\.down_proj: its solution is beyond the range of float32"):
-        hk.refit(gqa, plan, text)
+        hk.reconstruct(gqa, plan, text)
     assert_as_it_was(gqa, before)
 
 
 @pytest.mark.parametrize("ridge", [float("nan"), float("inf"), -1.0, "4", True, None])
 def test_a_ridge_that_is_no_positive_number(gqa, text, ridge):
     with pytest.raises(hk.UsageError, match="^ridge: expected a positive number, got"):
-        hk.refit(gqa, make_plan(gqa, "mlp"), text, ridge=ridge)
+        hk.reconstruct(gqa, make_plan(gqa, "mlp"), text, ridge=ridge)
 
 
 def test_an_interrupted_cut(gqa):

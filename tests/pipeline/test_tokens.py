@@ -156,7 +156,7 @@ def test_longer_than_the_positions_is_refused_before_any_work(family, tokenizer,
         hk.calibration(model, tokenizer, str(tmp_path / "a.txt"), samples=2, seq_len=65)
     with pytest.raises(UsageError, match="seq_len: the model has 64 positions, got 65"):
         hk.calibration(model, tokenizer, samples=2, seq_len=65)
-    for work in (hk.calibrate, hk.leftover, lambda m, t: hk.refit(m, plan, t)):
+    for work in (hk.calibrate, hk.head_residuals, lambda m, t: hk.reconstruct(m, plan, t)):
         with pytest.raises(UsageError, match="seq_len: the model has 64 positions, got 65"):
             work(model, tokens)
     with pytest.raises(UsageError, match="block: the model has 64 positions, got 65"):

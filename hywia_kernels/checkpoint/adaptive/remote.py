@@ -16,7 +16,7 @@ from ...errors import HywiaError
 from .. import description, loaded_weights
 from ..ties import set_ties
 
-__all__ = ["adapted", "is_remote_code", "load"]
+__all__ = ["adapted", "is_remote_code", "load", "skeleton"]
 
 _CHANGES = "module_changes"
 
@@ -91,3 +91,22 @@ def _built(source: str, dtype: Any, values: Mapping[str, Any]) -> tuple[Any, Map
     network, report = loaded_weights.read(source, Changed, config=config, dtype=dtype)
     network.__class__ = family
     return network, report
+
+
+def skeleton(source: str, dtype: Any, values: Mapping[str, Any]) -> Any:
+    """The model of such a directory on the meta device, for a caller who may run its code (see `load`).
+
+    Args:
+        source: the directory. dtype: None takes the config's. values: the content of its config.json.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from .modeling_hywia_adaptive import change_modules
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+    options = {} if dtype is None else {"dtype": dtype}
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, trust_remote_code=True, **options)
+        if values.get(_CHANGES):
+            change_modules(network, values[_CHANGES])
+    return network

@@ -80,7 +80,7 @@ class HyWIAImportance(Scorer, importance.Importance):
             return None
         # On the CPU in float64: the vectors are short, and every machine gets the same scores.
         prior = fusions.prior("head" if size > 1 else "channel")
-        score = fusions.fused(fine.cpu(), coarse.cpu(), self.fusion, "reference", prior)
+        score = fusions.blend(fine.cpu(), coarse.cpu(), self.fusion, "reference", prior)
         scores = score.repeat_interleave(size) if size > 1 else score
         return importance.MagnitudeImportance()._normalize(scores, self.normalizer)
 

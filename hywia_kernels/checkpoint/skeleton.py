@@ -1,0 +1,121 @@
+"""A model's structure without its weights: what can be planned and estimated before anything large is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import HywiaError
+from . import baichuan, hub, loaded_weights
+from .adaptive import remote
+from .sources import Judged, Source, check_tokenizer, judged, located, need_gguf, refusal
+from .tying import settle_tying
+from .weight_files import Stored
+
+__all__ = ["skeleton"]
+
+_STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth")
+
+
+def skeleton(model: str | Path = "smollm2", *, trust_remote_code: bool = False) -> Any:
+    """The model that `load` would give, in eval mode and the stored dtype, with every tensor on the meta device.
+
+    Weights are neither read nor fetched: of a hub model come the files that describe it. Headers of weights that lie in
+    a local directory are judged as `load` judges them; a directory of a config alone is taken too. Its groups and its
+    numbers of parameters are the loaded model's. (Of a hub model, and of a directory of a config alone, whether head
+    and embedding are one is as the config says.)
+
+    Args:
+        model: a hub id, a local directory, a `.gguf` file, or "smollm2", as `load` takes them.
+        trust_remote_code: True runs the Python files of a checkpoint whose family transformers does not have.
+
+    Raises:
+        UsageError, HywiaError: what `load` raises before it reads weights.
+    """
+    source = located(model)
+    try:
+        network = _gguf(source.path) if source.is_gguf else _directory(source, trust_remote_code is True)
+    except (HywiaError, MemoryError):
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, ... by cause
+        raise refusal(model, error) from error
+    network.config.name_or_path = network.name_or_path = source.name
+    return network.eval()
+
+
+def _directory(source: Source, trusted: bool) -> Any:
+    made = judged(source, trusted=trusted, quantised=False)
+    folder = source.path
+    if source.from_hub and made.code:
+        folder = hub.with_code(source.name, folder)
+    stored: dict[str, Stored] = {}
+    if source.from_hub:
+        check_tokenizer(folder, source.name, made)
+    elif any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        stored = loaded_weights.check_stored(folder, made.values, quantised=False)
+        check_tokenizer(folder, source.name, made)
+    network = _built(folder, made, stored)
+    loaded_weights.check_types(network, source.name)
+    settle_tying(network)
+    return network
+
+
+def _built(folder: Path, made: Judged, stored: dict[str, Stored]) -> Any:
+    if made.rotary:
+        return loaded_weights.described(baichuan.llama_config(made.values), _dtype(_named(made.values), stored))
+    if made.code:
+        return remote.skeleton(str(folder), _dtype(_named(made.values), stored), made.values)
+    config = loaded_weights.stock_config(folder)
+    dtype = _dtype(config.dtype, stored)
+    network = loaded_weights.described(config, dtype)
+    if _stored_apart(network, folder, stored):
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            part.tie_word_embeddings = False
+        network = loaded_weights.described(config, dtype)
+    return network
+
+
+def _named(values: dict[str, Any]) -> Any:
+    import torch
+
+    name = values.get("dtype", values.get("torch_dtype"))
+    return None if name in (None, "auto") else getattr(torch, str(name).removeprefix("torch."))
+
+
+def _dtype(configured: Any, stored: dict[str, Stored]) -> Any:
+    """As loading by "auto" chooses: the config's, or that of the first tensor of floating-point numbers."""
+    import torch
+
+    if configured is not None:
+        return configured
+    first = next((_STORED_DTYPES[t.dtype] for t in stored.values() if t.dtype in _STORED_DTYPES), "float32")
+    return getattr(torch, first)
+
+
+def _stored_apart(network: Any, folder: Path, stored: dict[str, Stored]) -> bool:
+    """Whether head and embedding, which the config says are one, are stored as two that differ: both are kept then."""
+    import torch
+    from safetensors import safe_open
+
+    head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return False
+    names = [n for n, p in network.named_parameters(remove_duplicate=False) if p is embedding.weight]
+    names = [n for n in names if n in stored]
+    if len(names) < 2:
+        return False
+    tensors = []
+    for name in names[:2]:
+        with safe_open(str(stored[name].file), "pt") as file:
+            tensors.append(file.get_tensor(name))
+    return not torch.equal(*tensors)
+
+
+def _gguf(path: Path) -> Any:
+    need_gguf()
+    config = loaded_weights.check_gguf(path)
+    network = loaded_weights.described(config, _dtype(config.dtype, {}))
+    loaded_weights.check_types(network, str(path))
+    settle_tying(network)
+    return network
