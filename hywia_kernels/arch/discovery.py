@@ -197,7 +197,7 @@ def _expert_groups(model: nn.Module, modules: Modules, names: Experts, prefix: s
         "expert",
         whole,
         parameters,
-        least=least,
+        min_units=least,
         width_field=names.count_field,
     )
     for e in range(count):
@@ -212,7 +212,7 @@ def _expert_groups(model: nn.Module, modules: Modules, names: Experts, prefix: s
             "channel",
             members,
             _unit_parameters(modules, members),
-            together=f"{prefix}.mlp",
+            tied_width=f"{prefix}.mlp",
             width_field=names.width_field,
         )
 
@@ -403,9 +403,9 @@ def config_widths(model: nn.Module, found: Sequence[Group]) -> dict[str, list[in
     widths: dict[str, list[int]] = {}
     seen = set()
     for group in found:
-        if group.together and group.together in seen:
+        if group.tied_width and group.tied_width in seen:
             continue  # as wide as the first of its layer
-        seen.add(group.together)
+        seen.add(group.tied_width)
         by_field = {group.width_field: group.units}
         if group.kind == "attention":
             heads = group.units * (group.members[-1].group_size // size)

@@ -142,7 +142,7 @@ def check_untouched(rules: Sequence[Constraint], groups: Sequence[Group], cut: C
                 f"serve: {_said(broken)}, but {group.name} keeps its {_counted(group, group.units)}; let {group.kind} "
                 "be cut as well, pass another --tensor-parallel, or leave the server out of --serve"
             )
-        if not any(all(r.admits(group, w) for r in hard) for w in range(group.least, group.units)):
+        if not any(all(r.admits(group, w) for r in hard) for w in range(group.min_units, group.units)):
             raise UsageError(
                 f"serve: {_said(broken)}, which {group.name} cannot meet with at most {_counted(group, group.units)}; "
                 "pass another --tensor-parallel, or leave the server out of --serve"

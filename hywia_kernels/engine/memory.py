@@ -125,7 +125,7 @@ def _sizes(
         hidden = max(outside)
         largest = max(largest, max(s.numel() for s in shapes))
         # A token goes to a few of the experts, and each of those is a group.
-        share = experts[group.layer].least / experts[group.layer].units if group.together else 1.0
+        share = experts[group.layer].min_units / experts[group.layer].units if group.tied_width else 1.0
         kept = element * (hidden + sum(inside))
         if group.kind == "mlp":
             if entry.mlp.gated is not None:

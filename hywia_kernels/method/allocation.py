@@ -49,7 +49,7 @@ def allocate(
         )
     items: dict[str, list[Group]] = {}
     for group in groups:
-        items.setdefault(group.together or group.name, []).append(group)
+        items.setdefault(group.tied_width or group.name, []).append(group)
     steps = [s for i, members in enumerate(items.values()) for s in _steps(scores, i, members, widths)]
     steps.sort(key=lambda s: (s.price, s.item, s.order))
     budget = sum((g.units - counts[g.name]) * g.unit_parameters for g in groups)

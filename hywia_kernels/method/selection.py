@@ -177,7 +177,7 @@ def _layout(groups: Iterable[Group], counts: dict[str, int]) -> str:
 
 def _widths(group: Group, align: int, limits: Limits | None) -> list[int]:
     """Counts a group may be cut to, ascending, the present one included."""
-    found = list(range(group.least, group.units + 1))
+    found = list(range(group.min_units, group.units + 1))
     if group.kind == "mlp":
         found = [*range(align, group.units, align), group.units]
     return found if limits is None else limits(group, found)

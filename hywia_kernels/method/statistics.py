@@ -247,7 +247,7 @@ def _measured(
     linears = arch.linears(modules, found)
     weight = linears[found[0].members[0].module].weight
     engine, ran_on, reason = _chosen_engine(engine, backend, weight.detach())
-    experts = next((g.members[0].module for g in found if g.together), None)
+    experts = next((g.members[0].module for g in found if g.tied_width), None)
     modes = MODES if engine == "fused" and experts is None else MODES[:-1]
     if memory == "layerwise" and memory not in modes:
         raise UsageError(

@@ -15,7 +15,7 @@ from ..arch.holding import plain_model
 from ..checkpoint.adaptive.alibi_hywia_adaptive import SURVIVORS, keep_heads
 from ..engine.passes import plain_modes, put_back
 from ..errors import HywiaError
-from ..types import Group, Member, Plan
+from ..types import Group, Member, Plan, check_together
 from .undo import Removed, Undo
 
 __all__ = ["mask", "prune", "resize", "zero_units"]
@@ -58,14 +58,14 @@ def checked_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
         )
     for group in found:
         keep = plan.keep.get(group.name)
-        if keep is None or keep.numel() < group.least:
-            least = "one" if group.least == 1 else str(group.least)
+        if keep is None or keep.numel() < group.min_units:
+            least = "one" if group.min_units == 1 else str(group.min_units)
             kept = "nothing" if keep is None or keep.numel() == 0 else str(keep.numel())
             raise HywiaError(
                 f"plan: {group.name} keeps {kept}; every such group must keep at least {least} {group.unit}"
             )
     counts = {g.name: plan.keep[g.name].numel() for g in found}
-    _check_together(found, counts)
+    check_together(found, counts)
     experts = {counts[g.name] for g in found if g.kind == "experts"}
     if len(experts) > 1 and getattr(arch.text_config(model), "output_router_logits", False):
         raise HywiaError(
@@ -73,29 +73,6 @@ def checked_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
             "wants as many in all; cut all layers alike, or set config.output_router_logits to False"
         )
     return found
-
-
-def _check_together(found: Sequence[Group], counts: Mapping[str, int]) -> None:
-    widths: dict[str, dict[int, str]] = {}
-    cut: dict[int, set[str]] = {}
-    for group in found:
-        if counts[group.name] != group.units:
-            cut.setdefault(group.layer, set()).add(f"{group.kind}{bool(group.together)}")
-        if group.together:
-            widths.setdefault(group.together, {})[counts[group.name]] = group.name
-    for name, by_count in widths.items():
-        if len(by_count) > 1:
-            (a, one), (b, two) = list(by_count.items())[:2]
-            raise HywiaError(
-                f"plan: {one} keeps {a} and {two} {b}, but the matrices of {name} are stacked in one parameter and "
-                "must stay equally wide; plan with the same share for both"
-            )
-    for layer, kinds in cut.items():
-        if {"mlpTrue", "expertsFalse"} <= kinds:
-            raise HywiaError(
-                f"plan: cuts whole experts and channels of experts of layer {layer}, which hold each other; "
-                "cut one kind, score again, then cut the other"
-            )
 
 
 def _replace(parameter: Tensor, kept: Tensor) -> nn.Parameter:
@@ -317,13 +294,13 @@ def resize(model: Any, counts: Mapping[str, int]) -> None:
         group = found.get(name)
         if group is None:
             raise HywiaError(f"resize: expected groups of the model, got {name!r}; groups(model) lists them")
-        if units < group.least:
-            least = "one" if group.least == 1 else str(group.least)
+        if units < group.min_units:
+            least = "one" if group.min_units == 1 else str(group.min_units)
             raise HywiaError(f"resize: expected at least {least} {group.unit} in {name}, got {units}")
         if group.kind == "attention" and entry.attention.alibi is not None and units != group.units:
             raise HywiaError(f"resize: {name} has slopes that belong to heads; a count does not say which stay")
     wanted = {name: counts.get(name, group.units) for name, group in found.items()}
-    _check_together(list(found.values()), wanted)
+    check_together(list(found.values()), wanted)
     for (name, leaf), parts in _by_parameter(list(found.values())).items():
         module = model.get_submodule(name)
         parameter = getattr(module, leaf)

@@ -76,8 +76,8 @@ class Group:
         unit_parameters: parameters (weights, row biases, vectors) that leave with one unit.
         stock_counts: unit counts a stock config can describe when every layer has the same; empty means any.
         vectors: parameters with entries per unit that leave with it and are not scored.
-        least: fewest units that can stay.
-        together: groups of one such name must keep as many units as each other; "" means that it is alone.
+        min_units: fewest units that can stay.
+        tied_width: groups of one such name must keep as many units as each other; "" means that it is alone.
         width_field: config field that holds the width; "" where the config has none.
 
     Raises:
@@ -93,8 +93,8 @@ class Group:
     unit_parameters: int
     stock_counts: tuple[int, ...] = ()
     vectors: tuple[Member, ...] = ()
-    least: int = 1
-    together: str = ""
+    min_units: int = 1
+    tied_width: str = ""
     width_field: str = ""
 
     def __post_init__(self) -> None:
@@ -114,8 +114,8 @@ class Group:
             return "units", "at least one unit"
         if not is_count(self.unit_parameters, 0):
             return "unit_parameters", "a number of parameters"
-        if not (is_count(self.least, 1) and self.least <= self.units):
-            return "least", f"1 to {self.units} units"
+        if not (is_count(self.min_units, 1) and self.min_units <= self.units):
+            return "min_units", f"1 to {self.units} units"
         if not self.members:
             return "members", "at least one matrix"
         for name in ("members", "vectors"):
@@ -124,7 +124,7 @@ class Group:
                 return name, "a tuple of members"
         if type(self.stock_counts) is not tuple or not all(is_count(n, 1) for n in self.stock_counts):
             return "stock_counts", "a tuple of unit counts"
-        for name in ("unit", "together", "width_field"):
+        for name in ("unit", "tied_width", "width_field"):
             if type(getattr(self, name)) is not str:
                 return name, "a string"
         return None
@@ -158,9 +158,9 @@ def check_together(groups: Sequence[Group], counts: Mapping[str, int]) -> None:
     cut: dict[int, set[str]] = {}
     for group in groups:
         if counts[group.name] != group.units:
-            cut.setdefault(group.layer, set()).add(f"{group.kind}{bool(group.together)}")
-        if group.together:
-            widths.setdefault(group.together, {})[counts[group.name]] = group.name
+            cut.setdefault(group.layer, set()).add(f"{group.kind}{bool(group.tied_width)}")
+        if group.tied_width:
+            widths.setdefault(group.tied_width, {})[counts[group.name]] = group.name
     for name, by_count in widths.items():
         if len(by_count) > 1:
             (a, one), (b, two) = list(by_count.items())[:2]

@@ -210,10 +210,10 @@ class Plan:
 def _kept(group: Group, keep: Any) -> int:
     """How many units a group keeps, after a look at which."""
     count = keep.numel() if isinstance(keep, Tensor) else 0
-    if isinstance(keep, Tensor) and count < group.least:
+    if isinstance(keep, Tensor) and count < group.min_units:
         raise HywiaError(
             f"plan: {group.name} keeps {count or 'nothing'}; every such group must keep at least "
-            f"{'one' if group.least == 1 else group.least} {group.unit}"
+            f"{'one' if group.min_units == 1 else group.min_units} {group.unit}"
         )
     _check_tensor(group.name, "kept units", keep, (count,), torch.int64)
     # Ascending, so the first and the last tell the range.

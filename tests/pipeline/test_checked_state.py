@@ -160,8 +160,8 @@ GROUPS = {
     "vectors": [[], ("v",)],
     "unit_parameters": [-1, 1.5, None],
     "stock_counts": [[1], (0,), ("2",)],
-    "least": [0, 57, None],
-    "together": [None, 3],
+    "min_units": [0, 57, None],
+    "tied_width": [None, 3],
     "width_field": [None],
 }
 
