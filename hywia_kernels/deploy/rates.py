@@ -12,7 +12,7 @@ from ..ops.precision import full_float32
 
 __all__ = ["H100", "Rates", "measured_rates"]
 
-_SECONDS, _LEAST_ROUNDS = 0.04, 3  # of each measurement
+_SECONDS, _LEAST_ROUNDS = 0.03, 2  # of each measurement
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ H100 = Rates(products=780e12, moments=50e12, factors=2e12, copies=2.6e12, launch
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Of a CPU or CUDA device, within about 0.3 s: two products, one factorisation and one copy, repeated.
+    """Of a CPU or CUDA device, by two products, a factorisation and a copy, repeated: 0.3 s where it is idle.
 
     A device that others use too shows the rates that are left.
     """
@@ -54,7 +54,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
         piece = torch.ones((256 if cuda else 16) << 20, dtype=torch.uint8, device=device)
         other = torch.empty_like(piece)
         copies = 2 * piece.numel() / _seconds(lambda: other.copy_(piece), device)
-    return Rates(products, moments, factors, copies, launch=H100.launch if cuda else 0.2e-3)
+    return Rates(products, moments, factors, copies, launch=H100.launch if cuda else 1e-3)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
