@@ -38,7 +38,7 @@ from .loss import LOGIT_BYTES
 from .results import result_bytes
 from .samples import Samples
 
-__all__ = ["MODES", "MemoryPlan", "free_bytes", "plan_memory", "plan_whole"]
+__all__ = ["MODES", "MemoryPlan", "free_bytes", "plan_memory", "plan_whole", "scoring_bytes"]
 
 MODES = MEMORY[1:]
 Linears = Mapping[str, nn.Module]
@@ -230,6 +230,26 @@ def plan_memory(
     if not layerwise:
         return lean
     return _layerwise(linears, samples, sizes)
+
+
+def scoring_bytes(
+    model: Any, linears: Linears, found: Sequence[Group], samples: Samples, free: int, *, kernels: bool
+) -> int:
+    """What a pass of the mode that `plan_memory` would choose needs beside the weights, of a model that may be on the
+    meta device, where so many bytes are free beside them. Where nothing fits, what the least would need.
+
+    Args:
+        samples: of like length. free: bytes. kernels: the gate is one kernel.
+    """
+    sizes = _sizes(model, linears, found, samples, float64=False, kernels=kernels)
+    tokens, weights = samples.tokens.numel(), weight_bytes(model)
+    fast = sizes.fast(tokens)
+    if fast <= max(_MODEST * weights, _MODEST_BYTES) and fast <= _SHARE * free:
+        return fast
+    lean = sizes.lean(tokens, sizes.whole(tokens, weights) if kernels else 0)
+    if lean <= _SHARE * free:
+        return lean
+    return sizes.layerwise(samples.total, max(CHUNK_TOKENS, samples.longest), offload=False)
 
 
 def plan_whole(model: Any, linears: Linears, found: Sequence[Group], samples: Samples, requested: str) -> MemoryPlan:

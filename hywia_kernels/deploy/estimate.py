@@ -1,0 +1,247 @@
+"""What a run will take, before it begins: seconds by stage, memory of the device, room on the disk.
+
+FLOPs are counted from the model's shapes (see each function); a stage's seconds are its FLOPs over the device's rate of
+the kind and the stage's efficiency, which is the share of that rate the stage was measured to reach. They were set on
+LLaMA-7B's shapes in bfloat16 on an H100 with products of 780 TFLOP/s, cut by half: scoring 96 samples of 128 tokens
+1.2 s, head ranking on them 2.2 s, reconstruction on 1,024 samples 14.7 s, cutting 0.10 s; and roughly, on a CPU of two
+threads shared with other work, on SmolLM2. Expect the right order of magnitude, and a factor of two or three where a
+device is shared, a model is very small or its layers are run by a slower path. Reading and writing the model on the
+disk is not counted, nor is evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import arch
+from ..arch.facts import weight_bytes
+from ..engine.memory import free_bytes, scoring_bytes
+from ..engine.samples import padded
+from ..errors import UsageError
+from ..types import Group
+from .cost import Work, work_of
+from .rates import Rates, measured_rates
+
+__all__ = ["STAGES", "Estimate", "estimate"]
+
+STAGES = ("writing", "scoring", "head ranking", "reconstruction", "cutting")
+_WRITERS = 64  # samples that are written at a time
+_CHUNK_TOKENS = 8192  # that head ranking and reconstruction run at a time
+_FORWARD = 0.55  # of the products' rate: a forward pass over some thousand tokens
+_SCORING = 0.5  # the same of a forward and backward pass with its scores
+_RECONSTRUCTION = 0.9  # the same of the passes of full chunks through one layer at a time
+_DECODING = 0.3  # of a step's products, which are narrow
+_MOMENTS = 0.9  # of the moments' rate
+_CUT_COPIES = 15  # times the weights could be read or written while they are cut
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take.
+
+    Attributes:
+        seconds: by stage, of STAGES; those that the run does not have are left out.
+        memory_bytes: of the device at the stage that needs most, the weights with it.
+        disk_bytes: of the weights that are written.
+    """
+
+    seconds: Mapping[str, float]
+    memory_bytes: int
+    disk_bytes: int
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+def estimate(
+    model: Any,
+    *,
+    samples: int = 96,
+    seq_len: int = 128,
+    writes: bool = False,
+    ranks_heads: bool = False,
+    reconstruct_samples: int = 0,
+    ratio: float = 0.5,
+    device: torch.device | str | None = None,
+    rates: Rates | None = None,
+) -> Estimate:
+    """Estimate a run of the recipe.
+
+    Args:
+        model: to be pruned; it may be on the meta device (`skeleton`).
+        samples: scored, 0 for a run that scores nothing on text. seq_len: tokens of a sample.
+        writes: the model writes the text, as many samples as scoring or reconstruction takes.
+        ranks_heads: heads are ranked by a regression, on the samples that are scored.
+        reconstruct_samples: 0 for none.
+        ratio: share of the units that goes.
+        device: of the run; None: the model's, or the CPU where that is the meta device.
+        rates: of the device; None: they are measured, in about 0.3 s.
+
+    Raises:
+        UsageError: a count below zero, fewer than two tokens, or a ratio beyond [0, 1). HywiaError: an unknown
+            architecture.
+    """
+    for name, value, least in (
+        ("samples", samples, 0),
+        ("seq_len", seq_len, 2),
+        ("reconstruct_samples", reconstruct_samples, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UsageError(f"{name}: expected a whole number from {least}, got {value!r}")
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio < 1.0:
+        raise UsageError(f"ratio: expected a number from 0 to below 1, got {ratio!r}")
+    where = _device(model, device)
+    work, groups = work_of(model), arch.groups(model)
+    rates = measured_rates(where, next(model.parameters()).dtype) if rates is None else rates
+    scored = samples if ranks_heads else 0
+    seconds = {
+        "writing": _writing(work, max(samples, reconstruct_samples) if writes else 0, seq_len, len(work.kv), rates),
+        "scoring": _scoring(work, samples, seq_len, rates),
+        "head ranking": _ranking(work, groups, scored, seq_len, rates),
+        "reconstruction": _reconstruction(work, groups, reconstruct_samples, seq_len, 1.0 - ratio, rates),
+        "cutting": _CUT_COPIES * work.weight_bytes / rates.copies if ratio else 0.0,
+    }
+    size = work.element_size
+    removed = sum(int(ratio * g.units) * g.unit_parameters for g in groups if not g.together)
+    return Estimate(
+        seconds={stage: seconds[stage] for stage in STAGES if seconds[stage] > 0.0},
+        memory_bytes=work.weight_bytes
+        + max(
+            _writing_bytes(work, min(max(samples, reconstruct_samples), _WRITERS) if writes else 0, seq_len),
+            _scoring_bytes(model, groups, samples, seq_len, where),
+            _ranking_bytes(work, groups, scored, seq_len, where),
+            _reconstruction_bytes(work, groups, reconstruct_samples, seq_len, 1.0 - ratio, where),
+        ),
+        disk_bytes=max(work.weight_bytes - removed * size, 0),
+    )
+
+
+def _device(model: Any, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    own = next(model.parameters()).device
+    return torch.device("cpu") if own.type == "meta" else own
+
+
+def _forward(work: Work, samples: int, seq_len: int, *, logits: bool) -> float:
+    """FLOPs of a forward pass; `logits` of every token."""
+    without = work.prefill_flops(samples, seq_len) - 2.0 * samples * work.head
+    return without + (2.0 * samples * seq_len * work.head if logits else 0.0)
+
+
+def _writing(work: Work, samples: int, seq_len: int, layers: int, rates: Rates) -> float:
+    """A decoding step for every token: its products, and at least the weights' bytes and the layers' launches."""
+    steps = seq_len - 1
+    total = 0.0
+    for first in range(0, samples, _WRITERS):
+        batch = min(_WRITERS, samples - first)
+        products = _forward(work, batch, 1, logits=True) / (rates.products * _DECODING)
+        total += steps * max(products, work.decode_bytes(batch, seq_len // 2) / rates.copies, layers * rates.launch)
+    return total
+
+
+def _scoring(work: Work, samples: int, seq_len: int, rates: Rates) -> float:
+    """Three times a forward pass: that, gradients of activations, and those of weights."""
+    return 3.0 * _forward(work, samples, seq_len, logits=True) / (rates.products * _SCORING)
+
+
+def _ranking(work: Work, groups: Any, samples: int, seq_len: int, rates: Rates) -> float:
+    """A forward pass, second moments `[width, width]` of every layer's heads, and an inverse of each."""
+    if not samples:
+        return 0.0
+    passes = _forward(work, samples, seq_len, logits=False) / (rates.products * _FORWARD)
+    moments = sum(2.0 * samples * seq_len * width**2 for width in _head_widths(groups))
+    return (
+        passes
+        + moments / (rates.moments * _MOMENTS)
+        + sum(float(width) ** 3 for width in _head_widths(groups)) / rates.factors
+    )
+
+
+def _head_widths(groups: Any) -> list[int]:
+    return [_inputs(g) for g in groups if g.kind == "attention"]
+
+
+def _inputs(group: Group) -> int:
+    """Width of what enters the matrix through which the units send their output on."""
+    return group.units * group.members[-1].group_size
+
+
+def _solved(groups: Any) -> list[Group]:
+    """The groups whose output matrices are solved again: stacked experts' are not."""
+    return [g for g in groups if g.members[-1].index is None and g.kind != "experts"]
+
+
+def _reconstruction(work: Work, groups: Any, samples: int, seq_len: int, kept: float, rates: Rates) -> float:
+    """Two passes a layer and one for each of its matrices; moments of the surviving inputs with themselves and with the
+    outputs; a factorisation and four triangular products' worth of solving."""
+    if not samples or kept == 1.0:
+        return 0.0
+    solved = _solved(groups)
+    tokens, layers = samples * seq_len, max(len(work.kv), 1)
+    passes = (2.0 + len(solved) / layers) * _forward(work, samples, seq_len, logits=False)
+    moments = factors = 0.0
+    for group in solved:
+        inputs, outputs = kept * _inputs(group), work.hidden
+        moments += 2.0 * tokens * inputs * (inputs + outputs) + 4.0 * inputs**2 * outputs
+        factors += inputs**3
+    return (
+        passes / (rates.products * _RECONSTRUCTION) + moments / (rates.moments * _MOMENTS) + factors / 3 / rates.factors
+    )
+
+
+def _writing_bytes(work: Work, samples: int, seq_len: int) -> int:
+    """The cache, and logits in float32 with what sampling makes of them."""
+    vocabulary = work.head // work.hidden
+    return samples * (seq_len * work.kv_bytes_per_token + 4 * 4 * vocabulary)
+
+
+def _scoring_bytes(model: Any, groups: Any, samples: int, seq_len: int, device: torch.device) -> int:
+    if not samples:
+        return 0
+    free = free_bytes(device)
+    if next(model.parameters()).is_meta:
+        free -= weight_bytes(model)  # they are to be there too
+    text = padded(torch.zeros(samples, seq_len, dtype=torch.int64))
+    kernels = device.type == "cuda"
+    return scoring_bytes(model, arch.linears(model, groups), groups, text, max(free, 0), kernels=kernels)
+
+
+def _moment_bytes(device: torch.device) -> int:
+    return 8 if device.type == "cpu" else 4
+
+
+def _layer_bytes(work: Work, tokens: int) -> int:
+    """Activations of one layer's widest part, in the model's dtype."""
+    widest = max(n + k for n, k in work.matrices)
+    return work.element_size * tokens * (4 * work.hidden + 3 * widest)
+
+
+def _ranking_bytes(work: Work, groups: Any, samples: int, seq_len: int, device: torch.device) -> int:
+    """One chunk's activations, the moments of all layers, and one layer's in float64 with its factor and inverse."""
+    if not samples:
+        return 0
+    widths = _head_widths(groups)
+    moments = _moment_bytes(device) * sum(w * w for w in widths) + 4 * 8 * max((w * w for w in widths), default=0)
+    return moments + _layer_bytes(work, min(samples * seq_len, max(_CHUNK_TOKENS, seq_len)))
+
+
+def _reconstruction_bytes(
+    work: Work, groups: Any, samples: int, seq_len: int, kept: float, device: torch.device
+) -> int:
+    """Hidden states of both models and the dense layer's outputs for all tokens, a chunk's activations, one matrix's
+    equations with what solving them makes in float64, and a copy of one layer's weights."""
+    if not samples or kept == 1.0:
+        return 0
+    tokens = samples * seq_len
+    states = 5 * tokens * work.hidden * work.element_size
+    inputs = math.ceil(kept * max((_inputs(g) for g in _solved(groups)), default=0))
+    equations = inputs * (inputs + work.hidden) * (_moment_bytes(device) + 3 * 8)
+    layer = work.weight_bytes // max(len(work.kv), 1)
+    return states + equations + layer + _layer_bytes(work, min(tokens, max(_CHUNK_TOKENS, seq_len)))

@@ -1,0 +1,140 @@
+"""Estimates of a run: near what was measured, larger for more work, without weights, and soon there."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+import torch
+
+import hywia_kernels as hk
+from hywia_kernels import UsageError
+from hywia_kernels.arch.facts import weight_bytes
+from hywia_kernels.deploy.estimate import STAGES, Estimate, estimate
+from hywia_kernels.deploy.rates import H100, Rates, measured_rates
+from tests.support.models import random_model, sizes
+from tests.support.tiny import TINY, fresh
+
+ALL = dict(writes=True, ranks_heads=True, reconstruct_samples=96, rates=H100)
+
+
+@pytest.fixture(scope="module")
+def seven():
+    """LLaMA-7B's shapes in bfloat16, without memory."""
+    with torch.device("meta"):
+        return random_model(seed=None, **sizes(32000, 4096, 11008, 32, 32, 32)).bfloat16()
+
+
+def test_what_was_measured_on_an_h100(seven):
+    got = estimate(seven, samples=96, seq_len=128, ranks_heads=True, reconstruct_samples=1024, ratio=0.5, rates=H100)
+    measured = {"scoring": 1.2, "head ranking": 2.2, "reconstruction": 14.7, "cutting": 0.10}
+    assert got.seconds.keys() == measured.keys()
+    for stage, seconds in measured.items():
+        assert seconds / 3 < got.seconds[stage] < 3 * seconds, (stage, got.seconds[stage])
+    assert got.total_seconds == pytest.approx(sum(got.seconds.values()))
+
+
+def test_memory_is_the_weights_and_the_stage_that_needs_most(seven):
+    bare = estimate(seven, samples=0, rates=H100)
+    assert bare.memory_bytes == weight_bytes(seven)
+    assert set(bare.seconds) == {"cutting"}
+    scored = estimate(seven, samples=10, rates=H100)
+    assert 13.5e9 < scored.memory_bytes < 20e9, "the pass over ten samples was measured at 14.7 GB"
+    solved = estimate(seven, samples=0, reconstruct_samples=1024, rates=H100)
+    # Five hidden states a token, as much again for the equations and a chunk.
+    assert 5 * 1024 * 128 * 4096 * 2 < solved.memory_bytes - weight_bytes(seven) < 12e9
+
+
+def test_a_model_without_weights_is_estimated_like_the_model():
+    model = fresh(TINY[2])
+    with torch.device("meta"):
+        bare = type(model)(model.config)
+    assert dataclasses.asdict(estimate(bare, **ALL)) == dataclasses.asdict(estimate(model, **ALL))
+
+
+@pytest.mark.parametrize("stage", STAGES[:4])
+def test_more_samples_take_longer(seven, stage):
+    counts = (64, 100, 200, 1000)
+    many = [estimate(seven, **{**ALL, "samples": n, "reconstruct_samples": n}).seconds[stage] for n in counts]
+    assert many == sorted(set(many))
+    longer = estimate(seven, **{**ALL, "seq_len": 256}).seconds[stage]
+    assert longer > 1.3 * estimate(seven, **ALL).seconds[stage]
+
+
+def test_more_samples_need_more_memory_until_the_pass_is_a_leaner_one(monkeypatch):
+    model = fresh(TINY[1])
+    needs = []
+    for free in (1 << 40, 50_000_000):
+        monkeypatch.setattr("hywia_kernels.deploy.estimate.free_bytes", lambda device, free=free: free)
+        needs.append([estimate(model, samples=n, seq_len=128, rates=H100).memory_bytes for n in (8, 64, 512)])
+    assert needs[0] == sorted(set(needs[0]))
+    assert needs[1][0] == needs[0][0]
+    assert needs[1][2] < 0.6 * needs[0][2]
+
+
+@pytest.mark.parametrize("stage", ["scoring", "cutting"])
+def test_seconds_go_with_size(stage):
+    """Four times the weights in the layers, twice the layers: eight times the work, but for the embeddings."""
+    with torch.device("meta"):
+        small = random_model(seed=None, **sizes(512, 512, 1536, 4, 8, 8))
+        large = random_model(seed=None, **sizes(512, 1024, 3072, 8, 8, 8))
+    ratio = estimate(large, **ALL).seconds[stage] / estimate(small, **ALL).seconds[stage]
+    assert 6.0 < ratio < 8.5
+
+
+def test_seconds_go_with_the_rates(seven):
+    slow = Rates(*(value / 10 for value in dataclasses.astuple(H100)[:4]), launch=10 * H100.launch)
+    once, again = estimate(seven, **ALL).seconds, estimate(seven, **{**ALL, "rates": slow}).seconds
+    assert again == pytest.approx({stage: 10 * seconds for stage, seconds in once.items()})
+
+
+def test_the_disk_holds_what_stays():
+    model = random_model(**sizes(259, 64, 128, 2, 4, 4))
+    assert estimate(model, ratio=0.0, rates=H100).disk_bytes == weight_bytes(model)
+    expected = estimate(model, ratio=0.5, rates=H100).disk_bytes
+    hk.prune(model, hk.plan(hk.score(model, criterion="random"), group_ratio=0.5, align=1))
+    assert expected == weight_bytes(model)
+
+
+def test_experts():
+    with torch.device("meta"):
+        fields = sizes(512, 64, 96, 2, 4, 2)
+        model = random_model("mixtral", seed=None, **fields, num_local_experts=4, num_experts_per_tok=2)
+    got = estimate(model, **ALL)
+    assert set(got.seconds) == set(STAGES)
+    assert got.memory_bytes > weight_bytes(model)
+    assert 0 < got.disk_bytes < weight_bytes(model)
+
+
+def test_rates_are_measured_soon():
+    measured_rates(torch.device("cpu"), torch.float32)
+    began = time.process_time()
+    got = measured_rates(torch.device("cpu"), torch.float32)
+    assert time.process_time() - began < 0.6 * max(torch.get_num_threads(), 1)
+    for rate in dataclasses.astuple(got)[:3]:
+        assert 1e7 < rate < 1e14
+    assert estimate(fresh(TINY[0]), samples=4, seq_len=16).total_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"samples": -1}, "samples: expected a whole number from 0, got -1"),
+        ({"samples": 1.5}, "samples: expected a whole number from 0, got 1.5"),
+        ({"seq_len": 1}, "seq_len: expected a whole number from 2, got 1"),
+        ({"reconstruct_samples": True}, "reconstruct_samples: expected a whole number"),
+        ({"ratio": 1.0}, "ratio: expected a number from 0 to below 1, got 1.0"),
+        ({"ratio": float("nan")}, "ratio: expected a number from 0 to below 1, got nan"),
+    ],
+)
+def test_arguments_are_judged(gqa, wrong, message):
+    with pytest.raises(UsageError, match=message):
+        estimate(gqa, rates=H100, **wrong)
+
+
+def test_an_estimate_cannot_be_changed(gqa):
+    got = estimate(gqa, rates=H100)
+    assert isinstance(got, Estimate)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        got.memory_bytes = 0
