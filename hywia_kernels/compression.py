@@ -204,20 +204,6 @@ def with_text(measured: Measured, model: Any, tokenizer: Any, recipe: Recipe) ->
     return replace(measured, tokens=tokens, record={**measured.record, "text": text})
 
 
-def plan_for_recipe(scores: Scores, recipe: Recipe) -> Plan:
-    """The plan that a resolved recipe makes of scores.
-
-    Raises:
-        UsageError: the model cannot meet the request.
-    """
-    return planning.plan_for(scores, **_request(recipe))
-
-
-def _request(recipe: Recipe) -> dict[str, Any]:
-    names = ("target", "serve", "tensor_parallel", "ratio", "group_ratio", "layers", "units", "align", "layout")
-    return {name: getattr(recipe, name) for name in names}
-
-
 def check(model: Any, tokenizer: Any, recipe: Recipe, measured: Measured | None = None) -> Recipe:
     """The resolved recipe, once it is sure that the model can meet it; no text is read.
 
@@ -233,7 +219,7 @@ def check(model: Any, tokenizer: Any, recipe: Recipe, measured: Measured | None 
             "in this dtype"
         )
     scores = None if measured is None else measured.scores
-    planning.check_reachable(model, scores, criterion=recipe.criterion, **_request(recipe))
+    planning.check_reachable(model, scores, criterion=recipe.criterion, **recipe.plan_request())
     if recipe.text_samples() and measured is None:
         check_length(model, recipe.seq_len, "seq_len")
         if tokenizer is not None:
@@ -337,7 +323,7 @@ def _decided(model: Any, recipe: Recipe, measured: Measured, clock: _Clock) -> t
         with clock.time("head ranking"):
             scores = rank_heads(scores, head_residuals(model, text))
     with clock.time("planning"):
-        plan = plan_for_recipe(scores, recipe)
+        plan = planning.plan_for(scores, **recipe.plan_request())
     if recipe.fusion == LEARNED:
         assert measured.tokens is not None
         with clock.time("mask learning"):

@@ -155,6 +155,11 @@ class Recipe:
         """The kinds of units that may go."""
         return tuple(self.group_ratio) if isinstance(self.group_ratio, Mapping) else tuple(self.units)
 
+    def plan_request(self) -> dict[str, Any]:
+        """What of the recipe `planning.plan_for` takes."""
+        names = ("target", "serve", "tensor_parallel", "ratio", "group_ratio", "layers", "units", "align", "layout")
+        return {name: getattr(self, name) for name in names}
+
     def text_samples(self) -> int:
         """How many samples of text the resolved recipe reads at the most."""
         wanted = [self.samples if self.criterion == "hywia" else 0]

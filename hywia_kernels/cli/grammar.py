@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+from collections.abc import Iterator
 from importlib import metadata
+from typing import NoReturn
 
 from ..deploy import device_profiles, serving_rules
 from . import arguments as shared
@@ -11,9 +14,31 @@ from . import arguments as shared
 __all__ = ["parser"]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says which option may have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        options = [o for action in self._every_action() for o in action.option_strings]
+        for word in message.split():
+            name = word.partition("=")[0]
+            if "unrecognized arguments" in message and name.startswith("--"):
+                near = difflib.get_close_matches(name, options, 1)
+                if near:
+                    message += f"; did you mean {near[0]}?"
+                    break
+        super().error(message)
+
+    def _every_action(self) -> Iterator[argparse.Action]:
+        for action in self._actions:
+            yield action
+            if isinstance(action, argparse._SubParsersAction):
+                for command in action.choices.values():
+                    yield from command._actions
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of `hywia`; each command's name is its module's beside this one."""
-    root = argparse.ArgumentParser(prog="hywia", description="Structured pruning of language models by HyWIA.")
+    root = _Parser(prog="hywia", description="Structured pruning of language models by HyWIA.")
     root.add_argument("--version", action="version", version=f"hywia_kernels {metadata.version('hywia_kernels')}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _score(commands.add_parser("score", help="measure a model once; keep statistics, scores and text"))
@@ -37,7 +62,7 @@ def _score(command: argparse.ArgumentParser) -> None:
 
 def _prune(command: argparse.ArgumentParser) -> None:
     shared.add_model(command)
-    shared.add_output(command)
+    shared.add_output(command, required=False)
     command.add_argument("--in-place", action="store_true", help="let DIR be the model itself, which is replaced")
     shared.add_cut(command, device_profiles.NAMES, serving_rules.DEFAULT)
     source = command.add_argument_group("where the recipe comes from")

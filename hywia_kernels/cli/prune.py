@@ -17,6 +17,7 @@ from ..settings import LEARNED
 from ..types import Plan
 from . import arguments as shared
 from . import console, session
+from .dry_run import dry_run
 
 __all__ = ["run"]
 
@@ -28,6 +29,8 @@ _OF_TEXT = ("samples", "seq_len", "seed", "bos", "text_field")
 def run(arguments: argparse.Namespace) -> None:
     """Checks, then the work with the output held."""
     session.begin(arguments)
+    if arguments.output is None and not arguments.dry_run:
+        raise UsageError("output: expected a directory to write (-o DIR), or --dry-run, got neither")
     if arguments.scores:
         _check_with_scores(arguments)
     measured = Measured(*load_measured(arguments.scores)) if arguments.scores else None
@@ -35,6 +38,9 @@ def run(arguments: argparse.Namespace) -> None:
     recipe.check()
     session.check_scoring(arguments, recipe, text_is_read=measured is None or "calibration" in vars(arguments))
     evaluation = None if arguments.no_eval else session.evaluation_of(arguments)
+    if arguments.dry_run:
+        dry_run(arguments, recipe, None if measured is None else measured.scores)
+        return
     with session.claimed(arguments, in_place=arguments.in_place, least=_least_bytes(arguments, recipe)):
         model, tokenizer = session.load_model(arguments)
         if measured is not None and "calibration" in vars(arguments):

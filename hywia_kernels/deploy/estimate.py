@@ -108,7 +108,7 @@ def estimate(
         "cutting": _CUT_COPIES * work.weight_bytes / rates.copies if ratio else 0.0,
     }
     size = work.element_size
-    removed = sum(int(ratio * g.units) * g.unit_parameters for g in groups if not g.together)
+    removed = sum(int(ratio * g.units) * g.unit_parameters for g in groups if not g.tied_width)
     return Estimate(
         seconds={stage: seconds[stage] for stage in STAGES if seconds[stage] > 0.0},
         memory_bytes=work.weight_bytes

@@ -76,13 +76,16 @@ def plan_for(
 
 def check_reachable(
     model: Any, scores: Scores | None = None, *, criterion: str | None = "hywia", **request: Any
-) -> None:
+) -> Plan:
     """Make sure that a request can be planned before anything is measured: what widths are reachable, servers' rules,
     layers and kinds depend on the model alone.
 
     Args:
         model: the model to prune. scores: its scores, where there are some already. criterion: what it is to be scored
             by; only "hywia" estimates the loss. request: as `plan_for` takes it.
+
+    Returns:
+        A plan of the request's size; without scores, which of its widths and units they are is not known yet.
 
     Raises:
         UsageError, HywiaError: what `plan_for` would raise with the model's scores; a server's rule that the vocabulary
@@ -97,7 +100,7 @@ def check_reachable(
         alike = {g.name: torch.zeros(g.units) for g in groups}
         loss = alike if criterion == "hywia" else {}
         scores = Scores(groups, alike, loss, count_parameters(model), "", {"criterion": criterion})
-    plan_for(scores, **request)
+    return plan_for(scores, **request)
 
 
 def _free_widths(

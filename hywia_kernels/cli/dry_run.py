@@ -1,0 +1,67 @@
+"""`hywia prune --dry-run`: what would be done and what it takes, from the model's config alone."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from ..checkpoint import saving
+from ..checkpoint.skeleton import skeleton
+from ..deploy import planning
+from ..deploy.estimate import estimate
+from ..recipe import Recipe
+from ..types import Scores
+from . import console
+
+__all__ = ["dry_run"]
+
+
+def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None) -> None:
+    """Print and report a plan of the request's size, its predicted gain, and the time and memory of the run.
+
+    No weight is read. With stored scores the plan's widths are the run's own; without them they are decided by scoring,
+    and what is shown is one plan of that size.
+
+    Raises:
+        UsageError, HywiaError: the model cannot meet the request, as the run would say.
+    """
+    model = skeleton(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    recipe = recipe.resolved(torch.device(device).type)
+    plan = planning.check_reachable(model, scores, criterion=recipe.criterion, **recipe.plan_request())
+    plan = planning.with_prediction(plan, model, recipe.target)
+    heads_go = any(g.kind == "attention" and plan.keep[g.name].numel() < g.units for g in plan.groups)
+    takes = estimate(
+        model,
+        samples=recipe.samples if scores is None and recipe.criterion == "hywia" else 0,
+        seq_len=recipe.seq_len,
+        writes=scores is None and recipe.calibration is None and recipe.text_samples() > 0,
+        ranks_heads=heads_go and recipe.head_ranking == "residual",
+        reconstruct_samples=recipe.reconstruct_samples or 0,
+        ratio=plan.ratio,
+        device=device,
+    )
+    console.say("dry run: nothing is loaded or written")
+    console.print_plan(plan)
+    if scores is None:
+        console.say("  which widths of this size, and which units, is decided by the scores")
+    stages = ", ".join(f"{stage} {seconds:,.1f} s" for stage, seconds in takes.seconds.items())
+    console.say(f"  will take about {takes.total_seconds:,.0f} s on {device} beside loading and evaluation: {stages}")
+    console.say(
+        f"  and about {takes.memory_bytes / 1e9:,.2f} GB of memory; writes about {takes.disk_bytes / 1e9:,.2f} GB"
+    )
+    content = {
+        "dry_run": True,
+        "recipe": recipe.to_dict(),
+        "plan": saving.plan_record(plan),
+        "estimate": {
+            "device": device,
+            "seconds": dict(takes.seconds),
+            "memory_bytes": takes.memory_bytes,
+            "disk_bytes": takes.disk_bytes,
+        },
+    }
+    console.write_json(arguments.json, content)
