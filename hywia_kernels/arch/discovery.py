@@ -229,10 +229,10 @@ def _accepts(config_class: Any, values: Mapping[str, Any]) -> bool:
 
 def _family_class(config: Any) -> Any:
     """The config class whose checks a stock checkpoint must pass; one whose layers differ runs none of them."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
     base = getattr(config, "base_model_type", None)
-    return type(config) if base is None else type(AutoConfig.for_model(base))
+    return type(config) if base is None else CONFIG_MAPPING[base]
 
 
 def checks_of(config_class: Any) -> tuple[str, ...]:

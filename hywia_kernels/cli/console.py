@@ -43,7 +43,9 @@ def print_evaluation(found: Mapping[str, Any]) -> None:
 
 
 def _say_text(found: Mapping[str, Any]) -> None:
-    text = found["text"]
+    text = found.get("text")
+    if not text:
+        return
     bos = ", each beginning with the beginning-of-text token" if text["bos"] else ""
     say(f"perplexity on {text['blocks']:,} blocks of {text['block']:,} tokens{bos}: {text['name']}")
 

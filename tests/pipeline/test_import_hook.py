@@ -112,3 +112,14 @@ def test_in_a_new_interpreter_before_and_after_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()) == (0, ["True", "True"]), done.stderr
+
+
+def test_in_a_new_interpreter_where_the_classes_themselves_come_first():
+    """Their import is what imports transformers, in whose middle they are not made yet."""
+    code = (
+        "from hywia_kernels.checkpoint.adaptive.modeling_hywia_adaptive import HywiaAdaptiveForCausalLM as made;"
+        "from transformers import AutoModelForCausalLM; from transformers.models.auto.configuration_auto import *;"
+        "print(AutoModelForCausalLM._model_mapping[CONFIG_MAPPING['hywia_adaptive']] is made)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["True"]), done.stderr

@@ -34,16 +34,19 @@ def _register_config() -> None:
 def _register_model() -> None:
     from transformers import AutoModelForCausalLM
 
+    from . import modeling_hywia_adaptive as modeling
     from .configuration_hywia_adaptive import HywiaAdaptiveConfig
-    from .modeling_hywia_adaptive import HywiaAdaptiveForCausalLM
 
-    AutoModelForCausalLM.register(HywiaAdaptiveConfig, HywiaAdaptiveForCausalLM, exist_ok=True)
+    made = getattr(modeling, "HywiaAdaptiveForCausalLM", None)
+    if made is not None:  # otherwise its own import is what imports transformers, and this step follows it again
+        AutoModelForCausalLM.register(HywiaAdaptiveConfig, made, exist_ok=True)
 
 
-# Module of transformers -> what to do as soon as it has been imported.
+# Module -> what to do as soon as it has been imported.
 _AFTER = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_model,
+    f"{__name__}.modeling_hywia_adaptive": _register_model,
 }
 
 
@@ -102,7 +105,7 @@ def register() -> None:
     """Make `AutoConfig` and `AutoModelForCausalLM` load adaptive checkpoints, now or when transformers is imported.
 
     Where transformers has been imported, two classes are registered with it. Where it has not, a finder is put in front
-    of `sys.meta_path` which waits for the two modules of `_AFTER` and has the classes registered after them; of other
+    of `sys.meta_path` which waits for the modules of `_AFTER` and has the classes registered after them; of other
     modules it says nothing. Nothing else of the interpreter or of transformers is changed; a second call adds nothing.
     """
     with _LOCK:
