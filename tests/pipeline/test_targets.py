@@ -26,7 +26,7 @@ def test_h100_is_measured_and_its_rule_is_read_from_its_costs():
     target = device_profiles.resolve("h100")
     assert target.measured
     assert "H100" in target.device
-    text = (device_profiles.resources.files("hywia_kernels.deploy.device_profiles") / "h100.json").read_text()
+    text = (device_profiles.resources.files("hywia_kernels.deploy") / "profiles" / "h100.json").read_text()
     costs = {int(a): c for a, c in json.loads(text)["alignment_costs"].items()}
     assert all(costs[target.align] <= c * 1.03 for a, c in costs.items() if a > target.align)
     assert any(costs[target.align // 2] > c * 1.03 for a, c in costs.items() if a >= target.align)
