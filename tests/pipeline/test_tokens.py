@@ -6,22 +6,18 @@ import itertools
 import json
 import math
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY, fresh
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.cli import main
 from hywia_kernels.evaluation import blocks, continuation, tokens_per_second
 from hywia_kernels.method.calibration_data import windows
-from hywia_kernels.method.tokens import positions, prefix
-
-sys.path.append(str(Path(__file__).parents[1] / "arch"))
-from families import fresh_named
+from hywia_kernels.method.tokens import digest, positions, prefix
+from tests.support.families import fresh_named
+from tests.support.tiny import TINY, fresh
 
 
 def byte_tokenizer(template: str):
@@ -116,7 +112,7 @@ def test_endless_streams_without_text_end(tokenizer):
 def test_the_same_windows_as_ever(tokenizer):
     """Of lists: figures of earlier runs stay comparable."""
     got = windows(DOCUMENTS[:200], tokenizer, samples=40, seq_len=32, seed=7)
-    assert hk.text.digest(got) == "c461624dbd373f677dd23ca7f2f81279a59eed6771216af57495fb9b68b2f508"
+    assert digest(got) == "c461624dbd373f677dd23ca7f2f81279a59eed6771216af57495fb9b68b2f508"
 
 
 LEARNED = {"gpt2": 64, "opt": 64}
