@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from hywia_kernels import charts
+from hywia_kernels.cli import charts
 
 from . import models
 from .rows import Row, read_rows

@@ -2,7 +2,9 @@
 
     language   what an entry can say
     table      the entries
-    discovery  from a model and its entry to groups, views of their matrices, and config fields
+    configs    what a model's config says, and which head counts its family takes
+    views      the matrices that units lie on
+    discovery  from a model and its entry to groups and config fields
     support    the table as README shows it
 
 An architecture is an entry, not a class. Module names are relative to the decoder layer; widths are read from the
@@ -10,20 +12,11 @@ modules themselves, so a model that has been pruned already is described as it n
 add one.
 """
 
-from .discovery import (
-    Matrix,
-    architecture,
-    config_widths,
-    groups,
-    head_dim,
-    left_alone,
-    linears,
-    matrices,
-    text_config,
-    view,
-)
+from .configs import text_config
+from .discovery import architecture, config_widths, groups, head_dim, left_alone
 from .language import Alibi, Architecture, Attention, Experts, Gated, Mlp
 from .table import TABLE
+from .views import Matrix, linears, matrices, view
 
 __all__ = [
     "TABLE",

@@ -1,39 +1,22 @@
-"""From a model and its table entry to groups, views of their matrices, and config fields."""
+"""From a model and its table entry to groups and config fields."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import HywiaError
 from ..types import Group, Member
+from .configs import stock_head_counts, text_config
 from .language import Architecture, Experts
 from .table import TABLE
+from .views import Modules, is_transposed, parameter_of, sizes_of
 
-__all__ = [
-    "Matrix",
-    "architecture",
-    "config_widths",
-    "groups",
-    "head_dim",
-    "left_alone",
-    "linears",
-    "matrices",
-    "text_config",
-    "view",
-]
-
-Modules = Mapping[str, nn.Module]
-
-
-def text_config(model: nn.Module) -> Any:
-    """The config of the language decoder, which in models of text and images is a part of the whole one."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+__all__ = ["architecture", "config_widths", "groups", "head_dim", "left_alone"]
 
 
 def architecture(model: nn.Module) -> Architecture:
@@ -76,16 +59,11 @@ def head_dim(model: nn.Module) -> int:
     )
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D: a linear layer that stores `[in, out]`."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
-
-
 def _linear(modules: Modules, name: str) -> Any:
     module = modules.get(name)
     if module is None:
         raise HywiaError(f"model: expected a module {name!r}, found none; its structure is not the table's")
-    if type(module) is not nn.Linear and not _is_transposed(module):
+    if type(module) is not nn.Linear and not is_transposed(module):
         raise HywiaError(
             f"{name}: expected torch.nn.Linear or transformers' Conv1D, got {type(module).__name__}; "
             "load the model without quantisation or adapters"
@@ -93,40 +71,21 @@ def _linear(modules: Modules, name: str) -> Any:
     return module
 
 
-def _sizes(module: Any) -> tuple[int, int]:
-    """`(outputs, inputs)` of a linear layer."""
-    out, into = _parameter(module, "weight").shape
-    return (into, out) if _is_transposed(module) else (out, into)
-
-
 def _outputs(modules: Modules, name: str, group_size: int, start: int = 0) -> Member:
     """Units on a linear layer's outputs, with their biases."""
     module = _linear(modules, name)
-    bias = None if _parameter(module, "bias") is None else "bias"
-    return Member(name, 1 if _is_transposed(module) else 0, group_size, start, bias=bias)
+    bias = None if parameter_of(module, "bias") is None else "bias"
+    return Member(name, 1 if is_transposed(module) else 0, group_size, start, bias=bias)
 
 
 def _inputs(modules: Modules, name: str, group_size: int) -> Member:
-    return Member(name, 0 if _is_transposed(_linear(modules, name)) else 1, group_size)
-
-
-def view(model: nn.Module | Modules, member: Member, units: int) -> Tensor:
-    """The rows or columns of a member's parameter that its `units` units are: a matrix (or vector) that shares its
-    memory, units along `member.axis` in runs of `group_size`."""
-    module: Any = model.get_submodule(member.module) if isinstance(model, nn.Module) else model[member.module]
-    whole = _parameter(module, member.parameter)
-    if member.index is not None:
-        whole = whole[member.index]
-    elif whole.dim() > 2:
-        whole = whole.flatten(1)
-    size = units * member.group_size
-    return whole if size == whole.shape[member.axis] else whole.narrow(member.axis, member.start, size)
+    return Member(name, 0 if is_transposed(_linear(modules, name)) else 1, group_size)
 
 
 def _unit_parameters(modules: Modules, members: Sequence[Member], vectors: Sequence[Member] = ()) -> int:
     total = sum(vector.group_size for vector in vectors)
     for member in members:
-        shape = list(_parameter(modules[member.module], member.parameter).shape)
+        shape = list(parameter_of(modules[member.module], member.parameter).shape)
         if member.index is not None:
             del shape[0]
         del shape[member.axis]
@@ -134,21 +93,16 @@ def _unit_parameters(modules: Modules, members: Sequence[Member], vectors: Seque
     return total
 
 
-def _parameter(module: nn.Module, name: str) -> Any:
-    """Past the modules' own attribute lookup, which takes ten times as long."""
-    return module._parameters[name]
-
-
 def _mlp_group(modules: Modules, entry: Architecture, prefix: str, layer: int) -> Group:
     rows = [f"{prefix}.{name}" for name in entry.mlp.rows]
     columns = [f"{prefix}.{name}" for name in entry.mlp.columns]
     sizes: dict[str, int] = {}
     for name in rows:
-        outputs, count = _sizes(_linear(modules, name))[0], rows.count(name)
+        outputs, count = sizes_of(_linear(modules, name))[0], rows.count(name)
         if outputs % count:
             raise HywiaError(f"{name}: expected the rows of {count} matrices of one width, got {outputs}")
         sizes[name] = outputs // count
-    sizes |= {name: _sizes(_linear(modules, name))[1] for name in columns}
+    sizes |= {name: sizes_of(_linear(modules, name))[1] for name in columns}
     if len(set(sizes.values())) != 1:
         raise HywiaError(f"{prefix}: expected coupled matrices of one width, got {sizes}")
     units = next(iter(sizes.values()))
@@ -217,55 +171,12 @@ def _expert_groups(model: nn.Module, modules: Modules, names: Experts, prefix: s
         )
 
 
-def _accepts(config_class: Any, values: Mapping[str, Any]) -> bool:
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        config_class.from_dict(dict(values))
-    except (ValueError, StrictDataclassError):
-        return False
-    return True
-
-
-def _family_class(config: Any) -> Any:
-    """The config class whose checks a stock checkpoint must pass; one whose layers differ runs none of them."""
-    from transformers import CONFIG_MAPPING
-
-    base = getattr(config, "base_model_type", None)
-    return type(config) if base is None else CONFIG_MAPPING[base]
-
-
-def checks_of(config_class: Any) -> tuple[str, ...]:
-    """Names of a config class's own checks, beside those of all configs: by these it may refuse a head count."""
-    from transformers import PretrainedConfig
-
-    own = [c for c in config_class.__mro__ if issubclass(c, PretrainedConfig) and c is not PretrainedConfig]
-    return tuple(sorted({name for c in own for name in vars(c) if name.startswith("validate_")}))
-
-
-def _stock_head_counts(model: nn.Module, entry: Architecture, kv_heads: int, rep: int) -> tuple[int, ...]:
-    """By asking the family's config; only those that check their fields can refuse. Empty means any; where it takes no
-    count at all, one more than there are, so that the two are told apart."""
-    config = text_config(model)
-    family, names = _family_class(config), entry.attention
-    if not names.free_head_dim or not checks_of(family):
-        return ()
-    if entry.stand_in is not None and all(getattr(config, k, v) == v for k, v in entry.stand_in_needs.items()):
-        return ()
-    values = {**config.to_dict(), "head_dim": head_dim(model)}
-    counts = range(1, kv_heads + 1)
-    stock = tuple(
-        n for n in counts if _accepts(family, {**values, names.heads_field: n * rep, names.kv_heads_field or "": n})
-    )
-    return () if len(stock) == kv_heads else stock or (kv_heads + 1,)
-
-
 def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: int, size: int) -> tuple[Group, int]:
     """A layer's group, and how many query heads each KV head serves."""
     names = entry.attention
     query, key, value, output = (f"{prefix}.{n}" for n in (names.query, names.key, names.value, names.output))
-    width = _sizes(_linear(modules, output))[1]
-    rows = {name: _sizes(_linear(modules, name))[0] for name in (query, key, value)}
+    width = sizes_of(_linear(modules, output))[1]
+    rows = {name: sizes_of(_linear(modules, name))[0] for name in (query, key, value)}
     if query == key == value:
         of_kv = rows[query] - width
         kv_rows = (of_kv // 2, of_kv - of_kv // 2)
@@ -335,8 +246,6 @@ def groups(model: nn.Module, modules: Modules | None = None) -> tuple[Group, ...
     Raises:
         HywiaError: an unknown model type, or modules that are not what the table says.
     """
-    from dataclasses import replace
-
     entry = architecture(model)
     modules = dict(model.named_modules()) if modules is None else modules
     size = head_dim(model)
@@ -347,51 +256,13 @@ def groups(model: nn.Module, modules: Modules | None = None) -> tuple[Group, ...
         attention, rep = _attention_group(modules, entry, prefix, i, size)
         counts = (attention.units, rep)
         if counts not in stock:
-            stock[counts] = _stock_head_counts(model, entry, *counts)
+            stock[counts] = stock_head_counts(model, entry, size, *counts)
         found.append(replace(attention, stock_counts=stock[counts]) if stock[counts] else attention)
         if entry.experts is not None and f"{prefix}.{entry.experts.module}" in modules:
             found += _expert_groups(model, modules, entry.experts, prefix, i)
         else:
             found.append(_mlp_group(modules, entry, prefix, i))
     return tuple(found)
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One matrix of a model and the units that lie on it.
-
-    Attributes:
-        module, parameter, index: as in `Member`.
-        transposed: stored `[in, out]`.
-        members: `(group, index of its member)` of each group of units on it.
-    """
-
-    module: str
-    parameter: str
-    index: int | None
-    transposed: bool
-    members: tuple[tuple[Group, int], ...]
-
-
-def matrices(model: nn.Module | Modules, found: Sequence[Group]) -> list[Matrix]:
-    """The matrices that groups are about, each once, in the groups' order; of a model, or of its modules by name.
-
-    Stacks of whole experts are left out: their matrices are there with the experts' channels.
-    """
-    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else model
-    members: dict[tuple[str, str, int | None], list[tuple[Group, int]]] = {}
-    for group in found:
-        for i, member in enumerate(group.members):
-            if member.index is None and _parameter(modules[member.module], member.parameter).dim() > 2:
-                continue
-            members.setdefault((member.module, member.parameter, member.index), []).append((group, i))
-    return [Matrix(*key, _is_transposed(modules[key[0]]), tuple(on)) for key, on in members.items()]
-
-
-def linears(model: nn.Module | Modules, found: Sequence[Group]) -> dict[str, Any]:
-    """The modules that hold groups' matrices, by name; of a model, or of its modules by name."""
-    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else model
-    return {m.module: modules[m.module] for g in found for m in g.members}
 
 
 def config_widths(model: nn.Module, found: Sequence[Group]) -> dict[str, list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .discovery import checks_of
+from .configs import checks_of
 from .language import Architecture
 from .table import TABLE
 

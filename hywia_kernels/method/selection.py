@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..deploy import device_profiles
 from ..errors import HywiaError, UsageError
 from ..settings import DEFAULT_KINDS, KINDS, LAYOUTS
 from ..types import Group, Plan, Scores
@@ -67,9 +68,7 @@ def plan(
     if layout not in LAYOUTS:
         raise UsageError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     if align is None:
-        from ..deploy.device_profiles import at_hand
-
-        align = at_hand().align
+        align = device_profiles.at_hand().align
     if align < 1:
         raise UsageError(f"align: expected at least 1, got {align}")
     if (ratio is None) == (group_ratio is None):

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import fresh_named, randomised, token_ids
 from safetensors.torch import load_file, save_file
-from words import text, write_tokenizer
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
@@ -20,7 +18,9 @@ from hywia_kernels.checkpoint.skeleton import skeleton
 from hywia_kernels.cli import main
 from tests.support.comparison import logits, relative
 from tests.support.cuts import CUTS, make_plan
+from tests.support.families import fresh_named, randomised, token_ids
 from tests.support.structure import check_alike
+from tests.support.tokenizers import text, write_tokenizer
 
 CODE = Path(__file__).with_name("baichuan_code")
 BOMB = 'raise AssertionError("code of the checkpoint was run")\n'

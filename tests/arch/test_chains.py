@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, fresh, fresh_named, token_ids
 
 import hywia_kernels as hk
 from hywia_kernels.cli import main
 from hywia_kernels.method.mask_learning import learn_masks
 from tests.support.comparison import logits, relative
 from tests.support.cuts import make_plan
+from tests.support.families import FAMILIES, fresh, fresh_named, token_ids
 from tests.support.shapes import distinct
 from tests.support.tokenizers import text, write_tokenizer
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, fresh, fresh_named, token_ids
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError, arch
@@ -17,6 +16,7 @@ from hywia_kernels.deploy.cost import work_of
 from hywia_kernels.method import surgery
 from tests.support.comparison import logits, relative
 from tests.support.cuts import make_plan
+from tests.support.families import FAMILIES, fresh, fresh_named, token_ids
 from tests.support.processes import run_jobs
 from tests.support.shapes import all_cuts, distinct, saved_cuts
 from tests.support.statistics import assert_statistics, family_statistics

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from families import FAMILIES, fresh
 
 import hywia_kernels as hk
 from hywia_kernels.arch.facts import fingerprint
+from tests.support.families import FAMILIES, fresh
 
 CUTS = {"mlp": dict(units=("mlp",)), "adaptive": dict(layers=(1, 2))}
 

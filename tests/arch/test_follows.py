@@ -7,13 +7,13 @@ import dataclasses
 
 import pytest
 import torch
-from families import FAMILIES, fresh, fresh_named, token_ids
 from test_contract import logits, make_plan
 from transformers import AutoModelForCausalLM
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.arch.facts import fingerprint
+from tests.support.families import FAMILIES, fresh, fresh_named, token_ids
 
 CASES = [
     pytest.param(family, cut, id=f"{family.name}-{cut}")

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from families import fresh_named, token_ids
 from transformers import AutoModelForCausalLM
 
 import hywia_kernels as hk
+from tests.support.families import fresh_named, token_ids
 
 
 def _logits(model):

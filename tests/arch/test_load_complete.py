@@ -6,15 +6,15 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES, fresh, fresh_named, randomised, token_ids
 from safetensors.torch import load_file, save_file
 from test_contract import logits
-from words import write_tokenizer
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.checkpoint.ties import own_head
 from hywia_kernels.checkpoint.weight_files import stored_tensors
+from tests.support.families import FAMILIES, fresh, fresh_named, randomised, token_ids
+from tests.support.tokenizers import write_tokenizer
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda f: f.name)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import fresh_named
 from torch import nn
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
+from tests.support.families import fresh_named
 
 
 class Wrapped(nn.Module):

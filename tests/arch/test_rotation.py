@@ -10,7 +10,6 @@ import warnings
 
 import pytest
 import torch
-from families import FAMILIES, fresh, token_ids
 from transformers import DynamicCache
 
 import hywia_kernels as hk
@@ -23,6 +22,7 @@ from hywia_kernels.engine.results import Results
 from hywia_kernels.engine.samples import padded
 from hywia_kernels.progress import Bar
 from hywia_kernels.versions import cache_keyword
+from tests.support.families import FAMILIES, fresh, token_ids
 
 NAMED = [f for f in FAMILIES if arch.architecture(fresh(f)).attention.rotary]
 BLOCKS = [f for f in FAMILIES if arch.architecture(fresh(f)).blocks]

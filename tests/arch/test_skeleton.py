@@ -6,15 +6,15 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES, fresh, fresh_named
 from safetensors.torch import load_file, save_file
-from words import write_tokenizer
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError, arch
 from hywia_kernels.checkpoint.skeleton import skeleton
 from tests.support.cuts import make_plan
+from tests.support.families import FAMILIES, fresh, fresh_named
 from tests.support.structure import check_alike
+from tests.support.tokenizers import write_tokenizer
 
 
 def written(folder, model):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from families import FAMILIES
 
 import hywia_kernels as hk
 from hywia_kernels.deploy.cost import work_of
 from hywia_kernels.deploy.speed import Case, measure
+from tests.support.families import FAMILIES
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda f: f.name)

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from nets import llama
 from torch import nn
 
 from hywia_kernels import UsageError
 from hywia_kernels.integrations.measured import clear_fisher
+from tests.support.nets import llama
 
 REPOSITORY = os.environ.get("HYWIA_LLM_PRUNER", "")
 STAND_IN = Path(__file__).with_name("stand_in")

@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 import torch_pruning
-from nets import Group, llama
 from torch import nn
 from torch_pruning_flow import backward, function, hand_group, pruner_of
 
@@ -16,6 +15,7 @@ from hywia_kernels import UsageError
 from hywia_kernels.integrations import torch_pruning as ours
 from hywia_kernels.integrations.measured import measured
 from hywia_kernels.integrations.modules import SumsCache
+from tests.support.nets import Group, llama
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nets import llama
 from torch_pruning_flow import CRITERIA, accumulated, backward, made, pruner_of, theirs
 
 from hywia_kernels.integrations import torch_pruning as ours
+from tests.support.nets import llama
 
 REDUCTIONS = ("sum", "mean", "max", "prod", "first", "gate", None)
 NORMALIZERS = (None, "sum", "standarization", "mean", "max", "gaussian", "sentinel_0.5", "lamp", torch.sqrt)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nets import Group, llama
 from torch import nn
 from torch_pruning_flow import backward, function, groups_of, hand_group, theirs
 
 from hywia_kernels import UsageError
 from hywia_kernels.integrations import torch_pruning as ours
+from tests.support.nets import Group, llama
 
 # A pass of upstream's would be news.
 both = pytest.mark.parametrize(

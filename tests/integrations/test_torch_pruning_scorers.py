@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nets import Group, llama
 from torch import nn
 from torch_pruning_flow import accumulated, backward, function, hand_group, heads_of, made, pruner_of, theirs
 
@@ -12,6 +11,7 @@ import hywia_kernels as hk
 from hywia_kernels import UsageError
 from hywia_kernels.integrations import torch_pruning as ours
 from hywia_kernels.integrations.measured import measured
+from tests.support.nets import Group, llama
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nets import Concatenated, Convolutions, Flattened, FusedGate, Group, llama
 
 from benchmarks.contracts import LANGUAGE_MODEL
+from tests.support.nets import Concatenated, Convolutions, Flattened, FusedGate, Group, llama
 
 tp = pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
 

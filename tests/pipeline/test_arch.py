@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import Tiny
 from transformers import BertConfig, BertLMHeadModel
 
 from hywia_kernels import HywiaError, arch, groups
 from hywia_kernels.arch import support
 from hywia_kernels.types import Member
+from tests.support.tiny import Tiny
 
 
 def test_groups_of_a_grouped_query_model(gqa):

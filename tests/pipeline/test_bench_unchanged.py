@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY, fresh
 
 from hywia_kernels.deploy import static_driver
 from hywia_kernels.deploy.speed import Case, measure
 from hywia_kernels.deploy.static_driver import StaticDriver, drivable
+from tests.support.tiny import TINY, fresh
 
 
 def state(model) -> dict:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain import plain_statistics
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.engine import autograd, loss
+from tests.support.statistics import plain_statistics
 
 ORDERS = ("first", "second", "mixed")
 

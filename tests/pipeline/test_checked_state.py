@@ -9,11 +9,11 @@ import pickle
 
 import pytest
 import torch
-from tiny import make_plan
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.types import Group, Member, Plan, Scores, Statistics
+from tests.support.tiny import make_plan
 
 NAME = "model.layers.1.mlp"
 NAN, INF = float("nan"), float("inf")

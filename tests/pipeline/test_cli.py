@@ -12,6 +12,7 @@ import torch
 import hywia_kernels as hk
 from hywia_kernels.cli import main
 from hywia_kernels.settings import RIDGE
+from tests.support.tiny import Tiny
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 30
 
@@ -211,8 +212,6 @@ def test_poisoned_weights_are_named(here, capsys, poison):
 
 def test_tokenizer_of_another_model(here, capsys):
     """A model whose vocabulary is smaller than its tokenizer's."""
-    from tiny import Tiny
-
     model = Tiny("small", heads=6, kv_heads=3, tied=True).build()
     model.config.pad_token_id = model.generation_config.pad_token_id = None
     model.resize_token_embeddings(100)

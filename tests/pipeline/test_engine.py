@@ -6,12 +6,9 @@ import copy
 import dataclasses
 import gc
 import os
-import sys
 
 import pytest
 import torch
-from plain import plain_statistics
-from tiny import TINY, fresh
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError, arch, ops
@@ -22,7 +19,10 @@ from hywia_kernels.engine.loss import hidden_gradient, targets
 from hywia_kernels.engine.patches import forward_replaced, frozen, reproducible
 from hywia_kernels.engine.results import Results
 from hywia_kernels.engine.samples import padded
+from hywia_kernels.method import statistics
 from hywia_kernels.progress import Bar
+from tests.support.statistics import plain_statistics
+from tests.support.tiny import TINY, fresh
 
 ORDERS = ("first", "second", "mixed")
 MODES = ("fast", "lean", "layerwise")
@@ -301,9 +301,8 @@ def test_lean_does_not_run_the_layers_twice_that_it_keeps(gqa, tokens, whole, mo
     runs = []
     forward = block.Block.forward
     monkeypatch.setattr(block.Block, "forward", lambda self, *a: runs.append(a[2]) or forward(self, *a))
-    module = sys.modules["hywia_kernels.method.statistics"]
-    plan = module.plan_memory
-    monkeypatch.setattr(module, "plan_memory", lambda *a, **k: dataclasses.replace(plan(*a, **k), whole=whole))
+    plan = statistics.plan_memory
+    monkeypatch.setattr(statistics, "plan_memory", lambda *a, **k: dataclasses.replace(plan(*a, **k), whole=whole))
     got = hk.calibrate(gqa, tokens, memory="lean")
     layers = gqa.config.num_hidden_layers
     assert runs == [False] * (layers - whole) + [True] * whole + [True] * (layers - whole)

@@ -7,12 +7,12 @@ import os
 
 import pytest
 import torch
-from tiny import TINY, fresh, make_plan
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.checkpoint import atomic_directory
+from tests.support.tiny import TINY, Tiny, fresh, make_plan
 
 
 @pytest.fixture
@@ -59,8 +59,6 @@ def test_stand_in_config_describes_the_same_mathematics(tokenizer, tmp_path):
 
 
 def test_a_biased_llama_with_heads_no_config_takes_is_saved_as_adaptive(tokenizer, tmp_path):
-    from tiny import Tiny
-
     model = Tiny("biased", heads=6, kv_heads=6, tied=False, bias=True).build()
     hk.prune(model, make_plan(model, "one-head"))
     hk.save(model, tokenizer, tmp_path / "out")
@@ -70,8 +68,6 @@ def test_a_biased_llama_with_heads_no_config_takes_is_saved_as_adaptive(tokenize
 
 
 def test_uniform_plans_avoid_counts_no_config_takes():
-    from tiny import Tiny
-
     model = Tiny("biased", heads=6, kv_heads=6, tied=False, bias=True).build()
     scores = hk.score(model, criterion="random")
     for ratio in (0.05, 0.1, 0.2, 0.3):

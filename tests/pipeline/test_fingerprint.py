@@ -8,13 +8,14 @@ import random
 
 import pytest
 import torch
-from tiny import TINY, fresh
 from torch import nn
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.arch import facts
 from hywia_kernels.arch.facts import _step, fingerprint, identity
+from hywia_kernels.method import statistics as statistics_module
+from tests.support.tiny import TINY, fresh, make_plan
 
 # (rows, columns) or (matrices, rows, columns); the sizes of real models, powers of two and others.
 SHAPES = [
@@ -249,8 +250,6 @@ def test_use_keeps_it(model, tokens, tmp_path):
 
 @pytest.mark.parametrize("name", ["both", "adaptive"])
 def test_a_pruned_model_has_it_after_the_disk_too(gqa, tokenizer, tmp_path, name):
-    from tiny import make_plan
-
     hk.prune(gqa, make_plan(gqa, name))
     hk.save(gqa, tokenizer, tmp_path / "out")
     assert fingerprint(hk.load(str(tmp_path / "out"))[0]) == fingerprint(gqa)
@@ -331,17 +330,14 @@ def test_it_waits_for_what_was_queued_on_each_device(monkeypatch):
 
 
 def test_calibrate_marks_what_is_queued_before_it_launches_anything(gqa, tokens, monkeypatch):
-    import sys
-
-    module = sys.modules["hywia_kernels.method.statistics"]
     order = []
 
     def logged(name):
-        original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, **k: (order.append(name), original(*a, **k))[1])
+        original = getattr(statistics_module, name)
+        monkeypatch.setattr(statistics_module, name, lambda *a, **k: (order.append(name), original(*a, **k))[1])
 
     for name in ("queued", "_run", "identity_after"):
         logged(name)
-    statistics = hk.calibrate(gqa, tokens)
+    measured = hk.calibrate(gqa, tokens)
     assert order == ["queued", "_run", "identity_after"]
-    assert statistics.fingerprint == fingerprint(gqa)
+    assert measured.fingerprint == fingerprint(gqa)

@@ -13,11 +13,11 @@ import shutil
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tiny import Tiny
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.checkpoint import description, description_text, loaded_weights
+from tests.support.tiny import Tiny
 
 EXAMPLES = int(os.environ.get("HYWIA_FUZZ", "50"))
 TINY = Tiny("fuzz", heads=4, kv_heads=2, tied=False, layers=2, hidden=16, head_dim=4, intermediate=12)

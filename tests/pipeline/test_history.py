@@ -6,13 +6,13 @@ import json
 import warnings
 
 import pytest
-from hywia_kernels.record import sealed
-from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
-from hywia_kernels import report
 from hywia_kernels.checkpoint import run_record
 from hywia_kernels.checkpoint.history import history
+from hywia_kernels.cli import console
+from hywia_kernels.types.record import sealed
+from tests.support.tiny import TINY, fresh, make_plan
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_the_total_counts_from_the_original(first, tmp_path, capsys):
             "ratio": plan.ratio,
         }
     ]
-    report.print_history(steps, second)
+    console.print_history(steps, second)
     gone = plan.parameters_before - second.parameters_after
     share = 100 * gone / plan.parameters_before
     assert capsys.readouterr().out == (
@@ -70,7 +70,7 @@ def test_a_model_that_was_never_cut_has_no_history(tmp_path, capsys):
             assert history(source, plan) == []
         hk.save(model, None, tmp_path / "whole")
         assert history(tmp_path / "whole", plan) == []
-    report.print_history([], plan)
+    console.print_history([], plan)
     assert capsys.readouterr().out == ""
 
 

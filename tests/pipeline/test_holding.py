@@ -7,7 +7,6 @@ import types
 import pytest
 import torch
 from state import assert_same, model_state, process_state
-from tiny import TINY, fresh, make_plan
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 from transformers import AutoModelForCausalLM
@@ -16,6 +15,7 @@ import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.arch.holding import plain_model
 from hywia_kernels.method.head_residual import head_residuals
+from tests.support.tiny import TINY, fresh, make_plan
 
 
 class Sharded(torch.Tensor):

@@ -9,10 +9,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import TINY, fresh
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
+from tests.support.tiny import TINY, fresh
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -10,12 +10,12 @@ import sys
 import pytest
 import torch
 from faults import contents
-from tiny import TINY, fresh
 
 import hywia_kernels as hk
 from hywia_kernels import compression, evaluation
 from hywia_kernels.checkpoint import saving
 from hywia_kernels.cli import console, main, session
+from tests.support.tiny import TINY, fresh
 
 SMALL = ["--ratio", "0.2", "--criterion", "random", "--align", "4", "--text", "text.txt", "--block", "16"]
 

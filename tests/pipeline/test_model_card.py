@@ -8,13 +8,13 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
-from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.checkpoint import model_card, run_record
 from hywia_kernels.checkpoint.saving import add_to_record
 from hywia_kernels.cli import main
+from tests.support.tiny import TINY, fresh, make_plan
 
 EVALUATION = {
     "text": {"name": "dir/words.txt", "sha256": "5f" * 32, "blocks": 40, "block": 128, "tokens": 5120, "bos": False},

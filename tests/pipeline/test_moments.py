@@ -6,13 +6,13 @@ import threading
 
 import pytest
 import torch
-from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.method.head_residual import head_residuals
 from hywia_kernels.method.moments import exact_products, factored
 from hywia_kernels.ops.precision import full_float32
+from tests.support.tiny import TINY, fresh, make_plan
 
 BACKENDS = torch.backends
 SETTINGS = {"cuda": BACKENDS.cuda.matmul, "cpu": BACKENDS.mkldnn.matmul}

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from faults import contents
-from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.checkpoint import atomic_directory
 from hywia_kernels.checkpoint.replaceable import Input
 from hywia_kernels.cli import main
+from tests.support.tiny import TINY, fresh, make_plan
 
 CONFIG = '{"model_type": "llama"}'
 

@@ -7,12 +7,12 @@ from importlib import metadata
 
 import pytest
 import torch
-from tiny import TINY, fresh
 from torch import nn
 
 import hywia_kernels as hk
 from hywia_kernels.arch.facts import count_parameters
 from hywia_kernels.checkpoint.packed import count_weights
+from tests.support.tiny import TINY, fresh
 
 
 def test_plain_weights_are_the_parameters(model):

@@ -10,12 +10,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 from state import assert_same, model_state, process_state
-from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.engine import passes, patches, rotary
 from hywia_kernels.method.head_residual import head_residuals
+from tests.support.tiny import TINY, fresh, make_plan
 
 ORDERS = ("first", "second", "mixed")
 

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import TINY, Tiny, fresh
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
@@ -14,6 +13,7 @@ from hywia_kernels.cli import main
 from hywia_kernels.cli.arguments import group_ratio
 from hywia_kernels.deploy import planning, serving_rules
 from hywia_kernels.types import Group, Member
+from tests.support.tiny import TINY, Tiny, fresh
 
 SMALL = ("--samples", "4", "--seq-len", "16", "--no-eval")
 

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
+from tests.support.tiny import TINY, fresh, make_plan
 
 
 @pytest.fixture

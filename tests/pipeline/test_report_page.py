@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 from test_speed import parsed
-from tiny import TINY, fresh
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, html_report
+from hywia_kernels import HywiaError
 from hywia_kernels.checkpoint import run_record
-from hywia_kernels.cli import main
+from hywia_kernels.cli import html_report, main
+from tests.support.tiny import TINY, fresh
 
 READING = {
     "mode": "eager",

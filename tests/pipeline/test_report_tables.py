@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from tiny import TINY, fresh
 
 import hywia_kernels as hk
-from hywia_kernels import report
 from hywia_kernels.checkpoint.metrics import METRICS, compare, figures_of
+from hywia_kernels.cli import console
 from hywia_kernels.deploy import hardware
+from tests.support.tiny import TINY, fresh
 
 
 def test_every_metric_is_compared_and_named_once():
@@ -43,7 +43,7 @@ def test_missing_and_odd_values_are_left_out():
 def test_the_console_prints_the_same_table(capsys):
     text = {"text": {"name": "words.txt", "sha256": "5f" * 32, "blocks": 4, "block": 16, "tokens": 64, "bos": False}}
     before, after = {"parameters": 10, "perplexity": 2.0, **text}, {"parameters": 5, "perplexity": 3.0, **text}
-    report.print_comparison(before, {**after, "continuation": "a\x1b[31m\nb"})
+    console.print_comparison(before, {**after, "continuation": "a\x1b[31m\nb"})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[1:3]] == [
         ["parameters", "10", "5", "0.500"],
@@ -71,14 +71,14 @@ def replanned(plan, groups, keep):
 
 
 def test_a_cut_of_more_than_three_quarters_is_called_extreme(capsys):
-    assert report.extreme_cuts(kept({"mlp": (14, 14, 14)})) == []  # exactly 75 % of 56 go
-    one = report.extreme_cuts(kept({"mlp": (56, 13, 9)}))
+    assert console.extreme_cuts(kept({"mlp": (14, 14, 14)})) == []  # exactly 75 % of 56 go
+    one = console.extreme_cuts(kept({"mlp": (56, 13, 9)}))
     assert len(one) == 1
     assert one[0].startswith("mlp: up to 84 % of the channels go in 2 of 3 layers;")
     assert "Lower --ratio" in one[0]
     plan = kept({"mlp": (1, 1, 1), "attention": (3, 3, 3)})
-    assert report.extreme_cuts(plan)[0].startswith("mlp: up to 98 % of the channels go in every layer;")
-    report.print_plan(plan)
+    assert console.extreme_cuts(plan)[0].startswith("mlp: up to 98 % of the channels go in every layer;")
+    console.print_plan(plan)
     assert "  warning: mlp: up to 98 % of the channels go in every layer" in capsys.readouterr().out
 
 
@@ -88,7 +88,7 @@ def test_each_kind_has_a_sentence_of_its_own():
     finer = dataclasses.replace(attention, units=30, unit_parameters=attention.unit_parameters // 10)
     groups = tuple(finer if g is attention else g for g in plan.groups)
     plan = replanned(plan, groups, {**plan.keep, attention.name: torch.arange(3)})
-    sentences = report.extreme_cuts(plan)
+    sentences = console.extreme_cuts(plan)
     assert [s.split(" go in ")[0] for s in sentences] == [
         "attention: up to 90 % of the kv groups",
         "mlp: up to 98 % of the channels",

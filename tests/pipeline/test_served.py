@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.checkpoint.decilm import ffn_mult, write_decilm
 from hywia_kernels.checkpoint.gguf import _interleaved, write_gguf
 from hywia_kernels.cli import main
+from tests.support.tiny import TINY, fresh, make_plan
 
 gguf = pytest.importorskip("gguf")
 

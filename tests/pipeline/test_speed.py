@@ -8,14 +8,14 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, UsageError, html_report
+from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.checkpoint import run_record
-from hywia_kernels.cli import main
+from hywia_kernels.cli import html_report, main
 from hywia_kernels.deploy.speed import Case, cases, measure
 from hywia_kernels.deploy.static_driver import StaticDriver, drivable
+from tests.support.tiny import TINY, fresh, make_plan
 
 
 def test_the_static_driver_gives_the_models_logits(model, tokens):

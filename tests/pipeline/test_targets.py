@@ -7,13 +7,13 @@ import json
 
 import pytest
 import torch
-from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
 from hywia_kernels import UsageError
 from hywia_kernels.deploy import device_profiles, planning, serving_rules
 from hywia_kernels.deploy.cost import work_of
 from hywia_kernels.types import Group, Member
+from tests.support.tiny import TINY, fresh, make_plan
 
 
 def device(rates, align=4):

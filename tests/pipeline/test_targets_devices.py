@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from tiny import TINY, fresh
 
 import hywia_kernels as hk
 from hywia_kernels import UsageError
 from hywia_kernels.deploy import device_profiles, planning
+from tests.support.tiny import TINY, fresh
 
 H100 = "NVIDIA H100 80GB HBM3"
 

@@ -6,12 +6,9 @@ import itertools
 import json
 import math
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY, fresh
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
@@ -19,9 +16,8 @@ from hywia_kernels.cli import main
 from hywia_kernels.evaluation import blocks, continuation, tokens_per_second
 from hywia_kernels.method.calibration_data import windows
 from hywia_kernels.method.tokens import digest, positions, prefix
-
-sys.path.append(str(Path(__file__).parents[1] / "arch"))
-from families import fresh_named
+from tests.support.families import fresh_named
+from tests.support.tiny import TINY, fresh
 
 
 def byte_tokenizer(template: str):

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY, fresh
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.evaluation import continuation, tokens_per_second
 from hywia_kernels.method.calibration_data import self_written
-
-sys.path.append(str(Path(__file__).parents[1] / "arch"))
-from families import fresh_named
+from tests.support.families import fresh_named
+from tests.support.tiny import TINY, fresh
 
 SETTINGS = [
     dict(eos_token_id=[257, *range(65, 91)]),

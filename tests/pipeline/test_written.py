@@ -11,13 +11,13 @@ import safetensors.torch
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import TINY, fresh, make_plan
 from transformers import AutoModelForCausalLM
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.checkpoint.decilm import write_decilm
 from hywia_kernels.checkpoint.gguf import write_gguf
+from tests.support.tiny import TINY, fresh, make_plan
 
 
 @pytest.fixture(autouse=True)
