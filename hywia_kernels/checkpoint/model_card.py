@@ -132,7 +132,7 @@ def _loading(record: Mapping[str, Any], config: Mapping[str, Any], name: str) ->
     model = f"model = AutoModelForCausalLM.from_pretrained({name!r}{trust})\n"
     if kind == "adaptive-remote":
         load = "import hywia_kernels\n\n"
-        model = f"model, tokenizer = hywia_kernels.checkpoint.loading({name!r}{trust})"
+        model = f"model, tokenizer = hywia_kernels.load({name!r}{trust})"
     else:
         model += f"tokenizer = AutoTokenizer.from_pretrained({name!r}{trust})"
     return {

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..errors import UsageError
+from ..errors import HywiaError, UsageError
 from ..types import Group
 
 __all__ = ["DEFAULT", "SERVERS", "Constraint", "allowed", "check_untouched", "check_vocabulary", "constraints"]
@@ -130,7 +130,7 @@ def check_untouched(rules: Sequence[Constraint], groups: Sequence[Group], cut: C
         cut: whether a group may lose units.
 
     Raises:
-        UsageError: a group that stays as it is breaks a rule, or no width of one that is cut meets them all.
+        HywiaError: a group that stays as it is breaks a rule, or no width of one that is cut meets them all.
     """
     hard = [r for r in rules if r.hard]
     for group in groups:
@@ -138,12 +138,12 @@ def check_untouched(rules: Sequence[Constraint], groups: Sequence[Group], cut: C
         if not broken:
             continue
         if not cut(group):
-            raise UsageError(
+            raise HywiaError(
                 f"serve: {_said(broken)}, but {group.name} keeps its {_counted(group, group.units)}; let {group.kind} "
                 "be cut as well, pass another --tensor-parallel, or leave the server out of --serve"
             )
         if not any(all(r.admits(group, w) for r in hard) for w in range(group.min_units, group.units)):
-            raise UsageError(
+            raise HywiaError(
                 f"serve: {_said(broken)}, which {group.name} cannot meet with at most {_counted(group, group.units)}; "
                 "pass another --tensor-parallel, or leave the server out of --serve"
             )

@@ -108,7 +108,7 @@ class HyWIAScorer:
     columns, q's, k's and v's rows and o's columns.
 
     Args:
-        batches, engine options: as in `hywia_kernels.method.statistics`. fusion, order: as in `hywia_kernels.fuse`.
+        batches, engine options: as in `hywia_kernels.calibrate`. fusion, order: as in `hywia_kernels.fuse`.
     """
 
     def __init__(self, batches: Any, fusion: str = "attention", order: str = "second", **options: Any) -> None:

@@ -1,0 +1,198 @@
+"""What the documents say is what is there: files, links, commands, names and the figures of quality."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import hywia_kernels as hk
+from hywia_kernels.cli import parser
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "hywia_kernels"
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+NAMES = [document.name for document in DOCUMENTS]
+
+
+def _blocks(text: str) -> list[str]:
+    return re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def _drawn(text: str) -> list[str]:
+    """Python files that CONTRIBUTING draws, relative to the package."""
+    tree = next(block for block in _blocks(text) if block.startswith("hywia_kernels/\n"))
+    files, folders = [], list[str]()
+    for line in itertools.takewhile(lambda line: line.startswith(" "), tree.splitlines()[1:]):
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        folders = [*folders[: depth - 1], name.rstrip("/")]
+        if name.endswith(".py"):
+            files.append("/".join(folders))
+    return files
+
+
+def test_contributing_draws_every_file_once():
+    """If it fails: draw the file that is new, or take out the one that is gone."""
+    drawn = _drawn((ROOT / "CONTRIBUTING.md").read_text())
+    files = {str(f.relative_to(PACKAGE)) for f in PACKAGE.rglob("*.py")}
+    assert sorted(drawn) == sorted(f for f in files if f == "__init__.py" or not f.endswith("/__init__.py"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+def test_links_lead_somewhere(document):
+    links = re.findall(r"\]\(([^)#\s]+)\)", document.read_text())
+    assert [link for link in links if "://" not in link and not (document.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+def test_files_that_are_named_exist(document):
+    named = re.findall(
+        r"`((?:benchmarks|csrc|docs|examples|hywia_kernels|tests)/[\w/.-]+\.(?:py|csv|svg|md|cpp|cu|cuh|h))`",
+        document.read_text(),
+    )
+    assert [name for name in named if "/NAME." not in name and not (ROOT / name).exists()] == []
+
+
+def _commands(text: str) -> list[list[str]]:
+    lines = [line for block in _blocks(text) for line in block.splitlines() if line.startswith("hywia ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+def test_commands_are_in_the_grammar(document):
+    for command in _commands(document.read_text()):
+        assert parser().parse_args(command).command == command[0]
+
+
+def test_commands_are_seen():
+    commands = _commands((ROOT / "README.md").read_text())
+    assert {command[0] for command in commands} >= {"prune", "score", "eval", "bench", "report", "info"}
+    assert ["prune", "MODEL", "-o", "OUT", "--ratio", "20%"] in commands
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+def test_options_that_are_named_exist(document):
+    """Of `hywia`, of a benchmark's runner (whose own tests know them), or of pytest."""
+    commands = parser()._subparsers._group_actions[0].choices.values()
+    options = {option for command in commands for option in command._option_string_actions}
+    text = re.sub(r"`[^`]*benchmarks\.[^`]*`", "", re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL))
+    assert sorted(set(re.findall(r"`(--[a-z][a-z-]*)", text)) - options - {"--help"}) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+def test_public_names_are_public(document):
+    names = set(re.findall(r"\bhk\.([A-Za-z]\w*)", document.read_text()))
+    assert sorted(names - set(hk.__all__)) == []
+
+
+ROWS = {  # how a line of the tables begins -> criterion and samples in quality.csv
+    "LLM-Pruner param_second": ("lp:param_second", 10),
+    "LLM-Pruner param_mix": ("lp:param_mix", 10),
+    "LLM-Pruner vectorize": ("lp:vectorize", 10),
+    "coarse, second": ("coarse", 10),
+    "attention": ("attention", 10),
+    "Wanda-sp": ("wanda-sp", 128),
+    "FLAP": ("flap", 1024),
+    "the recipe without": ("recipe-unrefitted", 96),
+    "the recipe": ("recipe", 96),
+}
+
+
+def _measured() -> dict[tuple[str, int, str], float]:
+    """(criterion, samples, setting) -> geometric mean of the perplexities by seed."""
+    by_seed: dict[tuple[str, int, str], dict[str, float]] = {}
+    with (ROOT / "benchmarks" / "quality.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["text"] == "wikitext2_raw_test.txt" and row["blocks"] == "2382":
+                key = row["criterion"], int(row["samples"]), row["setting"]
+                by_seed.setdefault(key, {})[row["seed"]] = float(row["perplexity"])
+    return {k: math.exp(sum(map(math.log, seeds.values())) / len(seeds)) for k, seeds in by_seed.items()}
+
+
+@pytest.mark.parametrize(("name", "lines"), [("README.md", 6), ("docs/recipe.md", 9)])
+def test_figures_of_quality_are_those_measured(name, lines):
+    text = (ROOT / name).read_text()
+    header = next(line for line in text.splitlines() if line.startswith("|") and " A50 |" in line and " B60 |" in line)
+    columns = [cell.strip() for cell in header.split("|")[1:-1]]
+    table = text[text.index(header) :].split("\n\n")[0].splitlines()[2:]
+    measured = _measured()
+    assert len(table) == lines
+    for line in table:
+        cells = dict(zip(columns, (cell.strip().strip("*") for cell in line.split("|")[1:-1]), strict=True))
+        criterion, samples = ROWS[max((row for row in ROWS if cells[""].strip("*").startswith(row)), key=len)]
+        for setting in {"A25", "A50", "B25", "B60"} & set(columns):
+            if cells[setting]:
+                assert cells[setting] == f"{measured[criterion, samples, setting]:.1f}", line
+        if cells.get("all four"):
+            product = math.prod(measured[criterion, samples, s] for s in ("A25", "A50", "B25", "B60"))
+            assert cells["all four"] == f"{product**0.25:.1f}", line
+        if "samples" in cells:
+            assert cells["samples"] == f"{samples:,}"
+
+
+def _lines(table_after: str) -> list[list[str]]:
+    """Cells of the first table behind a heading of docs/performance.md."""
+    text = (ROOT / "docs" / "performance.md").read_text()
+    text = text[text.index(table_after) :]
+    rows = itertools.takewhile(lambda line: line.startswith("|"), text[text.index("\n|") + 1 :].splitlines())
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows][2:]
+
+
+def _is_rounded(cell: str, value: str, scale: float = 1.0) -> bool:
+    """Whether a number as a table says it is another, to the digits that it has."""
+    digits = len(cell.partition(".")[2])
+    return abs(float(cell) - scale * float(value)) <= 0.5000001 * 10.0**-digits
+
+
+def _csv(name: str, device: str) -> list[dict[str, str]]:
+    with (ROOT / "benchmarks" / name).open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["device"].startswith(device)]
+
+
+def test_speeds_are_those_measured():
+    models = ("dense", "22x9232", "24x8256@4:30", "16x5120", "13x4403@3:31")
+    cases = (("prefill", "1", "2048"), ("prefill", "8", "512"), ("decode", "1", "512"), ("decode", "16", "512"))
+    rows = {
+        (r["model"], r["phase"], r["batch"], r["context"]): r
+        for r in _csv("speed.csv", "NVIDIA H100")
+        if r["mode"] == "static"
+    }
+    lines = _lines("## Speed of pruned models")
+    assert len(lines) == len(models)
+    for model, (_, parameters, *cells) in zip(models, lines, strict=True):
+        assert _is_rounded(parameters.removesuffix(" B"), rows[(model, *cases[0])]["parameters"], 1e-9)
+        for case, cell in zip(cases, cells, strict=True):
+            row, (ms, *relative) = rows[(model, *case)], cell.split(", ")
+            assert _is_rounded(ms, row["ms"]), (model, case)
+            if model != "dense":
+                assert _is_rounded(relative[0], row["speedup"]), (model, case)
+                assert _is_rounded(relative[1].removesuffix(" %"), row["share"], 100), (model, case)
+
+
+def test_times_of_the_drop_in_scorers_are_those_measured():
+    """The columns of each device are of one run of the benchmark."""
+    lines = _lines("## Drop-in scorers")
+    for device, columns in (
+        ("NVIDIA H100", {1: ("theirs", "seconds"), 2: ("ours", "seconds"), 3: ("ours", "times_faster")}),
+        ("NVIDIA H100", {4: ("theirs", "peak_over_weights"), 5: ("ours", "peak_over_weights")}),
+        ("AMD", {6: ("ours", "times_faster")}),
+    ):
+        runs: dict[str, list[dict[str, str]]] = {}
+        for row in _csv("integrations.csv", device):
+            runs.setdefault(row["date"], []).append(row)
+        assert any(_is_run(lines, columns, rows) for rows in runs.values()), (device, columns)
+
+
+def _is_run(lines: list[list[str]], columns: dict[int, tuple[str, str]], rows: list[dict[str, str]]) -> bool:
+    sides = {side: [row for row in rows if row["side"] == side] for side in ("ours", "theirs")}
+    return len(lines) == len(sides["ours"]) == len(sides["theirs"]) and all(
+        line[0].split(", ")[-1].lower() in sides["ours"][i]["criterion"].lower()
+        and all(_is_rounded(line[column], sides[side][i][key]) for column, (side, key) in columns.items())
+        for i, line in enumerate(lines)
+    )
