@@ -40,6 +40,7 @@ _HOMES = {  # public name -> module it is in
     "reconstruct": "method.reconstruction",
     "save": "checkpoint.saving",
     "score": "method.criteria",
+    "skeleton": "checkpoint.skeleton",
 }
 
 __all__ = [*sorted(_HOMES), "ops"]

@@ -321,7 +321,8 @@ def _decided(model: Any, recipe: Recipe, measured: Measured, clock: _Clock) -> t
     if recipe.head_ranking == "residual" and "attention" in recipe.kinds:
         text = _first(measured.tokens, recipe.samples, "ranking heads by what the others leave of them")
         with clock.time("head ranking"):
-            scores = rank_heads(scores, head_residuals(model, text))
+            layers = None if recipe.layers is None else range(*recipe.layers)
+            scores = rank_heads(scores, head_residuals(model, text, layers=layers))
     with clock.time("planning"):
         plan = planning.plan_for(scores, **recipe.plan_request())
     if recipe.fusion == LEARNED:

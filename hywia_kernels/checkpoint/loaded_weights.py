@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 import math
 import re
@@ -96,8 +97,15 @@ class _Quiet(logging.Filter):
         return threading.get_ident() != self._thread or "LOAD REPORT" not in record.getMessage()
 
 
-def read(source: str | None, family: Any, **options: Any) -> tuple[Any, Mapping[str, Any]]:
-    """`(model, loading report)` by a class's `from_pretrained`, safetensors only; judge it with `check_complete`."""
+def read(source: str | None, family: Any, *, device: Any = None, **options: Any) -> tuple[Any, Mapping[str, Any]]:
+    """`(model, loading report)` by a class's `from_pretrained`, safetensors only; judge it with `check_complete`.
+
+    Args:
+        device: where the weights are to be, one after the other, without all of them in the host's memory first;
+            transformers needs accelerate for it, and without that the model is on the CPU. None: the CPU.
+    """
+    if device is not None and device.type != "cpu" and importlib.util.find_spec("accelerate") is not None:
+        options["device_map"] = {"": device}
     logger, quiet = logging.getLogger("transformers.modeling_utils"), _Quiet()
     logger.addFilter(quiet)
     try:
@@ -153,8 +161,11 @@ def described(config: Any, dtype: Any = None) -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False, **options)
 
 
-def stock(folder: Path, dtype: Any, quantised: bool) -> Any:
+def stock(folder: Path, dtype: Any, quantised: bool, device: Any = None) -> Any:
     """The model of a directory, of a class that transformers or this package has; its code is not run.
+
+    Args:
+        device: as `read` takes it; a quantised model goes where its method puts it.
 
     Raises:
         HywiaError: the weights are not the model's.
@@ -164,7 +175,9 @@ def stock(folder: Path, dtype: Any, quantised: bool) -> Any:
     config = stock_config(folder)
     if not quantised:
         _check_count(folder, config)
-    model, report = read(str(folder), AutoModelForCausalLM, config=config, dtype=dtype, trust_remote_code=False)
+    options = {"config": config, "dtype": dtype, "trust_remote_code": False}
+    is_quantised = getattr(config, "quantization_config", None) is not None
+    model, report = read(str(folder), AutoModelForCausalLM, device=None if is_quantised else device, **options)
     check_complete(report, str(folder), unexpected=not quantised)
     return model
 
@@ -201,7 +214,7 @@ def check_gguf(path: Path) -> Any:
     return config
 
 
-def gguf(path: Path, dtype: Any) -> Any:
+def gguf(path: Path, dtype: Any, device: Any = None) -> Any:
     """The dequantised model of a GGUF file, as if it had never been quantised: it can be saved.
 
     Raises:
@@ -213,7 +226,7 @@ def gguf(path: Path, dtype: Any) -> Any:
     # Newer ones keep the blocks packed where they can, with kernels that they fetch from the hub and run.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model, report = read(str(path.parent), transformers.AutoModelForCausalLM, **options)
+    model, report = read(str(path.parent), transformers.AutoModelForCausalLM, device=device, **options)
     check_complete(report, str(path))
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config  # a saved copy must not claim to be quantised

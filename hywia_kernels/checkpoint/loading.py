@@ -56,7 +56,7 @@ def load(
     target = _device(device)
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
-        network, tokenizer = _loaded(located(model), torch_dtype, trust_remote_code is True, quantised)
+        network, tokenizer = _loaded(located(model), torch_dtype, trust_remote_code is True, quantised, target)
         return (network if quantised and _is_quantised(network) else network.to(target)).eval(), tokenizer
     except (HywiaError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -87,17 +87,17 @@ def _device(device: str):
     return target
 
 
-def _loaded(source: Source, dtype: Any, trusted: bool, quantised: bool) -> tuple[Any, Any]:
+def _loaded(source: Source, dtype: Any, trusted: bool, quantised: bool, device: Any) -> tuple[Any, Any]:
     if source.is_gguf:
-        return _gguf(source.path, dtype)
-    network, tokenizer = _directory(source, dtype, trusted, quantised)
+        return _gguf(source.path, dtype, device)
+    network, tokenizer = _directory(source, dtype, trusted, quantised, device)
     if source.from_hub:
         for named in (network.config, network, tokenizer):
             named.name_or_path = source.name
     return network, tokenizer
 
 
-def _directory(source: Source, dtype: Any, trusted: bool, quantised: bool) -> tuple[Any, Any]:
+def _directory(source: Source, dtype: Any, trusted: bool, quantised: bool, device: Any) -> tuple[Any, Any]:
     made = judged(source, trusted=trusted, quantised=quantised)
     folder, name = source.path, source.name
     if source.from_hub:
@@ -107,9 +107,9 @@ def _directory(source: Source, dtype: Any, trusted: bool, quantised: bool) -> tu
     if made.rotary:
         network = baichuan.load(folder, dtype)
     elif made.code:
-        network = remote.load(str(folder), dtype, made.values, trusted=made.code)
+        network = remote.load(str(folder), dtype, made.values, trusted=made.code, device=device)
     else:
-        network = loaded_weights.stock(folder, dtype, quantised)
+        network = loaded_weights.stock(folder, dtype, quantised, device)
     loaded_weights.check_types(network, name)
     settle_tying(network)
     return network, tokenizer
@@ -130,7 +130,7 @@ def _tokenizer(folder: Path, name: str, judgement: Judged) -> Any:
     return made
 
 
-def _gguf(path: Path, dtype: Any) -> tuple[Any, Any]:
+def _gguf(path: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
     need_gguf()
@@ -140,7 +140,7 @@ def _gguf(path: Path, dtype: Any) -> tuple[Any, Any]:
         description_text.check_tokenizer_class(path.parent)
     loaded_weights.check_gguf(path)
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
-    network = loaded_weights.gguf(path, dtype)
+    network = loaded_weights.gguf(path, dtype, device)
     loaded_weights.check_types(network, str(path))
     settle_tying(network)
     return network, tokenizer

@@ -224,23 +224,24 @@ def _layer_bytes(work: Work, tokens: int) -> int:
 
 
 def _ranking_bytes(work: Work, groups: Any, samples: int, seq_len: int, device: torch.device) -> int:
-    """One chunk's activations, the moments of all layers, and one layer's in float64 with its factor and inverse."""
+    """The hidden states, one chunk's activations, and one layer's moments, in float64 too, with factor and inverse."""
     if not samples:
         return 0
-    widths = _head_widths(groups)
-    moments = _moment_bytes(device) * sum(w * w for w in widths) + 4 * 8 * max((w * w for w in widths), default=0)
-    return moments + _layer_bytes(work, min(samples * seq_len, max(_CHUNK_TOKENS, seq_len)))
+    tokens, width = samples * seq_len, max(_head_widths(groups), default=0)
+    moments = width * width * (2 * _moment_bytes(device) + 4 * 8)
+    states = tokens * work.hidden * work.element_size
+    return states + moments + _layer_bytes(work, min(tokens, max(_CHUNK_TOKENS, seq_len)))
 
 
 def _reconstruction_bytes(
     work: Work, groups: Any, samples: int, seq_len: int, kept: float, device: torch.device
 ) -> int:
-    """Hidden states of both models and the dense layer's outputs for all tokens, a chunk's activations, one matrix's
-    equations with what solving them makes in float64, and a copy of one layer's weights."""
+    """Hidden states of both models, what leaves the dense layer and what its attention adds, for all tokens; a chunk's
+    activations, one matrix's equations with what solving them makes in float64, and a copy of one layer's weights."""
     if not samples or kept == 1.0:
         return 0
     tokens = samples * seq_len
-    states = 5 * tokens * work.hidden * work.element_size
+    states = 4 * tokens * work.hidden * work.element_size
     inputs = math.ceil(kept * max((_inputs(g) for g in _solved(groups)), default=0))
     equations = inputs * (inputs + work.hidden) * (_moment_bytes(device) + 3 * 8)
     layer = work.weight_bytes // max(len(work.kv), 1)

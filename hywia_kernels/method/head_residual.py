@@ -8,39 +8,42 @@ brain surgery, Hassibi and Stork 1993, for a block of weights).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import arch
 from ..arch.holding import check_held, unwrapped
 from ..engine.passes import apart
-from ..engine.patches import hooked
-from ..engine.samples import Samples, padded
+from ..engine.samples import padded
 from ..progress import track
 from ..types import Group, Scores
 from .calibration_data import check_tokens
+from .layer_runs import CHUNK_TOKENS, entering, entrance
 from .moments import exact_products, factored, moment_dtype
 
 __all__ = ["head_residuals", "rank_heads"]
 
-_CHUNK_TOKENS = 8192
 _RIDGE = 0.01  # of the mean square of the inputs
 
 
 @torch.no_grad()
-def head_residuals(model: Any, batches: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
+def head_residuals(
+    model: Any, batches: Tensor | Sequence[Tensor], *, layers: Collection[int] | None = None
+) -> dict[str, Tensor]:
     """Of every attention group, float32 `[units]` on the CPU: `tr(W_u (H⁻¹)_uu⁻¹ W_uᵀ) / tokens`.
 
     `H = Σ_t x_t x_tᵀ + λ` are the second moments of what enters the output matrix `W`, `u` the unit's inputs; this is
-    the least squared error of `W x` without them when all other columns may change. The moments of all layers are held
-    at a time, in float32 (float64 on the CPU).
+    the least squared error of `W x` without them when all other columns may change. The layers are
+    run one after the other, on all of the text: the hidden states between two of them are held, in the model's dtype,
+    and one layer's moments, in float32 (float64 on the CPU).
 
     Args:
         model: a causal language model of a known architecture. batches: token ids, as `calibrate` takes them.
+        layers: indices of the layers whose heads are wanted; None: all. No layer behind the last of them is run.
 
     Raises:
         HywiaError: an unknown architecture, ids beyond the vocabulary, or activations that are NaN or Inf. UsageError:
@@ -50,37 +53,37 @@ def head_residuals(model: Any, batches: Tensor | Sequence[Tensor]) -> dict[str, 
     modules = dict(model.named_modules())
     check_held(modules)
     with apart(modules):
-        return _measured(model, batches)
+        return _measured(model, batches, layers)
 
 
-def _measured(model: Any, batches: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
-    found = [g for g in arch.groups(model) if g.kind == "attention"]
+def _measured(model: Any, batches: Tensor | Sequence[Tensor], wanted: Collection[int] | None) -> dict[str, Tensor]:
+    groups = {g.layer: g for g in arch.groups(model) if g.kind == "attention" and (wanted is None or g.layer in wanted)}
     samples = padded(batches)
     check_tokens(samples.tokens, model)
-    grams: dict[str, Tensor] = {}
-    rows: list[Tensor | None] = [None]
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, arguments: tuple) -> None:
-            x = arguments[0].reshape(-1, arguments[0].shape[-1])
-            if rows[0] is not None:
-                x = x.index_select(0, rows[0].to(x.device))
-            x = x.to(moment_dtype(x.device))
-            grams[name] = grams[name] + x.T @ x if name in grams else x.T @ x
-
-        return hook
-
-    watched = [(model.get_submodule(g.members[-1].module), watch(g.name)) for g in found]
-    devices = [module.weight.device for module, _ in watched]
-    with hooked(watched, before=True), exact_products(*devices):
-        for run in track(samples.sorted().chunks(_CHUNK_TOKENS), "measuring heads"):
-            rows[0] = run.rows() if run.ragged else None
-            _forward(model, run)
-        return {g.name: _energy(model, g, grams.pop(g.name), samples.total) for g in found}
-
-
-def _forward(model: Any, run: Samples) -> None:
-    model.get_decoder()(run.tokens.to(model.get_input_embeddings().weight.device), use_cache=False)
+    layers: Any = model.get_submodule(arch.architecture(model).layers)
+    measured: dict[str, Tensor] = {}
+    last = max(groups, default=-1)
+    with exact_products(*dict.fromkeys(p.device for p in layers.parameters())):
+        chunks = samples.sorted().chunks(CHUNK_TOKENS) if groups else []
+        runs = [entrance(model, layers, chunk) for chunk in chunks]
+        for index, layer in enumerate(track(layers[: last + 1], "measuring heads")):
+            group = groups.get(index)
+            if group is None:
+                for run in runs:
+                    run.hidden = run.calls[index](layer, run.hidden)
+                continue
+            module = model.get_submodule(group.members[-1].module)
+            gram: Tensor | None = None
+            for run in runs:
+                x, run.hidden = entering(run.calls[index], layer, module, run.hidden, stop=index == last)
+                x = x.reshape(-1, x.shape[-1])
+                if run.rows is not None:
+                    x = x.index_select(0, run.rows.to(x.device))
+                x = x.to(moment_dtype(x.device))
+                gram = x.T @ x if gram is None else gram + x.T @ x
+            assert gram is not None
+            measured[group.name] = _energy(model, group, gram, samples.total)
+    return measured
 
 
 def _energy(model: Any, group: Group, gram: Tensor, tokens: int) -> Tensor:

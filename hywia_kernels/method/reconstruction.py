@@ -24,39 +24,26 @@ from torch import Tensor, nn
 from .. import arch, progress
 from ..arch.facts import fingerprint
 from ..arch.holding import plain_model
-from ..engine.layered import hidden_of
 from ..engine.passes import apart, put_back
-from ..engine.patches import forward_replaced, hooked
 from ..engine.samples import Samples, padded
 from ..errors import HywiaError, UsageError
 from ..settings import RIDGE
 from ..types import Group, Plan
 from .calibration_data import check_tokens, digest
+from .layer_runs import CHUNK_TOKENS, Call, entrance, seen
 from .moments import exact_products, factored, moment_dtype
 from .surgery import checked_groups, zero_units
 
 __all__ = ["reconstruct"]
 
-_CHUNK_TOKENS = 8192
 _TINY = 1e-30
-
-
-@dataclass
-class _Call:
-    """A decoder layer's arguments beside the hidden states, for one run of samples."""
-
-    arguments: tuple
-    keywords: dict[str, Any]
-
-    def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        return hidden_of(layer(hidden, *self.arguments, **self.keywords))
 
 
 @dataclass
 class _Run:
     """One run of samples on its way through the layers: hidden states of the dense and of the pruned model."""
 
-    calls: list[_Call]
+    calls: list[Call]
     dense: Tensor
     pruned: Tensor
     rows: Tensor | None  # positions without padding; None: all
@@ -64,6 +51,11 @@ class _Run:
     def flat(self, tensor: Tensor) -> Tensor:
         flat = tensor.reshape(-1, tensor.shape[-1])
         return flat if self.rows is None else flat.index_select(0, self.rows.to(flat.device))
+
+
+def _run(model: Any, layers: nn.ModuleList, samples: Samples) -> _Run:
+    begin = entrance(model, layers, samples)
+    return _Run(begin.calls, begin.hidden, begin.hidden, begin.rows)
 
 
 @dataclass
@@ -93,12 +85,13 @@ class _Normal:
         self.target = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, residual: Tensor, target: Tensor, weight: Tensor) -> None:
+        """`target`: weighted energy of what the matrix gives in the dense model, a float64 number."""
         x, residual, weight = x.to(self.dtype), residual.to(self.dtype), weight.to(self.dtype)[:, None]
         weighted = x * weight
         self.gram += weighted.T @ x
         self.cross += weighted.T @ residual
         self.energy += (residual.square() * weight).sum(dtype=torch.float64)
-        self.target += (target.to(self.dtype).square() * weight).sum(dtype=torch.float64)
+        self.target += target.to(self.target.device)
 
     def solve(self, ridge: float) -> tuple[Tensor, float, float]:
         """`(change of the weight [inputs, outputs], relative squared error before, and after)`, in float64.
@@ -111,39 +104,6 @@ class _Normal:
         after = self.energy - 2 * (change * cross).sum() + (change * (gram @ change)).sum()
         scale = self.target.clamp(min=_TINY)
         return change, float(self.energy / scale), float(after / scale)
-
-
-@contextmanager
-def _seen(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
-    """What modules get and give while a layer runs."""
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-    def keep(module: nn.Module, arguments: tuple, output: Tensor) -> None:
-        seen[module] = (arguments[0], output)
-
-    with hooked([(module, keep) for module in modules]):
-        yield seen
-
-
-def _arguments(model: Any, layers: nn.ModuleList, samples: Samples) -> _Run:
-    """What enters the first layer, and what else each layer is called with; only the first one computes."""
-    calls: list[_Call] = []
-    entered: list[Tensor] = []
-    rest: list[tuple | None] = []  # what the first layer returns beside the hidden states, if it returns a tuple
-    first = layers[0].forward
-
-    def passing(hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
-        if not calls:
-            entered.append(hidden)
-            out: Any = first(hidden, *arguments, **keywords)
-            rest.append(out[1:] if isinstance(out, tuple) else None)
-        calls.append(_Call(arguments, keywords))
-        return hidden if rest[0] is None else (hidden, *rest[0])
-
-    tokens = samples.tokens.to(model.get_input_embeddings().weight.device)
-    with forward_replaced([(layer, passing) for layer in layers]):
-        model.get_decoder()(tokens, use_cache=False)
-    return _Run(calls, entered[0], entered[0], samples.rows() if samples.ragged else None)
 
 
 def _matrices(model: Any, plan: Plan, found: Sequence[Group]) -> list[_Matrix]:
@@ -168,43 +128,60 @@ def _matrices(model: Any, plan: Plan, found: Sequence[Group]) -> list[_Matrix]:
 
 @dataclass
 class _Aim:
-    """What the dense layer does with one run of samples."""
+    """What the dense layer does with one run of samples.
+
+    Of the matrix that sends on, whose equations are about what leaves the layer, its own output counts only by its
+    energy; those of the others are held until their equations are there.
+    """
 
     out: Tensor
     outputs: dict[nn.Module, Tensor]
+    energies: dict[nn.Module, Tensor]  # weighted sums of squares, float64
     weight: Tensor  # [tokens without padding]
     drift: bool
 
 
 def _equations(layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[_Run], aims: Sequence[_Aim]) -> _Normal:
-    """Normal equations of one matrix: the pruned model's inputs against what the dense one has and it lacks."""
+    """Normal equations of one matrix: the pruned model's inputs against what the dense one has and it lacks.
+
+    The layer runs no further than the matrix where what leaves the layer is not asked for, and what the dense layer has
+    there is given up.
+    """
     bias = matrix.bias is not None
     normal = _Normal(matrix.name, matrix.kept.numel() + bias, len(matrix.weight), matrix.weight.device)
     for run, aim in zip(runs, aims, strict=True):
-        with _seen([matrix.module]) as seen:
+        whole = aim.drift and matrix.sends_on
+        out = run.pruned
+        with seen([matrix.module], stop=not whole) as at:
             out = run.calls[index](layer, run.pruned)
-        x, got = seen[matrix.module]
-        target = aim.outputs[matrix.module].float()
-        lacking = target - got.float()
-        if aim.drift:
-            if matrix.sends_on:  # all that the dense layer sends on, less what this one sends on beside the matrix
-                lacking = aim.out.float() - out.float()
-            else:
+        x, got = at[matrix.module]
+        if whole:  # all that the dense layer sends on, less what this one sends on beside the matrix
+            lacking = aim.out.float() - out.float()
+        else:
+            lacking = aim.outputs.pop(matrix.module).float() - got.float()
+            if aim.drift:
                 lacking = lacking + (run.dense.float() - run.pruned.float())
         x = run.flat(x).index_select(1, matrix.kept)
         if bias:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        normal.add(x, run.flat(lacking), run.flat(target), aim.weight)
+        normal.add(x, run.flat(lacking), aim.energies[matrix.module], aim.weight)
     return normal
 
 
 def _aim(layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, drift: bool) -> _Aim:
-    with _seen([m.module for m in matrices]) as seen:
+    with seen([m.module for m in matrices]) as at:
         out = run.calls[index](layer, run.dense)
     # The next norm divides by a token's rms, so errors count relative to it; tokens with huge activations (the first of
     # a text, usually) would decide the regression otherwise.
     weight = 1.0 / run.flat(out).float().square().mean(1).clamp(min=_TINY)
-    return _Aim(out, {module: pair[1] for module, pair in seen.items()}, weight, drift)
+    energies = {m.module: _energy(run.flat(at[m.module][1].float()), weight) for m in matrices}
+    outputs = {m.module: at[m.module][1] for m in matrices if not (drift and m.sends_on)}
+    return _Aim(out, outputs, energies, weight, drift)
+
+
+def _energy(target: Tensor, weight: Tensor) -> Tensor:
+    dtype = moment_dtype(target.device)
+    return (target.to(dtype).square() * weight.to(dtype)[:, None]).sum(dtype=torch.float64)
 
 
 @dataclass
@@ -277,6 +254,12 @@ def _write(model: Any, plan: Plan, found: Sequence[Group], solved: Sequence[tupl
         raise interrupted
 
 
+def _give_up_dense(runs: Sequence[_Run]) -> None:
+    """The dense model's hidden states before the layer, in whose place those behind it are about to come."""
+    for run in runs:
+        run.dense = run.pruned
+
+
 @torch.no_grad()
 def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: float = RIDGE) -> Plan:
     """Refit a model to a plan, before `prune` cuts it: removed units become zero, surviving output columns are solved.
@@ -291,7 +274,8 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
     the output to the hidden states (`Architecture.residual`), `r` includes what these lack already. Biases are solved
     too. Stacked experts are cut without a refit: each sees only the tokens that are sent to it.
 
-    The hidden states of the text between two layers are held, in the model's dtype, for both models; wide activations
+    The hidden states of the text between two layers are held, in the model's dtype, for both models, and inside a layer
+    what leaves the dense one and what its attention adds, until the attention's equations are there; wide activations
     only for a few thousand tokens at a time. Solved columns wait on the host until all are solved: the model is as it
     was until then, but for the layer that is at work, of whose cut parameters a copy is held.
 
@@ -341,7 +325,7 @@ def _refitted(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[st
     errors: dict[str, list[float]] = {}
     solved: list[tuple[_Matrix, _Solved]] = []
     with exact_products(*devices):
-        runs = [_arguments(model, layers, chunk) for chunk in samples.sorted().chunks(_CHUNK_TOKENS)]
+        runs = [_run(model, layers, chunk) for chunk in samples.sorted().chunks(CHUNK_TOKENS)]
         same = True  # both models have the same hidden states so far
         for index, layer in enumerate(progress.track(layers, "refitting")):
             here = [g for g in found if g.layer == index]
@@ -353,7 +337,9 @@ def _refitted(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[st
             with _tried(model, cut):
                 for group in here:
                     zero_units(model, group, plan.keep[group.name])
-                for matrix in matrices:
+                for at, matrix in enumerate(matrices):
+                    if entry.residual is None or all(m.sends_on for m in matrices[at:]):
+                        _give_up_dense(runs)  # no equations to come are about what entered the dense layer
                     change, before, after = _equations(layer, index, matrix, runs, aims).solve(
                         ridge * matrix.kept.numel() / samples.total
                     )

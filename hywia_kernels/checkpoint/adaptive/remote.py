@@ -47,12 +47,12 @@ def adapted(model: Any) -> Any:
     return twin
 
 
-def load(source: str, dtype: Any, values: Mapping[str, Any], *, trusted: bool) -> Any:
+def load(source: str, dtype: Any, values: Mapping[str, Any], *, trusted: bool, device: Any = None) -> Any:
     """The model of a directory whose own Python code describes it, changed as `adapted` wrote into its config.
 
     Args:
         source: the directory. dtype: "auto" keeps the checkpoint's. values: the content of its config.json.
-        trusted: whether that code may be run.
+        trusted: whether that code may be run. device: as `loaded_weights.read` takes it.
 
     Raises:
         HywiaError: it may not, or transformers has the family, or `auto_map` names other code than the directory's; or
@@ -65,19 +65,19 @@ def load(source: str, dtype: Any, values: Mapping[str, Any], *, trusted: bool) -
             "(--trust-remote-code) only, and where transformers has no such family"
         )
     description.check_code(values, f"{source}: config.json")
-    network, report = _built(source, dtype, values)
+    network, report = _built(source, dtype, values, device)
     loaded_weights.check_complete(report, source)
     return network
 
 
-def _built(source: str, dtype: Any, values: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+def _built(source: str, dtype: Any, values: Mapping[str, Any], device: Any) -> tuple[Any, Mapping[str, Any]]:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     from .modeling_hywia_adaptive import change_modules, check_changes
 
     if not values.get(_CHANGES):
-        return loaded_weights.read(source, AutoModelForCausalLM, dtype=dtype, trust_remote_code=True)
+        return loaded_weights.read(source, AutoModelForCausalLM, dtype=dtype, trust_remote_code=True, device=device)
     check_changes(values[_CHANGES])
     config = AutoConfig.from_pretrained(source, trust_remote_code=True)
     family: Any = get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], source)
@@ -88,7 +88,7 @@ def _built(source: str, dtype: Any, values: Mapping[str, Any]) -> tuple[Any, Map
             change_modules(self, getattr(config, _CHANGES))
 
     Changed.__name__, Changed.__module__ = family.__name__, family.__module__
-    network, report = loaded_weights.read(source, Changed, config=config, dtype=dtype)
+    network, report = loaded_weights.read(source, Changed, config=config, dtype=dtype, device=device)
     network.__class__ = family
     return network, report
 
