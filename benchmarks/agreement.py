@@ -16,7 +16,8 @@ RATIOS = (0.2, 0.5)
 
 @dataclass(frozen=True)
 class Agreement:
-    """Largest errors of any group, relative to its largest value; and by ratio the share of kept units in common."""
+    """The largest error of any group, relative to the group's largest value, and ratio -> share of kept units in
+    common."""
 
     fine: float
     coarse: float

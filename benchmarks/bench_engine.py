@@ -109,7 +109,7 @@ class Measured(NamedTuple):
     result: object
 
     def columns(self, model: nn.Module) -> dict[str, float | int | None]:
-        """Of times and memory, in the bytes of the model's weights."""
+        """The row's columns of times and memory, the latter also as a multiple of the bytes of the model's weights."""
         weights = weight_bytes(model)
         over = self.peak / weights if self.peak else None
         memory = {"peak_bytes": self.peak, "weight_bytes": weights, "peak_over_weights": over}
@@ -117,7 +117,7 @@ class Measured(NamedTuple):
 
 
 def measure(call: Callable[[], object], device: torch.device, runs: int, limit: float, base: int = 0) -> Measured:
-    """Time `call` after a warm-up; two runs are enough once `limit` seconds went."""
+    """Times `call` after a warm-up: `runs` times, or at least twice once they took `limit` seconds together."""
     once(call, device)
     free(device)
     peak = Peak(device, base)
@@ -135,18 +135,18 @@ def _synchronize(device: torch.device) -> None:
 
 
 def check(shape: str, samples: int, length: int, device: torch.device) -> list[str]:
-    """Compare the engines on two layers in two dtypes; returns what failed."""
+    """Compares the engines on two layers in two dtypes, and returns a message for each disagreement."""
     failures = []
     for dtype, bound in BOUNDS.items():
         model = models.build(shape, 2, dtype, device)
         tokens = models.token_ids(model, samples, length, device)
         fused, autograd = (hk.calibrate(model, tokens, engine=engine) for engine in ("fused", "autograd"))
-        found = compare(fused, autograd)
-        kept = ", ".join(f"{share:.2%} of the units kept at {ratio:.0%}" for ratio, share in found.kept.items())
-        errors = f"fine {found.fine:.1e}, coarse {found.coarse:.1e} (allowed {bound:.0e})"
+        agreement = compare(fused, autograd)
+        kept = ", ".join(f"{share:.2%} of the units kept at {ratio:.0%}" for ratio, share in agreement.kept.items())
+        errors = f"fine {agreement.fine:.1e}, coarse {agreement.coarse:.1e} (allowed {bound:.0e})"
         line = f"{dtype} by {fused.record['backend']}: {errors}; same {kept}"
         print(f"fused against autograd, 2 layers, {line}", flush=True)
-        if not found.within(bound):
+        if not agreement.within(bound):
             failures.append(f"engines disagree: {line}")
         del model, tokens, fused, autograd
         free(device)

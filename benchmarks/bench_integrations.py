@@ -57,15 +57,16 @@ COLUMNS = {
 
 
 def scored(contract: Contract, make: Callable[[], Any], prepare: Callable[[], None] | None) -> list[Tensor]:
-    """One scoring of all groups, as a pruner's step does it: every vector comes to the CPU."""
+    """Scores all groups once, as a pruner's step does; returns a float32 vector for each group that the scorer takes,
+    on the CPU."""
     if prepare is not None:
         prepare()
     scorer = make()
     # Torch-Pruning's own steps read each weight once without being told.
     unchanged = getattr(scorer, "unchanged", contextlib.nullcontext)
     with torch.no_grad(), unchanged():
-        found = [contract.call(scorer, group) for group in contract.groups]
-    return [f.float().cpu() for f in found if f is not None]
+        scores = [contract.call(scorer, group) for group in contract.groups]
+    return [vector.float().cpu() for vector in scores if vector is not None]
 
 
 def agreement(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> tuple[float, float]:
@@ -164,7 +165,7 @@ def _measure(
     tokens: Tensor,
     base: int,
 ) -> None:
-    """Add a row a side. Ours is measured first: upstream sorts the groups' lists."""
+    """Measures both sides and adds a row for each. Ours is measured first, since upstream sorts the groups' lists."""
     device = arguments.device
     sides: dict[str, Measured] = {}
     for side, make, prepare in (

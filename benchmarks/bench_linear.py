@@ -22,9 +22,11 @@ from .cases import LinearCase
 from .harness import COMPILE, EAGER, Candidate, Job, backend_candidates, compiled, main, poison
 
 MM = "mm alone"
-# Of a unit's fine sums relative to the same in float64, and of its coarse sums relative to its first-order fine sum.
+# Allowed error of a unit's fine sums, relative to the same in float64, and of its coarse sums, relative to its
+# first-order fine sum.
 TOLERANCE = 2e-5
-# Eager torch rounds every weight gradient to the operands' dtype, and the baseline its product.
+# Allowed error of eager torch, which rounds every weight gradient to the operands' dtype, and of the baseline, which
+# rounds its product.
 ROUNDED = {dtype: max(TOLERANCE, torch.finfo(dtype).eps) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 Operands = tuple[Tensor, Tensor, Tensor]

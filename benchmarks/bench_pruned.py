@@ -1,8 +1,8 @@
 """Speed of pruned models, LLaMA-7B's shapes with random weights: `python -m benchmarks.bench_pruned --help`.
 
 Dense, this package's uniform widths at 20 % and 50 %, and LLM-Pruner's own at both (24 of 32 heads and 8,256 of 11,008
-channels kept in layers [4, 30); 13 heads and 4,403 channels in [3, 31)), in one run, by `hywia_kernels.speed`: layers
-compiled, a static cache, one CUDA graph a step. Each figure stands beside the ideal: dense FLOPs over the pruned
+channels kept in layers [4, 30); 13 heads and 4,403 channels in [3, 31)), in one run, by `hywia_kernels.deploy.speed`:
+layers compiled, a static cache, one CUDA graph a step. Each figure stands beside the ideal: dense FLOPs over the pruned
 model's for prefill, bytes for decoding. Widths by hand: `--models dense 22x9232 24x8256@4:30`.
 """
 
@@ -60,7 +60,7 @@ def counts(model, text: str) -> dict[str, int]:
 
 
 def build(shape: str, text: str, layers: int | None, dtype: str, device: torch.device):
-    """Random weights of those widths, made on the device."""
+    """A model with random weights of these widths (see `counts`; "dense" for the shape's own), made on the device."""
     resize = None if text == "dense" else lambda model: surgery.resize(model, counts(model, text))
     return models.build(shape, layers, dtype, device, resize)
 
@@ -72,16 +72,18 @@ def ideal(case: Case, before: Work, after: Work) -> float:
 
 
 def show(rows: Sequence[Row], names: Sequence[str], mode: str) -> None:
-    """A line a model, a column a case: ms, speed-up, share of the ideal."""
+    """Prints a line a model and a column a case: ms, speed-up, and share of the ideal speed-up."""
     rows = [r for r in rows if r.mode == mode]
     columns = list(dict.fromkeys((r.phase, r.batch, r.context) for r in rows))
     print(f"\n{mode}: ms, x over {names[0]}, share of ideal")
     print(f"{'model':<16}{'parameters':>14}" + "".join(f"{f'{p} {b}x{c}':>26}" for p, b, c in columns))
     for name in names:
-        found = {(r.phase, r.batch, r.context): r for r in rows if r.model == name}
-        if found:
-            first = next(iter(found.values()))
-            cells = (f"{r.ms:9.3f} {r.speedup:6.3f} {r.share:6.3f}" for r in (found[c] for c in columns if c in found))
+        by_case = {(r.phase, r.batch, r.context): r for r in rows if r.model == name}
+        if by_case:
+            first = next(iter(by_case.values()))
+            cells = (
+                f"{r.ms:9.3f} {r.speedup:6.3f} {r.share:6.3f}" for r in (by_case[c] for c in columns if c in by_case)
+            )
             print(f"{name:<16}{first.parameters:>14,}" + "".join(f"{cell:>26}" for cell in cells))
 
 

@@ -3,8 +3,9 @@
     python -m benchmarks.bench_recipe                       # LLaMA-7B's shapes, random weights, on a GPU
     python -m benchmarks.bench_recipe --shape tiny --device cpu
 
-Scoring (text apart, one fusion included) is timed `--runs` times after a warm-up; what `hywia_kernels.compress` does
-after it runs once. LLM-Pruner's flow is `benchmarks/llm_pruner.py`'s, with its ten samples.
+Scoring is `hywia_kernels.measure`, which measures the statistics and what the recipe needs beside them, on random
+tokens; it is timed `--runs` times after a warm-up. The later steps are those of `hywia_kernels.compress`, which runs
+once and records their seconds. LLM-Pruner's flow is that of `benchmarks/llm_pruner.py`, with its ten samples.
 """
 
 from __future__ import annotations
@@ -68,14 +69,14 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv_of(argv))
-    found = run(arguments)
+    seconds = run(arguments)
     print(f"{device_name(arguments.device)}, torch {torch.__version__}, commit {commit()}")
     print("| step | s |\n| --- | --- |")
     for name in STEPS:
-        print(f"| {name} | {found[name]:.3f} |")
-    ours = sum(found[name] for name in ("scoring", "fusion", "planning", "cut"))
+        print(f"| {name} | {seconds[name]:.3f} |")
+    ours = sum(seconds[name] for name in ("scoring", "fusion", "planning", "cut"))
     print(f"| all but the reconstruction and what goes with it | {ours:.3f} |")
-    print(f"| times param_mix | {ours / found['param_mix']:.2f} |")
+    print(f"| times param_mix | {ours / seconds['param_mix']:.2f} |")
     return 0
 
 

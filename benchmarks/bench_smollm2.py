@@ -3,8 +3,9 @@
 Each model is made by the command itself, with its recipe and what follows `--` (`-- --calib c4.jsonl --text wiki.txt`),
 written, loaded again and timed; its perplexity is what the command measured before and after. All are timed in turns,
 dense among them, back and forth, so that what else the machine does hits them alike: a speed-up is the median over the
-turns of dense time over pruned time. `--clock process` counts the process's own time, for a machine that is not quiet
-(it still sees its neighbours' use of memory). Layers compiled, a static cache, one thread by default.
+turns of dense time over pruned time. `--clock process` counts the process's own time, for a machine that is not quiet,
+though its neighbours' use of memory still shows. By default layers are compiled, the cache is static, and one thread
+runs.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ COLUMNS: Columns = {
     **dict.fromkeys(("speedup", "speedup_p20", "speedup_p80", "ideal", "share"), float),
     "compiled": bool,
 }
-TURNS_A_PROMPT = 3  # a prompt takes as long as many steps
+TURNS_A_PROMPT = 3  # a prompt is timed in every third turn, since it takes as long as many steps
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Made:
 
 
 def pruned(model: str, ratio: float, folder: Path, more: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """The command that wrote `folder`, and its report."""
+    """Runs `hywia prune` into `folder`; returns the command as a user would write it, and its report."""
     report = folder.with_name(folder.name + ".json")
     arguments = [
         "prune",
@@ -76,14 +77,14 @@ def pruned(model: str, ratio: float, folder: Path, more: Sequence[str]) -> tuple
     code = cli.main(arguments)
     if code != 0:
         raise SystemExit(code)
-    found = json.loads(report.read_text())
-    if "before" not in found:
+    measured = json.loads(report.read_text())
+    if "before" not in measured:
         raise SystemExit("--: expected options that leave the evaluation on; speed without perplexity says nothing")
-    return shlex.join(["hywia", *arguments[: arguments.index("-o")], "--ratio", str(ratio), *more]), found
+    return shlex.join(["hywia", *arguments[: arguments.index("-o")], "--ratio", str(ratio), *more]), measured
 
 
 def made(source: str, name: str, command: str, perplexity: float, context: int, compile: bool) -> Made:
-    """A model from where it is, ready to be timed."""
+    """Loads a model, ready to be timed. `source` is a name or a directory."""
     model, _ = hk.load(source, device="cpu", dtype="float32")
     reason = drivable(model, context)
     if reason is not None:
@@ -118,7 +119,7 @@ def in_turns(models: Sequence[Made], runs: int, clock: Callable[[], float]) -> d
 
 
 def figures(models: Sequence[Made], times: dict[str, list[list[float]]], context: int) -> list[dict[str, Any]]:
-    """A row a phase and model; the first is what others are held against, turn by turn."""
+    """The rows, one a phase and model. The models are compared with the first one, turn by turn."""
     rows = []
     for phase in PHASES:
         for model, seconds in zip(models, times[phase], strict=True):
@@ -181,8 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     options.model, "dense", "", reports[0][1]["before"]["perplexity"], options.context, options.compile
                 )
             ]
-            for ratio, (command, found) in zip(options.ratios, reports, strict=True):
-                told = found["after"]["perplexity"], options.context, options.compile
+            for ratio, (command, report) in zip(options.ratios, reports, strict=True):
+                told = report["after"]["perplexity"], options.context, options.compile
                 models.append(made(str(Path(room) / f"{ratio}"), f"--ratio {ratio}", command, *told))
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, 4 * len(models))

@@ -1,9 +1,9 @@
 """Time of a linear layer against its width, and the alignment that follows: `python -m benchmarks.bench_width --help`.
 
-A pruned layer has products of three forms, `[tokens, hidden] x [hidden, width]` (q, k, v, gate, up), `[tokens, width] x
-[width, hidden]` (o, down). Both are timed at every width of a coarse grid and, around several bases, at widths whose
+A pruned layer has products of two forms, `[tokens, hidden] x [hidden, width]` (q, k, v, gate, up) and `[tokens, width]
+x [width, hidden]` (o, down). Both are timed at every width of a coarse grid and, around several bases, at widths whose
 largest power-of-two divisor is 1, 2, 4, ...: what a width costs beyond its FLOPs is what alignment buys.
-`hywia_kernels.deploy.device_profiles` holds the outcome; `rule` is how it is read from the rows.
+`hywia_kernels.deploy.device_profiles` reads the outcome; `rule` is how the alignment follows from the rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .session import Session, add_dtype, argv_of, common_arguments, make_parser,
 from .timing import Timer
 
 FORMS = ("up", "down")
-GRID = 64  # of the widths whose rates a target keeps
+GRID = 64  # a profile keeps the rates of the widths that are multiples of this
 ALIGNMENTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOLERANCE = 0.03  # a wider alignment must gain more than this to be asked for
 
@@ -64,12 +64,13 @@ def rule(costs: dict[int, float], tolerance: float = TOLERANCE) -> int:
 
 
 def _digits(rate: float) -> float:
-    """Five of them, as in the rows: so many decimals would make nothing of a slow device's rates."""
+    """Rounds to five digits, as in the rows; a number of decimals would make zero of a slow device's rates."""
     return float(f"{rate:.5g}")
 
 
 def profile(rows: Sequence[Row], bases: Sequence[int], capability: tuple[int, int] | None = None) -> dict:
-    """A profile of a sweep; `capability`: of the GPU, by which others borrow its figures."""
+    """The device's profile from a sweep's rows. `capability` is the GPU's; others of the same one borrow its
+    figures."""
     costs, first = alignment_costs(rows, bases), rows[0]
     rates: dict[str, dict[str, dict[str, float]]] = {}
     for r in rows:
@@ -108,13 +109,13 @@ def figure(rows: Sequence[Row]) -> str:
     return charts.standalone([charts.lines(title, series, x_label="width", y_label="TFLOP/s")])
 
 
-def show(found: dict, path: Path | None) -> None:
+def show(measured: dict, path: Path | None) -> None:
     print("alignment: time beside the line between multiples of 256")
-    for a, cost in found["alignment_costs"].items():
+    for a, cost in measured["alignment_costs"].items():
         print(f"  {a:>4} {cost:6.3f}")
-    print(f"rule: multiples of {found['align']}")
+    print(f"rule: multiples of {measured['align']}")
     if path is not None:
-        path.write_text(json.dumps(found) + "\n")
+        path.write_text(json.dumps(measured) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bases = [2048, 3072, 4096, 5120, 6144, 8192] if cuda else [512, 768, 1024, 1280]
     parser.add_argument("--bases", type=int, nargs="+", default=bases)
     parser.add_argument(
-        "--profile", type=Path, help="write the target's profile here (hywia_kernels/deploy/profiles/NAME.json)"
+        "--profile", type=Path, help="write the device's profile here (hywia_kernels/deploy/profiles/NAME.json)"
     )
     parser.add_argument("--rows", type=Path, help="measure nothing: the profile of an earlier run's --csv")
     parser.add_argument("--figure", type=Path, help="write rates against width as SVG")

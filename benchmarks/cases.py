@@ -157,8 +157,8 @@ class LinearCase(Matrix):
 
     @property
     def flops(self) -> int:
-        """Of the weight-gradient product alone, a multiplication and an addition per token and weight; telling the
-        samples apart does not add to it. Scoring adds a few operations per weight and sample, not counted."""
+        """FLOPs of the weight-gradient product alone, a multiplication and an addition per token and weight; telling
+        the samples apart does not add to it. The few operations per weight and sample of scoring are not counted."""
         return 2 * self.tokens * self.rows * self.columns
 
 

@@ -24,7 +24,7 @@ class Case:
     ours: Callable[[], Any]
     prepare_theirs: Callable[[], None] | None = None
     prepare_ours: Callable[[], None] | None = None
-    comparable: bool = True  # False: upstream's defect makes its scores another thing
+    comparable: bool = True  # False where a defect of upstream makes its scores something else
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ LANGUAGE_MODEL: dict[str, Any] = {
 
 
 def backward(model: Any, tokens: Tensor) -> None:
-    """Gradients of the batch, for first order and for param_mix."""
+    """Leaves the batch's gradients in `.grad`, for first order and for param_mix."""
     model.zero_grad(set_to_none=True)
     llm_pruner.loss(model, tokens).backward()
 

@@ -1,11 +1,11 @@
 """What other pruning methods score by, written out anew: the baselines of `benchmarks.quality`.
 
-random, magnitude: of the package. LLM-Pruner (arXiv 2305.11627): `vectorize`, `param_first`, `param_second` and
-`param_mix`, local ranking; from one pass's statistics, which are the same sums as those of `benchmarks/llm_pruner.py`
-(second order without the factor one half, which changes no ranking). Wanda-sp (Wanda, arXiv 2306.11695, made structured
-by FLAP's authors): |W|·‖x‖ of the output matrices, inputs as the layers before leave them. FLAP (arXiv 2312.11983):
-fluctuation of the inputs times the columns' squared norms (WIFV), standardised in each layer, one ranking over the
-layers, and the mean of what was removed as a bias.
+LLM-Pruner (arXiv 2305.11627): `vectorize`, `param_first`, `param_second` and `param_mix`, local ranking. They come from
+one pass's statistics, which are the same sums as those of `benchmarks/llm_pruner.py` but for a factor one half of
+second order, which changes no ranking. Wanda-sp (Wanda, arXiv 2306.11695, made structured by FLAP's authors): |W|·‖x‖
+of the output matrices, inputs as the layers before leave them. FLAP (arXiv 2312.11983): fluctuation of the inputs times
+the columns' squared norms (WIFV), standardised in each layer, one ranking over the layers, and the mean of what was
+removed as a bias.
 
 Where a method removes heads, a KV group stands for a head here; where it decides how much of heads and of channels to
 remove, the setting's shares do.
@@ -55,12 +55,12 @@ class Inputs:
 
 
 class _Enough(Exception):
-    """The matrices that were asked for have been seen."""
+    """Raised to end a forward pass once all the matrices that were asked for have had their inputs."""
 
 
 @torch.no_grad()
 def inputs(model: Any, tokens: Tensor, groups: Sequence[Group], batch: int = 32) -> dict[str, Inputs]:
-    """Moments over tokens, of the model as it is; nothing after the last of the groups is computed."""
+    """Group name -> moments over all tokens of what enters its output matrix; the pass ends after the last group."""
     sums: dict[str, list[Tensor]] = {}
     count = tokens.numel()
     modules = {g.name: model.get_submodule(g.members[-1].module) for g in groups}
@@ -120,7 +120,7 @@ def _plan(model: Any, groups: Sequence[Group], keep: dict[str, Tensor]) -> hk.Pl
 
 
 def wanda_sp(model: Any, tokens: Tensor, shares: Shares, layers: range) -> hk.Plan:
-    """Wanda-sp's plan. The model must be whole; it is masked on the way, layer by layer, and left masked."""
+    """Wanda-sp's plan. The model must not be pruned yet; it is masked layer by layer on the way, and left masked."""
     groups = hk.groups(model)
     keep: dict[str, Tensor] = {}
     plan = _plan(model, groups, keep)
@@ -128,9 +128,9 @@ def wanda_sp(model: Any, tokens: Tensor, shares: Shares, layers: range) -> hk.Pl
         here = [g for g in _cut(groups, shares, layers) if g.layer == layer]
         if not here:
             continue
-        seen = inputs(model, tokens, here)
+        moments = inputs(model, tokens, here)
         for group in here:
-            metric = _matrix(model, group).abs().double().mean(0) * seen[group.name].square.sqrt()
+            metric = _matrix(model, group).abs().double().mean(0) * moments[group.name].square.sqrt()
             score = _per_unit(metric, group).sum(1).cpu()
             keep[group.name] = top_units(score, count(group, shares))
         for group in here:
@@ -149,17 +149,17 @@ class Flap:
 
 
 def flap(model: Any, tokens: Tensor, shares: Shares, layers: range) -> Flap:
-    """WIFV with adaptive layer budgets and bias compensation; the model is left as it is."""
+    """WIFV with one ranking over the layers and bias compensation. The model is left as it is."""
     groups = hk.groups(model)
     cut = _cut(groups, shares, layers)
-    seen = inputs(model, tokens, cut)
+    moments = inputs(model, tokens, cut)
     keep: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
     for kind in sorted({g.kind for g in cut}):
         members = [g for g in cut if g.kind == kind]
         scores = []
         for group in members:
-            metric = seen[group.name].variance * _matrix(model, group).double().square().sum(0)
+            metric = moments[group.name].variance * _matrix(model, group).double().square().sum(0)
             metric = (metric - metric.mean()) / metric.std()
             scores.append(_per_unit(metric, group).mean(1).cpu())
         ranking = torch.cat(scores)
@@ -170,15 +170,16 @@ def flap(model: Any, tokens: Tensor, shares: Shares, layers: range) -> Flap:
             keep[group.name] = mask.nonzero()[:, 0] if bool(mask.any()) else scores[members.index(group)].argmax()[None]
             gone = torch.ones(group.units, dtype=torch.bool)
             gone[keep[group.name]] = False
-            lines = gone.repeat_interleave(group.members[-1].group_size).to(seen[group.name].mean.device)
+            lines = gone.repeat_interleave(group.members[-1].group_size).to(moments[group.name].mean.device)
             weight = _matrix(model, group)
-            biases[group.members[-1].module] = (weight.double() @ (seen[group.name].mean * lines)).to(weight.dtype)
+            biases[group.members[-1].module] = (weight.double() @ (moments[group.name].mean * lines)).to(weight.dtype)
     return Flap(_plan(model, groups, keep), biases)
 
 
 @contextmanager
 def biased(model: Any, biases: dict[str, Tensor]) -> Iterator[None]:
-    """The model with more bias on some matrices' outputs."""
+    """A context in which biases (module name -> `[outputs]`) are added to the outputs of some of the model's
+    modules."""
     handles = []
     for name, bias in biases.items():
         module = model.get_submodule(name)

@@ -6,17 +6,21 @@
 
 The protocol: samples of 128 tokens from the calibration text, a seed each; some units of layers 4 to 27 (`--layers`)
 go; the whole text is tokenised and cut into blocks of 128 tokens. Settings: A25, A50: that share of the MLP's channels;
-B25, B60: the same, and a third of the KV groups (one of three). Units are masked, not cut: the logits are the same.
-Criteria, `name[@samples]`:
+B25, B60: the same, and a third of the KV groups (one of three). This package's criteria go through
+`hywia_kernels.compress`, which cuts a copy of the model; the others mask the units of a copy, which gives the same
+logits. Criteria, `name[@samples]`:
 
-    random, magnitude                                       need no data
+    random, magnitude                                       of this package; need no data
     lp:vectorize, lp:param_first, lp:param_second, lp:param_mix    LLM-Pruner; 10 samples unless told
     wanda-sp, flap                                          see `peers`; 128 and 1024 samples
-    fine, coarse, attention, product, mean                  this package's fusions, second order; 10 samples
+    fine, coarse, attention, product, mean                  this package's fusions, second order, nothing else
+                                                            of the recipe; 10 samples
     fine:first, coarse:first, ...                           the same of another order
-    recipe                                                  what `hywia prune` does: attention, adaptive layout, refit
-    recipe-uniform, recipe-unrefitted                       it without adaptive layout; without that and the refit
-    learned                                                 attention's scores, then masks learned for 50 steps
+    recipe                                                  what `hywia prune` does: attention's scores, heads by
+                                                            residual, adaptive layout, reconstruction
+    recipe-uniform                                          the recipe with uniform layers
+    recipe-unrefitted                                       recipe-uniform without reconstruction, heads by score
+    learned                                                 recipe-unrefitted with masks learned for 50 steps
 
 On CUDA, products are TF32 (`--exact`: float32). Choose on one text and report on another.
 """
@@ -53,14 +57,14 @@ SETTINGS: dict[str, peers.Shares] = {
     "B25": {"mlp": 0.25, "attention": 1 / 3},
     "B60": {"mlp": 0.6, "attention": 1 / 3},
 }
-# Criterion -> what it changes of `hywia prune`'s recipe for these settings; one grain or blend alone is a recipe too.
+# Criterion -> the fields of a recipe with these settings that differ from the defaults.
 RECIPES: dict[str, dict[str, Any]] = {
     "recipe": {},
     "recipe-uniform": {"layout": "uniform"},
     "recipe-unrefitted": {"layout": "uniform", "reconstruct": False},
     "learned": {"layout": "uniform", "reconstruct": False, "fusion": "learned"},
 }
-ALONE = {"layout": "uniform", "reconstruct": False}
+ALONE = {"layout": "uniform", "reconstruct": False}  # a grain, a blend or a baseline without the rest of the recipe
 ALL = (
     "random",
     "magnitude",
@@ -73,7 +77,7 @@ ALL = (
     *RECIPES,
 )
 DEFAULT_SAMPLES = {"wanda-sp": 128, "flap": 1024, **dict.fromkeys(RECIPES, SAMPLES)}
-TEXT = 1024  # samples drawn at the least: what a GPU's reconstruction reads; fewer are a prefix of them
+TEXT = 1024  # samples that are always drawn, as many as a GPU's reconstruction reads; scoring takes the first of them
 
 
 # `removed` is a share of all parameters, `seconds` of everything but the evaluation, `mean` of the tasks.
@@ -93,7 +97,8 @@ COLUMNS = {
 
 
 class Bench:
-    """A model, its calibration samples per seed, and what was measured of it, which criteria share."""
+    """A model, its calibration samples `(seed, count)` -> int64 `[count, length]`, and its measurements, which criteria
+    of the same seed and number of samples share."""
 
     def __init__(self, model: Any, samples: Callable[[int, int], Tensor], layers: range, align: int = 1) -> None:
         self.model, self.samples, self.layers, self.align = model, samples, layers, align
@@ -112,7 +117,7 @@ class Bench:
         return statistics
 
     def recipe(self, criterion: str, count: int, shares: peers.Shares, seed: int) -> hk.Recipe:
-        """What a criterion of this package asks of `hywia prune`."""
+        """The recipe of one of this package's criteria."""
         name, _, order = criterion.partition(":")
         if name in ("random", "magnitude"):
             change: dict[str, Any] = {**ALONE, "criterion": name}
@@ -125,7 +130,8 @@ class Bench:
 
     @contextmanager
     def pruned(self, criterion: str, count: int, shares: peers.Shares, seed: int) -> Iterator[tuple[Any, hk.Plan]]:
-        """A copy of the model as the criterion leaves it, and the plan; a peer's is masked, not cut."""
+        """A copy of the model as the criterion leaves it, and the plan. For other methods the copy is masked, not
+        cut."""
         model = copy.deepcopy(self.model)
         if criterion in ("wanda-sp", "flap") or criterion.startswith("lp:"):
             plan, biases = self._peer(model, criterion, count, shares, seed)
@@ -169,19 +175,19 @@ def split(criterion: str) -> tuple[str, int]:
 
 
 def removed_shares(bench: Bench, statistics: hk.Statistics, share: float) -> dict[str, list[float]]:
-    """Fusion -> share of each layer's channels that one ranking over all layers by it removes.
+    """Fusion -> share of each layer's channels that it removes when all layers are ranked together.
 
-    Each grain's ranking over layers goes by its own second-order estimate of the loss; the hybrid's as `plan` does.
+    A single grain ranks the layers by its own second-order estimate of the loss, the hybrid ranks them as `plan` does.
     """
-    found = {}
+    removed = {}
     for name in ("fine", "coarse", "attention"):
         scores = hk.fuse(statistics, name)
         if name != "attention":
             scores = replace(scores, loss=scores.values)
         plan = hk.plan(scores, group_ratio={"mlp": share}, align=bench.align, layout="adaptive")
         groups = [g for g in plan.groups if g.kind == "mlp"]
-        found["hybrid" if name == "attention" else name] = [1.0 - plan.keep[g.name].numel() / g.units for g in groups]
-    return found
+        removed["hybrid" if name == "attention" else name] = [1.0 - plan.keep[g.name].numel() / g.units for g in groups]
+    return removed
 
 
 def figure(bench: Bench, text: Tensor, seed: int, criteria: Sequence[str], batch: int) -> str:
@@ -205,7 +211,7 @@ def figure(bench: Bench, text: Tensor, seed: int, criteria: Sequence[str], batch
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Geometric mean of perplexity over seeds, criterion by setting, and over the settings."""
+    """Perplexity as a Markdown table, criterion by setting: geometric means over seeds, and over all settings."""
     settings = list(dict.fromkeys(r.setting for r in rows))
     lines = ["| criterion | " + " | ".join(settings) + " | all | tasks |", "| --- " * (len(settings) + 3) + "|"]
     for name in dict.fromkeys((r.criterion, r.samples) for r in rows):
@@ -252,7 +258,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, argv: Sequence[str]) -> list[Row]:
-    """Every figure that was asked for but the dense model's; prints them as they come, and the table."""
+    """Measures and prints the dense model and all that was asked for, then the table; returns the rows of the
+    latter."""
     session = Session(arguments, MODULE, argv, COLUMNS)
     text = blocks(tokenizer, arguments.text.read_text(encoding="utf-8"), arguments.block, arguments.max_blocks)
     questions = tasks.read(arguments.tasks, tokenizer, arguments.questions) if arguments.tasks else []

@@ -59,7 +59,8 @@ class Appender:
                 csv.writer(file, lineterminator="\n").writerow(self.columns)
 
     def append(self, rows: Sequence[Row]) -> None:
-        """
+        """Write the rows at the end of the file.
+
         Raises:
             ValueError: a row has figures that are none of the file's columns.
         """

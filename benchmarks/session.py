@@ -26,7 +26,7 @@ def make_parser(module: str, doc: str) -> argparse.ArgumentParser:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """An argument's type: a whole number from `least` on."""
+    """A type for arguments: an integer that is at least `least`."""
 
     def number(text: str) -> int:
         value = int(text)
@@ -87,8 +87,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str], small: str = "ti
 
 
 class Session:
-    """Begins by printing the environment. Rows go to `--csv` as they come, and all of them to `--json`; what fails is
-    said at once, and again at the end.
+    """One run: it prints the environment at its beginning, writes rows to `--csv` as they come and all of them to
+    `--json` at the end, and prints failures at once and again at the end.
 
     Args:
         arguments: as `parse` gives them.

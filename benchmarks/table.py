@@ -1,6 +1,7 @@
 """The README's tables of measurements, from the CSV files: `python -m benchmarks.table --help`.
 
-Of every case the latest figures on each device count: those of the last run that has any of this package's backends.
+Of every case and device the latest figures are shown: those of the last run that measured one of this package's
+backends.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .environment import REPOSITORY
 from .harness import COMPILE, EAGER
 
 Row = dict[str, str]
-# Heading; and text, from a case's rows by implementation and from ours.
+# A heading, and a function that makes a cell's text from a case's rows by implementation and from our own row.
 Column = tuple[str, Callable[[dict[str, Row], Row], str]]
 
 
@@ -67,17 +68,17 @@ def _source(row: Row) -> str:
 
 
 def _ceilings(row: Row) -> str:
-    """Those of the run, where the row has any."""
+    """The ceilings of the device in that run, where the row has any."""
     forms = {"copy": ("copy_gb_s", "{:.0f} GB/s"), "read": ("read_gb_s", "{:.0f} GB/s")}
     forms["matmul"] = ("matmul_tflop_s", "{:.3g} TFLOP/s")
-    found = [f"{name} {form.format(float(row[key]))}" for name, (key, form) in forms.items() if row.get(key)]
-    return f", ceilings: {', '.join(found)}" if found else ""
+    ceilings = [f"{name} {form.format(float(row[key]))}" for name, (key, form) in forms.items() if row.get(key)]
+    return f", ceilings: {', '.join(ceilings)}" if ceilings else ""
 
 
-def _latest(found: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
+def _latest(measured: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
     """(device, case) -> implementation -> row, of the last run that measured one of the package's backends there."""
     runs: dict[tuple[str, str], dict[tuple[str, str], dict[str, Row]]] = {}
-    for row in found:
+    for row in measured:
         by_run = runs.setdefault((row["device"], row["case"]), {})
         by_run.setdefault((row["date"], row["command"]), {})[row["implementation"]] = row
     latest = {}
@@ -88,11 +89,11 @@ def _latest(found: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
     return latest
 
 
-def ops_tables(found: Sequence[Row]) -> list[str]:
+def ops_tables(measured: Sequence[Row]) -> list[str]:
     """One table per op and device: a line per case, with the package's fastest backend."""
     tables = []
     for op, columns in OPS.items():
-        latest = _latest([row for row in found if row["op"] == op])
+        latest = _latest([row for row in measured if row["op"] == op])
         for device in dict.fromkeys(device for device, _ in latest):
             lines: list[list[str]] = []
             shown: list[Row] = []
@@ -107,10 +108,10 @@ def ops_tables(found: Sequence[Row]) -> list[str]:
     return tables
 
 
-def engine_tables(found: Sequence[Row]) -> list[str]:
+def engine_tables(measured: Sequence[Row]) -> list[str]:
     """One table per device and model: a line per flow and number of samples."""
     models: dict[tuple[str, ...], dict[tuple[str, str], Row]] = {}
-    for row in sorted(found, key=lambda row: row["date"]):
+    for row in sorted(measured, key=lambda row: row["date"]):
         model = tuple(row[key] for key in ("device", "shape", "layers", "dtype", "weights"))
         models.setdefault(model, {})[row["flow"], row["samples"]] = row
     tables = []

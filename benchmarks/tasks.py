@@ -1,8 +1,9 @@
 """The seven zero-shot tasks of the LLM-Pruner and HyWIA papers, from files or through lm-eval.
 
-A file `NAME.jsonl` a task; an object a line: `context` (a string, or one per choice), `choices` (each begins with a
-space), `gold` (index). A choice's score is the log-likelihood of its tokens after the context; divided by its
-characters (the leading space left out) where the task's usual measure is acc_norm.
+Each task is a file `NAME.jsonl` with an object a line: `context` (a string, or a list of one per choice), `choices`
+(each begins with a space) and `gold` (the index of the right choice). A choice's score is the log-likelihood of its
+tokens after the context, divided by its number of characters (the leading space not counted) where the task's usual
+measure is acc_norm.
 """
 
 from __future__ import annotations
@@ -42,11 +43,15 @@ class Task:
 
 
 def read(folder: Path, tokenizer: Any, limit: int | None = None) -> list[Task]:
-    """The tasks of a directory; at most `limit` questions of each."""
-    found = [folder / f"{name}.jsonl" for name in NAMES if (folder / f"{name}.jsonl").is_file()]
-    if not found:
+    """The tasks of a directory, with at most `limit` questions of each.
+
+    Raises:
+        SystemExit: the directory has no task, or a file is not as described above.
+    """
+    files = [folder / f"{name}.jsonl" for name in NAMES if (folder / f"{name}.jsonl").is_file()]
+    if not files:
         raise SystemExit(f"--tasks: {folder} holds none of {', '.join(f'{n}.jsonl' for n in NAMES)}")
-    return [_task(file, tokenizer, limit) for file in found]
+    return [_task(file, tokenizer, limit) for file in files]
 
 
 def _task(file: Path, tokenizer: Any, limit: int | None) -> Task:
@@ -65,7 +70,7 @@ def _task(file: Path, tokenizer: Any, limit: int | None) -> Task:
 
 
 def _checked(row: Any, where: str) -> int:
-    """Which choice is right, of a row that is as it should be."""
+    """Checks a row, and returns the index of the right choice."""
     if not isinstance(row, dict) or not {"context", "choices", "gold"} <= row.keys():
         raise SystemExit(f"{where}: expected an object with 'context', 'choices' and 'gold'")
     context, choices, gold = row["context"], row["choices"], row["gold"]
@@ -82,7 +87,8 @@ def _checked(row: Any, where: str) -> int:
 
 @torch.no_grad()
 def likelihoods(model: Any, choices: list[Choice], batch_tokens: int = 16384) -> Tensor:
-    """Log-likelihood of every choice's own tokens, float64 `[choices]`; logits at those positions alone."""
+    """Log-likelihood of every choice's own tokens, float64 `[choices]`; logits are computed at those positions
+    alone."""
     device, head = model.get_input_embeddings().weight.device, model.get_output_embeddings()
     order = sorted(range(len(choices)), key=lambda i: (-len(choices[i].tokens), i))
     result = torch.zeros(len(choices), dtype=torch.float64)
@@ -111,12 +117,13 @@ def likelihoods(model: Any, choices: list[Choice], batch_tokens: int = 16384) ->
 
 
 def accuracy(task: Task, scores: Tensor) -> float:
-    """Percent of questions whose best choice is the right one; of equals the first."""
+    """Percent of questions whose best choice is the right one; among equal scores the first choice counts as the
+    best."""
     best: dict[int, tuple[float, int]] = {}
-    seen: dict[int, int] = {}
+    counts: dict[int, int] = {}  # of the question's choices so far
     for choice, score in zip(task.choices, scores.tolist(), strict=True):
-        index = seen.get(choice.question, 0)
-        seen[choice.question] = index + 1
+        index = counts.get(choice.question, 0)
+        counts[choice.question] = index + 1
         value = score if task.name in NOT_NORMALISED else score / choice.characters
         if choice.question not in best or value > best[choice.question][0]:
             best[choice.question] = (value, index)
@@ -125,12 +132,12 @@ def accuracy(task: Task, scores: Tensor) -> float:
 
 
 def evaluate(model: Any, tasks: list[Task], batch_tokens: int = 16384) -> dict[str, float]:
-    """Task -> percent, and their `mean`."""
-    found = {
+    """Task -> percent of questions answered rightly, and their `mean`."""
+    percent = {
         task.name: accuracy(task, likelihoods(model, task.choices, batch_tokens))
         for task in progress.track(tasks, "tasks")
     }
-    return {**found, "mean": sum(found.values()) / len(found)}
+    return {**percent, "mean": sum(percent.values()) / len(percent)}
 
 
 def through_lm_eval(model: Any, tokenizer: Any) -> dict[str, float]:
@@ -142,5 +149,5 @@ def through_lm_eval(model: Any, tokenizer: Any) -> dict[str, float]:
         raise SystemExit("--lm-eval: needs the package lm_eval: pip install lm_eval; or give --tasks DIR") from None
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
     results = lm_eval.simple_evaluate(model=wrapped, tasks=list(NAMES))["results"]
-    found = {name: 100.0 * results[name]["acc,none" if name in NOT_NORMALISED else "acc_norm,none"] for name in NAMES}
-    return {**found, "mean": sum(found.values()) / len(found)}
+    percent = {name: 100.0 * results[name]["acc,none" if name in NOT_NORMALISED else "acc_norm,none"] for name in NAMES}
+    return {**percent, "mean": sum(percent.values()) / len(percent)}

@@ -40,14 +40,14 @@ def test_torch_pruning_side_by_side(tmp_path):
     ]
     more = ["--only", "torch_pruning", "--csv", str(table), "--json", str(record)]
     assert bench_integrations.main([*arguments, *more]) == 0
-    found = {(row["criterion"], row["side"]): row for row in rows.read(table)}
-    assert len(found) == 8
+    by_side = {(row["criterion"], row["side"]): row for row in rows.read(table)}
+    assert len(by_side) == 8
     for criterion in ("MagnitudeImportance", "TaylorImportance"):
-        ours, theirs = found[criterion, "ours"], found[criterion, "theirs"]
+        ours, theirs = by_side[criterion, "ours"], by_side[criterion, "theirs"]
         assert float(ours["error"]) < 1e-6
         assert float(ours["kept"]) == 1.0
         assert float(ours["times_faster"]) == pytest.approx(float(theirs["seconds"]) / float(ours["seconds"]), rel=1e-3)
-    assert found["HessianImportance", "ours"]["error"] == ""  # upstream keeps the last sample only
+    assert by_side["HessianImportance", "ours"]["error"] == ""  # upstream keeps the last sample only
     assert json.loads(record.read_text())["failures"] == []
 
 

@@ -25,13 +25,13 @@ def tokens(model):
 
 def gradients(model, samples):
     """Per-sample gradients of every weight, float64, by autograd over logits."""
-    found = []
+    gradients = []
     for sample in samples:
         logits = model(sample[None]).logits[0, :-1]
         loss = torch.nn.functional.cross_entropy(logits, sample[1:])
         names, weights = zip(*model.named_parameters(), strict=True)
-        found.append(dict(zip(names, (g.double() for g in torch.autograd.grad(loss, weights)), strict=True)))
-    return found
+        gradients.append(dict(zip(names, (g.double() for g in torch.autograd.grad(loss, weights)), strict=True)))
+    return gradients
 
 
 def test_scores_equal_the_formula(model, tokens):

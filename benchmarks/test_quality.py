@@ -40,10 +40,10 @@ def tokenizer():
 
 def entering(model, tokens):
     """Group name -> what enters its output matrix, float64 `[tokens, inputs]`, by plain hooks."""
-    seen = {}
+    entered = {}
     hooks = [
         model.get_submodule(g.members[-1].module).register_forward_pre_hook(
-            lambda _, arguments, name=g.name: seen.update({name: arguments[0].flatten(0, 1).double()})
+            lambda _, arguments, name=g.name: entered.update({name: arguments[0].flatten(0, 1).double()})
         )
         for g in hk.groups(model)
     ]
@@ -51,7 +51,7 @@ def entering(model, tokens):
         model(tokens)
     for hook in hooks:
         hook.remove()
-    return seen
+    return entered
 
 
 @pytest.mark.parametrize("taylor", ["param_first", "param_second", "param_mix"])
@@ -83,10 +83,10 @@ def test_wanda_sp_scores_what_the_pruned_layers_before_leave(model, tokens):
     plan = peers.wanda_sp(network, tokens, SHARES, LAYERS)
     again = copy.deepcopy(model)
     for layer in LAYERS:
-        seen = entering(again, tokens)
+        entered = entering(again, tokens)
         for group in (g for g in hk.groups(model) if g.layer == layer):
             weight = model.get_submodule(group.members[-1].module).weight.detach().double()
-            norm = seen[group.name].square().mean(0).sqrt()
+            norm = entered[group.name].square().mean(0).sqrt()
             score = (weight.abs() * norm).mean(0).view(group.units, -1).sum(1)
             keep = score.argsort(descending=True)[: group.units // 2].sort().values
             assert torch.equal(plan.keep[group.name], keep), group.name
@@ -97,25 +97,25 @@ def test_wanda_sp_scores_what_the_pruned_layers_before_leave(model, tokens):
 
 
 def test_flap_ranks_over_layers_and_keeps_the_mean_output(model, tokens):
-    found = peers.flap(model, tokens, {"mlp": 0.5}, LAYERS)
-    seen = entering(model, tokens)
+    flap = peers.flap(model, tokens, {"mlp": 0.5}, LAYERS)
+    entered = entering(model, tokens)
     scores = {}
     for group in (g for g in hk.groups(model) if g.kind == "mlp"):
         weight = model.get_submodule(group.members[-1].module).weight.detach().double()
-        metric = seen[group.name].var(0, correction=0) * weight.square().sum(0)
+        metric = entered[group.name].var(0, correction=0) * weight.square().sum(0)
         scores[group.name] = (metric - metric.mean()) / metric.std()
     cut = torch.cat(list(scores.values())).sort().values[len(scores) * 176 // 2]
     for name, score in scores.items():
-        assert found.plan.keep[name].tolist() == (score >= cut).nonzero()[:, 0].tolist()
-    assert sum(found.plan.widths("mlp")) == 176
-    assert found.plan.widths("attention") == [2, 2]
+        assert flap.plan.keep[name].tolist() == (score >= cut).nonzero()[:, 0].tolist()
+    assert sum(flap.plan.widths("mlp")) == 176
+    assert flap.plan.widths("attention") == [2, 2]
     first = model.model.layers[0].mlp.down_proj
-    dense = (seen["model.layers.0.mlp"] @ first.weight.double().T).mean(0)
-    keep = found.plan.keep["model.layers.0.mlp"]
-    left = (seen["model.layers.0.mlp"][:, keep] @ first.weight.double()[:, keep].T).mean(0)
-    bias = found.biases["model.layers.0.mlp.down_proj"].double()
+    dense = (entered["model.layers.0.mlp"] @ first.weight.double().T).mean(0)
+    keep = flap.plan.keep["model.layers.0.mlp"]
+    left = (entered["model.layers.0.mlp"][:, keep] @ first.weight.double()[:, keep].T).mean(0)
+    bias = flap.biases["model.layers.0.mlp.down_proj"].double()
     assert torch.allclose(left + bias, dense, atol=1e-6)
-    with torch.no_grad(), peers.biased(model, found.biases):
+    with torch.no_grad(), peers.biased(model, flap.biases):
         shifted = model.model.layers[0].mlp.down_proj(torch.zeros(1, 176))
     assert torch.allclose(shifted.double(), bias[None], atol=1e-6)
 
@@ -200,10 +200,11 @@ def test_unknown_criteria_are_refused(name):
 
 
 def test_the_recipe_is_timed_step_by_step(capsys):
-    options = ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--samples", "3", "--refit-samples", "4"]
+    options = ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--samples", "3"]
+    options += ["--reconstruct-samples", "4"]
     assert bench_recipe.main([*options, "--ratio", "0.2", "--align", "16", "--runs", "2"]) == 0
     lines = dict(line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line[:1] == "|")
     assert set(bench_recipe.STEPS) < set(lines)
-    ours = sum(float(lines[name]) for name in ("calibrate", "fuse", "plan", "prune"))
-    assert float(lines["all but the refit and what goes with it"]) == pytest.approx(ours, abs=0.003)
-    assert all(float(lines[name]) > 0 for name in ("param_mix", "calibrate", "refit"))
+    ours = sum(float(lines[name]) for name in ("scoring", "fusion", "planning", "cut"))
+    assert float(lines["all but the reconstruction and what goes with it"]) == pytest.approx(ours, abs=0.003)
+    assert all(float(lines[name]) > 0 for name in ("param_mix", "scoring", "reconstruction"))

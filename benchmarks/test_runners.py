@@ -37,16 +37,16 @@ def run_linear(prepare, *arguments):
 def test_linear_figures(tmp_path):
     path = tmp_path / "results.csv"
     assert run_linear(bench_linear.prepare, "--csv", path) == 0
-    found = {row["implementation"]: row for row in rows.read(path)}
-    assert list(found) == ["mm alone", "eager", "reference"]
-    for row in found.values():
+    by_name = {row["implementation"]: row for row in rows.read(path)}
+    assert list(by_name) == ["mm alone", "eager", "reference"]
+    for row in by_name.values():
         us = float(row["work_us"])
         assert (row["flops"], row["baseline"]) == (str(2 * 24 * 24 * 16), "mm alone")
         assert float(row["tflop_s"]) == pytest.approx(2 * 24 * 24 * 16 / us / 1e6, rel=1e-3)
-        assert float(row["share_of_baseline"]) == pytest.approx(float(found["mm alone"]["work_us"]) / us, rel=1e-3)
+        assert float(row["share_of_baseline"]) == pytest.approx(float(by_name["mm alone"]["work_us"]) / us, rel=1e-3)
         assert float(row["share_of_matmul"]) == pytest.approx(float(row["tflop_s"]) / 0.5, rel=1e-3)
         assert row["speedup_over_compile"] == ""
-    assert found["mm alone"]["share_of_baseline"] == "1"
+    assert by_name["mm alone"]["share_of_baseline"] == "1"
 
 
 @pytest.mark.parametrize("case", [TINY, replace(TINY, axis=0), replace(TINY, order="first", per_sample=False)])
@@ -89,17 +89,17 @@ def test_engine_figures(tmp_path, capsys):
     argv = ["--device", "cpu", "--shape", "tiny", "--samples", "2", "3", "--length", "8", "--runs", "2"]
     assert bench_engine.main([*argv, "--batch", "2", "--csv", str(path), "--json", str(tmp_path / "e.json")]) == 0
     assert "of random weights" in capsys.readouterr().out
-    found = {(row["flow"], row["samples"]): row for row in rows.read(path)}
+    by_flow = {(row["flow"], row["samples"]): row for row in rows.read(path)}
     smallest = ["plain", "param_first", "param_mix", "fast", "lean", "auto"]
-    assert list(found) == [*((flow, "2") for flow in smallest), ("plain", "3"), ("auto", "3")]
+    assert list(by_flow) == [*((flow, "2") for flow in smallest), ("plain", "3"), ("auto", "3")]
     parameters = 2 * 256 * 64 + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 176 + 2 * 64) + 64
-    for (_, samples), row in found.items():
-        seconds, floor = float(row["seconds"]), float(found["plain", samples]["seconds"])
+    for (_, samples), row in by_flow.items():
+        seconds, floor = float(row["seconds"]), float(by_flow["plain", samples]["seconds"])
         assert row["weight_bytes"] == str(4 * parameters)
         assert float(row["ratio_to_plain"]) == pytest.approx(seconds / floor, rel=1e-3)
         assert float(row["seconds_per_sample"]) == pytest.approx(seconds / int(samples), rel=1e-3)
         assert (row["weights"], row["runs"], row["layers"], row["length"]) == ("random", "2", "2", "8")
-    assert [found[flow, "2"]["memory"] for flow in ("plain", "fast", "lean")] == ["", "fast", "lean"]
+    assert [by_flow[flow, "2"]["memory"] for flow in ("plain", "fast", "lean")] == ["", "fast", "lean"]
     assert json.loads((tmp_path / "e.json").read_text())["failures"] == []
 
 

@@ -41,9 +41,9 @@ def test_alignment_is_read_off_the_line_between_multiples_of_256():
     assert costs[8] == pytest.approx(1.05)
     assert bench_width.rule(costs) == 16
     assert bench_width.rule(costs, tolerance=0.01) == 32
-    found = bench_width.profile(made_up(times), [256])
-    assert found["align"] == 16
-    assert found["tflop_s"]["up"]["8"] == {"256": 10.0, "320": 10.0, "384": 10.0, "512": 10.0}
+    profile = bench_width.profile(made_up(times), [256])
+    assert profile["align"] == 16
+    assert profile["tflop_s"]["up"]["8"] == {"256": 10.0, "320": 10.0, "384": 10.0, "512": 10.0}
 
 
 def test_a_sweep_becomes_a_target(tmp_path, capsys):

@@ -1,13 +1,18 @@
 """How `calibrate` gets its statistics: the calibration set, what a model does while it is measured, and the passes.
 
-    samples     the set as the passes take it        memory   what a pass will need, and which one fits
-    loss        gradient at the final hidden states  results  the statistics while they grow, on the matrices' devices
-    patches     a model for a while: frozen, other `forward`s, reproducible kernels
-    experts     experts and routers of a layer, for all passes
-    autograd    reference pass: per-sample gradients of one matrix at a time
-    linear, recompute, gated, instrument              what the fused passes put in the place of modules' forwards
-    whole, layered                                    fused passes: whole graph at once, and one decoder layer at a time
-    kernels, rotary, kernels_triton                   norm, gate and rotary embedding in one launch each, on CUDA
+    samples                      the calibration set as the passes take it
+    loss                         the loss, and its gradient at the final hidden states
+    results                      the statistics while they grow, on the matrices' devices
+    host, memory                 the memory that is free, what each pass needs, and which one fits
+    recompute                    functions whose outputs are computed again in backward instead of kept
+    launch, kernels_triton       Triton's kernels, and how they are launched
+    kernels, rotary              norm, gate and rotary embedding in one launch each, on CUDA
+    patches, passes              what a pass changes of a model and of the process, and how all of it is put back
+    experts                      experts and routers of a layer, for all passes
+    whole, autograd              a pass over the whole graph, and the reference pass
+    linear, gated, flash, block  what the fused passes put in the place of modules' forwards
+    instrument                   which of these stands in for which module
+    layered                      the fused pass that runs one decoder layer at a time
 
-Imports go down this list, never up.
+A module imports only from modules above it or to its left.
 """

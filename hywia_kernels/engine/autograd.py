@@ -2,8 +2,9 @@
 
 The decoder's linear layers get a custom backward: the input gradient as usual, and, instead of a weight gradient left
 in `.grad`, per-sample gradients of this one matrix that are scored and freed before the next matrix's turn. At any time
-one matrix has a gradient and a square accumulator; nothing else in the model asks for gradients. Nothing is computed
-again but whole layers, and those by torch's own checkpointing. The fused passes are tested against this one.
+one matrix has a gradient and a square accumulator; nothing else in the model asks for gradients. In "lean" mode whole
+decoder layers are computed again in backward, by torch's own checkpointing; nothing else is. The fused passes are
+tested against this one.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ class Sink:
         self.scale, self.backend, self.bar = scale, backend, bar
 
     def __call__(self, weight: Tensor, grad_output: Tensor, inputs: Tensor, offsets: Sequence[int]) -> None:
-        """Gradient `[tokens, out]` and input `[tokens, in]`; sample `s` is the rows from `offsets[s]`."""
+        """Scores `weight` by the gradient `[tokens, out]` at its output and its input `[tokens, in]`.
+
+        Sample `s` is the rows from `offsets[s]` to `offsets[s + 1]`.
+        """
         mean = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         fisher = torch.zeros_like(mean)
         gradient = torch.empty_like(mean)
@@ -113,17 +117,17 @@ def _scored_forward(linear: Any, sink: Sink, offsets: Sequence[int]):
 
 
 def _replacements(
-    model: Any, found: tuple[Group, ...], samples: Samples, sink: Callable[[arch.Matrix], Sink]
+    model: Any, groups: tuple[Group, ...], samples: Samples, sink: Callable[[arch.Matrix], Sink]
 ) -> list[tuple[nn.Module, Any]]:
     names: Any = arch.architecture(model).experts
     offsets = list(range(0, samples.tokens.numel() + 1, samples.longest))
     experts: dict[str, dict[tuple[str, int], Callable]] = {}
     replacements: list[tuple[nn.Module, Any]] = []
-    for matrix in arch.matrices(model, found):
+    for matrix in arch.matrices(model, groups):
         module, one = model.get_submodule(matrix.module), sink(matrix)
         if matrix.index is not None:
             experts.setdefault(matrix.module, {})[matrix.parameter, matrix.index] = (
-                lambda inputs, weight, limits, one=one: _ScoredLinear.apply(inputs, weight, None, one, limits)
+                lambda inputs, weight, offsets, one=one: _ScoredLinear.apply(inputs, weight, None, one, offsets)
             )
         elif any(group.kind == "experts" for group, _ in matrix.members):
             scored = lambda inputs, module=module, one=one: _ScoredLinear.apply(  # noqa: E731
@@ -146,7 +150,7 @@ def _checkpointed_forward(layer: nn.Module):
 def run(
     model: Any,
     layers: nn.ModuleList,
-    found: tuple[Group, ...],
+    groups: tuple[Group, ...],
     samples: Samples,
     results: Results,
     scale: float,
@@ -154,11 +158,15 @@ def run(
     bar: Bar,
     lean: bool,
 ) -> Tensor:
-    """Forward and backward of `scale · Σ_s L_s`, into the results; `Σ_s L_s`. `lean` checkpoints decoder layers."""
-    replacements = _replacements(model, found, samples, lambda matrix: Sink(matrix, results, scale, backend, bar))
+    """Runs forward and backward of `scale · Σ_s L_s`, adds the scores to `results`, and returns `Σ_s L_s`.
+
+    Args:
+        lean: checkpoint every decoder layer, so that its activations are computed again in backward.
+    """
+    replacements = _replacements(model, groups, samples, lambda matrix: Sink(matrix, results, scale, backend, bar))
     if lean:
         replacements += [(layer, _checkpointed_forward(layer)) for layer in layers]
     with forward_replaced(replacements):
         total = run_whole(model, samples, scale)
-    whole_experts(results, found)
+    whole_experts(results, groups)
     return total

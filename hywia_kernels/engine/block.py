@@ -1,9 +1,9 @@
-"""A whole decoder layer as one node of the graph: `h = x + o(attend(q(n), k(n), v(n)))`, `y = h + mlp(norm(h))`.
+"""A decoder layer as one node of the graph: `h = x + o(attend(q(n), k(n), v(n)))`, `y = h + mlp(norm(h))`.
 
-What lies between the projections (rotary embedding, norms of queries and keys, windows, sinks) is the attention
-module's own code, run under autograd, or `flash`; all else is written out, forward and backward. Beside the same
-modules one by one a layer takes a third of the host's time, which on a GPU is what a pass waits for. For layers that
-nobody watches.
+Here `n` is `norm(x)`. What lies between the projections (rotary embedding, norms of queries and keys, windows, sinks)
+is the attention module's own code, run under autograd, or `flash`; all else is written out, forward and backward. A
+layer takes a third of the host's time that the same modules take one by one, and the host is what a pass on a GPU waits
+for. It serves layers without hooks and without replaced forwards: those would not be called.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["Block", "BlockForward", "Kept", "handed_out", "no_cache"]
 
 
 class _Sources(torch.autograd.Function):
-    """Tensors as the beginning of a graph; unlike leaves, the graph does not keep their values."""
+    """Makes tensors the beginning of a graph, which does not keep their values, as it would those of leaves."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -45,7 +45,8 @@ class _Sources(torch.autograd.Function):
 
 @dataclass
 class _Core:
-    """The attention between its projections: what leaves it, and where its inputs' gradients come out."""
+    """One call of the attention between its projections: the graph of what leaves it, the edges at which the gradients
+    of q, k and v come out, and the values, where they are kept."""
 
     graph: Tensor
     edges: tuple[GradientEdge, ...]
@@ -63,8 +64,8 @@ class _Core:
 
 @dataclass
 class Kept:
-    """What a layer keeps for its backward: the attention's graph, what the norms are computed from again, gate and
-    up."""
+    """What a layer keeps for its backward: the attention's graph, the operands of the first and of the second norm, and
+    the outputs of gate and up."""
 
     core: _Core | FlashCore
     first: tuple[Tensor, ...]
@@ -74,7 +75,11 @@ class Kept:
 
 @dataclass
 class Block:
-    """One layer's parts. `slots` is what the projections' modules give while the attention's own code runs."""
+    """One layer's parts.
+
+    While the attention's own code runs, the modules of q, k and v return what `slots` holds for them, and the output
+    projection's module leaves its input in `captured`.
+    """
 
     attention: nn.Module
     projections: tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]  # q, k, v, o
@@ -83,13 +88,14 @@ class Block:
     mlp: GatedMlp
     scorer: Scorer
     flash: FlashAttention | None = None  # the attention's own code written out, for the calls that it serves
-    absent: Mapping[str, None] = field(default_factory=dict)  # what the attention must be told that there is not
+    absent: Mapping[str, None] = field(default_factory=dict)  # keywords for the cache that there is not
     strict: bool = False  # the attention asks for torch's deterministic kernels
     slots: dict[nn.Module, Tensor] = field(default_factory=dict)
     captured: Tensor | None = None
 
     def attend(self, normed: Tensor, keywords: dict[str, Any], differentiable: bool) -> _Core | FlashCore:
-        """What enters the output projection `[samples, tokens, heads · head_dim]`."""
+        """Runs the attention from the normed hidden states up to its output projection, whose input
+        `[samples, tokens, heads · head_dim]` is the result's `out`."""
         made = tuple(functional.linear(normed, m.weight, m.bias) for m in self.projections[:3])
         if self.flash is not None and self.flash.serves(made, keywords):
             return self.flash.forward(made, keywords)
@@ -107,7 +113,7 @@ class Block:
                 with reproducible(self.strict, cublas=False):
                     self.attention.forward(hidden_states=normed, **keywords, **self.absent)
             assert self.captured is not None
-            # The kernel keeps the values in any case where no head is repeated.
+            # Where no head is repeated the attention kernel saves this very tensor, so keeping it takes no memory.
             value = made[2] if differentiable and made[2].shape == made[0].shape else None
             return _Core(self.captured, edges, value, self.strict)
         finally:
@@ -115,7 +121,7 @@ class Block:
             self.captured = None
 
     def forward(self, x: Tensor, keywords: dict[str, Any], differentiable: bool, skip: bool) -> tuple[Tensor, Kept]:
-        """`y`, and what backward needs."""
+        """Returns `y`, and what backward needs. With `skip`, `y` is `h` plus zeros nobody reads."""
         small = self.norms[0].small(x)
         core = self.attend(self.norms[0].forward(x, *small), keywords, differentiable)
         output = self.projections[3]
@@ -126,7 +132,7 @@ class Block:
         return y, Kept(core, (x, *small), (h, *second), (g, u))
 
     def backward(self, dy: Tensor, kept: Kept) -> Tensor:
-        """The gradient at `x`; every matrix scored on the way. Sums are made in the order in which autograd would."""
+        """Scores every matrix and returns the gradient at `x`; sums are made in autograd's order."""
         gate, up = kept.gates
         dn = mlp_backward(self.mlp, dy, gate, up, lambda: self.norms[1].forward(*kept.second))
         dh = self.norms[1].backward(dn, *kept.second)[0].add_(dy)
@@ -166,9 +172,9 @@ class _Block(torch.autograd.Function):
 
 
 class BlockForward:
-    """`forward` for the layer's module while its matrices are scored; arguments are the attention's own.
+    """`forward` for the layer's module while its matrices are scored. Keyword arguments are passed on to the attention.
 
-    A pass that runs layers one by one spares autograd: what `kept` returns with the output goes to `backward`.
+    A pass that runs layers one by one needs no autograd: it hands what `kept` returned with the output to `backward`.
     """
 
     def __init__(self, make: Callable[[], Block]) -> None:
@@ -195,7 +201,8 @@ class BlockForward:
 
 
 def _without_cache(keywords: dict[str, Any]) -> dict[str, Any]:
-    """A pass keeps no cache; what a version of transformers does not know, or no longer, it must not be given."""
+    """The keywords without those for a cache. A pass keeps none, and a version of transformers must not be given a
+    keyword that it does not know."""
     if any(keywords.get(name) is not None for name in CACHES):
         raise AssertionError("a calibration pass keeps no cache")
     return {name: value for name, value in keywords.items() if name not in CACHES}
@@ -203,13 +210,14 @@ def _without_cache(keywords: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def no_cache(attention: type) -> Mapping[str, None]:
-    """Keywords for the cache that this class of attention cannot be called without."""
+    """Keywords for a cache, all None, that this class of attention cannot be called without."""
     parameters = inspect.signature(inspect.unwrap(attention.forward)).parameters.values()  # type: ignore[attr-defined]
     return {p.name: None for p in parameters if p.name in CACHES and p.default is p.empty}
 
 
 def handed_out(forward: BlockForward, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """`forward` for one of the projections: what `Block.attend` made of it, or, of the output, its operand noted."""
+    """`forward` for one of the projections while the attention's own code runs: q, k and v return what `Block.attend`
+    computed, and the output projection notes its input."""
 
     def hand_out(inputs: Tensor) -> Tensor:
         block = forward.block

@@ -23,23 +23,24 @@ Scored = Callable[[Tensor, Tensor, Tensor], Tensor]
 def experts_forward(
     module: Any, names: arch.Experts, scored: Mapping[tuple[str, int], Scored], samples: int
 ) -> Callable:
-    """`forward` of stacked experts, expert by expert, each one's tokens in the samples' order.
+    """`forward` of stacked experts: expert by expert, with each one's tokens in the samples' order.
 
     Args:
         module: computes, for an expert's tokens, `columns[0](act_fn(gate) · up)`, gate and up being `rows`.
-        scored: `(parameter, expert)` -> what stands for the product with that matrix.
-        samples: how many there are, equally long with their padding.
+        names: of the module's parameters.
+        scored: `(parameter, expert)` -> the function that computes the product with that matrix and scores it.
+        samples: how many samples the rows are of; with their padding they are equally long.
     """
     rows, columns = tuple(dict.fromkeys(names.rows)), names.columns[0]
 
     def forward(hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         total = torch.zeros_like(hidden)
-        limits = torch.arange(samples + 1, device=hidden.device) * (len(hidden) // samples)
+        boundaries = torch.arange(samples + 1, device=hidden.device) * (len(hidden) // samples)
         for expert in range(getattr(module, columns).shape[0]):
             token, rank = (chosen == expert).nonzero(as_tuple=True)  # by token, so by sample
             if not len(token):
                 continue
-            offsets = torch.searchsorted(token, limits)
+            offsets = torch.searchsorted(token, boundaries)
             states = hidden[token]
             made = [scored[name, expert](states, getattr(module, name)[expert], offsets) for name in rows]
             gate, up = made if len(made) > 1 else made[0].chunk(2, dim=-1)
@@ -52,7 +53,7 @@ def experts_forward(
 
 
 class _Intercept(TorchFunctionMode):
-    """Products with one weight, by `scored`."""
+    """A mode in which `scored` computes the products with one weight."""
 
     def __init__(self, weight: Tensor, scored: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class _Intercept(TorchFunctionMode):
 
 
 def router_forward(router: nn.Module, scored: Callable[[Tensor], Tensor]) -> Callable:
-    """`forward` of a router, the product with its weight by `scored`."""
+    """`forward` of a router in which `scored` computes the product with its weight."""
     original = router.forward
     weight: Any = router.weight
 
@@ -76,13 +77,13 @@ def router_forward(router: nn.Module, scored: Callable[[Tensor], Tensor]) -> Cal
     return forward
 
 
-def whole_experts(results: Results, found: tuple[Group, ...]) -> None:
-    """Sums for whole experts from those of their channels: a stack's matrix is all of its channels' parts."""
-    for group in found:
+def whole_experts(results: Results, groups: tuple[Group, ...]) -> None:
+    """Adds to the scores of whole experts those of their channels, which together make up an expert's matrices."""
+    for group in groups:
         if group.kind != "experts":
             continue
         fine, coarse = results.fine[group.name], results.coarse[group.name]
-        channels = [g for g in found if g.kind == "mlp" and g.layer == group.layer]
+        channels = [g for g in groups if g.kind == "mlp" and g.layer == group.layer]
         for e, expert in enumerate(channels):
             fine[:, e] += results.fine[expert.name].sum(1)
             for m, member in enumerate(group.members):

@@ -1,7 +1,7 @@
 """What lies between an attention's projections, written out: rotary embedding and torch's causal flash attention.
 
-It runs the kernels that the attention module's own code would, on the same operands, and gives the same bits; what it
-spares is that code, and autograd's, which on a GPU take longer than the kernels.
+It runs the kernels that the attention module's own code would run, on the same operands, and gives the same bits. It
+spares the host that code and autograd's, which on a GPU take longer than the kernels.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .rotary import rotate, tables_serve
 __all__ = ["FlashAttention", "FlashCore", "flash_attention"]
 
 _OPS: Any = torch.ops.aten
-# What a decoder may pass to a layer that changes nothing here, whatever it is; of anything else only None and False.
+# Keywords of a layer that change nothing here, whatever their values. Any other must be None or False.
 _IGNORED = ("position_ids", "position_embeddings", "cache_position")
 
 
 @dataclass(frozen=True)
 class FlashCore:
-    """One call: what leaves the attention, `[samples, tokens, heads · head_dim]`, and what its backward needs."""
+    """One call: `out` is what leaves the attention, `[samples, tokens, heads · head_dim]`; the rest is for backward."""
 
     of: FlashAttention
     heads: tuple[Tensor, Tensor, Tensor]  # q and k rotated, and v: [samples, heads, tokens, head_dim]
@@ -41,14 +41,14 @@ class FlashCore:
 
     @property
     def value(self) -> Tensor | None:
-        """What the value projection gave, where the attention keeps it head by head as it is."""
+        """The value projection's output, where the attention keeps it because no head is repeated; else None."""
         value = self.heads[2]
         if value.shape[1] != self.heads[0].shape[1]:
             return None
         return value.transpose(1, 2).reshape(value.shape[0], value.shape[2], -1)
 
     def backward(self, grad: Tensor) -> tuple[Tensor, ...]:
-        """Gradients at the outputs of q, k and v."""
+        """Gradients at the outputs of the projections q, k and v, from the gradient at `out`."""
         samples, tokens, _ = grad.shape
         grad = grad.view(samples, tokens, -1, self.attended.shape[-1]).transpose(1, 2)
         with reproducible(self.of.strict, cublas=False):  # dq is summed by atomic additions otherwise
@@ -61,8 +61,8 @@ class FlashCore:
 class FlashAttention:
     """Causal attention of one module.
 
-    `strict`: the same bits every run. `chosen`: whether torch takes its flash kernel, by all that this depends on;
-    shared by the modules of one pass.
+    `strict` asks for the same bits every run. `chosen` remembers whether torch takes its flash kernel, by everything
+    that this depends on; the modules of one pass share it.
     """
 
     head_dim: int
@@ -71,7 +71,7 @@ class FlashAttention:
     chosen: dict[tuple, bool]
 
     def serves(self, made: tuple[Tensor, ...], keywords: Mapping[str, Any]) -> bool:
-        """Whether the module's code would do with these operands what `forward` does."""
+        """Whether the module's own code would compute with these operands what `forward` computes."""
         tables = keywords.get("position_embeddings")
         if tables is None:
             return False
@@ -86,7 +86,7 @@ class FlashAttention:
         return self.chosen[key]
 
     def _chooses_flash(self, made: tuple[Tensor, ...]) -> bool:
-        """Whether torch would take its flash kernel, which is not a matter of the values."""
+        """Whether torch would take its flash kernel, which does not depend on the values."""
         if self.head_dim % 8:
             return False  # torch pads
         q, k, v = (self._split(x).detach().requires_grad_() for x in made)
@@ -100,7 +100,7 @@ class FlashAttention:
         return x.view(samples, tokens, -1, self.head_dim).transpose(1, 2)
 
     def forward(self, made: tuple[Tensor, ...], keywords: Mapping[str, Any]) -> FlashCore:
-        """From what the projections of q, k and v gave, each `[samples, tokens, heads · head_dim]`."""
+        """Attends. `made` are the outputs of the projections q, k and v, `[samples, tokens, heads · head_dim]` each."""
         cos, sin = (table.contiguous() for table in keywords["position_embeddings"])
         samples, tokens, _ = made[0].shape
         q, k = (x.view(samples, tokens, -1, self.head_dim) for x in made[:2])
@@ -111,7 +111,7 @@ class FlashAttention:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple]:
-    """`(out, what the backward takes)`."""
+    """Returns the output `[samples, heads, tokens, head_dim]` and what `_backward` takes as `kept`."""
     if q.device.type == "cuda":
         out, *kept, _ = _OPS._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
     else:
@@ -130,9 +130,10 @@ def _backward(
 
 
 def flash_attention(attention: Any, strict: bool, chosen: dict[tuple, bool]) -> FlashAttention | None:
-    """For a module whose code is known to be `o(attend(rotate(q), rotate(k), v))`, where that is left to torch.
+    """The attention of a module whose code is known to be `o(attend(rotate(q), rotate(k), v))`; None where something
+    else than torch's causal attention runs in it.
 
-    (A sliding window is a mask to torch, and there is none where no text is longer than it.)
+    A sliding window is a mask to torch; `serves` refuses calls with one. Texts no longer than the window have no mask.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -1,7 +1,7 @@
-"""A whole gated MLP as one node of the graph: `down(activation(gate(x)) · up(x))`.
+"""A gated MLP as one node of the graph: `down(activation(gate(x)) · up(x))`.
 
-It keeps the gate's and up's outputs only. Beside the same modules one by one it spares three nodes of the graph. For
-MLPs whose modules nobody watches: hooks would not be called.
+It keeps the outputs of gate and up only, and is one node where the modules one by one are four. It serves MLPs whose
+modules nobody watches, since hooks would not be called.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["GatedMlp", "gated_forward", "watched"]
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """The matrices' targets, the modules they are of, and `activation(gate) · up`."""
+    """One MLP: its matrices' targets, its modules gate, up and down, and the formula of `activation(gate) · up`."""
 
     gate: Target
     up: Target
@@ -35,7 +35,7 @@ class GatedMlp:
 
     @property
     def skips(self) -> bool:
-        """Whether nobody needs the output: the layer is run again for the sake of its backward."""
+        """Whether nobody reads the output now, because the layer is run again for the sake of its backward."""
         return self.skippable and self.scorer.replaying
 
 
@@ -51,7 +51,7 @@ def watched(*modules: nn.Module) -> bool:
 
 
 def mlp_forward(mlp: GatedMlp, inputs: Tensor, skip: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-    """`(output, gate, up)`; no output where it is not needed."""
+    """Returns `(output, gate, up)`; the output is None with `skip`."""
     gate, up, down = mlp.modules
     g = functional.linear(inputs, gate.weight, gate.bias)
     u = functional.linear(inputs, up.weight, up.bias)
@@ -59,7 +59,8 @@ def mlp_forward(mlp: GatedMlp, inputs: Tensor, skip: bool) -> tuple[Tensor | Non
 
 
 def mlp_backward(mlp: GatedMlp, grad_output: Tensor, g: Tensor, u: Tensor, inputs: Callable[[], Tensor]) -> Tensor:
-    """The gradient at the MLP's input, which `inputs` makes when it is needed; its three matrices scored."""
+    """Scores the three matrices and returns the gradient at the MLP's input. `inputs` makes that input again when it is
+    needed; `g` and `u` are the outputs of gate and up."""
     dh = grad_output @ mlp.down.weight
     mlp.scorer(mlp.down, grad_output, mlp.formula.forward(g, u), dh)
     dg, du = mlp.formula.backward(dh, g, u, private=True)
@@ -69,8 +70,8 @@ def mlp_backward(mlp: GatedMlp, grad_output: Tensor, g: Tensor, u: Tensor, input
     mlp.scorer(mlp.up, du, operand, u if up.bias is None else None)
     mlp.scorer(mlp.gate, dg, operand, g if gate.bias is None else None)
     del operand
-    # Each product rounded, as the modules one by one would: accumulating in the second would be no faster to speak of,
-    # and would part from the model's own backward in low precision.
+    # Each product is rounded by itself, as the modules one by one do. Accumulating in the second product would hardly
+    # be faster, and in low precision it would differ from the model's own backward.
     return (dg @ mlp.gate.weight).add_(du @ mlp.up.weight)
 
 

@@ -21,8 +21,8 @@ _V1 = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file
 
 
 def free_on_host(root: str | Path = "/") -> int:
-    """Bytes that could be had without swapping: the least of what the kernel calls available, what the memory limit of
-    every control group around the process leaves, and what its own limit of address space leaves.
+    """Bytes that the process could have without swapping: the smallest of what the kernel calls available, what the
+    memory limit of every control group around the process leaves, and what its own limit of address space leaves.
 
     Args:
         root: where /proc and /sys are.
@@ -40,7 +40,7 @@ def _number(path: Path) -> int | None:
 
 
 def _fields(path: Path, separator: str | None = None) -> dict[str, str]:
-    """First word -> rest of each line."""
+    """First word -> rest, of each line; empty where the file cannot be read."""
     try:
         pairs = (line.split(separator, 1) for line in path.read_text().splitlines())
         return {pair[0].strip(): pair[1].strip() for pair in pairs if len(pair) == 2}
@@ -56,8 +56,8 @@ def _available(root: Path) -> int:
 
 
 def _in_control_groups(root: Path) -> Iterator[int]:
-    """What is left of each limit. A limit without a number, such as "max", is none; version 1 writes a number larger
-    than any memory, of which more is left than is available."""
+    """Bytes that are left of each limit. A limit that is no number, such as "max", does not bind. Version 1 writes a
+    number larger than any memory instead, of which more is left than is available."""
     for folder, (limits, usage, reclaimable) in _control_groups(root):
         used = _number(folder / usage)
         if used is None:
@@ -101,7 +101,7 @@ def _control_groups(root: Path) -> Iterator[tuple[Path, tuple[tuple[str, ...], s
 
 
 def _in_address_space(root: Path) -> Iterator[int]:
-    """What is left of `ulimit -v`."""
+    """Bytes that are left of `ulimit -v`."""
     if resource is None:
         return
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]

@@ -28,20 +28,25 @@ Stacks = dict[nn.Module, dict[tuple[str, int], tuple[Target, ...]]]  # of each s
 
 
 def instrument(
-    model: Any, modules: Mapping[str, Any], found: Sequence[Group], scorer: Scorer
+    model: Any, modules: Mapping[str, Any], groups: Sequence[Group], scorer: Scorer
 ) -> tuple[Replacements, bool]:
-    """Replacements for `patches.forward_replaced`: linear layers score, norms and gates are not kept for backward; and
-    whether all that needs torch's deterministic kernels asks for them itself.
+    """Makes the forwards of a fused pass: linear layers score in backward, and the outputs of norms and gates are not
+    kept.
 
-    A module whose `forward` somebody else has replaced keeps it, but for the linear layers, which must score. What a
-    layer that runs as one node needs is made when it is first called, while the device works on those before it.
+    A module whose `forward` somebody else has replaced keeps it, except for the linear layers, which must score. What a
+    layer that runs as one node needs is made when it is first called, while the device works on the layers before it.
 
     Args:
-        modules: the model's, by name.
+        modules: all of the model's, by name.
+        groups: whose matrices are scored.
+
+    Returns:
+        Replacements for `patches.forward_replaced`, and whether everything that needs torch's deterministic kernels
+        asks for them itself, so that the pass as a whole need not.
     """
     entry = arch.architecture(model)
     by_layer: dict[int, list[Group]] = {}
-    for group in found:
+    for group in groups:
         by_layer.setdefault(group.layer, []).append(group)
     replacements: Replacements = []
     asked = True
@@ -63,8 +68,8 @@ def instrument(
 
 @dataclass(frozen=True)
 class _Parts:
-    """A decoder layer, and its modules by their names in the architecture's entry. They are looked up among all of the
-    model's: walking down from the layer would take longer."""
+    """A decoder layer, and its modules by their names in the architecture's entry. They are looked up among the model's
+    modules, since walking down from the layer would take longer."""
 
     layer: nn.Module
     entry: arch.Architecture
@@ -77,7 +82,7 @@ class _Parts:
         return self.modules[self.prefix + name]
 
     def several(self, names: Sequence[str]) -> list[Any]:
-        """Each once: a module that holds several matrices is named several times."""
+        """The named modules, each once: one that holds several matrices is named several times."""
         return [self[name] for name in dict.fromkeys(names)]
 
     def projections(self) -> list[Any]:
@@ -100,7 +105,7 @@ class _Parts:
     def residual(self) -> Any:
         """The matrix whose output is only added to what leaves the layer."""
         module = None if self.entry.residual is None else self[self.entry.residual]
-        # What a hook makes of the output may depend on its values.
+        # A hook may compute something from the output's values, so they must be there.
         return None if module is not None and module._forward_hooks else module
 
     def targets(self) -> tuple[Targets, Stacks]:
@@ -113,8 +118,8 @@ class _Parts:
             for group, i in matrix.members:
                 member = group.members[i]
                 weight = arch.view(self.modules, member, group.units).detach()
-                whole = weight.shape == stored.shape[-2:]
-                outputs = None if whole else slice(member.start, member.start + group.units * member.group_size)
+                alone = weight.shape == stored.shape[-2:]
+                outputs = None if alone else slice(member.start, member.start + group.units * member.group_size)
                 results_of = results.fine[group.name], results.coarse[group.name][i]
                 target = Target(member, weight, *results_of, outputs, matrix.transposed)
                 if matrix.index is None:
@@ -138,14 +143,14 @@ class _Parts:
         weight = projections[0].weight
         on_device = usable(weight.device, scorer.backend)
         norms: Any = tuple(norm_formula(self[name], weight.dtype, on_device) for name in self.entry.norms)
-        found: Any = tuple(targets[m][0] for m in projections)
+        scored: Any = tuple(targets[m][0] for m in projections)
         flash = None
         if on_device and _name(attention) in names.plain:
             flash = flash_attention(attention, scorer.strict, scorer.chosen)
-        made: Any = tuple(projections)
+        linears: Any = tuple(projections)
         strict = scorer.strict and self.implementation() != "eager"  # whose products and sums have one order anyway
         absent = no_cache(attention.__class__)
-        return Block(attention, made, found, norms, self.gated_mlp(targets), scorer, flash, absent, strict)
+        return Block(attention, linears, scored, norms, self.gated_mlp(targets), scorer, flash, absent, strict)
 
 
 def _name(module: nn.Module) -> str:
@@ -163,8 +168,8 @@ def _is_block(parts: _Parts) -> bool:
 
 
 def _with(targets: tuple[Target, ...], new: Target) -> tuple[Target, ...]:
-    """`targets` and one more; a matrix that is there already goes on under the one that came first: layers bring what
-    serves its axis."""
+    """`targets` and one more. A matrix that is among them already becomes the `also` of the target that came first,
+    because the layer brings the operands in the form that serves that one's axis."""
     for i, known in enumerate(targets):
         if known.outputs == new.outputs:
             return (*targets[:i], replace(known, also=replace(new, also=known.also)), *targets[i + 1 :])
@@ -172,28 +177,29 @@ def _with(targets: tuple[Target, ...], new: Target) -> tuple[Target, ...]:
 
 
 def _in_layer(parts: _Parts, targets: Targets) -> Replacements:
+    """Replacements for a layer that runs module by module; a gated MLP that nobody watches still runs as one node."""
     entry, scorer, residual = parts.entry, parts.scorer, parts.residual()
     single, rows, columns = parts.projections(), parts.several(entry.mlp.rows), parts.several(entry.mlp.columns)
     weight: Any = columns[0].weight
     replacements: Replacements = []
-    whole = False
+    one_node = False  # the MLP's matrices are scored by its own node
     if entry.mlp.gated is not None:
         module, activation = parts.gated()
-        whole = not watched(module, activation, *rows, *columns)
-        if whole:
+        one_node = not watched(module, activation, *rows, *columns)
+        if one_node:
             replacements.append((module, gated_forward(parts.gated_mlp(targets))))
         elif "forward" not in vars(module):
             formula = gate_formula(activation, usable(weight.device, scorer.backend))
             replacements.append((module, _gated(rows[0], rows[1], columns[0], formula)))
     for name in entry.norms:
         replacements += _norm(parts[name], weight.dtype, scorer.backend)
-    for linear in single if whole else [*single, *rows, *columns]:
+    for linear in single if one_node else [*single, *rows, *columns]:
         replacements.append((linear, scored_forward(linear, targets[linear], scorer, linear is residual)))
     return replacements
 
 
 def _with_experts(parts: _Parts, targets: Targets, stacks: Stacks) -> Replacements:
-    """A layer whose MLP is experts and their router."""
+    """Replacements for a layer whose MLP consists of experts and their router."""
     names: Any = parts.entry.experts
     scorer, single = parts.scorer, parts.projections()
     replacements: Replacements = []

@@ -1,4 +1,4 @@
-"""Norm and gate by Triton: formulas for `recompute`, and whether they can be had."""
+"""Norm and gate by Triton, as formulas for `recompute`, and whether Triton serves a device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BLOCK = 1024
 
 
 def usable(device: torch.device, backend: str | None) -> bool:
-    """Triton is on, for tensors on a CUDA device, and no other backend but "cuda" was asked for."""
+    """Whether Triton is on and serves this device, which must be CUDA's, and no other backend was asked for."""
     asked = backend or os.environ.get(ENVIRONMENT) or None
     if device.type != "cuda" or asked not in (None, "cuda", "triton"):
         return False
@@ -42,7 +42,7 @@ def power_of_two(n: int) -> int:
 
 
 class RmsNorm:
-    """`weight · x / rms(x)` over the last dimension; `weight` in `x`'s dtype. Keeps the mean of `x²`."""
+    """`weight · x / rms(x)` over the last dimension, with `weight` in the dtype of `x`; the mean of `x²` is kept."""
 
     def __init__(self, weight: Tensor, eps: float, exact: bool = True) -> None:
         self.weight, self.eps, self.columns = weight, eps, weight.numel()
@@ -123,13 +123,13 @@ def gate_launchers(exact: bool) -> dict[str, Launcher]:
 
 
 def _exact() -> bool:
-    """Whether CUDA's own functions can be had: Triton's interpreter has them not."""
+    """Whether kernels can call CUDA's own functions, which Triton's interpreter lacks."""
     return os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def norm_formula(norm: Any, dtype: torch.dtype, fused: bool) -> Formula:
-    """For a module that computes `weight · x / rms(x)` of `x` in `dtype`; its own forward where the kernel does not
-    serve."""
+    """The formula of a norm: the kernel where `fused` and the module is an RMS norm with a weight in `dtype`, else the
+    module's own forward."""
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     weight = getattr(norm, "weight", None)
     if not fused or eps is None or not isinstance(weight, Tensor) or getattr(norm, "bias", None) is not None:
@@ -140,7 +140,7 @@ def norm_formula(norm: Any, dtype: torch.dtype, fused: bool) -> Formula:
 
 
 def gate_formula(activation: nn.Module, fused: bool) -> Formula:
-    """For `activation(gate) · up`."""
+    """The formula of `activation(gate) · up`: the kernel where `fused` and the activation is SiLU, else torch."""
     if fused and type(activation).__name__ in ("SiLU", "SiLUActivation"):
         return Gate(_exact())
     return Rerun(lambda gate, up: activation(gate) * up)

@@ -22,7 +22,7 @@ def norm_squares(x, squares, columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def _inverse_root(x, EXACT: tl.constexpr):
-    """`1/√x`, with CUDA's own `rsqrtf` where it can be had (EXACT): the interpreter has it not."""
+    """`1/√x`, with EXACT by CUDA's own `rsqrtf`, which the interpreter lacks."""
     if EXACT:
         return libdevice.rsqrt(x)
     else:
@@ -70,7 +70,7 @@ def norm_backward(dy, x, mean, along, weight, dx, columns, eps, share, BLOCK: tl
 
 @triton.jit
 def _one_plus_exp(x, EXACT: tl.constexpr):
-    """`1 + exp(−x)`, with CUDA's own `expf` where it can be had (EXACT): the interpreter has it not."""
+    """`1 + exp(−x)`, with EXACT by CUDA's own `expf`, which the interpreter lacks."""
     if EXACT:
         return 1.0 + libdevice.exp(-x)
     else:

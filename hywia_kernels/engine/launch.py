@@ -1,4 +1,5 @@
-"""Triton launches that look their compiled kernel up once: Triton's own way to it takes longer than a small kernel."""
+"""Launches of Triton's kernels. The compiled kernel is looked up here, since Triton's own look-up takes longer than a
+small kernel."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ __all__ = ["Launcher"]
 class Launcher:
     """One kernel with its constants, which come last in its signature, and options.
 
-    A compiled kernel serves all calls whose operands Triton would specialise alike: tensors' dtypes and whether they
-    begin at multiples of 16 bytes, integers' values; more is told apart here than Triton does, never less.
+    A compiled kernel serves all calls whose operands Triton would specialise alike. It goes by tensors' dtypes, whether
+    they begin at multiples of 16 bytes, and integers' values; here all values are told apart, which is more than Triton
+    does and never less.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], **options: Any) -> None:

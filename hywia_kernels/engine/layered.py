@@ -1,7 +1,8 @@
-"""The lean and the layerwise pass: what enters each decoder layer is kept, and backward runs one layer at a time again.
+"""The lean and the layerwise pass keep what enters each decoder layer, and run one layer at a time again in backward.
 
-Lean is one run of all samples; the last layers, whose backward comes first, can keep all that theirs needs. Layerwise
-takes them in several runs, and scores a layer when its matrices' gradients and inputs have arrived from all of them.
+Lean takes all samples in one run; the last layers, whose backward comes first, can keep all that it needs, so that they
+are not run again. Layerwise takes the samples in several runs, and scores a layer when its matrices' gradients and
+inputs have arrived from all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = ["hidden_of", "run"]
 
 @dataclass
 class _Step:
-    """One layer's call: what entered it, and the other arguments."""
+    """One call of a layer: the hidden states that entered it, the device they were on, and the other arguments."""
 
     hidden: Tensor
     device: torch.device
@@ -51,16 +52,16 @@ def _kept(hidden: Tensor, offload: bool) -> Tensor:
 
 
 def hidden_of(out: Any) -> Tensor:
-    """What a layer passes on; some return it with attention weights."""
+    """The hidden states among what a layer returns; some layers return a tuple, with attention weights after them."""
     return out[0] if isinstance(out, tuple) else out
 
 
-def _recording(forward: Callable, tape: _Tape, last: bool, offload: bool, whole: bool) -> Callable:
+def _recording(forward: Callable, tape: _Tape, last: bool, offload: bool, keep: bool) -> Callable:
     def record(hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
         step = _Step(_kept(hidden, offload), hidden.device, arguments, keywords)
         tape.steps.append(step)
         out: Any
-        if whole and isinstance(forward, BlockForward):
+        if keep and isinstance(forward, BlockForward):
             out, step.kept = forward.kept(hidden, **keywords)
         else:
             with torch.no_grad():
@@ -74,12 +75,12 @@ def _recording(forward: Callable, tape: _Tape, last: bool, offload: bool, whole:
 
 
 def _forward(
-    model: Any, layers: nn.ModuleList, samples: Samples, scale: float, offload: bool, whole: int
+    model: Any, layers: nn.ModuleList, samples: Samples, scale: float, offload: bool, kept_layers: int
 ) -> tuple[_Tape, Tensor, Tensor]:
     """`(tape, gradient at what left the last layer, Σ_s L_s)` of one run of samples."""
     tape = _Tape()
     replacements = [
-        (layer, _recording(layer.forward, tape, i == len(layers) - 1, offload, i >= len(layers) - whole))
+        (layer, _recording(layer.forward, tape, i == len(layers) - 1, offload, i >= len(layers) - kept_layers))
         for i, layer in enumerate(layers)
     ]
     wanted = targets(samples, model.get_output_embeddings().weight.device)
@@ -117,18 +118,19 @@ def run(
     scorer: Scorer,
     scale: float,
     offload: bool,
-    whole: int = 0,
+    kept_layers: int = 0,
 ) -> Tensor:
-    """Forward and backward of `scale · Σ_s L_s` through an instrumented model; `Σ_s L_s`, on the head's device.
+    """Runs forward and backward of `scale · Σ_s L_s` through an instrumented model; returns `Σ_s L_s`, float32, on the
+    head's device.
 
     Args:
         layers: the decoder's.
         chunks: runs of samples, in the order of the results.
         offload: keep what enters the layers in the host's pinned memory (CUDA).
-        whole: how many of the last layers, where they run as one node, keep all that backward needs.
+        kept_layers: how many of the last layers, where they run as one node, keep all that backward needs.
 
     Raises:
-        HywiaError: hooks on a whole layer: backward runs `forward` alone again, so they would not count.
+        HywiaError: a decoder layer has hooks. Backward runs its `forward` alone again, so they would not be called.
     """
     for i, layer in enumerate(layers):
         if layer._forward_hooks or layer._forward_pre_hooks:
@@ -138,7 +140,7 @@ def run(
             )
     tapes, gradients, losses = [], [], []
     for chunk in chunks:
-        tape, gradient, loss = _forward(model, layers, chunk, scale, offload, whole)
+        tape, gradient, loss = _forward(model, layers, chunk, scale, offload, kept_layers)
         tapes.append(tape)
         gradients.append(gradient)
         losses.append(loss)

@@ -26,22 +26,29 @@ __all__ = ["Collected", "Scorer", "Target", "scored_forward", "scored_rows"]
 
 @dataclass(frozen=True)
 class Target:
-    """One matrix and where its results go. Where a parameter holds several, `weight` is this one's part of it, and
-    `outputs` the part of the layer's output (None: all of it). `transposed`: stored `[in, out]`, so that what stands on
-    the output's side of the product is the input. `also`: the same matrix in another group, whose units lie along the
-    other axis."""
+    """One matrix, and where its scores are added.
+
+    Attributes:
+        member: the matrix as a member of its group.
+        weight: the matrix itself; where a parameter holds several, this one's part of it.
+        fine: float32 `[3, units]`, shared with the group's other matrices.
+        coarse: float32 `[samples, units]`.
+        outputs: this matrix's part of the layer's output; None for all of it.
+        transposed: the weight is stored `[in, out]`, so that input and output gradient change places in the product.
+        also: the same matrix in another group, whose units lie along the other axis.
+    """
 
     member: Member
     weight: Tensor
-    fine: Tensor  # float32 [3, units], shared with the group's other matrices
-    coarse: Tensor  # float32 [samples, units]
+    fine: Tensor
+    coarse: Tensor
     outputs: slice | None = None
     transposed: bool = False
     also: Target | None = None
 
 
 def _layout(tensor: Tensor) -> tuple:
-    """What backends look at when they say whether a call is theirs, beside the shapes."""
+    """What a backend looks at, beside the shapes, to say whether it takes a call."""
     return tensor.dtype, tensor.stride(), tensor.data_ptr() % 16
 
 
@@ -58,9 +65,9 @@ class Scorer:
         self.offsets = samples.offsets()
         self._runs: dict[tuple, Callable[..., None]] = {}
         self.collected: Collected | None = None
-        self.replaying = False  # a layer is run again for the sake of its backward
-        self.strict = False  # whole layers ask for torch's deterministic kernels themselves, where it matters
-        self.chosen: dict[tuple, bool] = {}  # see `flash`
+        self.replaying = False  # True while a layer is run again for the sake of its backward
+        self.strict = False  # True: layers that run as one node ask for torch's deterministic kernels where it matters
+        self.chosen: dict[tuple, bool] = {}  # whether torch takes its flash kernel; see `flash`
         self._rows: dict[torch.device, Tensor] = {}
         self._cpu_rows: Tensor | None = None
         self.select(samples)
@@ -79,7 +86,7 @@ class Scorer:
         return flat.index_select(0, self._rows[flat.device])
 
     def __call__(self, target: Target, grad_output: Tensor, inputs: Tensor, mapped: Tensor | None = None) -> None:
-        """`mapped` as in `ops.linear_importance`: what the weight made of the operand that has not the units."""
+        """Scores a matrix, or keeps its tokens while they are collected. `mapped` is as in `ops.linear_importance`."""
         if self.collected is not None:
             self.collected.add(target, self._without_padding(grad_output), inputs, self._without_padding)
             return
@@ -88,7 +95,7 @@ class Scorer:
         self.score(target, self._without_padding(grad_output), self._without_padding(inputs), mapped)
 
     def score(self, target: Target, grad_output: Tensor, inputs: Tensor, mapped: Tensor | None = None) -> None:
-        """All samples' tokens of one matrix, without padding: what `ops.linear_importance` does with `out=`."""
+        """Scores one matrix by all samples' tokens, without padding, as `ops.linear_importance` does with `out=`."""
         weight, axis, size = target.weight, target.member.axis, target.member.group_size
         brought = grad_output, inputs
         if target.transposed:
@@ -117,26 +124,27 @@ class Scorer:
         self.results.scored(target.member)
         self.bar.step()
 
-    def score_some(self, target: Target, grad_output: Tensor, inputs: Tensor, limits: Sequence[int]) -> None:
-        """One expert's tokens, by sample: sample `s` is the rows from `limits[s]` to `limits[s + 1]`, perhaps none.
+    def score_some(self, target: Target, grad_output: Tensor, inputs: Tensor, offsets: Sequence[int]) -> None:
+        """Scores one expert's matrix by its tokens. Sample `s` is the rows from `offsets[s]` to `offsets[s + 1]`, and
+        may be none.
 
-        The op's means are over the samples it is given; those without tokens have no gradient, so that theirs only
-        count in the number that sums of gradients and of squares are divided by.
+        The op takes no empty samples, and its means are over the samples that it is given. A sample without tokens has
+        no gradient, so it only counts in the number of samples that the sums are divided by.
         """
-        present = [s for s in range(len(limits) - 1) if limits[s] < limits[s + 1]]
-        offsets = [limits[s] for s in present] + [limits[-1]]
+        samples = len(offsets) - 1
+        present = [s for s in range(samples) if offsets[s] < offsets[s + 1]]
         fine, coarse = ops.linear_importance(
             grad_output,
             inputs,
             target.weight,
-            samples=offsets,
+            samples=[*(offsets[s] for s in present), offsets[-1]],
             axis=target.member.axis,
             order="all",
             group_size=target.member.group_size,
             scale=self.scale,
             backend=self.backend,
         )
-        target.fine.add_(fine, alpha=len(present) / (len(limits) - 1))
+        target.fine.add_(fine, alpha=len(present) / samples)
         target.coarse.index_add_(0, torch.tensor(present, device=coarse.device), coarse)
         self.bar.step()
 
@@ -154,12 +162,12 @@ class Collected:
         self._targets: dict[tuple[str, int], Target] = {}
         self._grads: dict[tuple[str, int], Tensor] = {}
         self._inputs: dict[tuple[str, int], Tensor] = {}
-        self._seen: list[tuple[Tensor, Tensor]] = []  # this run's inputs, and the buffers they went to
+        self._buffers: list[tuple[Tensor, Tensor]] = []  # this run's inputs, and the buffer each went to
 
     def begin(self, tokens: int) -> None:
-        """A run of so many tokens without padding follows."""
+        """Begins a run of so many tokens, padding not counted."""
         self._start, self._end = self._end, self._end + tokens
-        self._seen = []
+        self._buffers = []
 
     def _put(self, into: dict[tuple[str, int], Tensor], name: tuple[str, int], values: Tensor) -> None:
         if name not in into:
@@ -170,16 +178,16 @@ class Collected:
         name = target.member.module, target.member.start
         self._targets[name] = target
         self._put(self._grads, name, grad_output)
-        for tensor, buffer in self._seen:
+        for tensor, buffer in self._buffers:
             if tensor is inputs:
                 self._inputs[name] = buffer
                 return
         self._put(self._inputs, name, flatten(inputs))
-        self._seen.append((inputs, self._inputs[name]))
+        self._buffers.append((inputs, self._inputs[name]))
 
     def score(self, scorer: Scorer) -> None:
-        """Every matrix, once, over all tokens; its buffers go with it."""
-        self._seen = []
+        """Scores every matrix once over all tokens, and frees its buffers."""
+        self._buffers = []
         for name, target in self._targets.items():
             scorer.score(target, self._grads.pop(name), self._inputs.pop(name))
 
@@ -217,7 +225,7 @@ class _ScoredLinear(torch.autograd.Function):
         for target in targets:
             part = grad_output if target.outputs is None else grad_output[..., target.outputs].contiguous()
             ctx.scorer(target, part, inputs)
-        del inputs  # a recomputed input goes before its gradient comes
+        del inputs  # frees a recomputed input before its gradient is allocated
         return grad_output @ ctx.weight, None, None, None, None, None, None
 
 
@@ -247,10 +255,10 @@ class _ScoredRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, scorer: Scorer, targets: tuple[Target, ...], limits: Tensor
+        ctx: Any, inputs: Tensor, weight: Tensor, scorer: Scorer, targets: tuple[Target, ...], offsets: Tensor
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.scorer, ctx.targets, ctx.limits = scorer, targets, limits
+        ctx.scorer, ctx.targets, ctx.offsets = scorer, targets, offsets
         return functional.linear(inputs, weight)
 
     @staticmethod
@@ -258,13 +266,14 @@ class _ScoredRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grads
         inputs, weight = ctx.saved_tensors
-        limits = ctx.limits.tolist()
+        offsets = ctx.offsets.tolist()
         for target in ctx.targets:
             part = grad_output if target.outputs is None else grad_output[:, target.outputs]
-            ctx.scorer.score_some(target, part.contiguous(), inputs, limits)
+            ctx.scorer.score_some(target, part.contiguous(), inputs, offsets)
         return grad_output @ weight, None, None, None, None
 
 
 def scored_rows(scorer: Scorer, targets: tuple[Target, ...]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """`(inputs, weight, limits of the samples among the inputs' rows)` to outputs, scored; see `experts`."""
-    return lambda inputs, weight, limits: _ScoredRows.apply(inputs, weight, scorer, targets, limits)
+    """A function of `(inputs, weight, offsets of the samples among the inputs' rows)` that computes the product and
+    scores it in backward; see `experts`."""
+    return lambda inputs, weight, offsets: _ScoredRows.apply(inputs, weight, scorer, targets, offsets)

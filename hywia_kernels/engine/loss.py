@@ -16,9 +16,9 @@ from .samples import Samples
 
 __all__ = ["LOGIT_BYTES", "Targets", "check_head", "hidden_gradient", "logits_of", "targets"]
 
-LOGIT_BYTES = 64 << 20  # float32 logits that exist at a time; about four times as much with what comes of them
+LOGIT_BYTES = 64 << 20  # bytes of float32 logits at a time; with what is computed from them, about four times as much
 
-# Config fields by which families change logits after the head, and how; an entry of the table names those it has.
+# Config fields by which families change logits after the head, and the change; an entry of the table names its fields.
 _CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,
     "logits_scaling": lambda logits, scaling: logits / scaling,
@@ -28,8 +28,12 @@ _FIELDS = (*_CHANGES, "logit_scale")
 
 @dataclass(frozen=True)
 class Targets:
-    """Per position of the flattened `[samples · longest]`, on the head's device: the next token, and its weight in
-    `Σ_s L_s`, which is one over the sample's count of next tokens, and zero where there is none."""
+    """What each position of the flattened `[samples · longest]` should predict, on the head's device.
+
+    Attributes:
+        tokens: int64, the next token.
+        weights: float32, its weight in `Σ_s L_s`: one over the sample's number of next tokens; else zero.
+    """
 
     tokens: Tensor
     weights: Tensor
@@ -53,7 +57,7 @@ def check_head(model: Any) -> None:
 
 
 def logits_of(model: Any, states: Tensor) -> Tensor:
-    """What the model makes of final states, float32; in the model's dtype up to the last step, as it does."""
+    """The model's logits of final hidden states: computed in the model's dtype, and converted to float32 at the end."""
     logits = model.get_output_embeddings()(states)
     config = arch.text_config(model)
     for name in arch.architecture(model).logits:
@@ -64,7 +68,7 @@ def logits_of(model: Any, states: Tensor) -> Tensor:
 
 
 def targets(samples: Samples, device: torch.device) -> Targets:
-    """Made and moved before the forward pass, so that nothing in the loss waits for the device."""
+    """The targets of these samples, moved before the forward pass so that the loss does not wait for a device."""
     following = torch.zeros_like(samples.tokens)
     following[:, :-1] = samples.tokens[:, 1:]
     counted = torch.arange(samples.longest) < samples.lengths[:, None] - 1
@@ -73,11 +77,11 @@ def targets(samples: Samples, device: torch.device) -> Targets:
 
 
 def hidden_gradient(model: Any, hidden: Tensor, wanted: Targets, scale: float) -> tuple[Tensor, Tensor]:
-    """Gradient of `scale · Σ_s L_s` with respect to the final hidden states, and `Σ_s L_s` on the head's device.
+    """The gradient of `scale · Σ_s L_s` at the final hidden states, and `Σ_s L_s`, float32, on the head's device.
 
     Args:
         hidden: `[samples, longest, features]`.
-        wanted: of these samples.
+        wanted: the targets of these samples.
         scale: the loss scale.
     """
     head = model.get_output_embeddings()

@@ -11,8 +11,8 @@ attention's matrices, `i` the MLP's width and `n` the attention heads:
     collected = e·(8h + 3i) or so             layerwise: every matrix's output gradient and input
 
     fast       tokens · (Σ_layers kept + work)
-    lean       tokens · ((layers + 1)·e·h + kept + work), and kept again for each of the last layers that a
-               twentieth of the weights' bytes has room for
+    lean       tokens · ((layers + 1)·e·h + kept + work), and kept once more for each of the last layers that it
+               keeps: as many as a twentieth of the weights' bytes has room for
     layerwise  tokens · ([layers·e·h, unless on the host] + collected) + tokens of a run · (kept + work)
 
 plus, in all of them, the results; or, in the place of the work, three tensors `[tokens, h]` and what the loss makes of
@@ -44,7 +44,7 @@ MODES = MEMORY[1:]
 Linears = Mapping[str, nn.Module]
 CHUNK_TOKENS = 4096  # of a layerwise run: enough for the matrix products to be fast
 _MODEST, _MODEST_BYTES = 0.6, 2 << 30  # of the weights' bytes, or at all: what "auto" lets fast take
-_WHOLE = 0.05  # of the weights' bytes: what lean spends on not running the last layers twice
+_KEPT = 0.05  # of the weights' bytes: what lean spends on keeping its last layers, so as not to run them twice
 _SHARE = 0.9  # of the free memory: the rest is for what the formulas leave out
 _SCRATCH = 64 << 20
 _RAGGED = 2.0  # padded tokens per token from which fast and lean would waste more than layerwise costs
@@ -52,19 +52,30 @@ _RAGGED = 2.0  # padded tokens per token from which fast and lean would waste mo
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How to run: the mode, samples per run (layerwise), whether layer inputs go to the host, the estimate of what is
-    needed beside the weights, in bytes, on all devices together, and how many of the last layers lean keeps whole."""
+    """How to run a pass.
+
+    Attributes:
+        mode: one of MODES.
+        chunks: the runs of samples; more than one in "layerwise" mode only.
+        offload: what enters the layers is kept in the host's memory.
+        estimate: bytes needed beside the weights, on all devices together.
+        kept_layers: how many of the last layers keep all that backward needs, in "lean" mode.
+    """
 
     mode: str
     chunks: tuple[Samples, ...]
     offload: bool
     estimate: int
-    whole: int = 0
+    kept_layers: int = 0
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes; `kept`, `work`, `collected`, `boundary` per token of one layer (the largest, but `kept_all` of all)."""
+    """Bytes that a pass needs, by what they are for.
+
+    `kept`, `work`, `collected` and `boundary` are per token of the largest layer, `kept_all` per token of all layers;
+    `logits` and `fixed` (results and scratch) do not depend on the tokens of a run.
+    """
 
     kept_all: int
     kept: int
@@ -81,14 +92,14 @@ class _Sizes:
     def fast(self, tokens: int) -> int:
         return tokens * self.kept_all + max(self._loss(tokens), tokens * self.work) + self.fixed
 
-    def lean(self, tokens: int, whole: int = 0) -> int:
+    def lean(self, tokens: int, kept_layers: int = 0) -> int:
         inside = tokens * (self.boundary + self.kept + self.work)
-        boundaries = tokens * (self.layers * self.boundary + whole * self.kept)
+        boundaries = tokens * (self.layers * self.boundary + kept_layers * self.kept)
         return boundaries + max(self._loss(tokens), inside) + self.fixed
 
-    def whole(self, tokens: int, weights: int) -> int:
-        """Layers that lean keeps whole beside weights of so many bytes."""
-        return min(int(_WHOLE * weights / max(tokens * self.kept, 1)), self.layers - 1)
+    def kept_layers(self, tokens: int, weights: int) -> int:
+        """How many of the last layers lean keeps, beside weights of so many bytes."""
+        return min(int(_KEPT * weights / max(tokens * self.kept, 1)), self.layers - 1)
 
     def layerwise(self, tokens: int, run: int, offload: bool) -> int:
         boundaries = 1 if offload else self.layers + 1
@@ -97,7 +108,7 @@ class _Sizes:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a pass could have: on CUDA with what torch has cached and does not use."""
+    """Bytes that a pass could have on a device; on CUDA, what torch has cached and does not use counts as free."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -105,7 +116,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _sizes(
-    model: Any, linears: Linears, found: Sequence[Group], samples: Samples, *, float64: bool, kernels: bool
+    model: Any, linears: Linears, groups: Sequence[Group], samples: Samples, *, float64: bool, kernels: bool
 ) -> _Sizes:
     entry = arch.architecture(model)
     kept_by_layer: dict[int, int] = {}
@@ -114,8 +125,8 @@ def _sizes(
     element = hidden = 1
     config = arch.text_config(model)
     heads = getattr(config, entry.attention.heads_field, 1)
-    experts = {g.layer: g for g in found if g.kind == "experts"}
-    for group in found:
+    experts = {g.layer: g for g in groups if g.kind == "experts"}
+    for group in groups:
         if group.kind == "experts":
             continue  # their matrices are counted with their channels
         weights = [arch.view(linears, m, group.units) for m in group.members]
@@ -150,13 +161,13 @@ def _sizes(
         collected=max(collected_by_layer.values()),
         boundary=element * hidden,
         logits=4 * min(LOGIT_BYTES, 4 * samples.tokens.numel() * vocabulary),
-        fixed=result_bytes(found, len(samples)) + (scratch if float64 else min(scratch, _SCRATCH)),
+        fixed=result_bytes(groups, len(samples)) + (scratch if float64 else min(scratch, _SCRATCH)),
         layers=len(kept_by_layer),
     )
 
 
 def _fits(linears: Linears, needed: int) -> bool:
-    """Whether every device has its share, by the matrices it holds."""
+    """Whether every device has room for its share of the bytes, which goes by the number of matrices it holds."""
     devices = [next(module.parameters()).device for module in linears.values()]
     return all(needed * devices.count(d) / len(devices) <= _SHARE * free_bytes(d) for d in set(devices))
 
@@ -169,11 +180,11 @@ def _layerwise(linears: Linears, samples: Samples, sizes: _Sizes) -> MemoryPlan:
     """
     samples = samples.sorted()
     cuda = any(next(m.parameters()).is_cuda for m in linears.values())
-    least = samples.longest
+    longest = samples.longest
     for offload in (False, True) if cuda else (False,):
-        run = max(CHUNK_TOKENS, least)
-        while run > least and not _fits(linears, sizes.layerwise(samples.total, run, offload)):
-            run = max(least, run // 2)
+        run = max(CHUNK_TOKENS, longest)
+        while run > longest and not _fits(linears, sizes.layerwise(samples.total, run, offload)):
+            run = max(longest, run // 2)
         needed = sizes.layerwise(samples.total, run, offload)
         host = samples.total * sizes.layers * sizes.boundary if offload else 0
         if _fits(linears, needed) and host <= _SHARE * free_bytes(torch.device("cpu")):
@@ -190,7 +201,7 @@ def _layerwise(linears: Linears, samples: Samples, sizes: _Sizes) -> MemoryPlan:
 def plan_memory(
     model: Any,
     linears: Linears,
-    found: Sequence[Group],
+    groups: Sequence[Group],
     samples: Samples,
     requested: str,
     *,
@@ -198,28 +209,29 @@ def plan_memory(
     kernels: bool,
     layerwise: bool = True,
 ) -> MemoryPlan:
-    """The mode asked for, or of fast, lean and layerwise the first that fits; fast, which is a fifth to a third faster
-    than lean, only while what it keeps is modest beside the weights: with many samples it would be several times them.
+    """Plans the mode that was asked for, or the first of fast, lean and layerwise that fits.
 
-    Very ragged sets are taken layerwise even where there is memory, in runs of samples of like length.
+    Fast is a fifth to a third faster than lean. "auto" takes it only while what it keeps is modest beside the weights,
+    since with many samples that would be several times as much. Very ragged sets are taken layerwise even where there
+    is memory, in runs of samples of similar length.
 
     Args:
         requested: "auto" or one of MODES.
         float64: scoring is by the reference, which needs whole matrices in float64.
-        kernels: the gate is one kernel.
-        layerwise: the last resort can be taken; lean is, where it cannot.
+        kernels: the gate and the norms are one kernel each.
+        layerwise: whether the layerwise pass serves this model; where it does not, lean is the last resort.
 
     Raises:
         HywiaError: layerwise, asked for or the last resort, does not fit.
     """
-    sizes = _sizes(model, linears, found, samples, float64=float64, kernels=kernels)
+    sizes = _sizes(model, linears, groups, samples, float64=float64, kernels=kernels)
     tokens = samples.tokens.numel()
     fast = MemoryPlan("fast", (samples,), False, sizes.fast(tokens))
     if requested == "fast":
         return fast
     weights = weight_bytes(model)
-    whole = sizes.whole(tokens, weights) if kernels else 0
-    lean = MemoryPlan("lean", (samples,), False, sizes.lean(tokens, whole), whole)
+    kept_layers = sizes.kept_layers(tokens, weights) if kernels else 0
+    lean = MemoryPlan("lean", (samples,), False, sizes.lean(tokens, kept_layers), kept_layers)
     if requested == "lean":
         return lean
     if requested == "auto" and (tokens <= _RAGGED * samples.total or not layerwise):
@@ -233,7 +245,7 @@ def plan_memory(
 
 
 def scoring_bytes(
-    model: Any, linears: Linears, found: Sequence[Group], samples: Samples, free: int, *, kernels: bool
+    model: Any, linears: Linears, groups: Sequence[Group], samples: Samples, free: int, *, kernels: bool
 ) -> int:
     """What a pass of the mode that `plan_memory` would choose needs beside the weights, of a model that may be on the
     meta device, where so many bytes are free beside them. Where nothing fits, what the least would need.
@@ -241,20 +253,20 @@ def scoring_bytes(
     Args:
         samples: of like length. free: bytes. kernels: the gate is one kernel.
     """
-    sizes = _sizes(model, linears, found, samples, float64=False, kernels=kernels)
+    sizes = _sizes(model, linears, groups, samples, float64=False, kernels=kernels)
     tokens, weights = samples.tokens.numel(), weight_bytes(model)
     fast = sizes.fast(tokens)
     if fast <= max(_MODEST * weights, _MODEST_BYTES) and fast <= _SHARE * free:
         return fast
-    lean = sizes.lean(tokens, sizes.whole(tokens, weights) if kernels else 0)
+    lean = sizes.lean(tokens, sizes.kept_layers(tokens, weights) if kernels else 0)
     if lean <= _SHARE * free:
         return lean
     return sizes.layerwise(samples.total, max(CHUNK_TOKENS, samples.longest), offload=False)
 
 
-def plan_whole(model: Any, linears: Linears, found: Sequence[Group], samples: Samples, requested: str) -> MemoryPlan:
-    """For a pass that computes nothing again but whole layers: fast, or lean where that does not fit."""
-    sizes = _sizes(model, linears, found, samples, float64=False, kernels=False)
+def plan_whole(model: Any, linears: Linears, groups: Sequence[Group], samples: Samples, requested: str) -> MemoryPlan:
+    """Plans the reference pass, which recomputes only checkpointed layers: fast, or lean where that does not fit."""
+    sizes = _sizes(model, linears, groups, samples, float64=False, kernels=False)
     largest = max(p.numel() // (len(p) if p.dim() > 2 else 1) for m in linears.values() for p in m.parameters())
     tokens, gradients = samples.tokens.numel(), 3 * 4 * largest
     # Norms in float32, activations and products are kept too: about as much again.

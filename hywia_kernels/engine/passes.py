@@ -23,12 +23,12 @@ __all__ = ["apart", "plain_modes", "put_back"]
 
 _LOCK = threading.RLock()
 _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
-_COMPILED = "_compiled_call_impl"  # of `module.compile()`: a call of compiled code, which knows no other `forward`
+_COMPILED = "_compiled_call_impl"  # set by `module.compile()`: calls compiled code, which ignores a replaced `forward`
 _SWITCHES: tuple[Any, ...] = (STRICT, WORKSPACE, REPLACED)
 
 
 class _Before:
-    """What a pass may change, as it was; parameters' gradients and values are not among it."""
+    """The state before a pass of all that it may change. Parameters' values and gradients are not among it."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         own = [vars(module) for module in modules.values()]
@@ -52,7 +52,7 @@ class _Before:
             attributes[_COMPILED] = None
 
     def restore(self) -> None:
-        """Again from anywhere in the middle of it, with the same end."""
+        """Puts all of it back; when interrupted it can be called again, and comes to the same end."""
         torch.set_default_dtype(self.dtype)
         for switch, holders in zip(_SWITCHES, self.holders, strict=True):
             switch.settle(holders)
@@ -74,7 +74,7 @@ class _Before:
 
 
 class _Net:
-    """Restores when it is left, unless that was done already."""
+    """Context manager that calls `restore` when it is left, unless that was done already."""
 
     def __init__(self, restore: Callable[[], None], done: list[bool]) -> None:
         self._restore, self._done = restore, done
@@ -90,8 +90,8 @@ class _Net:
 
 @contextmanager
 def put_back(restore: Callable[[], None]) -> Iterator[None]:
-    """Calls `restore` at the end, to its end whenever an interrupt comes: the second net begins again what one kept the
-    first from. `restore` must come to the same end from anywhere in the middle of it."""
+    """Calls `restore` at the end, and makes sure that it is completed even when an interrupt comes in the middle of it:
+    then the second net calls it again. So `restore` must bear to be stopped anywhere and begun anew."""
     done: list[bool] = []
     with _Net(restore, done), _Net(restore, done):
         yield
@@ -99,7 +99,7 @@ def put_back(restore: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """The one pass of the process; of the same thread, inside another of its own."""
+    """Makes this the only pass of the process: other threads wait, and a thread may begin a pass inside its own."""
     held: list[bool] = []
 
     def let_go() -> None:
@@ -112,11 +112,14 @@ def _alone() -> Iterator[None]:
 
 @contextmanager
 def apart(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """A pass over the model of these modules (all of it, by name): in eval mode, without parameter gradients, compiled
-    calls or a narrower type than the model's own; what the caller's modes are does not change its results.
+    """The surroundings of a pass over a model: eval mode, no parameter gradients, no compiled calls and no autocast, so
+    that the caller's modes do not change its results.
 
     One pass at a time runs in a process: a second thread waits, since settings of the whole process are turned. While
-    it runs, the model is not for anybody else.
+    it runs, nobody else may use the model.
+
+    Args:
+        modules: all of the model's, by name.
     """
     with _alone():
         before = _Before(modules)
@@ -130,23 +133,24 @@ def apart(modules: Mapping[str, nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def plain_modes() -> Iterator[None]:
-    """The modes of `apart` alone, for changes to a model: what is made inside is as good as what it replaces."""
+    """The modes of `apart` alone, for changes to a model: new parameters must not be inference tensors, say, or land on
+    the caller's default device."""
     with _alone(), ExitStack() as modes:
         _plain_modes(modes)
         yield
 
 
 def _plain_modes(modes: ExitStack) -> None:
-    """Out of the thread's modes that would change what is computed, where they are on: looking costs a microsecond
-    each, and some of them slow every call of torch's."""
+    """Leaves those of the thread's modes that would change what is computed. Each is looked at first, which takes a
+    microsecond, because some of the contexts slow every call of torch's down."""
     if torch.is_inference_mode_enabled():  # nothing made in it could be saved for backward
         modes.enter_context(torch.inference_mode(False))
-        modes.enter_context(torch.no_grad())  # as it was; passes ask for gradients where they want them
+        modes.enter_context(torch.no_grad())  # as in inference mode; passes ask for gradients where they want them
     for device in _DEVICE_TYPES:
         if torch.is_autocast_enabled(device):
             modes.enter_context(torch.autocast(device, enabled=False))
     if torch.get_default_device().type != "cpu":
         modes.enter_context(torch.device("cpu"))
-    if torch.is_anomaly_enabled():  # overflow of a float16 pass is found, and tried again, by the pass itself
+    if torch.is_anomaly_enabled():  # a float16 pass detects overflow itself, and tries again with a smaller scale
         anomaly: Any = torch.autograd.set_detect_anomaly(False)
         modes.enter_context(anomaly)

@@ -1,4 +1,4 @@
-"""A model for a while: without parameter gradients, with other `forward`s, under reproducible kernels."""
+"""What changes a model or the process for a while: no parameter gradients, other `forward`s, reproducible kernels."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def forward_replaced(replacements: Sequence[tuple[nn.Module, Any]]) -> Iterator[
 
 @contextmanager
 def frozen(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
-    """Eval mode and no parameter gradients; both restored. `modules`: all of the model's, where they are at hand."""
+    """Eval mode and no parameter gradients for a while. `modules` are all of the model's, where they are at hand."""
     modules = list(model.modules() if modules is None else modules)
     training = [m for m in modules if m.training]
     learning = [p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad]
@@ -80,7 +80,7 @@ def hooked(hooks: Iterable[tuple[nn.Module, Any]], *, before: bool = False) -> I
 
 
 def unhook(modules: Iterable[nn.Module]) -> None:
-    """Take the hooks of `hooked` off, and no others."""
+    """Remove the hooks that `hooked` registered, and no others."""
     for module in modules:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if getattr(hook, _OURS, False)]:
@@ -93,7 +93,7 @@ def _read_strict() -> tuple[int, bool]:
 
 def _turn_strict() -> None:
     _FILLING.fill_uninitialized_memory = False
-    # As `use_deterministic_algorithms(True)`, which would import the compiler, for a second, to tell it too.
+    # `use_deterministic_algorithms(True)` does the same, but imports the compiler to tell it too, which takes a second.
     torch.set_deterministic_debug_mode("error")
 
 
@@ -117,13 +117,18 @@ WORKSPACE = Switch(
 
 @contextmanager
 def reproducible(on: bool, *, cublas: bool = True) -> Iterator[None]:
-    """torch's deterministic kernels, where they matter: attention's backward adds atomically on CUDA otherwise.
+    """Makes torch use its deterministic kernels for a while; without them attention's backward adds atomically on CUDA.
 
-    The attention kernels heed the strict mode alone ("warn only" leaves them as they are), and the strict mode wants
-    cuBLAS's workspace named in the environment (the value is torch's own for Hopper; a user's is kept). With it named,
-    torch parses it at every call of cuBLAS, for fifty microseconds: `cublas=False` leaves that out where nothing calls
-    it, and must be what autograd's own threads ask for, since an environment may not change while another thread reads
-    it. An op that has no deterministic kernel raises RuntimeError. Does nothing when `on` is False.
+    Only torch's strict mode makes the attention kernels deterministic; its "warn only" mode leaves them as they are.
+    The strict mode wants cuBLAS's workspace named in the environment: the value set here is torch's own for Hopper, and
+    a user's value is kept. While it is named, torch parses it at every call of cuBLAS, which takes fifty microseconds.
+    `cublas=False` leaves it out where nothing calls cuBLAS. Autograd's own threads must ask for that, since the
+    environment may not change while another thread reads it.
+
+    Does nothing when `on` is False.
+
+    Raises:
+        RuntimeError: from inside, by an op that has no deterministic kernel.
     """
     if not on:
         yield
@@ -134,8 +139,8 @@ def reproducible(on: bool, *, cublas: bool = True) -> Iterator[None]:
 
 @contextmanager
 def without_collections() -> Iterator[None]:
-    """No cyclic garbage collection: one in the middle of a pass goes through everything that is imported, for up to a
-    tenth of a second, and what a pass leaves is freed by reference counts."""
+    """No cyclic garbage collection for a while. A collection in the middle of a pass goes through everything that is
+    imported, which takes up to a tenth of a second, and what a pass leaves is freed by reference counts anyway."""
     enabled = gc.isenabled()
     try:
         gc.disable()

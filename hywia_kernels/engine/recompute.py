@@ -20,9 +20,13 @@ _TAG = "_hywia_recipe"
 
 
 class Formula(Protocol):
-    """`small` makes what spares work in the other two and takes no memory to speak of: it is kept, and passed after the
-    operands. `private`: nobody else sees `dy`, so that its memory may be taken (what autograd brings may be seen by a
-    hook, or kept as a gradient)."""
+    """A function `y = f(xs)` and its gradients.
+
+    `small` computes intermediate values that spare work in the other two and take next to no memory, such as a norm's
+    mean of squares. They are kept, and passed to `forward` and `backward` after the operands. `private` says that
+    nobody else holds `dy`, so that its memory may be overwritten; what autograd brings may be held by a hook, or as a
+    gradient.
+    """
 
     def small(self, *xs: Tensor) -> tuple[Tensor, ...]: ...
 
@@ -52,7 +56,10 @@ class Rerun:
 
 
 class Recipe:
-    """How to make one tensor again, for the linear layers that need it. The last of them to ask lets go of it."""
+    """How to compute one tensor again, for the linear layers that need it.
+
+    Each of them calls `reserve` once in forward and `take` once in backward; the last `take` frees value and sources.
+    """
 
     def __init__(self, formula: Formula, sources: tuple[Tensor, ...]) -> None:
         self._formula, self._sources = formula, sources
@@ -87,7 +94,7 @@ class _Applied(torch.autograd.Function):
 
 
 def apply(formula: Formula, *xs: Tensor) -> Tensor:
-    """`formula` of `xs`, differentiable, keeping `xs` only."""
+    """Returns `formula` of `xs`, differentiable; of the operands and the result only `xs` are kept for backward."""
     with torch.no_grad():
         xs = (*xs, *formula.small(*xs))
     y = _Applied.apply(formula, *xs)
@@ -97,6 +104,6 @@ def apply(formula: Formula, *xs: Tensor) -> Tensor:
 
 
 def recipe(tensor: Tensor) -> Recipe | None:
-    """The recipe of a tensor that `apply` made, reserved for one `take`."""
-    found = getattr(tensor, _TAG, None)
-    return None if found is None else found.reserve()
+    """The recipe of a tensor that `apply` made, reserved for one `take`; None for any other tensor."""
+    tagged = getattr(tensor, _TAG, None)
+    return None if tagged is None else tagged.reserve()

@@ -29,12 +29,13 @@ def _pieces(groups: Sequence[Group], samples: int) -> list[int]:
     return [sum(_sizes(group, samples)) for group in groups]
 
 
-def result_bytes(found: Sequence[Group], samples: int) -> int:
-    return 4 * sum(_pieces(found, samples))
+def result_bytes(groups: Sequence[Group], samples: int) -> int:
+    """Bytes of the statistics of `groups` over so many samples."""
+    return 4 * sum(_pieces(groups, samples))
 
 
 class _Beside(Generic[T]):
-    """A function that runs beside the caller; `take` waits for what it returns, and raises what it raised."""
+    """A function that runs in a thread beside the caller; `take` waits for its result, or raises what it raised."""
 
     def __init__(self, function: Callable[..., T], *arguments: Any) -> None:
         self._future: Future[T] = Future()
@@ -51,32 +52,33 @@ class _Beside(Generic[T]):
 
 
 class Results:
-    """`fine[name]` float32 `[3, units]` (first, second, mixed) and `coarse[name]` `[members, samples, units]`, zero at
-    first; of all groups of one device in one allocation."""
+    """The sums of every group: `fine[name]` float32 `[3, units]` (first, second, mixed) and `coarse[name]` float32
+    `[members, samples, units]`, zero at first. Those of one device share one allocation."""
 
-    def __init__(self, modules: Mapping[str, Any], found: Sequence[Group], samples: int) -> None:
-        self.groups, self.samples = found, samples
+    def __init__(self, modules: Mapping[str, Any], groups: Sequence[Group], samples: int) -> None:
+        self.groups, self.samples = groups, samples
         self.fine: dict[str, Tensor] = {}
         self.coarse: dict[str, Tensor] = {}
         self._flat: list[tuple[Tensor, list[Group]]] = []
-        device_of = {g.name: modules[m.module]._parameters[m.parameter].device for g in found for m in g.members[:1]}
+        device_of = {g.name: modules[m.module]._parameters[m.parameter].device for g in groups for m in g.members[:1]}
         for device in dict.fromkeys(device_of.values()):
-            here = [g for g in found if device_of[g.name] == device]
+            here = [g for g in groups if device_of[g.name] == device]
             flat = torch.zeros(sum(_pieces(here, samples)), dtype=torch.float32, device=device)
             self._flat.append((flat, here))
             for group, piece in zip(here, flat.split(_pieces(here, samples)), strict=True):
                 self.fine[group.name], self.coarse[group.name] = self._views(group, piece)
-        self._owner = {(m.module, m.axis, m.start): g.name for g in found for m in g.members}
-        self._missing = {g.name: len(g.members) for g in found}
+        self._owner = {(m.module, m.axis, m.start): g.name for g in groups for m in g.members}
+        self._missing = {g.name: len(g.members) for g in groups}
         self._ready: dict[str, torch.cuda.Event] = {}
-        # Memory of the host whose pages are there before anything is copied into it, made beside the pass: the system
-        # takes longer to find them than the copies take.
+        # Host memory for the copies, allocated and touched by a thread beside the pass: faulting its pages in takes
+        # longer than the copies themselves.
         cuda = [flat for flat, _ in self._flat if flat.device.type == "cuda"]
         self._pages = {flat.device: _Beside(torch.zeros, flat.numel()) for flat in cuda}
         self._copies: dict[torch.device, _Beside[dict[str, Tensor]]] = {}
 
     def scored(self, member: Member) -> None:
-        """This matrix is in, as far as the stream goes; a group that is complete can be downloaded from here on."""
+        """Notes that this matrix's scores are on the current stream. Once a group has all of its matrices, it can be
+        downloaded from that point of the stream on."""
         name = self._owner[member.module, member.axis, member.start]
         self._missing[name] -= 1
         fine = self.fine[name]
@@ -91,9 +93,10 @@ class Results:
         return fine, piece[start : start + shape[0] * shape[1] * shape[2]].view(shape)
 
     def first_bad(self) -> str | None:
-        """The module whose gradient was the first in the backward's order to be NaN or Inf; None when all is well.
+        """The module whose gradient was the first in the backward's order to be NaN or Inf; None when all are finite.
 
-        NaN and Inf survive every sum, so the results tell for the gradients; one wait a device where all is well.
+        NaN and Inf survive every sum, so looking at the results is enough. Where all are finite the host waits once a
+        device.
         """
         if all(bool(torch.isfinite(flat.sum(dtype=torch.float64))) for flat, _ in self._flat):
             return None
@@ -114,15 +117,15 @@ class Results:
         return None
 
     def fetch(self) -> None:
-        """All is launched: copy what is on CUDA devices to the host, beside what the caller does next. (Not earlier: a
-        thread that copies during the backward holds up its launches.)"""
+        """Starts to copy what is on CUDA devices to the host, beside what the caller does next. To be called once all
+        of the backward is launched: a thread that copies earlier holds up its launches."""
         for flat, here in self._flat:
             if flat.device.type == "cuda":
                 stream = torch.cuda.current_stream(flat.device)
                 self._copies[flat.device] = _Beside(self._copied, flat, here, stream)
 
     def download(self, order: Tensor) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-        """`(fine, coarse)` of `Statistics`, on the CPU; sample `s` of the results becomes sample `order[s]`."""
+        """`(fine, coarse)` of `Statistics`, on the CPU. Row `s` of the results becomes sample `order[s]`."""
         inverse = torch.argsort(order)
         straight = bool((inverse == torch.arange(len(order))).all())
         host: dict[str, Tensor] = {}
@@ -136,14 +139,14 @@ class Results:
         return fine, coarse
 
     def _on_host(self, flat: Tensor, here: Sequence[Group]) -> dict[str, Tensor]:
-        """One device's pieces by group."""
+        """Group name -> the part of one device's allocation that is its own, on the host."""
         if flat.device in self._copies:
             return self._copies.pop(flat.device).take()
         return dict(zip([g.name for g in here], flat.cpu().split(_pieces(here, self.samples)), strict=True))
 
     def _copied(self, flat: Tensor, here: Sequence[Group], scoring: torch.cuda.Stream) -> dict[str, Tensor]:
-        """A CUDA device's pieces on the host: each as soon as it is complete, on a stream of its own, while backward
-        still runs; all at once where that is over."""
+        """Copies a CUDA device's results to the host, by group: each as soon as it is complete, on a stream of its own,
+        while backward still runs, or all at once where backward is over."""
         sizes, names = _pieces(here, self.samples), [g.name for g in here]
         host = self._pages[flat.device].take()
         copies = dict(zip(names, host.split(sizes), strict=True))

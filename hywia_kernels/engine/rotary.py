@@ -19,7 +19,7 @@ from .launch import Launcher
 
 __all__ = ["REPLACED", "rotary_replaced", "rotate", "rotated", "tables_serve"]
 
-_HEADS = 8  # of one step of a program
+_HEADS = 8  # that a program rotates in one step
 
 
 @cache
@@ -30,8 +30,10 @@ def _launcher(backward: bool, half: int) -> Launcher:
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
-    """Queries and keys `[batch, tokens, heads, head_dim]`, or their gradients; tables `[batch or 1, tokens, head_dim]`,
-    contiguous."""
+    """Rotates queries and keys `[batch, tokens, heads, head_dim]`, or with `backward` their gradients.
+
+    The tables are `[batch or 1, tokens, head_dim]`, contiguous, of the queries' dtype.
+    """
     q, k = q.contiguous(), k.contiguous()
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     half, rows = q.shape[-1] // 2, cos.shape[0] * cos.shape[1]
@@ -42,14 +44,14 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tu
 
 
 def tables_serve(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> bool:
-    """Whether the kernel can rotate `x` `[batch, tokens, ...]`: whole heads, by tables of its dtype and device."""
+    """Whether the kernel can rotate `x` `[batch, tokens, ...]` by these tables: whole heads, one dtype, one device."""
     shape = (x.shape[1], head_dim)
     fitting = cos.shape == sin.shape and cos.shape[1:] == shape and cos.shape[0] in (1, x.shape[0])
     return fitting and head_dim % 2 == 0 and all(t.dtype == x.dtype and t.device == x.device for t in (cos, sin))
 
 
 def _rotated_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
-    """`rotate` where heads come before tokens."""
+    """`rotate` for tensors `[batch, heads, tokens, head_dim]`."""
     q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin, backward)
     return q.transpose(1, 2), k.transpose(1, 2)
 
@@ -68,7 +70,7 @@ class _Rotary(torch.autograd.Function):
 
 
 def rotated(original: Callable) -> Callable:
-    """`original`, by the kernel where the operands are what it serves: whole heads rotated, all in one dtype."""
+    """A rotation that calls the kernel where it serves the operands, which must have one dtype, and else `original`."""
 
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, **others: Any) -> Any:
         served = tables_serve(q.transpose(1, 2), cos, sin, q.shape[-1]) and k.shape[2:] == q.shape[2:]
@@ -80,13 +82,13 @@ def rotated(original: Callable) -> Callable:
 
 
 class _Replaced:
-    """The rotations that are replaced now, each a switch of its own."""
+    """The rotations that may be replaced, each by a switch of its own; itself used like one switch."""
 
     def __init__(self) -> None:
         self._switches: dict[tuple[int, str], Switch] = {}
 
     def held(self, names: dict[str, Any], name: str) -> Held:
-        """`names[name]` replaced, in the globals of a Python module, which stay where they are."""
+        """A context in which `names[name]`, in the globals of a Python module, is replaced."""
 
         def restore(original: Callable) -> None:
             names[name] = original
@@ -111,11 +113,10 @@ REPLACED = _Replaced()
 
 @contextmanager
 def rotary_replaced(model: Any, backend: str | None) -> Iterator[bool]:
-    """The function by which the model's attention modules rotate, replaced for a while where Triton serves; whether it
-    is.
+    """Replaces, where Triton serves, the function by which the model's attention modules rotate; yields whether it did.
 
-    It is a global of the Python module that defines the attention, so other models of the family see it meanwhile; it
-    computes what the original does.
+    The function is a global of the Python module that defines the attention, so other models of the family call the
+    replacement meanwhile. It computes what the original does.
     """
     entry = arch.architecture(model)
     layer = model.get_submodule(entry.layers)[0]

@@ -1,4 +1,4 @@
-"""The calibration set as the passes take it: padded rows, their lengths, and runs of rows that go through together."""
+"""The calibration set as the passes take it: padded rows, their lengths, and runs of rows computed together."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ __all__ = ["Samples", "padded"]
 
 @dataclass(frozen=True)
 class Samples:
-    """Some samples of the set, padded on the right: harmless under a causal mask, and their gradients there are zero.
+    """Some samples of the set, padded on the right. Under a causal mask the padding changes nothing, and the gradients
+    at it are zero.
 
     Attributes:
         tokens: int64 `[samples, longest]`, on the CPU.
         lengths: int64 `[samples]`.
-        index: int64 `[samples]`: which samples of the whole set these are.
+        index: int64 `[samples]`, the samples' places in the whole set.
     """
 
     tokens: Tensor
@@ -49,16 +50,16 @@ class Samples:
         return list(itertools.accumulate(self.lengths.tolist(), initial=0))
 
     def rows(self) -> Tensor:
-        """Positions without padding among the flattened `[samples · longest]`."""
+        """int64 positions of real tokens among the flattened `[samples · longest]`."""
         return (torch.arange(self.longest) < self.lengths[:, None]).reshape(-1).nonzero()[:, 0]
 
     def sorted(self) -> Samples:
-        """By length, so that neighbours need little padding; as they are when all are equally long."""
+        """The samples by length, so that neighbours need little padding; equally long ones keep their order."""
         order = torch.sort(self.lengths, stable=True).indices
         return Samples(self.tokens[order], self.lengths[order], self.index[order])
 
     def chunks(self, most_tokens: int) -> list[Samples]:
-        """Consecutive runs of at most `most_tokens` tokens with padding, and of at least one sample."""
+        """Consecutive runs of at most `most_tokens` tokens, padding included, or of one sample that is longer."""
         runs: list[Samples] = []
         start = 0
         for end in range(1, len(self) + 1):
@@ -72,10 +73,10 @@ class Samples:
 
 
 def padded(batches: Tensor | Sequence[Tensor]) -> Samples:
-    """The set from what users pass.
+    """The calibration set from token ids: one tensor `[samples, length]` or `[length]`, or a sequence of such.
 
     Raises:
-        UsageError: not int64 token ids, no samples, or one of fewer than two tokens.
+        UsageError: `batches` is something else, holds no samples, or one of fewer than two tokens.
     """
     rows: list[Tensor] = []
     for batch in [batches] if isinstance(batches, Tensor) else batches:

@@ -1,4 +1,4 @@
-"""The fast pass: one forward and one backward of all samples, keeping what backward needs."""
+"""The pass over the whole graph: one forward and one backward of all samples, keeping what backward needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ __all__ = ["run"]
 
 
 def run(model: Any, samples: Samples, scale: float) -> Tensor:
-    """Forward and backward of `scale · Σ_s L_s` through an instrumented model; `Σ_s L_s`, on the head's device."""
+    """Runs forward and backward of `scale · Σ_s L_s` through an instrumented model; returns `Σ_s L_s`, float32, on the
+    head's device."""
     device = model.get_input_embeddings().weight.device
     wanted = targets(samples, model.get_output_embeddings().weight.device)
     tokens = samples.tokens.to(device)

@@ -67,14 +67,14 @@ class AttentionFusion(NamedTuple):
 
 
 def _body(name: str, *operands: object) -> Any:
-    """The op as torch's dispatcher knows it, for whoever records calls or makes tensors up; its eager body otherwise,
-    which costs less."""
+    """The op as torch's dispatcher knows it where the call is traced (see `checks.traced`); else its eager body, which
+    takes less time to reach."""
     return getattr(torch.ops.hywia if checks.traced(*operands) else library, name)
 
 
 def _sums(op: str, call: Any, out: tuple | None, backend: str | None) -> Any:
-    """The op's sums, new or added to `out`: through torch's dispatcher for whoever records calls or makes tensors up,
-    else straight, which is faster."""
+    """The op's sums, new or added to `out`: through torch's dispatcher where the call is traced, else by the eager
+    body, which takes less time to reach."""
     name, outputs = (op, ()) if out is None else (f"{op}_", out)
     if checks.traced(*call.operands):
         made = getattr(torch.ops.hywia, name)(*call, *outputs, backend)
@@ -147,7 +147,8 @@ def linear_importance(
     With `G_s = scale·grad_output_sᵀ·input_s` (the weight gradient of sample `s`), `G = mean_s G_s` and
     `F = mean_s G_s²`, a unit's fine sum is `Σ|t|` over its part of the weight, `t` as in `taylor_importance`, and
     `coarse[s] = Σ G_s·weight` is the derivative of sample `s`'s loss with respect to a multiplicative mask on the unit.
-    The weight gradient itself is never written to memory (backends "triton" and "cuda"), or a few rows at a time.
+    Backends "triton" and "cuda" never write the weight gradient to memory; the others form it, "native" a block at a
+    time.
 
     Source: the weight gradient of a linear map; Taylor importance of LLM-Pruner (arXiv 2305.11627) with the diagonal
     empirical Fisher information; grains of HyWIA (arXiv 2403.10799).
@@ -162,15 +163,15 @@ def linear_importance(
         axis: where the units lie. 0: rows (outputs); 1: columns (inputs).
         order: "first", "second", "mixed", or "all": these three, from the one pass that "mixed" takes.
         group_size: consecutive rows or columns per unit; divides `weight.shape[axis]`.
-        per_sample: False gives `mean_s` of the signed sums as one row `[1, units]`, and no sample is told from the
-            next: cheaper, and for order "first" only.
-        scale: multiplies every `G_s`: the inverse of a loss scale.
-        mapped: what the weight makes of the operand whose columns are not the units, where the caller has it already:
+        per_sample: False gives `mean_s` of the signed sums as one row `[1, units]`. That is cheaper, since no sample is
+            told from the next, and only order "first" allows it.
+        scale: multiplies every `G_s`; pass the inverse of a loss scale.
+        mapped: the weight times the operand whose columns are not the units, where the caller has it already:
             `input @ weight.T` `[tokens, out]` for axis 0 (the layer's output without its bias), `grad_output @ weight`
             `[tokens, in]` for axis 1 (its input's gradient); dtype and device of `weight`. `coarse[s]` is then a sum
             over tokens of products of activations, by the identity `Σ_w G_s·w = Σ_t y·dy = Σ_t x·dx`, rounded as
-            `mapped` is. Backend "cuda" uses it, since no gradient has to be told from the next for it; the others
-            take the gradients they make anyway.
+            `mapped` is. Backend "cuda" uses it, because it then needs no sample's gradient by itself; the others form
+            the gradients in any case and do not read it.
         out: `(fine, coarse)` of an earlier call, contiguous float32 on the same device: *added* to, and returned.
         backend: "reference", "native", "triton", "cuda", or None for the automatic choice.
 

@@ -18,9 +18,11 @@ from .devices import on
 
 __all__ = ["taylor_importance_both"]
 
-# Of all operands of a band: read from memory along the rows, then from the last-level cache along the columns.
+# Bytes of all operands of a band, which is read from memory along the rows, then from the last-level cache along the
+# columns.
 _BAND_BYTES = {"cpu": 4 << 20, "cuda": 16 << 20}
-# One tile of the Triton kernel, and the columns a program walks. Constants, so that the shape alone decides the bits.
+# One tile of the Triton kernel, and the number of columns that a program walks. They are constants so that the shape
+# alone decides the bits of the result.
 BLOCK_ROWS = 32
 BLOCK_COLUMNS = 128
 LENGTH = 1024

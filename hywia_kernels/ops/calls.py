@@ -1,4 +1,4 @@
-"""What an op is asked for, in one value: `checks` has passed it, the backends take it, and the outputs come beside it.
+"""The arguments of a call of an op as one value, which `checks` returns and the backends take; outputs come beside it.
 
 The fields are in the order of the ops' schemas (see `library`).
 """
@@ -15,7 +15,7 @@ Operands = tuple[Tensor, Tensor | None, Tensor | None]  # weight, gradient and F
 
 
 class TaylorCall(NamedTuple):
-    """A call of `taylor_importance`; None for what `order` does not read."""
+    """A call of `taylor_importance`. Operands that `order` does not read are None."""
 
     weight: Tensor
     grad: Tensor | None
@@ -57,13 +57,13 @@ class LinearCall(NamedTuple):
 
     @property
     def shapes(self) -> tuple[list[int], list[int]]:
-        """Of the fine and the coarse sums."""
+        """Shapes of the fine and of the coarse sums."""
         units = self.weight.shape[self.axis] // self.group_size
         return [3, units] if self.order == "all" else [units], [self.samples if self.per_sample else 1, units]
 
 
 class BatchCall(NamedTuple):
-    """A call of `taylor_importance_batch`; [] for what `order` does not read."""
+    """A call of `taylor_importance_batch`. Operands that `order` does not read are []."""
 
     weights: list[Tensor]
     grads: list[Tensor]
@@ -75,7 +75,7 @@ class BatchCall(NamedTuple):
 
     @property
     def matrices(self) -> list[TaylorCall]:
-        """Each matrix by itself."""
+        """The calls of `taylor_importance` that this one stands for, a matrix each."""
         return [
             TaylorCall(
                 weight,
@@ -90,7 +90,7 @@ class BatchCall(NamedTuple):
 
     @property
     def operands(self) -> list[Tensor | None]:
-        """Of all matrices in turn, as the backends' `unsupported` looks at them."""
+        """Weight, gradient and Fisher information of each matrix in turn, as the backends' `unsupported` takes them."""
         return [operand for matrix in self.matrices for operand in matrix.operands]
 
     @property
@@ -103,6 +103,6 @@ class BatchCall(NamedTuple):
 
     @property
     def units(self) -> list[int]:
-        """Of each result."""
+        """Number of units of each result."""
         matrices = self.matrices
         return [matrices[listed[0]].units for listed in self.members]

@@ -28,8 +28,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def traced(*values: object) -> bool:
-    """Whether a call is for torch's dispatcher to take apart (compiled, recorded, made up or functional tensors), and
-    not for a backend, which reads memory."""
+    """Whether torch's dispatcher must see the call, because it is compiled or recorded, or its tensors are fake or
+    functional; a backend, which reads memory, could not take it as it is."""
     if torch.compiler.is_compiling() or _modes() or _transform() is not None:
         return True
     return any(type(v) is not Tensor and _is_stand_in(type(v)) for v in values)
@@ -50,7 +50,7 @@ def _tensor(name: str, value: object) -> Tensor:
     kind = type(value)
     if kind is Tensor or kind is Parameter or torch.compiler.is_compiling() or _is_stand_in(kind):
         return value
-    # Where such a tensor keeps its values is its own affair: its address may be zero.
+    # Such a tensor may keep its values anywhere, and its own address may be zero.
     raise UsageError(
         f"{name}: expected a plain torch.Tensor, got {kind.__name__} of {kind.__module__}; pass the values themselves "
         "(a DTensor's .to_local() or .full_tensor(), a quantised one's .dequantize())"
@@ -58,7 +58,7 @@ def _tensor(name: str, value: object) -> Tensor:
 
 
 def _stored(**operands: Tensor | None) -> None:
-    """Operands that have passed all other checks: a backend may read them."""
+    """Checks that operands, which have passed all other checks, have memory that a backend may read."""
     if traced(*operands.values()):
         return
     for name, tensor in operands.items():
@@ -116,7 +116,11 @@ def _group_size(group_size: object, size: int, axis: int) -> None:
 
 
 def taylor_importance(call: TaylorCall, out: tuple[Tensor, Tensor] | None) -> TaylorCall:
-    """Returns the call without what its order does not read."""
+    """Checks the call, and returns it without the operands that its order does not read.
+
+    Raises:
+        UsageError: an argument outside the contract of `ops.taylor_importance`.
+    """
     weight, grad, fisher, axis, order, group_size = call
     _axis(axis)
     if order not in ORDERS:
@@ -144,7 +148,7 @@ def taylor_importance(call: TaylorCall, out: tuple[Tensor, Tensor] | None) -> Ta
 
 
 def _offsets(samples: object, tokens: int) -> list[int]:
-    """The samples' limits among the tokens: `samples + 1` increasing numbers from 0 to `tokens`."""
+    """The samples' offsets among the tokens: `samples + 1` increasing numbers from 0 to `tokens`."""
     if isinstance(samples, int) and not isinstance(samples, bool):
         if samples < 1 or tokens % samples or tokens == 0:
             raise UsageError(f"samples: expected a positive divisor of the {tokens} tokens, or offsets, got {samples}")
@@ -177,7 +181,11 @@ def linear_importance(
     mapped: Tensor | None,
     out: tuple[Tensor, Tensor] | None,
 ) -> LinearCall:
-    """Returns the call with the samples' offsets."""
+    """Checks the arguments, and returns the call with the samples' offsets.
+
+    Raises:
+        UsageError: an argument outside the contract of `ops.linear_importance`.
+    """
     _axis(axis)
     if order not in LINEAR_ORDERS:
         raise UsageError(f"order: expected one of {', '.join(LINEAR_ORDERS)}, got {order!r}")
@@ -264,7 +272,7 @@ def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, out: tupl
 
 
 def keep_values(keep: Tensor, size: int) -> None:
-    """The part of `compact`'s contract that needs the values of `keep`."""
+    """Checks the part of `compact`'s contract that needs the values of `keep`, which must be within `[0, size)`."""
     if keep.numel() == 0:
         return
     bad_order = bool((keep[1:] <= keep[:-1]).any())
@@ -357,7 +365,7 @@ def taylor_importance_batch(
                 _pair(pair, ("fine", "signed"), ([units[result]],) * 2, weights[0].device)
             except UsageError as error:
                 raise UsageError(f"result {result}: {error}") from None
-        # Compiled graphs do not know identities; eager calls are where a tensor could be passed twice by mistake.
+        # A compiled graph does not know which tensors are the same object, so only eager calls are checked for that.
         if not torch.compiler.is_compiling() and len({id(x) for pair in out for x in pair}) != 2 * len(out):
             raise UsageError(
                 "out: expected a tensor of its own for every sum, got one twice; share results with `into`"

@@ -103,7 +103,8 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
 
 
 def _dtypes(weight: Tensor, grad: Tensor | None = None, fisher: Tensor | None = None) -> str | None:
-    """Gradient and Fisher information come in the weight's dtype or float32; the Fisher never narrower."""
+    """Why the kernels cannot take these dtypes, or None. Gradient and Fisher information are in the weight's dtype or
+    in float32, and the Fisher information is no narrower than the gradient."""
     names = {"grad": grad, "fisher": fisher}
     for name, tensor in names.items():
         if tensor is not None and tensor.dtype not in (weight.dtype, torch.float32):
@@ -114,7 +115,8 @@ def _dtypes(weight: Tensor, grad: Tensor | None = None, fisher: Tensor | None = 
 
 
 def _linear(grad_output: Tensor, input: Tensor, weight: Tensor, mapped: Tensor | None = None) -> str | None:
-    """The tensor cores and the copy engine of Hopper, and the layouts that the engine takes."""
+    """Why `linear_importance` cannot take these operands, or None: it needs Hopper's tensor cores and copy engine, and
+    layouts that the copy engine reads."""
     capability = torch.cuda.get_device_capability(weight.device)
     if capability != (9, 0):
         return "its kernels use Hopper's own instructions and run on compute capability 9.0, got {}.{}".format(
@@ -144,10 +146,10 @@ _kept_counters: dict[tuple[int, int], Tensor] = {}
 
 
 def _counters(device: int) -> Tensor:
-    """Zeros in which the blocks of a launch count themselves; the kernels leave zeros behind.
+    """int32 zeros with which the blocks of a launch find out which of them is the last; the kernels leave zeros behind.
 
-    Kept per stream, whose launches follow each other. A graph under capture gets its own, so that its replays do not
-    meet the launches of another stream; it is zeroed on every replay.
+    They are kept per stream, whose launches follow each other. A graph under capture gets its own, so that its replays
+    do not share them with the launches of another stream; they are zeroed on every replay.
     """
     count = _extension().taylor_counters
     if torch.cuda.is_current_stream_capturing():
@@ -177,7 +179,7 @@ def taylor_importance(call: TaylorCall, fine: Tensor, signed: Tensor, accumulate
 
 
 def _pitch(tensor: Tensor) -> int:
-    """Elements from row to row; the stride of a single row means nothing and may be unaligned."""
+    """Elements from one row to the next. The stride of a single row means nothing, and may be unaligned."""
     return tensor.stride(0) if tensor.shape[0] > 1 else -(-tensor.shape[1] // 8) * 8
 
 
@@ -186,7 +188,7 @@ def linear_importance(call: LinearCall, fine: Tensor, coarse: Tensor, accumulate
     grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, mapped = call
     samples, tokens = call.samples, offsets[-1]
     equal = tokens % samples == 0 and offsets == list(range(0, tokens + 1, tokens // samples))
-    limits = None if equal else torch.tensor(offsets, dtype=torch.int32).to(weight.device, non_blocking=True)
+    on_device = None if equal else torch.tensor(offsets, dtype=torch.int32).to(weight.device, non_blocking=True)
     arguments = extension.LinearImportanceArgs(
         grad_output=(grad_output.data_ptr(), _pitch(grad_output)),
         input=(input.data_ptr(), _pitch(input)),
@@ -196,7 +198,7 @@ def linear_importance(call: LinearCall, fine: Tensor, coarse: Tensor, accumulate
         tokens=tokens,
         rows=weight.shape[0],
         columns=weight.shape[1],
-        offsets=0 if limits is None else limits.data_ptr(),
+        offsets=0 if on_device is None else on_device.data_ptr(),
         samples=samples,
         axis=axis,
         order=LINEAR_ORDER_CODES[order],
@@ -245,6 +247,6 @@ def taylor_importance_batch(call: BatchCall, fine: list[Tensor], signed: list[Te
             order=ORDER_CODES[call.order],
             stream=stream(device),
         )
-    for result in left:  # layouts that the kernel cannot read in 16-byte words
+    for result in left:  # its matrices have a layout that the kernel cannot read in 16-byte words
         for number, i in enumerate(members[result]):
             taylor_importance(matrices[i], fine[result], signed[result], accumulate or number > 0)

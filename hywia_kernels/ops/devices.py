@@ -1,4 +1,4 @@
-"""Which device is current."""
+"""The current device and its stream, without the time that torch's own ways take."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _HERE = contextlib.nullcontext()
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Make a CUDA device the current one for a while. Where it is so already there is nothing to do, which torch's own
-    context takes some twenty microseconds to find out; on the CPU there is nothing to do either."""
+    """A context in which a CUDA device is the current one. Where it already is, and on the CPU, it does nothing;
+    torch's own context takes some twenty microseconds to find that out."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(device)

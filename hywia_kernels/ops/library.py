@@ -67,7 +67,7 @@ def attention_fusion_(
 
 
 def taylor_importance_batch(call: BatchCall, backend: str | None = None) -> list[Tensor]:
-    """Fine and signed sums of each result in turn."""
+    """Returns the fine and the signed sums of each result in turn, `[fine, signed, fine, signed, …]`."""
     run = implementation("taylor_importance_batch", backend, *call.operands)
     device = call.weights[0].device
     flat = [torch.empty(n, dtype=torch.float32, device=device) for n in call.units for _ in range(2)]
@@ -87,7 +87,7 @@ def _register(name: str, schema: str, body, fake, mutates: tuple[str, ...] = ())
 
 
 def _flat(function: Callable, kind: type[Call]) -> Callable:
-    """`function` of a call for the dispatcher, which hands over the call's fields one by one."""
+    """Wraps a function of a call for the dispatcher, which passes the call's fields one by one."""
     count = len(kind._fields)
 
     def of_fields(*arguments):

@@ -18,7 +18,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 AUTOTUNE = "HYWIA_AUTOTUNE"
-VERSION = 1  # of the file; raised when a kernel changes what its configurations mean
+VERSION = 1  # of the file's format; raised when a kernel changes what its configurations mean
 
 FORMS = ("total", "sum", "square", "both")
 
@@ -27,8 +27,8 @@ FORMS = ("total", "sum", "square", "both")
 class Config:
     """Tile sizes (units, summed side, tokens a step), warps, pipeline stages, tiles side by side, programs per SM.
 
-    `single`: samples of one step are summed without a branch; the compiler then keeps the weight's tile in registers
-    instead of in shared memory.
+    With `single`, samples that take one step are summed without a branch, and the compiler keeps the weight's tile in
+    registers instead of in shared memory.
     """
 
     block_u: int
@@ -71,7 +71,7 @@ DEFAULTS: dict[tuple[str, bool, int], Config] = {
     ("both", True, 0): Config(64, 64, 64, 4, 2),
     ("both", True, 1): Config(64, 64, 64, 4, 2),
 }
-SHORT = 128  # tokens: longer samples take several steps, and LONG whatever the sums and the axis
+SHORT = 128  # tokens; samples longer than this take several steps, and use LONG whatever the form and the axis
 LONG = Config(128, 128, 64, 8, 4)
 PORTABLE = Config(64, 64, 32, 4, 2)  # fits every device's registers and shared memory
 ALTERNATIVES: dict[tuple[str, bool], tuple[Config, ...]] = {
@@ -87,10 +87,14 @@ ALTERNATIVES: dict[tuple[str, bool], tuple[Config, ...]] = {
 
 
 def default(form: str, wide: bool, axis: int, length: int, hopper: bool) -> Config:
-    """Shipped configuration.
+    """The shipped configuration of a call.
 
-    `wide`: float32; `length`: tokens of the longest sample; `hopper`: a device with the shared memory and the
-    descriptors of one.
+    Args:
+        form: one of FORMS.
+        wide: the operands are float32.
+        axis: where the units lie.
+        length: tokens of the longest sample.
+        hopper: the device has the shared memory and the tensor descriptors of an H100.
     """
     if not hopper:
         return PORTABLE
@@ -98,7 +102,7 @@ def default(form: str, wide: bool, axis: int, length: int, hopper: bool) -> Conf
 
 
 def candidates(form: str, wide: bool) -> tuple[Config, ...]:
-    """What HYWIA_AUTOTUNE=1 measures, every one once."""
+    """The configurations that HYWIA_AUTOTUNE=1 measures, without repetitions."""
     shipped = (DEFAULTS[form, wide, 0], DEFAULTS[form, wide, 1], LONG, PORTABLE)
     return tuple(dict.fromkeys((*shipped, *ALTERNATIVES[form, wide])))
 
@@ -108,7 +112,7 @@ def _bucket(n: int) -> int:
 
 
 def key(device: str, form: str, dtype: str, axis: int, lines: int, reduce: int, tokens: int, samples: int) -> str:
-    """What a tuned choice is kept under; sizes are rounded up to powers of two."""
+    """The key of a tuned configuration in the file; sizes are rounded up to powers of two."""
     sizes = "x".join(str(_bucket(n)) for n in (lines, reduce, tokens, samples))
     return f"{device}|{form}|{dtype}|axis{axis}|{sizes}"
 
@@ -130,11 +134,11 @@ def read() -> dict[str, Config]:
         if content["version"] != VERSION:
             log.warning("%s: version %r, expected %d; tuning anew", file, content["version"], VERSION)
             return {}
-        found = {name: Config(**entry) for name, entry in content["configs"].items()}
-        bad = [name for name, config in found.items() if not config.valid()]
+        configs = {name: Config(**entry) for name, entry in content["configs"].items()}
+        bad = [name for name, config in configs.items() if not config.valid()]
         if bad:
             raise ValueError(f"impossible configuration under {bad[0]!r}")
-        return found
+        return configs
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

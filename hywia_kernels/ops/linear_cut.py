@@ -12,11 +12,11 @@ from .linear_configs import Config
 
 # Tensor cores truncate what they add: an accumulator loses up to 2^-23 of itself a step of 16 tokens, always towards
 # zero. On an H100 a fine sum is 1.2e-6 low after 1280 tokens, 4e-6 after 4096 and 1.7e-5 after 16384 (second order:
-# twice that), so after this many an accumulator is added to one that rounds.
-_LONGEST_CHAIN = 2048
+# twice that), so after this many tokens an accumulator is added to another one by ordinary, rounding additions.
+_LONGEST_ACCUMULATION = 2048
 _WORKSPACE = 48 << 20  # bytes of partial sums, or those of one wave of tiles
-_WAVE = 132 * 128  # lines in the tiles of one wave. A constant, so that the cut depends on the shape alone
-_FEW_TILES = 132  # with fewer the tiles are made smaller
+_WAVE = 132 * 128  # lines in the tiles of one wave; a constant, so that the cut depends on the shape alone
+_FEW_TILES = 132  # with fewer tiles than this they are made smaller
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Cut:
 
 
 def form_of(order: str, per_sample: bool, tokens: int) -> str:
-    """Which running sums a call needs: see `linear_configs.DEFAULTS`."""
+    """Which running sums a call needs: one of `linear_configs.FORMS`, explained at its DEFAULTS."""
     if order == "first":
-        return "sum" if per_sample or tokens > _LONGEST_CHAIN else "total"
+        return "sum" if per_sample or tokens > _LONGEST_ACCUMULATION else "total"
     return "square" if order == "second" else "both"
 
 
 def _fit(config: Config, lines: int, reduce: int, length: int, divide: bool) -> Config:
-    """The configuration with tiles no larger than the matrix, and smaller ones where a GPU would lie idle."""
+    """The configuration with tiles no larger than the matrix, and smaller where too few would leave a GPU idle."""
     block_u = min(config.block_u, max(16, triton.next_power_of_2(lines)))
     block_r = min(config.block_r, max(16, triton.next_power_of_2(reduce)))
     while triton.cdiv(lines, block_u) * triton.cdiv(reduce, block_r) < _FEW_TILES and max(block_u, block_r) > 64:
@@ -71,15 +71,15 @@ def _fit(config: Config, lines: int, reduce: int, length: int, divide: bool) -> 
 
 
 def _lengths(offsets: list[int], form: str, per_sample: bool) -> list[int]:
-    """Tokens of the samples. Where samples are not told apart they are one, or (form "sum") pieces of one length, the
-    last one shorter, that are rounded before they are added."""
+    """Tokens of each sample. Where samples are not told apart, all tokens count as one sample; in form "sum" as pieces
+    of this length, the last one shorter, whose sums are rounded before they are added."""
     if per_sample:
         return [end - begin for begin, end in itertools.pairwise(offsets)]
-    return [min(offsets[-1], _LONGEST_CHAIN // 2) if form == "sum" else offsets[-1]]
+    return [min(offsets[-1], _LONGEST_ACCUMULATION // 2) if form == "sum" else offsets[-1]]
 
 
 def longest(offsets: list[int], form: str, per_sample: bool) -> int:
-    """Tokens of the longest sample, or of a piece."""
+    """Tokens of the longest sample, or of a piece where samples are not told apart."""
     return max(_lengths(offsets, form, per_sample))
 
 
@@ -92,14 +92,21 @@ def cut(
     per_sample: bool,
     descriptors: bool = False,
 ) -> Cut:
-    """The cut of a call, from its shape and the configuration alone; `descriptors` says that all operands have one."""
+    """The cut of a call, which depends on its shape and the configuration alone.
+
+    Args:
+        config: the configuration to fit.
+        lines: size of the weight along the units.
+        reduce: size of the weight along the other axis.
+        descriptors: all operands can be read through tensor descriptors.
+    """
     tokens, samples = offsets[-1], len(offsets) - 1
     form = form_of(order, per_sample, tokens)
     lengths = _lengths(offsets, form, per_sample)
     length = max(lengths)
     ragged = per_sample and min(lengths) < length
-    segment = _LONGEST_CHAIN // 2 if form != "total" and length > _LONGEST_CHAIN else 0
-    if segment:  # a fourth accumulator
+    segment = _LONGEST_ACCUMULATION // 2 if form != "total" and length > _LONGEST_ACCUMULATION else 0
+    if segment:  # room for a fourth accumulator
         config = dataclasses.replace(config, block_r=min(config.block_r, 64))
     if form == "total" and not descriptors:  # the weight's tile passes through registers and a buffer
         config = dataclasses.replace(config, block_u=min(config.block_u, 128), block_r=min(config.block_r, 128))

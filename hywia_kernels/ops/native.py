@@ -19,9 +19,9 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ORDER_CODES = {"first": 0, "second": 1, "mixed": 2}
 
 # linear_importance: a block of per-sample gradients, [samples, rows, columns], is formed and reduced before the next.
-BLOCK_BYTES = 8 << 20  # of gradients: they are read from the last-level cache, not from memory
-CHUNK = 64  # samples formed at once; of more, running sums are kept per block
-WIDEST = 1024  # columns of a block: short rows of gradients make slow products
+BLOCK_BYTES = 8 << 20  # of gradients, few enough that they are read from the last-level cache and not from memory
+CHUNK = 64  # samples whose gradients are formed at once; with more samples, running sums are kept per block
+WIDEST = 1024  # columns of a block; narrow blocks make slow products
 
 
 @cache
@@ -91,7 +91,7 @@ def taylor_importance(call: TaylorCall, fine: Tensor, signed: Tensor, accumulate
 
 
 def _pieces(size: int, most: int) -> list[tuple[int, int]]:
-    """[0, size) in equal pieces of at most `most`, rounded up to whole cache lines of float32."""
+    """`[0, size)` in equal pieces of at most `most`, each rounded up to whole cache lines of float32."""
     if size == 0:
         return []
     step = -(-size // -(-size // max(16, most)))
@@ -99,14 +99,14 @@ def _pieces(size: int, most: int) -> list[tuple[int, int]]:
     return [(at, min(size, at + step)) for at in range(0, size, step)]
 
 
-def _products(dy: Tensor, x: Tensor, limits: list[int], scale: float, out: Tensor) -> None:
-    """out[s] = scale · dy_sᵀ · x_s for the samples between `limits` (the alpha of BLAS costs nothing)."""
-    lengths = {b - a for a, b in itertools.pairwise(limits)}
-    if len(lengths) == 1 and len(limits) > 2:
-        left, right = (t[limits[0] : limits[-1]].view(len(limits) - 1, -1, t.shape[1]) for t in (dy, x))
+def _products(dy: Tensor, x: Tensor, offsets: list[int], scale: float, out: Tensor) -> None:
+    """Computes `out[s] = scale · dy_sᵀ · x_s`. The scale is BLAS's alpha, which takes no time of its own."""
+    lengths = {b - a for a, b in itertools.pairwise(offsets)}
+    if len(lengths) == 1 and len(offsets) > 2:
+        left, right = (t[offsets[0] : offsets[-1]].view(len(offsets) - 1, -1, t.shape[1]) for t in (dy, x))
         torch.baddbmm(out, left.transpose(1, 2), right, beta=0, alpha=scale, out=out)
         return
-    for s, (a, b) in enumerate(itertools.pairwise(limits)):
+    for s, (a, b) in enumerate(itertools.pairwise(offsets)):
         torch.addmm(out[s], dy[a:b].t(), x[a:b], beta=0, alpha=scale, out=out[s])
 
 
@@ -118,8 +118,8 @@ def linear_importance(
     accumulate: bool,
     also: tuple[int, int, Tensor, Tensor] | None = None,
 ) -> None:
-    """`also`: axis, group size, fine and coarse of other units on the same matrix. The products, nearly all of the
-    work, are made once."""
+    """Scores a matrix; `also` gives axis, group size, fine and coarse of other units on the same matrix. The products,
+    which are nearly all of the work, are then computed once for both."""
     grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, _ = call
     run, threads = _extension().sample_importance, torch.get_num_threads()
     results = [(axis, group_size, fine, coarse), *([] if also is None else [also])]
@@ -127,7 +127,7 @@ def linear_importance(
         scale, offsets = scale / (len(offsets) - 1), [0, offsets[-1]]
     samples, squares = len(offsets) - 1, order != "first"
     chunk = min(samples, CHUNK)
-    limits = [offsets[at : at + chunk + 1] for at in range(0, samples, chunk)]
+    chunks = [offsets[at : at + chunk + 1] for at in range(0, samples, chunk)]
     rows, columns = weight.shape
     across = _pieces(columns, min(WIDEST, BLOCK_BYTES // (4 * chunk * 16)))
     widest = across[0][1] if across else 1
@@ -135,14 +135,14 @@ def linear_importance(
     sums = [torch.zeros(3 + samples, weight.shape[result[0]], dtype=torch.float64) for result in results]
     tallest = down[0][1] if down else 1
     store = torch.empty(chunk * tallest * widest)
-    running = [torch.empty(2, tallest * widest) if len(limits) > 1 else store.view(1, -1).expand(2, -1) for _ in sums]
+    running = [torch.empty(2, tallest * widest) if len(chunks) > 1 else store.view(1, -1).expand(2, -1) for _ in sums]
     with full_float32("cpu"):
         for left, right in across:
             x = input[:, left:right].to(torch.float32, memory_format=torch.contiguous_format)
             for top, bottom in down:
                 dy = grad_output[:, top:bottom].to(torch.float32, memory_format=torch.contiguous_format)
                 block = weight[top:bottom, left:right]
-                for number, part in enumerate(limits):
+                for number, part in enumerate(chunks):
                     shape = (len(part) - 1, bottom - top, right - left)
                     gradients = store[: shape[0] * shape[1] * shape[2]].view(shape)
                     _products(dy, x, part, scale, gradients)
@@ -158,7 +158,7 @@ def linear_importance(
                             squares=squares,
                             share=1.0 / samples,
                             first=number == 0,
-                            last=number == len(limits) - 1,
+                            last=number == len(chunks) - 1,
                             mean=mean.data_ptr(),
                             square=square.data_ptr(),
                             fine=total[0, unit:].data_ptr(),
@@ -169,8 +169,8 @@ def linear_importance(
     for (_, size, into, by_sample), total in zip(results, sums, strict=True):
         total = total.view(3 + samples, -1, size).sum(2)
         kept = total[:3] if order == "all" else total[ORDER_CODES[order]]
-        for out, found in ((into, kept), (by_sample, total[3:])):
-            out.copy_(found + out if accumulate else found)
+        for out, exact in ((into, kept), (by_sample, total[3:])):
+            out.copy_(exact + out if accumulate else exact)
 
 
 linear_importance.takes_also = True  # type: ignore[attr-defined]
@@ -199,8 +199,8 @@ def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, score: Te
 
 
 def taylor_importance_batch(call: BatchCall, fine: list[Tensor], signed: list[Tensor], accumulate: bool) -> None:
-    """One matrix after the other: a call costs nothing here."""
-    seen: set[int] = set()
+    """One matrix after the other, since a call takes next to no time on the CPU."""
+    begun: set[int] = set()  # results that a matrix was written to
     for matrix, result in zip(call.matrices, call.into, strict=True):
-        taylor_importance(matrix, fine[result], signed[result], accumulate or result in seen)
-        seen.add(result)
+        taylor_importance(matrix, fine[result], signed[result], accumulate or result in begun)
+        begun.add(result)

@@ -1,4 +1,4 @@
-"""Products of float32 matrices in float32, whatever the process allows."""
+"""Products of float32 matrices in full float32, whatever narrower type the process allows."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["full_float32"]
 
 
 def _switch(settings: Any) -> Switch:
-    """torch's present setting alone is read and written: the older flags (`allow_tf32`) raise where that one is in use,
-    and follow it where they are."""
+    """A switch that turns `fp32_precision` to full float32. The older flags (`allow_tf32`) are left alone: they follow
+    `fp32_precision`, and raise where it is in use."""
 
     def read() -> tuple[str, bool]:
         before = settings.fp32_precision
         if before in ("none", "ieee"):
             return before, False
-        # One that was never set shows what the wider setting says, and must go on following that.
+        # A setting that was never set shows what the wider setting says, and must go on following that one afterwards.
         try:
             settings.fp32_precision = "none"
             inherited = settings.fp32_precision == before
@@ -44,5 +44,5 @@ _SWITCHES = {"cuda": _switch(_BACKENDS.cuda.matmul), "cpu": _switch(_BACKENDS.mk
 
 
 def full_float32(device: str) -> Held:
-    """Context: products on "cuda" or "cpu" devices use no narrower type inside (TF32, bfloat16); left as it was."""
+    """A context in which products on "cuda" or "cpu" devices use no narrower type inside, such as TF32 or bfloat16."""
     return _SWITCHES[device].held()

@@ -1,4 +1,4 @@
-"""The meaning of every op: float64, plain torch, any device. Slow on purpose; the other backends are tested against it.
+"""The meaning of every op, in float64 by plain torch on any device: slow on purpose, and what the others are tested by.
 
 The `*_fp64` functions return float64 for comparisons; the functions named as the ops round to float32.
 """

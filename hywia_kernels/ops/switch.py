@@ -1,4 +1,4 @@
-"""Settings of the whole process that several holders may turn at once, in any order of leaving."""
+"""Settings of the whole process that several holders may turn at once, and leave in any order."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _UNREAD: Any = object()
 class Switch:
     """The first holder turns the setting, the last one to leave puts back what was there before the first.
 
-    A holder that remembered what it came upon would remember another holder's setting when threads interleave, and put
-    that back for good.
+    If each holder remembered the setting for itself, a thread could remember another holder's setting and put that back
+    for good.
 
     Args:
         read: gives what `restore` takes.
@@ -49,7 +49,7 @@ class Switch:
             self._settle()
 
     def settle(self, holders: frozenset[int]) -> None:
-        """No holders but these: what an interrupt kept from leaving leaves now."""
+        """Removes all holders but these, so that a holder that an interrupt kept from leaving leaves now."""
         with self._lock:
             self._holders &= holders
             self._settle()
@@ -61,7 +61,7 @@ class Switch:
 
 
 class Held:
-    """Context manager of one holder; one that could not leave does so when it is freed."""
+    """Context manager of one holder. A holder that could not leave does so when it is freed."""
 
     _switch: Switch | None = None
 

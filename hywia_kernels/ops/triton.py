@@ -23,8 +23,8 @@ except ImportError as error:
 
 OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion", "taylor_importance_batch")
 
-# Enough programs for eight on each of 132 multiprocessors. A constant, so that the cut of the work, and with it the
-# bits of the result, depends on the shape alone.
+# Eight programs on each of 132 multiprocessors. It is a constant so that the cut of the work, and with it the bits of
+# the result, depends on the shape alone.
 _PROGRAMS = 1056
 _TEMPERATURES = (1e-37, 1e37)  # Triton hands a float over as float32; beyond these the blend is 0, 1 or 1/2 already
 
@@ -51,7 +51,7 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
 
 
 def _cut(lines: int, reduce: int, group_size: int, reduce_contiguous: bool) -> tuple[int, int, int, int]:
-    """`(BLOCK_U, BLOCK_R, blocks, pieces)` from the shape alone.
+    """Returns `(BLOCK_U, BLOCK_R, blocks, pieces)`, which depend on the shape alone.
 
     The contiguous dimension gets the long side of the tile, in whole 128-byte lines. The reduction is cut into pieces
     when there are too few programs to fill a GPU, or when a chain of additions would run too long; half of _PROGRAMS

@@ -1,4 +1,4 @@
-"""Launches the Triton kernel of `taylor_importance_batch`: tables of pointers and strides, one launch."""
+"""Launches the Triton kernel of `taylor_importance_batch`: one launch, with tables of pointers and strides."""
 
 from __future__ import annotations
 
@@ -34,15 +34,16 @@ def _member(matrix: TaylorCall) -> list[int]:
 
 
 def _tile(members: list[list[int]], units: int) -> tuple[int, int]:
-    """`(BLOCK_U, BLOCK_R)`, long along what lies together in the matrices; where they disagree, some of both."""
-    across = [m for m in members if not m[11] and m[10] == 1]  # neighbouring units lie together
+    """Returns `(BLOCK_U, BLOCK_R)`, the tile that is long along the matrices' contiguous dimension; where theirs
+    differ, a tile in between."""
+    across = [m for m in members if not m[11] and m[10] == 1]  # neighbouring units are contiguous
     block_r = 512 if not across else 16 if len(across) == len(members) else 64
     block_r = power_of_two(max(m[9] * m[10] for m in members), block_r)
     return power_of_two(units, max(1, min(TILE // block_r, 128))), block_r
 
 
 def _flat(m: list[int], units: int, block_r: int) -> bool:
-    """Whether every operand is one run of elements per unit, or columns of which a tile's lie side by side."""
+    """Whether in every operand a unit is one contiguous run of elements, or a tile's units are adjacent columns."""
     operands = [i for i in range(3) if m[i]]
     strides = {(m[3 + 2 * i], m[4 + 2 * i]) for i in operands}
     if any(m[i] % 16 for i in operands) or len(strides) > 1 or m[9] * m[10] % 16:

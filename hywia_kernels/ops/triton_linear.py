@@ -1,11 +1,11 @@
 """Launches the Triton kernels of `linear_importance`: cuts the work, and picks the configuration.
 
 Bits: the same input gives the same bits for one configuration. Which one is taken depends on the call and on whether
-the device is a Hopper's equal, never on a measurement, unless HYWIA_AUTOTUNE=1 asks for that (see `linear_configs`).
+the device has what Hopper has, never on a measurement, unless HYWIA_AUTOTUNE=1 asks for one (see `linear_configs`).
 
 Operands go through tensor descriptors where the device has them and samples are whole steps of one length; ragged or
-odd samples go through pointers, 1.4 to 1.8 times as slow. Rows that are not whole 16-byte pieces (an odd width, a
-transposed view) are copied into ones that are, once a call.
+odd samples go through pointers, which is 1.4 to 1.8 times as slow. Rows that are not whole 16-byte pieces (an odd
+width, a transposed view) are copied into ones that are, once a call.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ except ImportError:  # pointers serve as well
 
 
 def _aligned(operand: Tensor) -> bool:
-    """Rows of whole 16-byte pieces: what descriptors, and wide loads, ask for."""
+    """Whether rows consist of whole 16-byte pieces, as descriptors and wide loads need."""
     size = operand.element_size()
     row = operand.stride(0) * size
     sizes = max(operand.shape) < 1 << 31
@@ -39,8 +39,9 @@ def _aligned(operand: Tensor) -> bool:
 
 
 def _readable(operand: Tensor) -> Tensor:
-    """The operand, or an aligned copy: tiles are read many times over, the copy is written once."""
-    if operand.device.type == "cpu":  # the interpreter's product takes bfloat16's bits for integers
+    """The operand, or an aligned copy of it, which pays since tiles are read many times and the copy is written
+    once."""
+    if operand.device.type == "cpu":  # the interpreter's product reads bfloat16's bits as integers
         return operand.float() if operand.dtype == torch.bfloat16 else operand
     if _aligned(operand):
         return operand
@@ -54,7 +55,7 @@ _HOPPER_SHARED = 232448  # bytes of shared memory that a program may take; the s
 
 @functools.cache
 def _hopper(device: torch.device) -> bool:
-    """Whether the device has tensor descriptors, and the shared memory that the shipped configurations take."""
+    """Whether the device has tensor descriptors and the shared memory that the shipped configurations take."""
     if device.type != "cuda" or TensorDescriptor is None:
         return False
     properties = torch.cuda.get_device_properties(device)
@@ -72,8 +73,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _precision(operand: Tensor) -> str:
-    """How float32 tiles are multiplied. Six products of bfloat16 thirds keep float32's digits (the dropped ones are
-    under 2^-24), on tensor cores that take an operand in any order; TF32's want the tokens to lie next to each other.
+    """How float32 tiles are multiplied.
+
+    On Hopper each factor is split into three bfloat16 parts, and six of their products keep float32's digits: the ones
+    left out are under 2^-24. The tensor cores take bfloat16 operands in either layout, TF32 ones with the tokens
+    contiguous only.
     """
     return "bf16x6" if operand.dtype == torch.float32 and _hopper(operand.device) else "ieee"
 
@@ -87,13 +91,14 @@ def launch(
     coarse: Tensor,
     accumulate: bool,
 ) -> None:
-    """`a` is the operand on the units' side, [tokens, lines]; `b` the other one, [tokens, reduce]; both readable."""
+    """Launches the kernels of one call. `a` is the operand on the units' side, `[tokens, lines]`, and `b` the other
+    one, `[tokens, reduce]`; both have passed `_readable`."""
     weight, axis, order, per_sample = call.weight, call.axis, call.order, call.per_sample
     config, device = plan.config, weight.device
     (tokens, lines), reduce, samples = a.shape, b.shape[1], call.samples
     units = fine.shape[-1]
     whole = not plan.ragged and plan.length % config.block_k == 0 and tokens % config.block_k == 0
-    # Beyond the last token a descriptor reads zeros, beyond the last of a sample it reads the next one.
+    # Beyond the last token a descriptor reads zeros, but beyond a sample's last token it reads the next sample.
     alone = plan.length == tokens or not per_sample
     descriptor = not plan.ragged and (whole or alone) and _described(a, b)
     x = TensorDescriptor.from_tensor(a, [config.block_k, config.block_u]) if descriptor else a
@@ -103,11 +108,11 @@ def launch(
     if weight_descriptor:
         block = [config.block_u, config.block_r]
         w = TensorDescriptor.from_tensor(weight, block if axis == 0 else block[::-1])
-    limits = None
+    offsets = None
     if plan.ragged:
-        limits = torch.tensor(call.offsets, dtype=torch.int32)
+        offsets = torch.tensor(call.offsets, dtype=torch.int32)
         if device.type == "cuda":
-            limits = limits.pin_memory().to(device, non_blocking=True)
+            offsets = offsets.pin_memory().to(device, non_blocking=True)
     count = min(plan.tiles, plan.tiles_per_launch)
     partial = torch.empty((count, plan.rows, config.block_u), dtype=torch.float32, device=device)
     add = accumulate or plan.tiles > count
@@ -143,7 +148,7 @@ def launch(
                 y,
                 w,
                 partial,
-                limits,
+                offsets,
                 lines,
                 reduce,
                 tokens,
@@ -176,7 +181,7 @@ def _finish(
     group_size: int,
     add: bool,
 ) -> None:
-    """Add the partial sums of tiles `first … last` to the units whose blocks they touch."""
+    """Adds the partial sums of the tiles from `first` up to `last` to the units that they touch."""
     config = plan.config
     band = config.group * plan.r_blocks
     line_begin = first // band * config.group * config.block_u
@@ -265,7 +270,7 @@ def _tuned(form: str, a: Tensor, b: Tensor, call: LinearCall) -> Config:
 
 
 def _median(run, count: int = 7) -> float:
-    """Milliseconds."""
+    """Median time of `run` on the device, in milliseconds."""
     run()
     times = []
     for _ in range(count):

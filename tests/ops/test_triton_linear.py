@@ -142,7 +142,7 @@ def test_groups_straddle_tiles(tiny_tiles, group_size):
 def test_segments(monkeypatch, tiny_tiles, axis):
     """Samples longer than a chain, and a chain that ends within a sample; samples not told apart, in pieces."""
     device = need("triton", "linear_importance")
-    monkeypatch.setattr(linear_cut, "_LONGEST_CHAIN", 64)
+    monkeypatch.setattr(linear_cut, "_LONGEST_ACCUMULATION", 64)
     made = operands((20, 33), 200, device)
     assert linear_cut.cut(TINY, 20, 33, [0, 90, 200], "all", True).segment == 2
     run(made, [0, 90, 200], axis, "all")

@@ -289,23 +289,23 @@ def test_estimates_for_the_shapes_of_llama_7b():
     assert small.fast(10 * 128) < 0.35 * weights
     assert small.lean(10 * 128) < 0.10 * weights
     assert large.lean(128 * 128) < 0.60 * weights
-    whole = small.whole(10 * 128, weights)
-    assert whole == 5  # last layers that lean does not run twice
-    assert small.lean(10 * 128, whole) - small.lean(10 * 128) == whole * 10 * 128 * small.kept <= 0.05 * weights
-    assert large.whole(128 * 128, weights) == 0
+    kept = small.kept_layers(10 * 128, weights)
+    assert kept == 5  # last layers that lean does not run twice
+    assert small.lean(10 * 128, kept) - small.lean(10 * 128) == kept * 10 * 128 * small.kept <= 0.05 * weights
+    assert large.kept_layers(128 * 128, weights) == 0
 
 
-@pytest.mark.parametrize("whole", [1, 2])
-def test_lean_does_not_run_the_layers_twice_that_it_keeps(gqa, tokens, whole, monkeypatch):
+@pytest.mark.parametrize("kept", [1, 2])
+def test_lean_does_not_run_the_layers_twice_that_it_keeps(gqa, tokens, kept, monkeypatch):
     want = hk.calibrate(gqa, tokens, memory="lean")
     runs = []
     forward = block.Block.forward
     monkeypatch.setattr(block.Block, "forward", lambda self, *a: runs.append(a[2]) or forward(self, *a))
     plan = statistics.plan_memory
-    monkeypatch.setattr(statistics, "plan_memory", lambda *a, **k: dataclasses.replace(plan(*a, **k), whole=whole))
+    monkeypatch.setattr(statistics, "plan_memory", lambda *a, **k: dataclasses.replace(plan(*a, **k), kept_layers=kept))
     got = hk.calibrate(gqa, tokens, memory="lean")
     layers = gqa.config.num_hidden_layers
-    assert runs == [False] * (layers - whole) + [True] * whole + [True] * (layers - whole)
+    assert runs == [False] * (layers - kept) + [True] * kept + [True] * (layers - kept)
     for name in want.fine:
         assert torch.equal(got.coarse[name], want.coarse[name])
         assert all(torch.equal(got.fine[name][order], want.fine[name][order]) for order in want.fine[name])
