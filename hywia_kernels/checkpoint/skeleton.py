@@ -9,7 +9,7 @@ from ..errors import HywiaError
 from . import baichuan, hub, loaded_weights
 from .adaptive import remote
 from .sources import Judged, Source, check_tokenizer, judged, located, need_gguf, refusal
-from .tying import settle_tying
+from .ties import settle_tying
 from .weight_files import Stored
 
 __all__ = ["skeleton"]
