@@ -166,6 +166,7 @@ def check_vocabulary(serve: Sequence[str], tensor_parallel: int, vocabulary: int
 
 
 def _told(rules: Sequence[Constraint]) -> str:
+    """Rules by name and in words, for messages."""
     return " and ".join(f"{r.name} ({r.says})" for r in rules)
 
 
