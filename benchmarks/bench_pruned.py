@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from hywia_kernels import arch
-from hywia_kernels.deploy.cost import Work, work_of
+from hywia_kernels.deploy.cost import Cost, cost_of
 from hywia_kernels.deploy.speed import MODES, Case, measure
 from hywia_kernels.method import surgery
 
@@ -65,7 +65,7 @@ def build(shape: str, text: str, layers: int | None, dtype: str, device: torch.d
     return models.build(shape, layers, dtype, device, resize)
 
 
-def ideal(case: Case, before: Work, after: Work) -> float:
+def ideal(case: Case, before: Cost, after: Cost) -> float:
     if case.phase == "prefill":
         return before.prefill_flops(case.batch, case.context) / after.prefill_flops(case.batch, case.context)
     return before.decode_bytes(case.batch, case.context) / after.decode_bytes(case.batch, case.context)
@@ -98,11 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.models = given.models or (list(MODELS) if given.shape == "7b" else ["dense"])
     cases = [Case(c.phase, c.batch, given.context or c.context) for c in CASES]
     session = Session(given, MODULE, argv, COLUMNS, Timer(given.device, 7))
-    first: Work | None = None
+    first: Cost | None = None
     for name in given.models:
         began = time.perf_counter()
         model = build(given.shape, name, given.layers, given.dtype, given.device)
-        work = work_of(model)
+        work = cost_of(model)
         first = first or work
         got, reason = measure(model, cases, modes=given.modes, runs=given.runs)
         if reason is not None:

@@ -26,7 +26,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels import cli
-from hywia_kernels.deploy.cost import Work, work_of
+from hywia_kernels.deploy.cost import Cost, cost_of
 from hywia_kernels.deploy.speed import Case
 from hywia_kernels.deploy.static_driver import StaticDriver, drivable
 
@@ -54,7 +54,7 @@ class Made:
     command: str  # that made it, "" for the dense one
     perplexity: float
     widths: tuple[int, int]
-    work: Work
+    work: Cost
     calls: dict[str, Callable[[], Any]]
 
 
@@ -95,7 +95,7 @@ def made(source: str, name: str, command: str, perplexity: float, context: int, 
     last = torch.tensor([context - 1])
     calls = {"prefill": lambda: driver.prefill(prompt), "decode": lambda: driver.step(token, last)}
     units = {g.kind: g.units for g in reversed(hk.groups(model))}
-    return Made(name, command, perplexity, (units["attention"], units["mlp"]), work_of(model), calls)
+    return Made(name, command, perplexity, (units["attention"], units["mlp"]), cost_of(model), calls)
 
 
 def in_turns(models: Sequence[Made], runs: int, clock: Callable[[], float]) -> dict[str, list[list[float]]]:

@@ -88,7 +88,7 @@ class Clocked:
             self.calls.append(name)
             self.now += ticks * (1 + len(self.calls) // 20)
 
-        work = bench_smollm2.Work((), 1, 1, (1,), (1,), 4, 10, 10, 10)
+        work = bench_smollm2.Cost((), 1, 1, (1,), (1,), 4, 10, 10, 10)
         return bench_smollm2.Made(name, "", 1.0, (1, 1), work, {"prefill": run, "decode": run})
 
 

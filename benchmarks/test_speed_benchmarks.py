@@ -14,7 +14,7 @@ from benchmarks import bench_cut, bench_pruned, bench_width, models
 from benchmarks.environment import Environment
 from benchmarks.rows import Row
 from hywia_kernels.deploy import device_profiles
-from hywia_kernels.deploy.cost import work_of
+from hywia_kernels.deploy.cost import cost_of
 from hywia_kernels.deploy.speed import Case
 
 
@@ -65,11 +65,11 @@ def test_widths_by_hand():
     cut = bench_pruned.build("tiny", "1x80@1:2", None, "float32", torch.device("cpu"))
     assert [g.units for g in hk.groups(cut)] == [2, 176, 1, 80]
     case, step = Case("prefill", 1, 16), Case("decode", 2, 16)
-    assert bench_pruned.ideal(case, work_of(dense), work_of(dense)) == 1.0
-    assert bench_pruned.ideal(case, work_of(dense), work_of(cut)) == pytest.approx(
-        work_of(dense).prefill_flops(1, 16) / work_of(cut).prefill_flops(1, 16)
+    assert bench_pruned.ideal(case, cost_of(dense), cost_of(dense)) == 1.0
+    assert bench_pruned.ideal(case, cost_of(dense), cost_of(cut)) == pytest.approx(
+        cost_of(dense).prefill_flops(1, 16) / cost_of(cut).prefill_flops(1, 16)
     )
-    assert bench_pruned.ideal(step, work_of(dense), work_of(cut)) > 1.05
+    assert bench_pruned.ideal(step, cost_of(dense), cost_of(cut)) > 1.05
 
 
 def test_speed_rows(tmp_path):

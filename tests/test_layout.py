@@ -92,7 +92,7 @@ def test_imports_go_down(name):
     ("line", "imported", "wrong"),
     [
         ("from ..cli import console", "cli.console", True),
-        ("from ..deploy.cost import Work", "deploy.cost", True),
+        ("from ..deploy.cost import Cost", "deploy.cost", True),
         ("from ..deploy import device_profiles", "deploy.device_profiles", False),
         ("from ..arch.views import view", "arch.views", False),
         ("from hywia_kernels.compression import compress", "compression", True),

@@ -28,10 +28,10 @@ __all__ = [
     "weight_bytes",
 ]
 
-_Part = tuple[torch.device, torch.dtype, bool]  # the last: computed when the model is made, not stored with it
+_Part = tuple[torch.device, torch.dtype, bool]  # the bool: computed when the model is made, not stored with it
 _MIXERS = (-7046029254386353131, -4658895280553007687)  # odd, from splitmix64, as signed numbers
-_LEAST = 1024  # values read of every tensor that has as many
-_ROUNDING = 12  # bits: of what a machine computes anew at every load, the last ones are its own
+_MIN_SAMPLES = 1024  # values read of every tensor that has as many
+_ROUNDING = 12  # last bits of values computed anew at every load, in which machines differ
 _STAND_INS = {name: entry.stand_in for entry in TABLE for name in entry.model_types if entry.stand_in is not None}
 
 # Fields of a config that no logit depends on, or that shapes and names of the parameters tell already (a config need
@@ -64,8 +64,9 @@ def fingerprint(model: nn.Module) -> str:
     """sha256 over the config's mathematics, and names, shapes and a sample of the values of parameters and buffers.
 
     The sample has a value of every row and every column of every matrix. Values are taken as float32, so that an exact
-    change of dtype keeps the fingerprint; so do moves between devices, modes, gradients' switches, and a save and load.
-    Waits once a device. No hash against forgery: it tells models apart.
+    change of dtype keeps the fingerprint; so do a move to another device, eval and training mode, `requires_grad`, and
+    a save and load. The host waits for each device once. The fingerprint tells models apart; it is no protection
+    against forgery.
 
     Raises:
         HywiaError: a tensor whose values are not here (meta, offloaded, distributed or quantised by a subclass).
@@ -75,11 +76,11 @@ def fingerprint(model: nn.Module) -> str:
 
 @torch.no_grad()
 def identity(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> tuple[str, int]:
-    """`(fingerprint, count_parameters)` from one walk over the model, or none where its modules are given by name."""
+    """`(fingerprint, count_parameters)` from one walk over the model; from none where its modules are given by name."""
     described: list[str] = []
     parts: dict[_Part, list[Tensor]] = {}
     places: list[tuple[_Part, int]] = []
-    seen: set[int] = set()
+    visited: set[int] = set()
     total = 0
 
     def read(name: str, tensor: Tensor, derived: bool) -> None:
@@ -93,21 +94,21 @@ def identity(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -
     for prefix, module in (dict(model.named_modules()) if modules is None else modules).items():
         dot = f"{prefix}." if prefix else ""
         for own, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen:
+            if parameter is None or id(parameter) in visited:
                 continue
-            seen.add(id(parameter))
+            visited.add(id(parameter))
             read(dot + own, parameter, False)
             total += parameter.numel()
         for own, buffer in module._buffers.items():
             derived = own in module._non_persistent_buffers_set
-            if buffer is None or id(buffer) in seen or (derived and _forward_writes(module, own)):
+            if buffer is None or id(buffer) in visited or (derived and _forward_writes(module, own)):
                 continue
-            seen.add(id(buffer))
+            visited.add(id(buffer))
             read(f"buffer {dot}{own}", buffer, derived)
     sums = _downloaded({part: _checksums(samples, derived=part[2]) for part, samples in parts.items()})
     digest = hashlib.sha256(_mathematics(model))
-    for text, (part, index) in zip(described, places, strict=True):
-        digest.update(f"{text}{sums[part][index]}".encode())
+    for name_and_shape, (part, index) in zip(described, places, strict=True):
+        digest.update(f"{name_and_shape}{sums[part][index]}".encode())
     return digest.hexdigest(), total
 
 
@@ -135,24 +136,24 @@ def identity_after(
 
 @lru_cache(maxsize=4096)
 def _step(shape: torch.Size) -> int:
-    """Every how many-th value to read, so that all rows and all columns of every matrix are met.
+    """The distance between the values to read, so that every row and every column of a matrix has one of them.
 
-    A step no larger than a row meets every row; one no larger than a column, and coprime with the rows' length, meets
-    each column once in as many values as a row has, of which a matrix then gives at least so many.
+    A step no longer than a row meets every row. A step coprime with the rows' length meets each column once in as many
+    reads as a row has values, and a step no longer than a column leaves a matrix at least that many reads.
     """
     numel = math.prod(shape)
     if len(shape) < 2 or numel == 0:
         return 1
     # Three dimensions are stacked matrices; more are a convolution's, whose filters are rows.
     rows, columns = shape[-2:] if len(shape) == 3 else (shape[0], numel // shape[0])
-    step = max(1, min(rows, columns, numel // _LEAST))
+    step = max(1, min(rows, columns, numel // _MIN_SAMPLES))
     while math.gcd(step, columns) != 1:
         step -= 1
     return step
 
 
 def _sample(name: str, tensor: Tensor) -> Tensor:
-    """A view, so that one concatenation is all that has to be launched; made in one step where it can."""
+    """The values of a tensor to read, as a 1-D view: then one concatenation is all that has to be launched."""
     plain = type(tensor) is nn.Parameter or type(tensor) is Tensor
     if tensor.is_meta or not (plain or not is_traceable_wrapper_subclass(tensor)):
         what = "on the meta device" if tensor.device.type == "meta" else f"in a {type(tensor).__name__}"
@@ -169,15 +170,15 @@ def _sample(name: str, tensor: Tensor) -> Tensor:
 
 
 def _checksums(samples: list[Tensor], *, derived: bool) -> Tensor:
-    """Of each of some 1-D samples of one device and dtype, int64 `[samples]` there: `Σ_i m_i · b_i` modulo 2⁶⁴.
+    """The checksum `Σ_i m_i · b_i` modulo 2⁶⁴ of each 1-D sample, all of one device and dtype; int64 `[samples]` there.
 
-    `b_i` are the bits of the i-th value as float32 and `m_i` odd numbers without a pattern, so that one value that
-    changes always changes the sum, and values that change places do. Whole numbers have one sum, in whatever order a
-    device adds them; what comes to the host is a number a tensor.
+    `b_i` are the bits of the i-th value as float32 and `m_i` odd numbers without a pattern, so that one changed value
+    always changes the sum, and values that change places change it too. Whole numbers have the same sum in whatever
+    order a device adds them, and only one number per tensor goes to the host.
     """
     device, counts = samples[0].device, [len(s) for s in samples]
     bits = torch.cat(samples).float().view(torch.int32)
-    if derived:  # nearest values of few bits: powers and sines differ in the last ones between machines
+    if derived:  # rounded, since powers and sines differ in their last bits between machines
         bits = bits.add(1 << (_ROUNDING - 1)).bitwise_and_(-(1 << _ROUNDING))
     ends = torch.tensor(counts, dtype=torch.int64).cumsum(0)
     starts = (ends - torch.tensor(counts, dtype=torch.int64)).to(device, non_blocking=True)
@@ -190,7 +191,7 @@ def _checksums(samples: list[Tensor], *, derived: bool) -> Tensor:
 
 
 def _downloaded(sums: Mapping[_Part, Tensor]) -> dict[_Part, list[int]]:
-    """One copy a device."""
+    """The checksums on the host, by one copy per device."""
     host: dict[_Part, list[int]] = {}
     for device in dict.fromkeys(part[0] for part in sums):
         here = [part for part in sums if part[0] == device]
@@ -216,13 +217,13 @@ def _mathematics(model: nn.Module) -> bytes:
     if not isinstance(values, Mapping):
         return b""
     kind = values.get("base_model_type") or values.get("model_type")
-    kept = {**_kept(values), "model_type": _STAND_INS.get(str(kind), kind)}
+    kept = {**_mathematical_fields(values), "model_type": _STAND_INS.get(str(kind), kind)}
     return json.dumps(kept, sort_keys=True, default=str).encode()
 
 
-def _kept(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Fields that count. One that is absent, None or False is the same: other versions and classes of a config know
-    other fields, which are off where the mathematics is the same."""
+def _mathematical_fields(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """The fields of a config on which the mathematics depends. A field that is None or False counts as absent: other
+    versions and classes of a config know other fields, which are off where the mathematics is the same."""
     kept: dict[str, Any] = {}
     for name, value in values.items():
         field = str(name)
@@ -230,7 +231,7 @@ def _kept(values: Mapping[Any, Any]) -> dict[str, Any]:
         if off or field in _NO_MATHEMATICS or field.startswith(_NO_MATHEMATICS_START):
             continue
         if not field.endswith(_NO_MATHEMATICS_END):
-            kept[field] = _kept(value) if isinstance(value, Mapping) else value
+            kept[field] = _mathematical_fields(value) if isinstance(value, Mapping) else value
     heads = values.get("num_attention_heads") or values.get("n_head")
     hidden = values.get("hidden_size") or values.get("n_embd")
     if "head_dim" not in kept and isinstance(heads, int) and isinstance(hidden, int):

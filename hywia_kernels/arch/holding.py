@@ -28,6 +28,7 @@ _WRAPPERS = {
     "DeepSpeedEngine": "work on the model before deepspeed.initialize",
 }
 _QUANTISED = ("bitsandbytes", "torchao", "gptqmodel", "auto_gptq", "awq", "optimum", "hqq", "quanto", "aqlm", "eetq")
+# Ways out, as clauses of a message.
 _DEQUANTISED = "load the model in bfloat16 or float32, without quantisation; prune it, then quantise the result"
 _UNSHARDED = (
     "load the model in one process, without tp_plan, fully_shard or ZeRO, or gather its weights (full_tensor()) into a "
@@ -65,7 +66,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def _check_wrapper(model: nn.Module) -> None:
-    """Somebody's own wrapper has no config; the model it holds has."""
+    """Refuse a wrapper of somebody's own, which has no config while the model that it holds has one."""
     if getattr(model, "config", None) is not None:
         return
     for name, child in model.named_children():
@@ -76,7 +77,10 @@ def _check_wrapper(model: nn.Module) -> None:
 
 
 def plain_model(model: Any, *, changing: bool = False) -> Any:
-    """`unwrapped` and checked; `changing`: its weights are about to be changed, or replaced by others.
+    """The model that `unwrapped` gives, once `check_held` has passed it.
+
+    Args:
+        model: a model, or one in a wrapper. changing: its weights are about to be changed, or replaced by others.
 
     Raises:
         UsageError: not a module. HywiaError: a model held in a way that keeps the work from its weights.
@@ -116,7 +120,7 @@ def check_held(modules: Mapping[str, nn.Module]) -> None:
                 _check_parameter(module, f"{name}.{leaf}" if name else leaf, parameter)
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type == "meta":
-                raise HywiaError(_meta(module, f"{name}.{leaf}" if name else leaf))
+                raise HywiaError(_on_meta_message(module, f"{name}.{leaf}" if name else leaf))
 
 
 def _check_parameter(module: nn.Module, name: str, parameter: Tensor) -> None:
@@ -134,7 +138,7 @@ def _check_parameter(module: nn.Module, name: str, parameter: Tensor) -> None:
             "cannot reach; load the model with plain weights, without quantisation or sharding"
         )
     if parameter.device.type == "meta":
-        raise HywiaError(_meta(module, name))
+        raise HywiaError(_on_meta_message(module, name))
     if parameter.is_inference():
         raise HywiaError(
             f"{name}: expected a weight that can be saved for backward, got one made under torch.inference_mode(); "
@@ -148,7 +152,7 @@ def _check_parameter(module: nn.Module, name: str, parameter: Tensor) -> None:
         raise HywiaError(f"{name}: expected a weight with values, got one whose memory is elsewhere; {_UNSHARDED}")
 
 
-def _meta(module: nn.Module, name: str) -> str:
+def _on_meta_message(module: nn.Module, name: str) -> str:
     hook = getattr(module, "_hf_hook", None)
     hooks = [hook, *getattr(hook, "hooks", ())]
     if any(getattr(one, "offload", False) for one in hooks):

@@ -36,8 +36,8 @@ class Mlp:
 class Experts:
     """Experts of one layer, stacked: parameters `[experts, out, in]` of `module`.
 
-    Units are the channels of every expert (kind "mlp": each expert ranks its own, and all of a layer keep as many, as
-    one stacked parameter must), and whole experts with their rows of the router (kind "experts").
+    Units are the channels of every expert (kind "mlp": each expert ranks its own, and all experts of a layer keep
+    equally many, as one stacked parameter must), and whole experts with their rows of the router (kind "experts").
 
     Attributes:
         module: holds the stacked parameters. A layer without it has a plain MLP (the entry's `mlp`).
@@ -60,8 +60,11 @@ class Experts:
 class Alibi:
     """Attention scores get a bias that falls with distance, by a slope that belongs to the head.
 
-    `argument` is what the attention module's forward takes it as, for all of the model's heads; `axis` is the heads'
-    (0 may be batch times heads). After heads are cut the module picks its survivors' part from it.
+    After heads are cut, the attention module picks the part of the heads that stayed from the bias of all heads.
+
+    Attributes:
+        argument: keyword by which the attention module's forward takes the bias of all of the model's heads.
+        axis: the bias's axis of heads; axis 0 may be batch times heads.
     """
 
     argument: str
@@ -77,12 +80,13 @@ class Attention:
     head by head (head 0's q, k and v rows, then head 1's; every head has its own k and v).
 
     Attributes:
-        heads_field, kv_heads_field: of the config; the latter "" where every head has its own k and v.
+        heads_field, kv_heads_field: config fields of the two head counts; the latter "" where every head has its own
+            k and v.
         free_head_dim: the config can state a head count and keep the heads' size; where it cannot, heads may still go,
             and the config goes on saying what it said.
         vectors: parameters of the layer with one entry (or `head_dim`) per query head, which leave with their heads.
         wide_norms: norm -> linear layer whose whole output it divides by its rms, all heads together.
-        alibi: see there.
+        alibi: how a bias of ALiBi reaches the module; None where the family has none.
         rotary: the function, in the Python module that defines the attention, that returns queries and keys
             `[batch, heads, tokens, head_dim]` rotated by `(cos, sin)`, the halves of a head paired.
         plain: full names of attention classes that do no more than `o(attend(rotate(q), rotate(k), v))`, by `scaling`
@@ -111,7 +115,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family.
+    """The table's entry of one family.
 
     Attributes:
         model_types: values of `config.model_type` it serves.
@@ -121,13 +125,14 @@ class Architecture:
         attributes: `(module, attribute, quantity)`: numbers that a layer's modules keep for themselves; the quantity is
             "heads", "kv_heads", "width" (of all query heads), "channels" or "experts" of that layer. They are set where
             the layer's module has them.
-        whole_attributes: the same of modules outside the layers, "" being the model: set where all layers agree.
+        whole_attributes: the same for modules outside the layers ("" is the model itself); they are set where all
+            layers agree.
         config_readers: modules of a layer that read widths from `self.config` in their forward.
         requires: config fields that must have these values for the entry to hold.
         norms, final_norm: modules of a layer, and of the whole model, that compute `weight · x / rms(x)`, rounding
             `x / rms(x)` to `x`'s dtype, with `variance_epsilon` or `eps` under the root: calibration does not keep
             their outputs.
-        logits: config fields by which the logits change after the head, of those `engine/loss.py` knows.
+        logits: config fields by which the logits change after the head; `engine/loss.py` must know each of them.
         residual: matrix of `mlp.columns` whose output is only added to what leaves the layer, so that calibration need
             not multiply by it when it runs a layer again for backward (None: there is none).
         blocks: full names of layer classes that compute `h = x + attention(norms[0](x))`, `y = h + mlp(norms[1](h))`

@@ -37,7 +37,7 @@ def _units(entry: Architecture) -> str:
 
 
 def _not_stock(entry: Architecture) -> str:
-    """Cuts, the same in every layer, that no stock config can describe."""
+    """Which cuts no stock config can describe although they are the same in every layer."""
     cuts = []
     if not entry.attention.free_head_dim:
         cuts.append("heads (the config makes their size of their count)")
@@ -54,7 +54,7 @@ def _not_stock(entry: Architecture) -> str:
 
 
 def markdown() -> str:
-    """One row an entry: models, `model_type`, units, and what a stock config cannot describe."""
+    """One row per entry: models, `model_type`, units, and what a stock config cannot describe."""
     rows = ["| models | `model_type` | units | uniform cuts no stock config describes |"]
     rows.append("| --- | --- | --- | --- |")
     for entry in TABLE:
@@ -64,7 +64,7 @@ def markdown() -> str:
 
 
 def written(text: str) -> str:
-    """A text with its table, between BEGIN and END, as the entries now say.
+    """A text in which the table between BEGIN and END has been replaced by that of the present entries.
 
     Raises:
         ValueError: the marks are missing.

@@ -1,4 +1,4 @@
-"""The entries. One a family; what they share is written once."""
+"""The table's entries, one per family; what families share is written once."""
 
 from __future__ import annotations
 

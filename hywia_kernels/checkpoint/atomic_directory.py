@@ -19,16 +19,16 @@ __all__ = ["begin", "check_target", "claim", "directory", "file", "outcome", "wr
 
 _HELD: dict[Path, Claim] = {}
 _GUARD = threading.Lock()
-_CLAIMED: deque[Claim] = deque(maxlen=16)  # since `begin`, for `outcome`
+_CLAIMED: deque[Claim] = deque(maxlen=16)  # the targets claimed since `begin`, for `outcome`
 
 
 def begin() -> None:
-    """A command begins: `outcome` tells of what it claims from here on."""
+    """Note that a command begins: `outcome` tells of the targets that are claimed from here on."""
     _CLAIMED.clear()
 
 
 def outcome() -> str:
-    """What is on the disk of the targets claimed since `begin`, as a clause of a message."""
+    """Which targets claimed since `begin` are on the disk, as a clause of a message."""
     written = [str(c.path) for c in _CLAIMED if c.is_written()]
     if written:
         verb = "is" if len(written) == 1 else "are"
@@ -47,17 +47,18 @@ def claim(
     need: int = 0,
     a_file: bool = False,
 ) -> Iterator[Claim]:
-    """Hold a target from before the work until it is written, after everything that can be refused has been.
+    """Hold a target from before the work until it is written, once it is sure that it could be written now.
 
-    Inside it, `directory` and `file` of the same path write the target. Nothing of it stays on the disk otherwise.
+    Inside the context, `directory` and `file` of the same path write the target. Where neither does, nothing of the
+    claim stays on the disk.
 
     Args:
         path: the target. overwrite, in_place, inputs: as in `replaceable.check`. need: bytes that must be free.
         a_file: the target is one file, which is never replaced.
 
     Raises:
-        UsageError: it exists and may not be replaced. HywiaError: its parent cannot be written, the disk is too full,
-            or another run writes it.
+        UsageError: the target exists and may not be replaced. HywiaError: its parent cannot be written, the disk is too
+            full, or another run is writing the target.
     """
     absolute, workspace = located(path)
 
@@ -97,7 +98,10 @@ def claim(
 def check_target(
     path: str | Path, *, overwrite: bool, in_place: bool = False, inputs: Sequence[Input] = (), need: int = 0
 ) -> None:
-    """Raise before any work is done when `path` could not be written at the end; puts back what a killed run set aside.
+    """Make sure, before any work is done, that `path` could be written; put back what a killed run set aside.
+
+    Args:
+        path, overwrite, in_place, inputs, need: as in `claim`.
 
     Raises:
         UsageError, HywiaError: as `claim`.
@@ -115,8 +119,11 @@ def directory(
     inputs: Sequence[Input] = (),
     need: int = 0,
 ) -> Iterator[Path]:
-    """Yield an empty directory beside `path`; on success it is flushed and takes the place of `path`, on failure it is
-    removed, and `path` is what it was.
+    """Yield an empty directory beside `path`. On success it is flushed and takes the place of `path`; on failure it is
+    removed, and `path` stays what it was.
+
+    Args:
+        path, overwrite, in_place, inputs, need: as in `claim`.
 
     Raises:
         UsageError, HywiaError: as `claim`; HywiaError when the disk refuses the write.
@@ -132,7 +139,15 @@ def directory(
 
 @contextmanager
 def file(path: str | Path, *, need: int = 0) -> Iterator[Path]:
-    """The same for one file, which is never replaced: yields the name to write."""
+    """Yield the name of an empty file beside `path`. On success it is flushed and becomes `path`, which must not exist;
+    on failure it is removed.
+
+    Args:
+        path: the file. need: bytes that must be free.
+
+    Raises:
+        UsageError, HywiaError: as `claim`; HywiaError when the disk refuses the write.
+    """
     with claim(path, a_file=True, need=need) as held, _writing(held):
         held.new.touch()
         _identify(held)
@@ -144,6 +159,7 @@ def file(path: str | Path, *, need: int = 0) -> Iterator[Path]:
 
 @contextmanager
 def _writing(held: Claim) -> Iterator[None]:
+    """Settle the workspace before and after the target is written, and put what the disk refuses into words."""
     message = f"output: could not write {held.path}"
     try:
         with disk.refusals(message):
@@ -161,11 +177,13 @@ def _writing(held: Claim) -> Iterator[None]:
 
 
 def _identify(held: Claim) -> None:
+    """Remember which file or directory is being written, to know it again under its final name."""
     state = os.lstat(held.new)
     held.identity = (state.st_dev, state.st_ino)
 
 
 def _publish(held: Claim) -> None:
+    """Rename what was written to the target's name; where that fails, the target is what it was."""
     """Let `new` take the target's place; where that cannot be made to last, put everything back."""
     new, path, parent = held.new, held.path, held.path.parent
     if not os.path.lexists(path):
@@ -195,10 +213,10 @@ def _publish(held: Claim) -> None:
 
 
 def write_text(path: str | Path, text: str, what: str = "output") -> None:
-    """Write a small file, UTF-8: it is the old one or the new one at any moment. Devices and pipes are written to.
+    """Write a small file in UTF-8; at any moment it is the old one or the new one. Devices and pipes are written to.
 
     Args:
-        what: name of the argument, for messages.
+        path: the file. text: its new content. what: name of the argument, for messages.
 
     Raises:
         HywiaError: it cannot be written.

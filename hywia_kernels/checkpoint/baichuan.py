@@ -43,18 +43,18 @@ _SHARED = (
 
 
 def is_rotary(values: dict[str, Any]) -> bool:
-    """Whether a config is of the 7B models: those with ALiBi have no table of positions to bound."""
+    """Whether a config is one of the 7B models: the 13B models, with ALiBi, do not bound their positions."""
     return values.get("model_type") == "baichuan" and "max_position_embeddings" in values
 
 
 def converted(state: dict[str, Tensor], *, normalised_head: bool) -> dict[str, Tensor]:
-    """A LLaMA state dict of a Baichuan-7B one, which is emptied.
+    """A LLaMA state dict from a Baichuan-7B one, which is emptied.
 
     Args:
-        state: name -> tensor. normalised_head: rows of the head are brought to length one (Baichuan2).
+        state: name -> tensor. normalised_head: bring the rows of the head to length one (Baichuan2).
 
     Raises:
-        HywiaError: a packed matrix that does not hold three of one size, or rotary frequencies that are not LLaMA's.
+        HywiaError: a packed matrix does not hold three of one size, or rotary frequencies are not LLaMA's.
     """
     llama: dict[str, Tensor] = {}
     for name in list(state):
@@ -74,7 +74,7 @@ def converted(state: dict[str, Tensor], *, normalised_head: bool) -> dict[str, T
 
 
 def _check_frequencies(name: str, stored: Tensor) -> None:
-    """Old checkpoints store them; LLaMA makes them again."""
+    """Refuse stored rotary frequencies, as old checkpoints have them, that LLaMA would not compute anew."""
     count = stored.numel()
     made = 1.0 / 10000.0 ** (torch.arange(count, dtype=torch.float32) / count)
     if not torch.allclose(stored.float(), made, rtol=1e-2, atol=1e-6):
@@ -92,16 +92,16 @@ def load(folder: Path, dtype: torch.dtype | str) -> Any:
     """The model of a Baichuan-7B directory, of transformers' LLaMA class.
 
     Args:
-        dtype: "auto" keeps the checkpoint's.
+        folder: the directory. dtype: "auto" keeps the checkpoint's.
 
     Raises:
-        HywiaError: a tensor is missing, unknown or of another shape; or as `weight_files.weight_files`.
+        HywiaError: a tensor is missing, unknown or of another shape; or what `weight_files.stored_tensors` raises.
     """
     from safetensors.torch import load_file
     from transformers import GenerationConfig, LlamaForCausalLM
 
     values = read_json(folder / "config.json")
-    stored_tensors(folder)  # whole, and no name twice
+    stored_tensors(folder)  # raises unless the files are whole and no name is there twice
     state: dict[str, Tensor] = {}
     for file in weight_files(folder):
         state |= load_file(file)

@@ -22,8 +22,8 @@ class DeciLMConfig(PretrainedConfig):
     def to_dict(self):
         blocks = self.__dict__.pop("block_configs", [])
         try:
-            found = super().to_dict()
+            values = super().to_dict()
         finally:
             self.block_configs = blocks
-        found["block_configs"] = [{part: dict(vars(values)) for part, values in vars(b).items()} for b in blocks]
-        return found
+        values["block_configs"] = [{part: dict(vars(fields)) for part, fields in vars(b).items()} for b in blocks]
+        return values

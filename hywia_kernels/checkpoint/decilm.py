@@ -42,6 +42,7 @@ def ffn_mult(width: int, hidden: int) -> float | None:
 
 
 def _refusal(model: Any, heads: set[int]) -> str | None:
+    """Why the format does not hold exactly this model; `heads`: the layers' different numbers of KV heads."""
     config = model.config
     family = getattr(config, "base_model_type", None) or config.model_type
     if family not in FAMILIES:
@@ -54,17 +55,21 @@ def _refusal(model: Any, heads: set[int]) -> str | None:
 
 
 def write_decilm(model: Any, tokenizer: Any, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write a directory: weights under their own names, config with `block_configs`, tokenizer.
+    """Write a directory with the weights under their own names, a config with `block_configs`, and the tokenizer.
 
     It follows vLLM's source and was not run under vLLM: compare its output with transformers' before you rely on it.
+
+    Args:
+        model, tokenizer: what to write; the tokenizer may be None.
+        path: the directory. overwrite: replace one that holds a model or scores and nothing else.
 
     Raises:
         HywiaError: the format cannot hold the model exactly, or it cannot be written. UsageError: the directory exists.
     """
     from huggingface_hub import save_torch_state_dict
 
-    found = arch.groups(model)
-    kv_heads = {g.units for g in found if g.kind == "attention"}
+    groups = arch.groups(model)
+    kv_heads = {g.units for g in groups if g.kind == "attention"}
     reason = _refusal(model, kv_heads)
     if reason is not None:
         raise HywiaError(f"decilm: vLLM's blocks hold LLaMA's alone: {reason}")
@@ -72,9 +77,9 @@ def write_decilm(model: Any, tokenizer: Any, path: str | Path, *, overwrite: boo
     source = original(model)
     inputs = () if source is None else (Input("model that is read", source),)
     atomic_directory.check_target(path, overwrite=overwrite, inputs=inputs)
-    attention = next(g for g in found if g.kind == "attention")
+    attention = next(g for g in groups if g.kind == "attention")
     per_group = attention.members[-1].group_size // arch.head_dim(model)
-    widths = [g.units for g in found if g.kind == "mlp"]
+    widths = [g.units for g in groups if g.kind == "mlp"]
     config = _config(model, widths, attention.units * per_group, per_group)
     whole = model.state_dict()
     state = {name: tensor for name, tensor in whole.items() if name != "lm_head.weight" or not tied_head(model)}
@@ -92,6 +97,7 @@ def write_decilm(model: Any, tokenizer: Any, path: str | Path, *, overwrite: boo
 
 
 def _config(model: Any, widths: list[int], heads: int, per_group: int) -> dict[str, Any]:
+    """The content of config.json: `widths` by layer, `heads` query heads, of which `per_group` share a KV head."""
     values = set_ties(copy.deepcopy(model.config), model).to_dict()
     for own in ("base_model_type", "layer_widths", "module_changes", "transformers_version"):
         values.pop(own, None)

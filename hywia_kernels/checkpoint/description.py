@@ -48,6 +48,7 @@ _REFUSED = {
     "transformers_weights": "it names other files of weights",
     "per_layer_config": "it makes layers differ in a way that the table of architectures does not describe",
 }
+# What the configs nested in one may say of their type.
 _SUB_TYPES = {"text_config": ("gemma3_text",), "vision_config": ("siglip_vision_model",)}
 _QUANTISERS = (
     *("aqlm", "auto-round", "awq", "bitnet", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm_fp8", "fp8"),
@@ -57,7 +58,7 @@ _REFERENCE = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")
 
 
 def model_types() -> tuple[str, ...]:
-    """`model_type`s that are supported, in order."""
+    """The `model_type`s that are supported, in alphabetical order."""
     return tuple(sorted(t for entry in TABLE for t in entry.model_types))
 
 
@@ -69,10 +70,10 @@ def needs_code(model_type: str) -> bool:
 
 
 def family(values: Mapping[str, Any]) -> str:
-    """The `model_type` of a config's family, which an adaptive checkpoint names beside its own.
+    """The `model_type` of a config's family, which an adaptive checkpoint names beside its own `model_type`.
 
     Raises:
-        HywiaError: it names none, or one that is not supported.
+        HywiaError: the config names no family, or one that is not supported.
     """
     model_type = values.get("model_type")
     if model_type is None:
@@ -122,6 +123,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _without_config(folder: Path) -> str:
+    """What a directory without config.json may be, and the way out."""
     names = {path.name for path in folder.iterdir()}
     if "params.json" in names or any(name.startswith("consolidated.") for name in names):
         return (
@@ -137,7 +139,7 @@ def _without_config(folder: Path) -> str:
 
 
 def _parts(values: dict[str, Any], where: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The config and those nested in it, each with its place."""
+    """The config and those nested in it, each after its place as messages name it."""
     yield where, values
     for name, value in values.items():
         if isinstance(value, dict) and str(name).endswith("_config") and depth < 8:
@@ -145,6 +147,7 @@ def _parts(values: dict[str, Any], where: str = "", depth: int = 0) -> Iterator[
 
 
 def _size_fields(base: str) -> set[str]:
+    """Config fields of a family that must hold whole numbers above 0."""
     entry = next(entry for entry in TABLE if base in entry.model_types)
     fields = {entry.mlp.width_field, entry.attention.heads_field, entry.attention.kv_heads_field, *_SIZES}
     if entry.experts is not None:
@@ -178,7 +181,7 @@ def _check_fields(where: str, values: Mapping[str, Any], base: str) -> None:
 
 
 def quantisation(values: dict[str, Any]) -> str | None:
-    """The method by which a checkpoint is quantised, by its config, also where a part of the model alone is.
+    """The method by which a checkpoint, or a part of it, is quantised, as its config says; None where it is not.
 
     Raises:
         HywiaError: the method is none that transformers has.
@@ -202,8 +205,8 @@ def check_directory(folder: Path) -> None:
     """Refuse what transformers would load in the model's place.
 
     Raises:
-        HywiaError: an adapter, which would be loaded on top or take the model from another repository, or shards of
-            torch's distributed checkpoints, whose index is a pickle.
+        HywiaError: the directory holds an adapter, which would be loaded on top or take the model from another
+            repository, or shards of torch's distributed checkpoints, whose index is a pickle.
     """
     if (folder / "adapter_config.json").exists() or (folder / "adapter_config.json").is_symlink():
         raise HywiaError(
@@ -219,10 +222,13 @@ def check_directory(folder: Path) -> None:
 
 
 def check_code(values: Mapping[str, Any], file: str) -> None:
-    """Whether `auto_map` names Python files of the same directory alone.
+    """Make sure that `auto_map` names only classes in Python files of the same directory.
+
+    Args:
+        values: the content of a JSON file. file: what the file is called in messages.
 
     Raises:
-        HywiaError: it names another repository (`repository--module.Class`), a path, or nothing that is a class.
+        HywiaError: it names another repository (`repository--module.Class`), a path, or no class.
     """
     mapped = values.get("auto_map", {})
     entries = mapped.values() if isinstance(mapped, dict) else [mapped]

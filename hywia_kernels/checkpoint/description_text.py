@@ -1,4 +1,4 @@
-"""What the JSON files beside a checkpoint's config ask for: the tokenizer's, and generation's. Runs nothing."""
+"""What the JSON files of a checkpoint's tokenizer and generation ask for. Nothing is run here."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _VOCABULARIES = (
 
 
 def check_generation(folder: Path) -> None:
-    """Judge generation_config.json, whose fields become attributes of an object with methods.
+    """Judge generation_config.json, if there is one; its fields become attributes of an object that has methods.
 
     Raises:
-        HywiaError: it is damaged, or a field is of another type than transformers takes.
+        HywiaError: it is damaged, a field has a method's name, or a value is of a type that transformers does not take.
     """
     from transformers import GenerationConfig
 
@@ -57,7 +57,7 @@ def check_tokenizer(folder: Path, name: str) -> dict[str, Any]:
         folder: the directory. name: what the user called it.
 
     Raises:
-        HywiaError: no vocabulary, a file that is not what its name says, or a class that is no tokenizer.
+        HywiaError: there is no vocabulary, a file is not what its name says, or a named class is no tokenizer.
     """
     stored = [folder / file for file in _VOCABULARIES if (folder / file).is_file()] + sorted(folder.glob("*.tiktoken"))
     values = check_tokenizer_class(folder)
@@ -68,9 +68,9 @@ def check_tokenizer(folder: Path, name: str) -> dict[str, Any]:
             f"tokenizer: no tokenizer in {name}: expected tokenizer.json or tokenizer.model; copy the tokenizer's "
             "files of the original model beside the weights"
         )
-    for name_ in ("special_tokens_map.json", "added_tokens.json"):
-        if (folder / name_).is_file():
-            read_json(folder / name_)
+    for extra in ("special_tokens_map.json", "added_tokens.json"):
+        if (folder / extra).is_file():
+            read_json(folder / extra)
     return values
 
 
@@ -81,9 +81,12 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def check_tokenizer_class(folder: Path) -> dict[str, Any]:
-    """The content of tokenizer_config.json, once no class that it or config.json names is other than a tokenizer.
+    """The content of tokenizer_config.json, once every class that it or config.json names is seen to be a tokenizer's.
 
-    transformers takes the class of that name, whatever it is: a model's would open the weights in its own way.
+    transformers takes the class of that name, whatever it is, and a model's class would open weights in its own way.
+
+    Raises:
+        HywiaError: a file is damaged, or a class has no tokenizer's name.
     """
     values = tokenizer_config(folder)
     config = folder / "config.json"

@@ -1,4 +1,4 @@
-"""What the operating system says of files: flushing, renames that exchange, free space, and its refusals in words."""
+"""What is asked of the operating system: flushing, renames that exchange, free space; and its refusals in words."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def rename_new(source: Path, target: Path) -> None:
 
 
 def sync_directory(folder: Path) -> None:
-    """Flush a directory's names. Some network filesystems know no such thing, and keep them in order without it."""
+    """Flush a directory's names. Some network filesystems refuse that, and keep the names in order without it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -63,8 +63,8 @@ def sync_directory(folder: Path) -> None:
 
 
 def sync_tree(root: Path) -> None:
-    """Flush a file or a tree, so that the rename never outruns the data in a power cut. Files get the mode that the
-    process's umask gives (some writers make theirs private), which is read off the directory."""
+    """Flush a file or a tree, so that in a power cut the rename never outruns the data. Files of a tree get the mode
+    that the process's umask gives, read off the directory, since some writers make theirs private."""
     if not root.is_dir():
         _sync_file(root)
         return
@@ -85,8 +85,8 @@ def _sync_file(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file or a tree, as far as it goes: what stays is removed by the next run. Of a model or scores first goes what
-    they cannot be loaded without: a directory that is half deleted must not load."""
+    """Delete a file or a tree as far as that succeeds; the next run deletes the rest. The file without which a model or
+    scores cannot be loaded goes first, since a directory that is half deleted must not load."""
     if path.is_symlink() or not path.is_dir():
         with suppress(OSError):
             path.unlink(missing_ok=True)
@@ -98,12 +98,13 @@ def remove(path: Path) -> None:
 
 
 def check_free(folder: Path, need: int) -> None:
-    """
+    """Make sure that a filesystem has room.
+
     Args:
-        folder: on the filesystem in question. need: bytes.
+        folder: a directory on the filesystem. need: bytes that must be free.
 
     Raises:
-        HywiaError: less is free there.
+        HywiaError: fewer are free there.
     """
     try:
         state = os.statvfs(folder)

@@ -22,7 +22,7 @@ _BITS = {
 
 
 def check_kind(path: Path) -> None:
-    """See by a file's first bytes whether something else stands in its place.
+    """Refuse a file that is, by its first bytes, something else than a JSON or safetensors file.
 
     Raises:
         HywiaError: it cannot be read, is empty, a Git LFS pointer, a web page, a pickle, or a GGUF file.
@@ -33,7 +33,7 @@ def check_kind(path: Path) -> None:
             begin = file.read(512)
     except OSError as error:
         raise HywiaError(f"model: cannot read {path}: {error.strerror or error}") from error
-    _check_kind(path, begin, size)
+    _check_first_bytes(path, begin, size)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -65,8 +65,8 @@ def _unloadable(path: Path, reason: str) -> HywiaError:
     return HywiaError(f"model: could not load {path}: {reason}")
 
 
-def _check_kind(path: Path, begin: bytes, size: int) -> None:
-    """Refuse what stands where a file of ours should, by its first bytes."""
+def _check_first_bytes(path: Path, begin: bytes, size: int) -> None:
+    """As `check_kind`, for a file whose first bytes and size (in bytes) are known."""
     if size == 0:
         raise _unloadable(path, "it is empty; fetch it again")
     if begin.startswith(b"version https://git-lfs"):
@@ -86,7 +86,11 @@ def _check_kind(path: Path, begin: bytes, size: int) -> None:
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name -> dtype, shape and offsets of a safetensors file; checks that the file is whole."""
+    """Tensor name -> the header's entry of a safetensors file: "dtype", "shape" and "data_offsets".
+
+    Raises:
+        HywiaError: the file cannot be read, is no safetensors file, is damaged or cut short, or holds no tensor.
+    """
     try:
         if not path.is_file():
             what = "leads nowhere" if path.is_symlink() and not path.exists() else "is missing"
@@ -98,7 +102,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
             # A header's length is eight bytes, so that of a pickle or a page reads as one far too long.
             length = int.from_bytes(begin[:8], "little")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER) or begin[8:9] != b"{":
-                _check_kind(path, begin, size)
+                _check_first_bytes(path, begin, size)
                 if begin[8:9] == b"{" and length <= _LARGEST_HEADER:
                     raise _cut_short(path, size, 8 + length)
                 raise _unloadable(path, "it is no safetensors file (or its beginning is damaged); fetch it again")
@@ -136,6 +140,8 @@ def _cut_short(path: Path, size: int, wanted: int) -> HywiaError:
 
 
 def _is_entry(entry: Any) -> bool:
+    """Whether a header's entry has the form of one, and as many bytes as its dtype and shape take."""
+
     def counts(value: Any) -> bool:
         return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 

@@ -38,30 +38,38 @@ _LAYER = {
 
 
 def _refusal(model: Any) -> str | None:
-    """Why the format does not hold exactly this model."""
+    """Why the format does not hold exactly this model; None where it does."""
     config = model.config
     family = getattr(config, "base_model_type", None) or config.model_type
     if family not in FAMILIES:
         return f"expected one of {', '.join(FAMILIES)}, got {family}"
     rope = dict(getattr(config, "rope_parameters", None) or {})
-    for what, found, wanted in (
+    for what, value, wanted in (
         ("hidden_act", config.hidden_act, "silu"),
         ("sliding_window", getattr(config, "sliding_window", None), None),
         ("rope_type", rope.get("rope_type", "default"), "default"),
         ("biases", any(name.endswith(".bias") for name, _ in model.named_parameters()), False),
     ):
-        if found != wanted:
-            return f"expected {what} {wanted}, got {found}"
+        if value != wanted:
+            return f"expected {what} {wanted}, got {value}"
     return None
 
 
 def _interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of q or k for a rotation of neighbouring pairs, from those for a rotation of halves."""
+    """The rows of q or k, reordered: the format rotates neighbouring pairs, transformers the halves of a head."""
     return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def write_gguf(model: Any, vocabulary: str | Path, path: str | Path) -> Path:
-    """Write a model, in its dtype (norms in float32), with the tokenizer of the GGUF file `vocabulary`.
+    """Write a model as a GGUF file.
+
+    Args:
+        model: what to write, in its own dtype (norms in float32).
+        vocabulary: a GGUF file of the model before pruning, whose tokenizer is copied.
+        path: the file to write, which must not exist.
+
+    Returns:
+        the path.
 
     Raises:
         HywiaError: the format cannot hold the model exactly, or `gguf` is not installed.
@@ -118,25 +126,26 @@ def _check_written(gguf: Any, file: Path, model: Any) -> None:
 
 
 def _vocabulary(gguf: Any, source: str | Path) -> dict[str, Any]:
+    """Name -> field of a GGUF file's tokenizer."""
     try:
         fields = gguf.GGUFReader(str(source)).fields
     except (OSError, ValueError) as error:
         raise UsageError(f"vocabulary: {source} is no GGUF file ({error})") from error
-    found = {name: field for name, field in fields.items() if name.startswith("tokenizer.")}
-    if "tokenizer.ggml.tokens" not in found:
+    tokenizer = {name: field for name, field in fields.items() if name.startswith("tokenizer.")}
+    if "tokenizer.ggml.tokens" not in tokenizer:
         raise UsageError(f"vocabulary: {source} holds no tokens")
-    return found
+    return tokenizer
 
 
 def _write_header(writer: Any, model: Any) -> None:
-    config, found = model.config, arch.groups(model)
-    attention = [g for g in found if g.kind == "attention"]
+    config, groups = model.config, arch.groups(model)
+    attention = [g for g in groups if g.kind == "attention"]
     head_dim = arch.head_dim(model)
     writer.add_name(str(getattr(model, "name_or_path", "") or "pruned"))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length([g.units for g in found if g.kind == "mlp"])
+    writer.add_feed_forward_length([g.units for g in groups if g.kind == "mlp"])
     writer.add_head_count([g.units * (g.members[-1].group_size // head_dim) for g in attention])
     writer.add_head_count_kv([g.units for g in attention])
     writer.add_key_length(head_dim)
@@ -160,14 +169,14 @@ def _add_tensors(gguf: Any, writer: Any, model: Any) -> None:
 
     for name, tensor in _tensors(model):
         data = _stored(tensor)
-        if tensor.dtype == torch.bfloat16 and data.dtype == "u1":  # NumPy has no bfloat16: its bytes
+        if tensor.dtype == torch.bfloat16 and data.dtype == "u1":  # NumPy has no bfloat16
             writer.add_tensor(name, data, raw_shape=data.shape, raw_dtype=kinds[tensor.dtype][0])
         else:
             writer.add_tensor(name, data)
 
 
 def _stored(tensor: Tensor) -> Any:
-    """A tensor as the array that is written: in its own dtype, but vectors in float32; bfloat16 as bytes."""
+    """A tensor as the NumPy array that is written: vectors in float32, bfloat16 as bytes, the rest in its own dtype."""
     data = tensor.detach().cpu().contiguous()
     if data.dim() < 2:
         return data.float().numpy()
@@ -175,7 +184,7 @@ def _stored(tensor: Tensor) -> Any:
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Names of the format and what goes under them."""
+    """Every tensor under its name in the format."""
     head_dim = arch.head_dim(model)
     yield "token_embd.weight", model.get_input_embeddings().weight
     if not tied_head(model):

@@ -35,6 +35,7 @@ def _folder(source: str | Path | None) -> Path | None:
 
 
 def _is_step(value: Any) -> bool:
+    """Whether a value describes an earlier cut."""
     if not isinstance(value, Mapping):
         return False
     before, after = value.get("parameters_before"), value.get("parameters_after")
@@ -51,7 +52,7 @@ def history(source: str | Path | None, plan: Plan) -> list[dict[str, Any]]:
         plan: of the cut that comes next.
 
     Returns:
-        A mapping a cut: "base", the model it was made from (None where unknown), "parameters_before",
+        One mapping per cut: "base", the model it was made from (None where unknown), "parameters_before",
         "parameters_after" and "ratio", the share of parameters that went. A record that is damaged, or does not lead to
         the number of parameters that the plan starts from, describes another model: it gives a warning and no history.
     """

@@ -18,12 +18,15 @@ _DESCRIPTION = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
 
 
 def described(name: str) -> Path:
-    """The directory of a hub model's config and tokenizer on this machine, weights not fetched."""
+    """Fetch a hub model's config and tokenizer, without weights; the directory on this machine that holds them."""
     return _snapshot(name, list(_DESCRIPTION), None)
 
 
 def complete(name: str, folder: Path, *, code: bool) -> Path:
-    """The same directory once the files that hold the weights are there, and the Python files with `code`.
+    """Fetch the files that hold the weights, and the Python files with `code`; the directory that then holds all.
+
+    Args:
+        name: the hub id. folder: the directory that `described` gave.
 
     Raises:
         HywiaError: the hub has no safetensors of this model.
@@ -41,7 +44,7 @@ def complete(name: str, folder: Path, *, code: bool) -> Path:
 
 
 def with_code(name: str, folder: Path) -> Path:
-    """The same directory once the Python files are there, for a model that was trusted to run them."""
+    """Fetch the Python files too, of a model that was trusted to run them; the directory that then holds all."""
     return _snapshot(name, ["*.py"], _commit(folder))
 
 

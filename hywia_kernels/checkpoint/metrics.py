@@ -15,10 +15,10 @@ class Metric:
     """One figure of an evaluation.
 
     Attributes:
-        key: in the mapping that `evaluate` returns.
+        key: the figure's key in the mapping that describes an evaluation.
         name: short enough for a column of the console.
         detail: what exactly it is, for pages; the name where there is nothing to add.
-        form: how a value is written.
+        form: the format string by which a value is written.
     """
 
     key: str
@@ -55,7 +55,7 @@ def figures_of(evaluation: Mapping[str, Any]) -> list[tuple[Metric, str]]:
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Comparison]:
-    """Of each metric that both evaluations hold: both values and their ratio."""
+    """The values and the ratio of each metric that both evaluations hold."""
     rows = []
     for metric in METRICS:
         old, new = before.get(metric.key), after.get(metric.key)

@@ -24,7 +24,7 @@ __all__ = ["CARD", "escape_markdown", "model_card", "write_card"]
 CARD = "README.md"
 TEMPLATE = "model_card.md.jinja"
 TAGS = ("pruned", "structured-pruning", "hywia")
-# Models that a package on this machine holds, and what they are on the hub.
+# Names of models that a package on this machine holds, and their names on the hub.
 _BUNDLED = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _MARKS = re.compile(r"([\\`*_{}\[\]<>|~$#!&^])")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -38,7 +38,7 @@ class _Markdown(str):
 
 
 def escape_markdown(value: Any) -> str:
-    """Text on one line that Markdown shows as it is: no emphasis, link, code, cell, HTML or formula comes of it."""
+    """A value as text on one line that Markdown shows as it is, without emphasis, link, code, cell, HTML or formula."""
     if isinstance(value, _Markdown):
         return value
     line = " ".join(run_record.plain(value).split())
@@ -97,7 +97,7 @@ def _hub_id(base: str | None, metadata: Mapping[str, Any]) -> str | None:
 
 
 def _licence(metadata: Mapping[str, Any], hub_id: str | None) -> dict[str, Any]:
-    """What the base model's card says of its licence and languages, as far as it can be copied."""
+    """Entries of the base model's card on its licence and languages, as far as they can be copied."""
     copied: dict[str, Any] = {}
     for key in ("license", "license_name"):
         value = metadata.get(key)
@@ -143,6 +143,7 @@ def _loading(record: Mapping[str, Any], config: Mapping[str, Any], name: str) ->
 
 
 def _reduced(reduction: run_record.Reduction | None) -> dict[str, str] | None:
+    """A reduction as the template writes it."""
     if reduction is None:
         return None
     return {
@@ -154,6 +155,7 @@ def _reduced(reduction: run_record.Reduction | None) -> dict[str, str] | None:
 
 
 def _evaluated(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The evaluation as the template writes it; None where the record holds none."""
     evaluation = run_record.mapping(record.get("evaluation"))
     before, after = (run_record.mapping(evaluation.get(side)) for side in ("before", "after"))
     rows = compare(before, after)
@@ -187,8 +189,8 @@ def model_card(
         record: content of the directory's `hywia.json`; what it does not hold is left out of the card.
         base: the model that was cut, a hub id or a directory; its card, where this machine has it, gives the licence.
         folder: the directory.
-        name: what the model is called; None: as the directory is.
-        config: of the model, which says how it loads; None: the directory's config.json.
+        name: what the model is called; None: the directory's name.
+        config: the content of the model's config.json, which says how it loads; None: the directory's.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -235,7 +237,7 @@ def model_card(
 
 
 def _sealed(card: str) -> str:
-    """The card with a digest of itself, by which one that somebody edited is told apart."""
+    """The card with a digest of itself, by which an edited card is known."""
     card = card.rstrip("\n") + "\n"
     return f"{card}\n<!-- card of hywia_kernels {hashlib.sha256(card.encode()).hexdigest()} -->\n"
 
@@ -253,7 +255,7 @@ def write_card(
     name: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Write README.md into a directory, or renew the one that is there; one that somebody wrote or edited is kept.
+    """Write README.md into a directory, or renew it there; a README.md that somebody wrote or edited is kept.
 
     Args:
         folder: the directory. record: content of its `hywia.json`. name, config: as `model_card` takes them.

@@ -42,7 +42,7 @@ def original(model: Any) -> Path | None:
 
 
 def inputs(arguments: argparse.Namespace) -> tuple[Input, ...]:
-    """What a command reads, for the checks of what it writes."""
+    """The files and directories that a command reads, for the checks of what it writes."""
     given = []
     for what, field in (
         *((n, n) for n in ("model", "scores", "text", "vocabulary", "recipe")),
@@ -60,7 +60,8 @@ def least_bytes(given: Sequence[Input], share: float, narrowed: bool) -> int:
     """Bytes that a pruned model takes on the disk at least; 0 where the model's are not known yet.
 
     Args:
-        given: what the run reads. share: the most of the weights that may go. narrowed: to half the bits, or fewer.
+        given: what the run reads. share: the largest share of the weights that may go, in [0, 1].
+        narrowed: the weights may be written in half their bits, or fewer.
     """
     total = 0
     for what, source in given:
@@ -73,10 +74,10 @@ def least_bytes(given: Sequence[Input], share: float, narrowed: bool) -> int:
 def copy_companions(model: Any, tokenizer: Any, folder: Path) -> None:
     """Copy what the original's directory holds beside config and weights, and the new one lacks.
 
-    That is, by name (`replaceable`): files of processors of images, sound and video, and chat templates; files of the
-    tokenizer that it did not write itself and does not contradict, if it was written; cards, licences and notices.
-    Never Python code, pickles, weights, or anything else: adapters, other formats' copies, files in subdirectories
-    (but for `additional_chat_templates`). A card describes the model before pruning, so it becomes
+    The files are told by their names (`replaceable`): files of processors of images, sound and video, and chat
+    templates; if the tokenizer was written, its other files, where they agree with it; cards, licences and notices.
+    Python code, pickles, weights, adapters, copies in other formats and files in subdirectories (but for
+    `additional_chat_templates`) are never copied. A card describes the model before pruning, so it becomes
     `README.original.md`. A directory without a `config.json`, such as one around a GGUF file, gives nothing.
     """
     source = original(model)
@@ -113,12 +114,14 @@ def _agrees(file: Path, tokenizer: Any) -> bool:
 
 
 def _token(value: Any) -> Any:
+    """A special token, or a list of them, as text, in whichever form it is held."""
     if isinstance(value, (list, tuple)):
         return [_token(v) for v in value]
     return value.get("content") if isinstance(value, dict) else None if value is None else str(value)
 
 
 def _copy(file: Path, target: Path) -> None:
+    """Copy a file unless the target is there already."""
     if target.exists():
         return
     if file.name.endswith("config.json"):
@@ -128,7 +131,7 @@ def _copy(file: Path, target: Path) -> None:
 
 
 def _copy_without_code(file: Path, target: Path) -> None:
-    """A processor's config names Python files of its checkpoint in `auto_map`; they stay behind."""
+    """Copy a processor's config without `auto_map`, which names Python files of the checkpoint: they stay behind."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Weights that are stored several to a number: how many they are."""
+"""How many weights a model has where several are stored in one number."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def count_weights(model: nn.Module) -> int:
     A linear layer whose matrix is stored as whole numbers (bitsandbytes' 4 bits, GPTQ, AWQ, compressed-tensors) counts
     `in_features · out_features`; scales, zeros and indices beside it are no weights.
     """
-    total, seen = 0, set()
+    total, counted = 0, set()
     for module in model.modules():
         packed = _packed(module)
         for name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen:
+            if parameter is None or id(parameter) in counted:
                 continue
-            seen.add(id(parameter))
+            counted.add(id(parameter))
             if packed == name:
-                total += _weights(module, parameter)
+                total += _weight_count(module, parameter)
             elif packed is None or name == "bias":
                 total += parameter.numel()
         if packed is not None and packed in module._buffers:
-            total += _weights(module, module._buffers[packed])
+            total += _weight_count(module, module._buffers[packed])
             bias = module._buffers.get("bias")
             total += bias.numel() if bias is not None else 0
     return total
@@ -53,6 +53,7 @@ def _packed(module: nn.Module) -> str | None:
 
 
 def _features(module: Any) -> tuple[int, int] | None:
+    """`(inputs, outputs)` of a linear layer by its attributes; None where it has none."""
     names = (("in_features", "out_features"), ("infeatures", "outfeatures"))
     for into, out in names:
         inputs, outputs = getattr(module, into, None), getattr(module, out, None)
@@ -61,7 +62,8 @@ def _features(module: Any) -> tuple[int, int] | None:
     return None
 
 
-def _weights(module: nn.Module, tensor: Any) -> int:
+def _weight_count(module: nn.Module, tensor: Any) -> int:
+    """How many weights a packed tensor of a module stands for."""
     state = getattr(tensor, "quant_state", None)
     shape = getattr(state, "shape", None)
     features = _features(module)

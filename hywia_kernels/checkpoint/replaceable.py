@@ -1,4 +1,4 @@
-"""Which directories `--overwrite` may replace: those of which every file is accounted for.
+"""Which directories `--overwrite` may replace: those in which every file is accounted for.
 
 A model's directory has a `config.json` with a `model_type`, and beside it only what `save_pretrained` of models,
 tokenizers and processors, this package, model cards and the hub's downloads put there. A directory of scores has
@@ -24,7 +24,7 @@ _TOKENIZER = re.compile(
     r"|tokenizer\.model(\.v\d+)?|(spiece|sentencepiece|sentencepiece\.bpe|source|target)\.(model|spm|bpe\.model)"
     r"|[\w.-]+\.tiktoken|(vocab|merges|bpe\.codes|entity_vocab)(\.txt)?"
 )
-# Of images, sound and video; their chat templates are theirs or the tokenizer's.
+# Processors of images, sound and video; chat templates are theirs or the tokenizer's.
 _PROCESSOR = re.compile(
     r"(processor_config|(\w+_)?preprocessor_config|chat_template|audio_tokenizer_config)\.json|chat_template\.jinja"
 )
@@ -36,7 +36,7 @@ _MODEL = re.compile(
 )
 _SCORES = ("scores.json", "scores.safetensors")
 _SUFFIXES_NO_CARD_HAS = (".py", ".bin", ".pt", ".pth", ".pkl", ".safetensors", ".gguf", ".tex", ".doc", ".docx", ".odt")
-_LISTED = 5  # names in a message
+_LISTED = 5  # as many names a message lists
 
 
 class Input(NamedTuple):
@@ -63,6 +63,7 @@ def is_card(name: str) -> bool:
 
 
 def _contents(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -92,8 +93,11 @@ def _code_files(folder: Path, *configs: dict[str, Any] | None) -> set[str]:
 
 
 def _unaccounted(folder: Path, also: Sequence[str]) -> list[str] | None:
-    """Names, relative to the directory, that neither a model's nor a scores' directory holds; None where it is
-    neither. `also`: of the model's own GGUF file."""
+    """Names, relative to a model's or a scores' directory, of what no such directory holds; None where it is neither.
+
+    Args:
+        folder: the directory. also: names that a model's directory may hold besides (the model's own GGUF file).
+    """
     config, scores = _contents(folder / "config.json"), _contents(folder / "scores.json")
     if also or (config is not None and isinstance(config.get("model_type"), str) and config["model_type"]):
         code = _code_files(folder, config, _contents(folder / "tokenizer_config.json"))
@@ -111,6 +115,7 @@ def _unaccounted(folder: Path, also: Sequence[str]) -> list[str] | None:
 
 
 def _unknown_entries(folder: Path, known: Any) -> Iterator[str]:
+    """Names, relative to the directory, of the entries that `known` does not know."""
     for entry in os.scandir(folder):
         if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):  # the hub's files are links
             if not known(entry.name):
@@ -137,7 +142,7 @@ def _inside(path: Path, folder: Path) -> bool:
 
 
 def _files_of(source: Path) -> list[Path]:
-    """A model's files may be links into another directory."""
+    """The files that an input reads, each of which may be a link into another directory."""
     return [file for file in source.iterdir() if file.is_file()] if source.is_dir() else [source]
 
 
@@ -165,7 +170,7 @@ def _check_inputs(path: Path, inputs: Sequence[Input], in_place: bool) -> None:
 
 
 def _check_place(path: Path) -> None:
-    """Refuse a directory that is more than what it holds."""
+    """Refuse a place that is no directory, or a directory that is more than what it holds."""
     if path.is_symlink() or not path.is_dir():
         what = "a link" if path.is_symlink() else "a file"
         raise UsageError(f"output: {path} is not a directory but {what}; --overwrite replaces directories only")
@@ -182,10 +187,11 @@ def _check_place(path: Path) -> None:
 
 
 def check(path: Path, *, overwrite: bool, in_place: bool = False, inputs: Sequence[Input] = ()) -> None:
-    """
+    """Refuse a directory that may not be written, or not be replaced.
+
     Args:
         path: the directory to write, absolute. overwrite: it may be replaced.
-        in_place: so may the model itself. inputs: what the run reads; the model's is called "model".
+        in_place: the model itself may be replaced. inputs: what the run reads; the model among it is called "model".
 
     Raises:
         UsageError: something is there that may not be replaced.
@@ -220,11 +226,12 @@ def check_report(
     """Refuse a report that has no place, or would take the place of what the run reads or writes.
 
     Args:
-        what: name of the argument. file: where the report goes; None: nowhere.
-        outputs: directories and files that the run writes.
+        what: name of the argument, for messages. file: where the report goes; None: nowhere.
+        outputs: directories and files that the run writes. inputs: what it reads.
 
     Raises:
-        UsageError: it has no directory, is one, or is or lies in one of the others.
+        UsageError: the report's directory does not exist, the report is a directory itself, or it is or lies in one of
+            the outputs or inputs.
     """
     if file is None:
         return

@@ -93,7 +93,7 @@ class Reduction:
     """How many parameters a cut, or several in a row, took away.
 
     Attributes:
-        before, after: parameters of the whole model.
+        before, after: number of parameters of the whole model.
     """
 
     before: int
@@ -105,16 +105,17 @@ class Reduction:
 
     @property
     def share(self) -> float:
-        """Of all parameters before, in [0, 1]."""
+        """The share of the parameters before that went, in [0, 1)."""
         return 1.0 - self.after / self.before
 
 
 def score_summary(scores: Scores, plan: Plan) -> list[dict[str, Any]]:
-    """What a record keeps of the scores, a mapping a group.
+    """What a record keeps of the scores: one mapping per group.
 
-    Its keys: "group", "kind", "layer", "units", "kept"; "quantiles", the least, lower quartile, median, upper quartile
-    and largest score; "least_kept" and "largest_removed", scores (None where nothing goes); "loss_removed", the
-    estimated loss of the units that go as a share of the group's (None where the criterion estimates none).
+    Its keys are "group", "kind", "layer", "units" and "kept"; "quantiles", which are the least score, the lower
+    quartile, the median, the upper quartile and the largest score; "least_kept" and "largest_removed", which are scores
+    (the latter None where nothing goes); and "loss_removed", the estimated loss of the units that go as a share of the
+    group's (None where the criterion estimates none).
     """
     rows = []
     for group in scores.groups:
@@ -143,7 +144,7 @@ def score_summary(scores: Scores, plan: Plan) -> list[dict[str, Any]]:
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Turn what a damaged record does to its reader into an error that says so.
+    """Turn the errors that a damaged record causes in its reader into one that names the record.
 
     Raises:
         HywiaError: the block failed on a value that the record should not hold.
@@ -170,7 +171,7 @@ def plain(value: Any) -> str:
 
 
 def spans(widths: Sequence[int]) -> str:
-    """`1,536` when all are equal, `1,536 x4, 768 x24, 1,536 x2` otherwise."""
+    """Widths by layer as text: `1,536` when all are equal, `1,536 x4, 768 x24, 1,536 x2` otherwise."""
     runs: list[list[int]] = []
     for width in widths:
         if runs and runs[-1][0] == width:
@@ -181,13 +182,13 @@ def spans(widths: Sequence[int]) -> str:
 
 
 def _counts(value: Any) -> list[int] | None:
-    """The value where it is a list of whole numbers, one a layer."""
+    """The value where it is a list of whole numbers, one per layer; else None."""
     whole = isinstance(value, list) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
     return value if whole else None
 
 
 def kind_widths(record: Mapping[str, Any]) -> list[KindWidths]:
-    """Units by layer before and after, a row a kind of unit."""
+    """Units by layer before and after the cut, one row per kind of unit."""
     plan = mapping(record.get("plan"))
     before = {kind: _counts(widths) for kind, widths in mapping(plan.get("widths_before")).items()}
     if not before:
@@ -208,7 +209,7 @@ def _is_number(value: Any) -> bool:
 
 
 def summary_rows(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rows of `score_summary` that are whole, by layer."""
+    """The complete rows of a record's `score_summary`, by layer."""
 
     def is_whole(row: Any) -> bool:
         if not isinstance(row, Mapping) or not isinstance(row.get("kind"), str):
@@ -227,7 +228,8 @@ def summary_rows(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def reduction(record: Mapping[str, Any]) -> tuple[Reduction | None, Reduction | None]:
-    """What this cut removed, and what all cuts since the original did, where there were earlier ones."""
+    """What this cut removed, and what all cuts since the original did (None where there was no earlier one); both None
+    where the record does not say."""
     plan = mapping(record.get("plan"))
     before, after = plan.get("parameters_before"), plan.get("parameters_after")
     if not (isinstance(before, int) and isinstance(after, int) and before >= after > 0):
@@ -255,11 +257,12 @@ def command_line(record: Mapping[str, Any]) -> str | None:
 
 
 def versions_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """Package name -> version that the model was made with; empty where the record does not say."""
     return {str(name): str(version) for name, version in mapping(record.get("versions")).items()}
 
 
 def evaluation_text(record: Mapping[str, Any]) -> str | None:
-    """One sentence part on what the perplexity was measured; None where the record does not say."""
+    """A clause on the text that the perplexity was measured on; None where the record does not say."""
     text = mapping(mapping(record.get("evaluation")).get("text"))
     if not isinstance(text.get("name"), str):
         return None
@@ -272,7 +275,7 @@ def evaluation_text(record: Mapping[str, Any]) -> str | None:
 
 
 def _shown(value: Any) -> str | None:
-    """A setting's value as a reader writes it; None for what is no setting (nothing, a long list, a nested mapping)."""
+    """A setting's value as people write it; None for what is no setting: nothing, or a long list."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -285,12 +288,13 @@ def _shown(value: Any) -> str | None:
         parts = [(k, _shown(v)) for k, v in value.items()]
         return ", ".join(f"{k} {v}" for k, v in parts if v is not None) or None
     if isinstance(value, (list, tuple)) and 0 < len(value) <= 16:
-        parts_ = [_shown(v) for v in value]
-        return ", ".join(p for p in parts_ if p is not None) or None
+        items = [_shown(v) for v in value]
+        return ", ".join(item for item in items if item is not None) or None
     return None
 
 
 def _facts(record: Mapping[str, Any], table: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Name and value of those facts of a table that the record holds."""
     for path, name in table:
         value: Any = record
         for key in path.split("."):
@@ -303,7 +307,8 @@ def _facts(record: Mapping[str, Any], table: Sequence[tuple[str, str]]) -> Itera
 def settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Name and value of everything that decided the outcome.
 
-    The recorded recipe where there is one, else the request as the plan states it; then what the run made of it.
+    First comes the recorded recipe, or where there is none the request as the plan states it; then what the run made of
+    it.
     """
     recipe = mapping(record.get("recipe"))
     if recipe:

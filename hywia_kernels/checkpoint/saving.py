@@ -35,9 +35,9 @@ RECORD = "hywia.json"
 def stock_config(model: Any) -> Any:
     """A stock transformers config that describes the model as it now is.
 
-    The model's own class where it, and servers' code for it, accept the widths; otherwise the table's stand-in with
-    the same mathematics (a Llama config refuses a hidden size that is no multiple of the head count, and servers guess
-    the size of its heads; a Mistral config says it).
+    It is of the model's own class where that class, and servers' code for it, accept the widths; otherwise of the
+    table's stand-in with the same mathematics. (A Llama config refuses a hidden size that is no multiple of the head
+    count, and servers guess the size of its heads; a Mistral config says it.)
 
     Raises:
         HywiaError: neither can describe it.
@@ -46,7 +46,7 @@ def stock_config(model: Any) -> Any:
 
     entry = arch.architecture(model)
     config = set_ties(copy.deepcopy(model.config), model)
-    if hasattr(config, "base_model_type"):  # its layers differed, and perhaps do no longer
+    if hasattr(config, "base_model_type"):  # its layers differed once, and perhaps no longer do
         from .adaptive.configuration_hywia_adaptive import base_config
 
         config = base_config(config)
@@ -72,8 +72,8 @@ def stock_config(model: Any) -> Any:
 
 
 def _head_size_is_guessed(model: Any, values: Mapping[str, Any]) -> bool:
-    """Servers' Llama code (TGI's, older vLLM's) takes hidden_size / num_attention_heads for a head's size, whatever
-    `head_dim` says; their Mistral code reads it."""
+    """Whether servers would guess another head size than the model's: their Llama code (TGI's, older vLLM's) takes
+    hidden_size / num_attention_heads whatever `head_dim` says, which their Mistral code reads."""
     if model.config.model_type != "llama":
         return False
     heads: int = values["num_attention_heads"]
@@ -85,6 +85,7 @@ def _last_line(error: Exception) -> str:
 
 
 def _stand_in(entry: arch.Architecture, values: Mapping[str, Any]) -> Any:
+    """The config of the stand-in with the fields that both families have."""
     from transformers import AutoConfig
 
     assert entry.stand_in is not None
@@ -113,7 +114,7 @@ def _as_stock(model: Any) -> Any:
 
 
 def _described(model: Any) -> tuple[Any, str | None]:
-    """A model of the stock class, or of the adaptive one and the reason why it is not stock."""
+    """`(model, None)` of the stock class, or a model of the adaptive class and the reason why it is not stock."""
     widths = arch.config_widths(model, arch.groups(model))
     differ = [field for field, w in widths.items() if len(set(w)) > 1]
     reason = f"layers differ in {', '.join(differ)}"
@@ -131,6 +132,7 @@ def _described(model: Any) -> tuple[Any, str | None]:
 
 
 def _finished(described: Any, model: Any) -> Any:
+    """The model that will be written, with the dtype and generation config of the one in memory."""
     described.config.dtype = next(model.parameters()).dtype
     if getattr(model, "generation_config", None) is not None:
         described.generation_config = storable_generation(model.generation_config)
@@ -138,7 +140,8 @@ def _finished(described: Any, model: Any) -> Any:
 
 
 def _sharding(model: Any) -> dict[str, int]:
-    """Shards no larger than the original's largest, one file where it had one; transformers' choice otherwise."""
+    """Options of `save_pretrained`: shards no larger than the original's largest, and one file where it had one. None
+    are given where the original's files are not known."""
     folder = original(model)
     files: tuple[Path, ...] = ()
     if folder is not None:
@@ -151,7 +154,7 @@ def _sharding(model: Any) -> dict[str, int]:
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
-    """A plan without its indices, for records and reports."""
+    """A plan without the indices of the kept units, as records and reports hold it."""
     groups = sorted(plan.groups, key=lambda g: g.layer)
     kinds = sorted({g.kind for g in groups})
     return {
@@ -189,8 +192,16 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def add_to_record(folder: str | Path, more: Mapping[str, Any]) -> None:
-    """Add what was found out after saving; the record is the old one or the new one at any moment. The model card is
-    renewed, unless somebody edited it."""
+    """Add facts that are known only after saving to a directory's record, and renew its model card.
+
+    At any moment the record is the old one or the new one. A card that somebody edited is kept.
+
+    Args:
+        folder: the directory. more: entries of the record; JSON must be able to hold them.
+
+    Raises:
+        HywiaError: the directory has no record, it is damaged, or it cannot be written.
+    """
     record = {**read_record(folder), **more}
     atomic_directory.write_text(Path(folder) / RECORD, _json(record), "record")
     model_card.write_card(folder, record)
@@ -214,22 +225,26 @@ def save(
 
     A model whose layers are equally wide becomes a stock checkpoint that `AutoModelForCausalLM.from_pretrained` loads
     with no trace of this package, where the family's config can say how wide (README lists where it cannot). Any other
-    is loaded by it as soon as `hywia_kernels` is imported, and
-    elsewhere with `trust_remote_code=True`: the directory carries its classes. Shards are as large as the original's.
-    Processors' files and licences are copied from the original's directory (`originals.copy_companions` has the rule).
-    The directory appears complete or not at all, and only after every tensor was read back and compared bit for bit;
-    what was at `path` before stays until then, and comes back if the process is killed.
+    model is loaded by it as soon as `hywia_kernels` is imported, and elsewhere with `trust_remote_code=True`, since the
+    directory carries its classes. Shards are as large as the original's. Processors' files and licences are copied from
+    the original's directory (`originals.copy_companions` has the rule). The directory appears complete or not at all,
+    and only after every tensor was read back and compared bit for bit; what was at `path` before stays until then, and
+    comes back if the process is killed.
 
     Args:
         model, tokenizer: what to write; the tokenizer may be None.
         path: the directory.
-        plan: recorded with the kept units. record: more to record (arguments, seed, ...), JSON-serialisable.
+        plan: the plan to record, with the kept units.
+        record: more to record (arguments, seed, ...); JSON must be able to hold it.
         overwrite: replace an existing directory that holds a model or scores and nothing else.
         in_place: replace the directory that the model was loaded from.
 
+    Returns:
+        the path of the directory.
+
     Raises:
-        UsageError: the directory exists. HywiaError: it cannot be written, no config describes the model, or what was
-            written is not what is in memory.
+        UsageError: the directory exists and may not be replaced. HywiaError: it cannot be written, no config describes
+            the model, or what was written is not what is in memory.
     """
     path, model = Path(path), plain_model(model)
     source = original(model)

@@ -1,4 +1,4 @@
-"""Statistics and scores on disk: one directory of safetensors + JSON."""
+"""Statistics and scores on the disk: one directory with a safetensors file and a JSON file."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .verify import check_file
 __all__ = ["load_measured", "load_scores", "save_scores"]
 
 _TENSORS, _INDEX = "scores.safetensors", "scores.json"
-_FORMAT = 3  # 3: digests, and a fingerprint that sees every row and column, the config and the buffers
+_FORMAT = 3  # since 3: digests, and a fingerprint that sees every row and column, the config and the buffers
 _TENSORS_DIGEST = "tensors_sha256"
-_TEXT = "tokens"
+_TOKENS = "tokens"
 
 
 def save_scores(
@@ -38,7 +38,11 @@ def save_scores(
     second calibration.
 
     Args:
-        tokens: int64 `[samples, seq_len]`, the text, for what reads it again after scoring. record: of the measuring.
+        path: the directory to write.
+        scores, statistics: what to write; the statistics must be those that the scores came from.
+        tokens: int64 `[samples, seq_len]`, ids of the calibration text, for steps that read it again after scoring.
+        record: how the measuring was done; JSON must be able to hold it.
+        overwrite: replace a directory that holds a model or scores and nothing else.
 
     Raises:
         UsageError: the directory exists. HywiaError: it cannot be written, or the statistics are of something else.
@@ -72,41 +76,45 @@ def save_scores(
         for name, value in statistics.coarse.items():
             tensors[f"coarse/{name}"] = value
     if tokens is not None:
-        tensors[_TEXT] = tokens
+        tensors[_TOKENS] = tokens
     if record is not None:
         index["measured"] = dict(record)
     index = sealed(index)  # refuses what JSON cannot hold, before anything is written
     need = sum(v.numel() * v.element_size() for v in tensors.values())
     with atomic_directory.directory(Path(path), overwrite=overwrite, need=need) as folder:
-        save_file(_apart(tensors), folder / _TENSORS)
+        save_file(_unshared(tensors), folder / _TENSORS)
         check_file(folder / _TENSORS, tensors)
         index = sealed({**index, _TENSORS_DIGEST: _file_digest(folder / _TENSORS)})
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return Path(path)
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors none of which is another's memory, which the format does not take."""
-    apart, seen = {}, set()
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, as the format takes no others."""
+    unshared, pointers = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous()
-        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
-    return apart
+        unshared[name] = tensor.clone() if tensor.data_ptr() in pointers else tensor
+        pointers.add(tensor.data_ptr())
+    return unshared
 
 
 def load_scores(path: str | Path) -> tuple[Scores, Statistics | None]:
-    """Read what `save_scores` wrote, as it was written: both files carry digests.
+    """Read the scores, and the statistics if there are any, that `save_scores` wrote.
 
     Raises:
-        HywiaError: no such directory, or not one of scores; of another version; or damaged (the message says what is).
+        HywiaError: the directory is missing, holds no scores, is of another version, or is damaged, which the digests
+            of both files tell; the message says what is wrong.
     """
     scores, statistics, _, _ = load_measured(path)
     return scores, statistics
 
 
 def load_measured(path: str | Path) -> tuple[Scores, Statistics | None, Tensor | None, dict[str, Any]]:
-    """`load_scores`, and the text's token ids and the measuring's record, if they were kept."""
+    """As `load_scores`, and then the text's token ids, int64 `[samples, seq_len]`, and the record of the measuring.
+
+    Token ids that were not kept are None; a record that was not kept is empty.
+    """
     folder = Path(path)
     if not (folder / _INDEX).is_file() or not (folder / _TENSORS).is_file():
         raise HywiaError(f"scores: {folder} is not a directory written by 'hywia score'")
@@ -116,10 +124,10 @@ def load_measured(path: str | Path) -> tuple[Scores, Statistics | None, Tensor |
         groups = tuple(_group(g) for g in _entry(index, "groups", list))
         common: dict[str, Any] = {"groups": groups}
         common |= {name: index.get(name) for name in ("parameters", "fingerprint")}
-        tokens = tensors.pop(_TEXT, None)
+        tokens = tensors.pop(_TOKENS, None)
         if tokens is not None and (tokens.dim() != 2 or tokens.is_floating_point() or not tokens.numel()):
             raise HywiaError(f"{_TENSORS}: expected token ids [samples, length], got {list(tokens.shape)}")
-        values, loss, fine, coarse = _sorted_out(tensors)
+        values, loss, fine, coarse = _by_kind(tensors)
         scores = Scores(values=values, loss=loss, record=_entry(index, "scores", dict), **common)
         statistics = None
         if "statistics" in index:
@@ -137,7 +145,7 @@ def _damaged(folder: Path, what: object) -> HywiaError:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    """The JSON file, of this version and with its digest."""
+    """The content of the JSON file, once it is seen to be of this version and what its digest says."""
     try:
         index = parsed((folder / _INDEX).read_bytes(), _INDEX)
     except OSError as error:
@@ -158,7 +166,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def _read_tensors(folder: Path, index: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors, if they are those the index was written with."""
+    """Name -> tensor of the safetensors file, once it is seen to be the one that the index was written with."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -180,10 +188,10 @@ def _file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sorted_out(
+def _by_kind(
     tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """`(values, loss, fine, coarse)` by the tensors' names."""
+    """The tensors as `(values, loss, fine, coarse)`, which their names tell apart."""
     fine: dict[str, dict[str, Tensor]] = {}
     plain: dict[str, dict[str, Tensor]] = {"values": {}, "loss": {}, "coarse": {}}
     for key, tensor in tensors.items():
@@ -199,13 +207,14 @@ def _sorted_out(
 
 
 def _entry(index: Mapping[str, Any], name: str, kind: type) -> Any:
-    found = index.get(name)
-    if type(found) is not kind:
-        raise HywiaError(f"{_INDEX}: expected {name} as {kind.__name__}, got {type(found).__name__}")
-    return found
+    value = index.get(name)
+    if type(value) is not kind:
+        raise HywiaError(f"{_INDEX}: expected {name} as {kind.__name__}, got {type(value).__name__}")
+    return value
 
 
 def _group(values: Any) -> Group:
+    """The group that an index describes."""
     values = dict(_fields(Group, values))
     for name in ("members", "vectors"):
         values[name] = tuple(Member(**_fields(Member, m)) for m in _entry(values, name, list))
@@ -214,6 +223,7 @@ def _group(values: Any) -> Group:
 
 
 def _fields(kind: type, values: Any) -> dict[str, Any]:
+    """An index's object, once it is seen to have exactly the fields of a dataclass."""
     names = [f.name for f in dataclasses.fields(kind)]
     if not isinstance(values, dict) or sorted(values) != sorted(names):
         raise HywiaError(f"{_INDEX}: expected a {kind.__name__.lower()} with the fields {', '.join(names)}")

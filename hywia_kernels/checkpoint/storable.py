@@ -1,4 +1,4 @@
-"""What of a model needs care before it is written: dtypes, shared matrices, generation configs that contradict."""
+"""Parts of a model that need care before it is written: dtypes, shared matrices, contradictory generation configs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["check_storable", "storable_generation", "storable_state"]
 
 
 def storable_generation(generation: Any) -> Any:
-    """A generation config that its class stores though it contradicts itself (a temperature beside greedy decoding), as
-    many published ones do: what loaded once loads again."""
+    """A copy of a generation config that its class stores even if it contradicts itself (a temperature beside greedy
+    decoding), as many published ones do: a config that loaded once can be loaded again."""
     generation = copy.deepcopy(generation)
     generation._original_object_hash = hash(generation)
     return generation
 
 
 def check_storable(model: Any) -> None:
-    """Tell of dtypes that loading will not keep, of a model that `plain_model` gave."""
+    """Warn of weights whose dtype loading will not keep, in a model that `plain_model` gave."""
     kept = (
         *(getattr(model, "_keep_in_fp32_modules", None) or ()),
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
@@ -39,15 +39,15 @@ def check_storable(model: Any) -> None:
 
 
 def storable_state(described: Any) -> dict[str, Any] | None:
-    """The state dict, with copies of matrices that modules share though the family's do not: loading gives each its
-    own. None where there are none."""
+    """The state dict in which modules that share a matrix, though the family's do not, have copies of it: loading gives
+    each its own. None where no copy is needed."""
     state = described.state_dict()
     ties = described.get_expanded_tied_weights_keys(all_submodels=True)
-    seen: set[tuple[Any, ...]] = set()
+    memories: set[tuple[Any, ...]] = set()
     copies: dict[str, Any] = {}
     for name, tensor in state.items():
         memory = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
-        if memory in seen and tensor.numel() and name not in ties and name not in ties.values():
+        if memory in memories and tensor.numel() and name not in ties and name not in ties.values():
             copies[name] = tensor.clone()
-        seen.add(memory)
+        memories.add(memory)
     return {**state, **copies} if copies else None

@@ -33,16 +33,16 @@ def tied_head(model: Any) -> bool | None:
 
 
 def set_ties(config: Any, model: Any) -> Any:
-    """Make a config say of the head what `model` has; also the part of it that is the language decoder's.
+    """Make a config, and its part for the language decoder, say whether the head of `model` is its embedding.
 
     Returns:
-        the config.
+        the config, which was changed in place.
     """
     tied = tied_head(model)
     if tied is None:
         return config
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
-    # The outer one decides in transformers; servers read either.
+    # transformers goes by the outer config; servers read either.
     for part in (config,) if inner is config else (config, inner):
         if bool(getattr(part, "tie_word_embeddings", False)) != tied:
             part.tie_word_embeddings = tied
@@ -55,18 +55,19 @@ def own_head(model: Any) -> bool:
 
 
 def settle_tying(model: Any) -> bool:
-    """Make the config of a model with a head of its own say so; whether it had to be changed.
+    """Make the config of a model with a head of its own say so, so that what is later built from the config has it.
 
-    What is saved, copied or built from the config afterwards keeps the head.
+    Returns:
+        whether the config had to be changed.
     """
     if not own_head(model):
         return False
-    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    said = [c for c in (model.config, text) if getattr(c, "tie_word_embeddings", False)]
-    for config in said:
+    decoder = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    wrong = [c for c in (model.config, decoder) if getattr(c, "tie_word_embeddings", False)]
+    for config in wrong:
         config.tie_word_embeddings = False
-    if said and hasattr(model, "all_tied_weights_keys"):
+    if wrong and hasattr(model, "all_tied_weights_keys"):
         head = {id(p) for p in model.get_output_embeddings().parameters()}
         own = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in head}
         model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in own}
-    return bool(said)
+    return bool(wrong)

@@ -22,6 +22,7 @@ __all__ = ["check_file", "check_tensors", "check_written"]
 
 
 def _bits(tensor: Tensor) -> Tensor:
+    """A tensor's bytes, uint8 `[bytes]` on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -29,7 +30,8 @@ def check_tensors(folder: Path, expected: Mapping[str, Tensor]) -> set[str]:
     """Compare the weight files of a directory with what they should hold.
 
     Args:
-        expected: name in the files -> tensor; of several names of one memory one at least must be there.
+        folder: the directory.
+        expected: name in the files -> tensor; where several names have one memory, the files must hold one of them.
 
     Returns:
         the names that the files hold.
@@ -71,10 +73,12 @@ def check_file(file: Path, expected: Mapping[str, Tensor]) -> None:
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same memory, read in the same way."""
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.dtype
 
 
 def _compared(file: Path, expected: Mapping[str, Tensor]) -> set[str]:
+    """The names that one safetensors file holds, once each tensor is seen to be the expected one."""
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
@@ -100,7 +104,7 @@ def check_written(model: Any, folder: Path) -> None:
         model: what was saved, of the class that its config in the directory names.
 
     Raises:
-        HywiaError: naming the tensor.
+        HywiaError: it would not be; the message names the tensor.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -134,7 +138,7 @@ def _check_config(model: Any, state: Mapping[str, Tensor], stored: set[str], fol
 
 
 def _built(model: Any, folder: Path) -> Any:
-    """A model without memory, from the config in the directory."""
+    """The model on the meta device that the config in the directory describes."""
     from transformers import AutoConfig
 
     try:

@@ -30,7 +30,7 @@ _ORIGINAL = ("params.json", "consolidated.safetensors", "consolidated.safetensor
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a safetensors file, by its header: dtype as safetensors writes it ("BF16"), shape, bytes."""
+    """One tensor of a safetensors file, as the header describes it; the dtype is safetensors' name ("BF16")."""
 
     file: Path
     dtype: str
@@ -43,8 +43,8 @@ def weight_files(folder: str | Path) -> tuple[Path, ...]:
 
     `model.safetensors` if the directory has one, otherwise the files that `model.safetensors.index.json` names. Where
     both are there, the index must name that one file or files that are all gone (`save_pretrained` leaves the index of
-    an earlier, sharded save). Never adapters, `consolidated` files or others that lie beside. A link to a file is
-    followed, as the hub's cache is made of links.
+    an earlier, sharded save). Adapters, `consolidated` files and others that lie beside are never among them. A link to
+    a file is followed, as the hub's cache is made of links.
 
     Raises:
         HywiaError: there are none, one is missing, two sets could be meant, the index is damaged or names a file that
@@ -67,7 +67,7 @@ def weight_files(folder: str | Path) -> tuple[Path, ...]:
     elif named:
         files = named
     else:
-        raise HywiaError(_nothing(folder))
+        raise HywiaError(_why_no_weights(folder))
     for file in files:
         read_header(file)
     return files
@@ -92,33 +92,34 @@ def weight_bytes_stored(folder: str | Path) -> int:
 
 
 def stored_tensors(folder: str | Path) -> dict[str, Stored]:
-    """Name -> what the headers of `weight_files` say of the tensor.
+    """Name -> the tensor of that name, by the headers of `weight_files`.
 
     Raises:
-        HywiaError: as `weight_files`; or two files hold a tensor of one name, or the index names a tensor that its
-            file lacks.
+        HywiaError: what `weight_files` raises; or two files hold a tensor of one name, or the index names a tensor that
+            its file lacks.
     """
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for file in weight_files(folder):
         for name, entry in read_header(file).items():
-            if name in found:
-                raise HywiaError(f"model: both {found[name].file.name} and {file.name} in {folder} hold {name!r}")
+            if name in tensors:
+                raise HywiaError(f"model: both {tensors[name].file.name} and {file.name} in {folder} hold {name!r}")
             begin, end = entry["data_offsets"]
-            found[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), end - begin)
+            tensors[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), end - begin)
     index = Path(folder) / INDEX
     if _exists(index) and not _exists(Path(folder) / SINGLE):
         for name, file_name in _weight_map(index).items():
-            if name not in found or found[name].file != Path(folder) / file_name:
+            if name not in tensors or tensors[name].file != Path(folder) / file_name:
                 raise HywiaError(f"model: {index} says that {name!r} is in {file_name}, which does not hold it")
-    return found
+    return tensors
 
 
 def _exists(path: Path) -> bool:
-    """Also of a link that leads nowhere, which is to be named and not passed over."""
+    """Whether something is there, a link that leads nowhere included: it is to be named, and not passed over."""
     return path.is_symlink() or path.exists()
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, by an index that has been judged."""
     content = read_json(index).get("weight_map")
     if not isinstance(content, dict) or not content:
         raise HywiaError(f"model: {index} is damaged: expected an object 'weight_map' of tensor names and files")
@@ -129,12 +130,13 @@ def _weight_map(index: Path) -> dict[str, str]:
         if not name.endswith(".safetensors"):
             pickle = "; a pickle can run code when opened and is never loaded" if _is_pickle(name) else ""
             raise HywiaError(f"model: {index} names {name!r} for {tensor!r}: expected a *.safetensors file{pickle}")
-        if _kind(name) is not None:
-            raise HywiaError(f"model: {index} names {name!r} for {tensor!r}: that is {_kind(name)}")
+        if _foreign_kind(name) is not None:
+            raise HywiaError(f"model: {index} names {name!r} for {tensor!r}: that is {_foreign_kind(name)}")
     return content
 
 
 def _indexed(index: Path) -> tuple[Path, ...]:
+    """The files that an index names, in the order of their names."""
     return tuple(index.parent / name for name in sorted(set(_weight_map(index).values())))
 
 
@@ -142,8 +144,8 @@ def _is_pickle(name: str) -> bool:
     return Path(name).suffix.lower() in _PICKLES
 
 
-def _kind(name: str) -> str | None:
-    """What a file is that is no model's, by its name."""
+def _foreign_kind(name: str) -> str | None:
+    """What a safetensors file is, by its name, that does not hold a model's weights; None where it may."""
     if name.startswith("adapter_model"):
         return "an adapter (LoRA and the like)"
     if name.startswith("consolidated"):
@@ -151,14 +153,14 @@ def _kind(name: str) -> str | None:
     return None
 
 
-def _nothing(folder: Path) -> str:
+def _why_no_weights(folder: Path) -> str:
     """Why a directory holds no weights to load, and the way out."""
     names = sorted(path.name for path in folder.iterdir())
     safetensors = [name for name in names if name.endswith(".safetensors")]
     adapters = [name for name in names if name.startswith("adapter_model")]
     originals = [name for name in names if name in _ORIGINAL or name.startswith("consolidated.")]
     pickles = [name for name in names if _is_pickle(name) and name not in adapters and name != "training_args.bin"]
-    others = [name for name in safetensors if _kind(name) is None]
+    others = [name for name in safetensors if _foreign_kind(name) is None]
     shards = [name for name in others if "-of-" in name]
     if shards:
         return f"model: {folder} holds {shards[0]}, but no {INDEX}, which says what is in which file; fetch it as well"

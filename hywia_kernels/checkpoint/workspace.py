@@ -1,4 +1,4 @@
-"""What belongs to a target while it is written: a locked directory beside it, and what a killed run left there.
+"""The workspace of a target while it is written: a locked directory beside it, and what a killed run left there.
 
 For a target NAME it is `.NAME.hywia-partial`: `lock`, held by the run that is going to write NAME from before its work
 until its end; `new`, which is being written; `old`, an earlier result that was set aside; `trash`, which is being
@@ -38,9 +38,9 @@ class Claim:
     workspace: Path
     owner: tuple[int, int]  # process and thread
     locked: bool = False
-    handle: int = -1  # of the lock; -1 where the filesystem has none
+    handle: int = -1  # the lock's file descriptor; -1 where the filesystem has no locks
     identity: tuple[int, int] | None = None  # device and inode of what is being written, which renames keep
-    parents: list[Path] = field(default_factory=list)  # that did not exist before
+    parents: list[Path] = field(default_factory=list)  # directories made for the target, the outermost first
 
     @property
     def new(self) -> Path:
@@ -68,7 +68,7 @@ def located(path: str | Path) -> tuple[Path, Path]:
 
 
 def _short(name: str) -> str:
-    """File names are 255 bytes at most."""
+    """A stand-in for a long name, as file names have 255 bytes at most."""
     return hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
 
 
@@ -81,7 +81,11 @@ def _make_parents(claim: Claim) -> None:
 
 
 def _lock(claim: Claim) -> None:
-    """Take the workspace, or say who has it."""
+    """Take the workspace.
+
+    Raises:
+        HywiaError: another run has it; the message says which.
+    """
     for _ in range(100):  # another run may remove it between two of these steps
         existed = os.path.lexists(claim.workspace)
         with suppress(FileExistsError):
@@ -132,10 +136,11 @@ def _is_file(handle: int, path: Path) -> bool:
 
 
 def settle(claim: Claim) -> None:
-    """Put back what was set aside if its place is empty, and delete what is left over.
+    """Put back an earlier result that was set aside if its place is empty, and delete the rest of the workspace.
 
     Raises:
-        HywiaError: something else has taken its place meanwhile, so that neither may be deleted. OSError.
+        HywiaError: something else has taken its place meanwhile, so that neither may be deleted.
+        OSError: the filesystem refuses.
     """
     if os.path.lexists(claim.old):
         if not os.path.lexists(claim.path):
@@ -154,19 +159,20 @@ def settle(claim: Claim) -> None:
 
 
 def _settle_earlier_releases(claim: Claim) -> None:
-    """The same for `.NAME.hywia-partial-PROCESS-RANDOM`, which releases before the lock left."""
-    for leftover in sorted(claim.path.parent.glob(f".{_escaped(claim.path.name)}{_MARK}-*")):
-        process = leftover.name.rpartition("-")[0].rpartition("-")[2]
+    """Settle the directories `.NAME.hywia-partial-PROCESS-RANDOM` that killed runs of releases without a lock left."""
+    for stale in sorted(claim.path.parent.glob(f".{_escaped(claim.path.name)}{_MARK}-*")):
+        process = stale.name.rpartition("-")[0].rpartition("-")[2]
         if process.isdigit() and os.path.exists("/proc/self") and os.path.exists(f"/proc/{process}"):
             continue  # it may be writing
-        old = leftover / "old"
+        old = stale / "old"
         if os.path.lexists(old) and not os.path.lexists(claim.path):
             disk.rename_new(old, claim.path)
             disk.sync_directory(claim.path.parent)
-        disk.remove(leftover)
+        disk.remove(stale)
 
 
 def _escaped(name: str) -> str:
+    """A name as a glob pattern that matches it alone."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
@@ -183,7 +189,7 @@ def take(claim: Claim) -> None:
 
 
 def leave(held: Claim) -> None:
-    """Leave nothing but what a later run must put back."""
+    """Give the target up, and leave nothing of its workspace but what a later run must put back."""
     try:
         if held.locked:
             with suppress(OSError, HywiaError):

@@ -10,7 +10,7 @@ from typing import Any
 from ..checkpoint import atomic_directory, originals, saving
 from ..checkpoint.loading import load
 from ..checkpoint.replaceable import check_report
-from ..deploy.cost import work_of
+from ..deploy.cost import cost_of
 from ..deploy.hardware import threaded_device_name
 from ..deploy.speed import cases, measure
 from ..errors import UsageError
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
         model, _ = load(
             name, dtype=arguments.dtype, device=arguments.device, trust_remote_code=arguments.trust_remote_code
         )
-        work = work_of(model)
+        work = cost_of(model)
         readings, reason = measure(model, wanted, modes=arguments.modes, runs=arguments.runs, what=name)
         if reason is not None:
             console.say(f"{name}: eager figures only: {reason}")

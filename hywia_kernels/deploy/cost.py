@@ -11,22 +11,22 @@ from .. import arch
 from ..arch.facts import count_parameters, weight_bytes
 from ..types import Plan
 
-__all__ = ["Work", "work_of"]
+__all__ = ["Cost", "cost_of"]
 
 
 @dataclass(frozen=True)
-class Work:
-    """Sizes that decide a model's speed.
+class Cost:
+    """The sizes of a model that decide its speed.
 
     Attributes:
-        matrices: (outputs, inputs) of every matrix that each token is multiplied by; the head apart.
+        matrices: (outputs, inputs) of every matrix that each token is multiplied by, without the head.
         hidden: width of the residual stream.
-        head: outputs times inputs of the matrix that makes logits, for the last token of a sequence only.
+        head: outputs times inputs of the matrix that makes logits, which only the last token of a sequence needs.
         attention: query heads times head_dim, by layer.
         kv: key heads times head_dim, by layer.
         element_size: bytes of a weight.
-        parameters, weight_bytes: of the whole model, tied ones once.
-        step_bytes: bytes of weights that one decoding step reads: all, but of an untied embedding one row.
+        parameters, weight_bytes: number and bytes of the whole model's parameters, tied ones once.
+        step_bytes: bytes of weights that one decoding step reads: all but an untied embedding, of which it reads a row.
     """
 
     matrices: tuple[tuple[int, int], ...]
@@ -41,26 +41,27 @@ class Work:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Of the cache, one sequence: keys and values of all layers in the weights' dtype."""
+        """Bytes of the cache for one token of one sequence: keys and values of all layers in the weights' dtype."""
         return 2 * sum(self.kv) * self.element_size
 
     def prefill_flops(self, batch: int, tokens: int) -> float:
-        """Two per weight and token, causal attention's two products, and the head for the last token."""
+        """FLOPs of `batch` prompts of `tokens` each: two per weight and token, causal attention's two products, and
+        the head for the last token."""
         products = 2.0 * batch * tokens * sum(n * k for n, k in self.matrices) + 2.0 * batch * self.head
         return products + 2.0 * batch * tokens * tokens * sum(self.attention)
 
     def decode_bytes(self, batch: int, context: int) -> float:
-        """Read in one step: the weights once, and each sequence's cache of `context` tokens."""
+        """Bytes that one decoding step reads: the weights once, and each sequence's cache of `context` tokens."""
         return self.step_bytes + float(batch) * context * self.kv_bytes_per_token
 
 
-def work_of(model: Any, plan: Plan | None = None) -> Work:
-    """Count a model's work, as it is or as it will be after a plan's cut (the model is not touched)."""
-    found = arch.groups(model)
-    kept = {g.name: plan.keep[g.name].numel() if plan is not None else g.units for g in found}
+def cost_of(model: Any, plan: Plan | None = None) -> Cost:
+    """The sizes of a model as it is, or as it will be after a plan's cut; the model is not touched."""
+    groups = arch.groups(model)
+    kept = {g.name: plan.keep[g.name].numel() if plan is not None else g.units for g in groups}
     shapes = _shapes(model)
     attention, kv, removed = [], [], 0
-    for group in found:
+    for group in groups:
         removed += (group.units - kept[group.name]) * group.unit_parameters
         for member in group.members:
             axis = _logical_axis(member, group)
@@ -69,14 +70,14 @@ def work_of(model: Any, plan: Plan | None = None) -> Work:
                 shapes[member.module][axis] -= gone
             elif member.index == 0:  # of a stack, whose matrices stay equally wide
                 stack = shapes[f"{member.module}.{member.parameter}"]
-                stack[axis] -= gone * (_meets(model) if axis == 0 else 1)
+                stack[axis] -= gone * (_experts_per_token(model) if axis == 0 else 1)
         if group.kind == "attention":
             attention.append(kept[group.name] * group.members[-1].group_size)
             kv.append(kept[group.name] * group.members[1].group_size if len(group.members) > 2 else attention[-1])
     size = next(model.parameters()).element_size()
     embedding, head = model.get_input_embeddings().weight, _head(model)
     tied = head is None or head.weight is embedding
-    return Work(
+    return Cost(
         matrices=tuple((n, k) for n, k in shapes.values()),
         hidden=embedding.shape[1],
         head=(embedding if head is None else head.weight).numel(),
@@ -94,19 +95,19 @@ def _head(model: Any) -> Any:
 
 
 def _logical_axis(member: Any, group: Any) -> int:
-    """0 for a member that makes the units' outputs, 1 for the one that takes them: the last, whatever its storage."""
+    """0 for a member that makes the units' outputs, 1 for the one that takes them: the last, however it is stored."""
     return int(member is group.members[-1])
 
 
-def _meets(model: Any) -> int:
-    """Experts that a token goes to."""
+def _experts_per_token(model: Any) -> int:
+    """How many experts a token goes to; 1 in a model without experts."""
     return getattr(model.config, "num_experts_per_tok", None) or 1
 
 
 def _shapes(model: Any) -> dict[str, list[int]]:
-    """Module -> [outputs, inputs] of every matrix multiplied by, but the head and the embeddings.
+    """Module -> [outputs, inputs] of every matrix that a token is multiplied by, without head and embeddings.
 
-    A stack of experts counts as often as a token meets one.
+    The outputs of a stack of experts count once for each expert that a token goes to.
     """
     shapes: dict[str, list[int]] = {}
     skip = {id(model.get_input_embeddings()), id(_head(model))}
@@ -119,6 +120,5 @@ def _shapes(model: Any) -> dict[str, list[int]]:
             shapes[name] = list(weight.shape[::-1]) if transposed else list(weight.shape)
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3:
-                meets = _meets(model)
-                shapes[f"{name}.{leaf}"] = [parameter.shape[1] * meets, parameter.shape[2]]
+                shapes[f"{name}.{leaf}"] = [parameter.shape[1] * _experts_per_token(model), parameter.shape[2]]
     return shapes

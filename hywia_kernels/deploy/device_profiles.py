@@ -1,7 +1,7 @@
-"""What widths a device likes, and how fast it would run a model: read from sweeps, not from folklore.
+"""Which widths a device runs well, and how fast it would run a model, both from measured sweeps.
 
-A target is a JSON file beside this one, written by `python -m benchmarks.bench_width --profile`: the time of a linear
-layer's products at every multiple of 64, and, between them, what narrower alignments cost. From it come
+A profile is a JSON file of the folder `profiles`, written by `python -m benchmarks.bench_width --profile`: the rates of
+a linear layer's products at every multiple of 64, and, between them, what narrower alignments cost. From it come
 
 * the alignment: the smallest power of two that no wider one beats by more than 3 %;
 * the widths worth keeping: those for which no wider one is as fast (a product runs in whole waves of tiles, so its time
@@ -29,7 +29,7 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from .cost import Work
+    from .cost import Cost
 
 __all__ = ["NAMES", "Prediction", "Target", "at_hand", "predict", "resolve"]
 
@@ -43,12 +43,12 @@ _DEFAULT_ALIGN = 64
 
 @dataclass(frozen=True)
 class Target:
-    """One device.
+    """A device to plan for.
 
     Attributes:
         name, device, source: what it is called here, the device, and by which command and when the figures were
             measured ("" for not measured).
-        align: widths are multiples of it.
+        align: what widths are to be multiples of.
         tflop_s: form ("up" `[tokens, hidden] x [hidden, width]`, "down" the other way) -> tokens -> width -> rate.
         matmul_tflop_s, copy_gb_s: the device's ceilings in the same run; 0 where not measured.
         borrowed: the device that the figures are of, where that is another; "" where it is this one.
@@ -74,7 +74,7 @@ class Target:
         return self.has_rates and not self.borrowed
 
     def described(self, instead: str = "") -> str:
-        """The device, and whose the figures are if not its own; `instead`: what serves where there are none."""
+        """The device, and whose the figures are if not its own; `instead` says what serves where there are none."""
         if self.measured:
             return self.device
         if self.borrowed:
@@ -82,11 +82,11 @@ class Target:
         return f"{self.device} (not measured{instead})"
 
     def tokens(self) -> list[int]:
-        """Prompt lengths times batches that were measured."""
+        """The measured numbers of tokens (prompt length times batch), ascending; empty where nothing was measured."""
         return sorted(self.tflop_s["up"]) if self.has_rates else []
 
     def rate(self, form: str, tokens: int, width: int) -> float:
-        """TFLOP/s of a product, between measured widths by interpolation of its time; outside them the nearest's."""
+        """TFLOP/s of a product: between measured widths by interpolating its time, outside them the nearest width's."""
         table = self.tflop_s[form][tokens]
         widths = sorted(table)
         at = bisect.bisect_left(widths, width)
@@ -96,20 +96,20 @@ class Target:
         slow, fast = low / table[low], high / table[high]  # times, up to the factor that all widths share
         return width / (slow + (fast - slow) * (width - low) / (high - low))
 
-    def worthwhile(self, widths: Sequence[int]) -> list[int]:
-        """Of ascending `widths` those that are faster than every wider one, all measured forms and tokens together."""
+    def pareto_widths(self, widths: Sequence[int]) -> list[int]:
+        """Those of ascending `widths` that are faster than every wider one, over all measured forms and tokens."""
         if not self.has_rates:
             return list(widths)
         kept: list[int] = []
-        least = float("inf")
+        shortest = float("inf")
         for width in sorted(widths, reverse=True):
-            # Two matrices make a channel's output, one takes it.
+            # Two matrices make a channel's output (gate and up), and one takes it (down).
             time = sum(
                 width * (2 / self.rate("up", t, width) + 1 / self.rate("down", t, width)) / t for t in self.tokens()
             )
-            if time < least * 0.999:
+            if time < shortest * 0.999:
                 kept.append(width)
-                least = time
+                shortest = time
         return kept[::-1]
 
 
@@ -117,11 +117,11 @@ def _profiles() -> Any:
     return resources.files(__package__) / "profiles"
 
 
-def _names() -> list[str]:
+def _shipped_names() -> list[str]:
     return sorted(f.name.removesuffix(".json") for f in _profiles().iterdir() if f.name[-5:] == ".json")
 
 
-NAMES = (*_names(), *_BORROWED, *_DOCUMENTED)
+NAMES = (*_shipped_names(), *_BORROWED, *_DOCUMENTED)
 
 
 def resolve(target: str | Path | None, device: torch.device | None = None) -> Target:
@@ -137,15 +137,15 @@ def resolve(target: str | Path | None, device: torch.device | None = None) -> Ta
         return Target(name, name, "", _DOCUMENTED[name], {}, 0.0, 0.0)
     if name in _BORROWED:
         device_name, owner = _BORROWED[name]
-        return _lent(_own(owner), name, device_name)
+        return _borrowing(_shipped(owner), name, device_name)
     if name in NAMES:
-        return _own(name)
+        return _shipped(name)
     if Path(name).suffix == ".json" and Path(name).is_file():
         try:
             text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"target: cannot read {name} as UTF-8 text: {error}") from error
-        return _read(Path(name).stem, text)
+        return _parsed(Path(name).stem, text)
     raise UsageError(
         f"target: expected one of {', '.join(NAMES)}, auto, or a .json profile, got {name!r}; "
         "python -m benchmarks.bench_width --profile FILE measures the device at hand"
@@ -166,51 +166,51 @@ def at_hand(device: torch.device | None = None) -> Target:
     if kind != "cuda":
         return Target("auto", kind, "", _DEFAULT_ALIGN, {}, 0.0, 0.0)
     name, capability = torch.cuda.get_device_name(device), tuple(torch.cuda.get_device_capability(device))
-    like = [_own(p) for p in _names() if _capability(p) == capability]
+    like = [_shipped(p) for p in _shipped_names() if _capability(p) == capability]
     for known in like:
         if known.device == name:
             return known
     for known in like:
         if known.device.partition(" ")[0] == name.partition(" ")[0]:
-            return _lent(known, "auto", name)
+            return _borrowing(known, "auto", name)
     for part, align in _DOCUMENTED.items():
         if part in re.split(r"[^a-z0-9]+", name.lower()):
             return Target(part, name, "", align, {}, 0.0, 0.0)
     return Target("auto", name, "", _DEFAULT_ALIGN, {}, 0.0, 0.0)
 
 
-def _text(name: str) -> str:
+def _shipped_text(name: str) -> str:
     return (_profiles() / f"{name}.json").read_text(encoding="utf-8")
 
 
-def _own(name: str) -> Target:
-    return _read(name, _text(name))
+def _shipped(name: str) -> Target:
+    return _parsed(name, _shipped_text(name))
 
 
 def _capability(name: str) -> tuple[int, ...]:
-    return tuple(json.loads(_text(name)).get("capability", ()))
+    return tuple(json.loads(_shipped_text(name)).get("capability", ()))
 
 
-def _lent(profile: Target, name: str, device: str) -> Target:
+def _borrowing(profile: Target, name: str, device: str) -> Target:
     """A device's figures for another like it."""
     return replace(profile, name=name, device=device, borrowed=profile.device)
 
 
-def _read(name: str, text: str) -> Target:
+def _parsed(name: str, text: str) -> Target:
     try:
-        found: dict[str, Any] = json.loads(text)
+        profile: dict[str, Any] = json.loads(text)
         rates = {
             form: {int(t): {int(w): float(r) for w, r in widths.items()} for t, widths in tokens.items()}
-            for form, tokens in found["tflop_s"].items()
+            for form, tokens in profile["tflop_s"].items()
         }
         target = Target(
             name,
-            str(found["device"]),
-            str(found["source"]),
-            int(found["align"]),
+            str(profile["device"]),
+            str(profile["source"]),
+            int(profile["align"]),
             rates,
-            float(found["matmul_tflop_s"]),
-            float(found["copy_gb_s"]),
+            float(profile["matmul_tflop_s"]),
+            float(profile["copy_gb_s"]),
         )
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UsageError(f"target: {name} is no profile of bench_width ({error!r})") from error
@@ -228,24 +228,25 @@ def _flaw(target: Target) -> str | None:
     tables = [table for tokens in forms.values() for table in tokens.values()]
     numbers = [target.matmul_tflop_s, target.copy_gb_s, *(rate for table in tables for rate in table.values())]
     if not all(tables) or not all(math.isfinite(n) and n > 0 for n in numbers) or target.align < 1:
-        return "expected positive rates, at least one a table, and an alignment of at least 1"
+        return "expected positive rates, at shortest one a table, and an alignment of at shortest 1"
     return None
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Times before over times after."""
+    """Speed-ups of a plan: times before over times after."""
 
     prefill: Mapping[int, float]  # tokens -> speed-up
     decode: float
     size: float  # weight bytes before over after
 
 
-def predict(before: Work, after: Work, target: Target, context: int = 512) -> Prediction:
+def predict(before: Cost, after: Cost, target: Target, context: int = 512) -> Prediction:
     """Speed-up from the measured rates; where nothing was measured, from FLOPs.
 
-    Prefill is the products' time, causal attention's counted at the ceiling of products; one prompt of each measured
-    count of tokens. Decoding is one sequence, `context` tokens in its cache, by bytes.
+    Prefill is predicted for one prompt of each measured length, from the products' times; causal attention's products
+    count at the device's ceiling. Decoding is predicted from the bytes that one sequence reads with `context` tokens in
+    its cache.
     """
     tokens = target.tokens() or [2048]
     prefill = {t: _prefill_time(before, target, t) / _prefill_time(after, target, t) for t in tokens}
@@ -253,13 +254,13 @@ def predict(before: Work, after: Work, target: Target, context: int = 512) -> Pr
     return Prediction(prefill, decode, before.weight_bytes / after.weight_bytes)
 
 
-def _prefill_time(work: Work, target: Target, tokens: int) -> float:
+def _prefill_time(cost: Cost, target: Target, tokens: int) -> float:
     if not target.has_rates:
-        return work.prefill_flops(1, tokens)
+        return cost.prefill_flops(1, tokens)
     products = 0.0
-    for outputs, inputs in work.matrices:
+    for outputs, inputs in cost.matrices:
         # The side that is not the hidden size is the width.
-        form, width = ("up", outputs) if inputs == work.hidden else ("down", inputs)
+        form, width = ("up", outputs) if inputs == cost.hidden else ("down", inputs)
         products += 2.0 * tokens * outputs * inputs / target.rate(form, tokens, width)
-    rest = work.prefill_flops(1, tokens) - 2.0 * tokens * sum(n * k for n, k in work.matrices)
+    rest = cost.prefill_flops(1, tokens) - 2.0 * tokens * sum(n * k for n, k in cost.matrices)
     return products + rest / target.matmul_tflop_s

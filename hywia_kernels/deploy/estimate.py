@@ -24,7 +24,7 @@ from ..engine.memory import free_bytes, scoring_bytes
 from ..engine.samples import padded
 from ..errors import UsageError
 from ..types import Group
-from .cost import Work, work_of
+from .cost import Cost, cost_of
 from .rates import Rates, measured_rates
 
 __all__ = ["STAGES", "Estimate", "estimate"]
@@ -97,7 +97,7 @@ def estimate(
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio < 1.0:
         raise UsageError(f"ratio: expected a number from 0 to below 1, got {ratio!r}")
     where = _device(model, device)
-    work, groups = work_of(model), arch.groups(model)
+    work, groups = cost_of(model), arch.groups(model)
     rates = measured_rates(where, next(model.parameters()).dtype) if rates is None else rates
     scored = samples if ranks_heads else 0
     seconds = {
@@ -129,13 +129,13 @@ def _device(model: Any, device: torch.device | str | None) -> torch.device:
     return torch.device("cpu") if own.type == "meta" else own
 
 
-def _forward(work: Work, samples: int, seq_len: int, *, logits: bool) -> float:
+def _forward(work: Cost, samples: int, seq_len: int, *, logits: bool) -> float:
     """FLOPs of a forward pass; `logits` of every token."""
     without = work.prefill_flops(samples, seq_len) - 2.0 * samples * work.head
     return without + (2.0 * samples * seq_len * work.head if logits else 0.0)
 
 
-def _writing(work: Work, samples: int, seq_len: int, layers: int, rates: Rates) -> float:
+def _writing(work: Cost, samples: int, seq_len: int, layers: int, rates: Rates) -> float:
     """A decoding step for every token: its products, and at least the weights' bytes and the layers' launches."""
     steps = seq_len - 1
     total = 0.0
@@ -146,12 +146,12 @@ def _writing(work: Work, samples: int, seq_len: int, layers: int, rates: Rates) 
     return total
 
 
-def _scoring(work: Work, samples: int, seq_len: int, rates: Rates) -> float:
+def _scoring(work: Cost, samples: int, seq_len: int, rates: Rates) -> float:
     """Three times a forward pass: that, gradients of activations, and those of weights."""
     return 3.0 * _forward(work, samples, seq_len, logits=True) / (rates.products * _SCORING)
 
 
-def _ranking(work: Work, groups: Any, samples: int, seq_len: int, rates: Rates) -> float:
+def _ranking(work: Cost, groups: Any, samples: int, seq_len: int, rates: Rates) -> float:
     """A forward pass, second moments `[width, width]` of every layer's heads, and an inverse of each."""
     if not samples:
         return 0.0
@@ -178,7 +178,7 @@ def _solved(groups: Any) -> list[Group]:
     return [g for g in groups if g.members[-1].index is None and g.kind != "experts"]
 
 
-def _reconstruction(work: Work, groups: Any, samples: int, seq_len: int, kept: float, rates: Rates) -> float:
+def _reconstruction(work: Cost, groups: Any, samples: int, seq_len: int, kept: float, rates: Rates) -> float:
     """Two passes a layer and one for each of its matrices; moments of the surviving inputs with themselves and with the
     outputs; a factorisation and four triangular products' worth of solving."""
     if not samples or kept == 1.0:
@@ -196,7 +196,7 @@ def _reconstruction(work: Work, groups: Any, samples: int, seq_len: int, kept: f
     )
 
 
-def _writing_bytes(work: Work, samples: int, seq_len: int) -> int:
+def _writing_bytes(work: Cost, samples: int, seq_len: int) -> int:
     """The cache, and logits in float32 with what sampling makes of them."""
     vocabulary = work.head // work.hidden
     return samples * (seq_len * work.kv_bytes_per_token + 4 * 4 * vocabulary)
@@ -217,13 +217,13 @@ def _moment_bytes(device: torch.device) -> int:
     return 8 if device.type == "cpu" else 4
 
 
-def _layer_bytes(work: Work, tokens: int) -> int:
+def _layer_bytes(work: Cost, tokens: int) -> int:
     """Activations of one layer's widest part, in the model's dtype."""
     widest = max(n + k for n, k in work.matrices)
     return work.element_size * tokens * (4 * work.hidden + 3 * widest)
 
 
-def _ranking_bytes(work: Work, groups: Any, samples: int, seq_len: int, device: torch.device) -> int:
+def _ranking_bytes(work: Cost, groups: Any, samples: int, seq_len: int, device: torch.device) -> int:
     """The hidden states, one chunk's activations, and one layer's moments, in float64 too, with factor and inverse."""
     if not samples:
         return 0
@@ -234,7 +234,7 @@ def _ranking_bytes(work: Work, groups: Any, samples: int, seq_len: int, device: 
 
 
 def _reconstruction_bytes(
-    work: Work, groups: Any, samples: int, seq_len: int, kept: float, device: torch.device
+    work: Cost, groups: Any, samples: int, seq_len: int, kept: float, device: torch.device
 ) -> int:
     """Hidden states of both models, what leaves the dense layer and what its attention adds, for all tokens; a chunk's
     activations, one matrix's equations with what solving them makes in float64, and a copy of one layer's weights."""

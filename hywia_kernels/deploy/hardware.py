@@ -25,7 +25,7 @@ def device_name(device: torch.device | str) -> str:
 
 
 def threaded_device_name(device: torch.device | str) -> str:
-    """The same, and for a processor the number of threads that torch uses, without which its figures say little."""
+    """The `device_name`, and for a processor the number of threads that torch uses, which its figures depend on."""
     name = device_name(device)
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' * (threads != 1)}" if torch.device(device).type == "cpu" else name

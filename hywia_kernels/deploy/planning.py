@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..method import selection
 from ..types import Group, Plan, Scores
 from . import device_profiles, serving_rules
-from .cost import work_of
+from .cost import cost_of
 
 __all__ = ["check_reachable", "plan_for", "with_prediction"]
 
@@ -33,9 +33,10 @@ def plan_for(
 ) -> Plan:
     """`selection.plan` with widths that a device runs well and servers accept.
 
-    The alignment is the target's, and of the widths so aligned those are preferred that no wider one is as fast as.
-    Both give way to an `align` of the caller's own. The plan's record names the target, the constraints that exclude
-    any width of this model, and which of them bind: the widths chosen without any would have broken it.
+    The alignment is the target's, and among aligned widths those are preferred that are faster than every wider one.
+    Both give way to an `align` of the caller's own. The plan's record names the target, the servers' rules that exclude
+    any width of this model ("constraints"), and those that the widths chosen without any rule would have broken
+    ("binding").
 
     Args:
         scores: of the model to prune. target: as `device_profiles.resolve` takes it; None: the device at hand.
@@ -50,7 +51,7 @@ def plan_for(
     rules = serving_rules.constraints(serve, tensor_parallel)
     excluding = [r for r in rules if _excludes(r, scores.groups)]
     step = device.align if align is None else align
-    preferred = _worthwhile(device) if align is None else None
+    preferred = _pareto_limit(device) if align is None else None
     binding: list[str] = []
     if not excluding:
         chosen = _plan(scores, (), preferred, step, request)
@@ -77,8 +78,8 @@ def plan_for(
 def check_reachable(
     model: Any, scores: Scores | None = None, *, criterion: str | None = "hywia", **request: Any
 ) -> Plan:
-    """Make sure that a request can be planned before anything is measured: what widths are reachable, servers' rules,
-    layers and kinds depend on the model alone.
+    """Make sure that a request can be planned before anything is measured. Reachable widths, servers' rules, layers and
+    kinds depend on the model alone.
 
     Args:
         model: the model to prune. scores: its scores, where there are some already. criterion: what it is to be scored
@@ -120,10 +121,11 @@ def _excludes(rule: serving_rules.Constraint, groups: Sequence[Group]) -> bool:
     return any(not rule.admits(g, w) for g in shapes for w in range(1, g.units + rule.hard))
 
 
-def _worthwhile(device: device_profiles.Target) -> Limit | None:
+def _pareto_limit(device: device_profiles.Target) -> Limit | None:
+    """The limit that leaves of MLP widths those that pay on the device; None where it has no rates."""
     if not device.has_rates:
         return None
-    return lambda group, widths: device.worthwhile(widths) if group.kind == "mlp" else widths
+    return lambda group, widths: device.pareto_widths(widths) if group.kind == "mlp" else widths
 
 
 def _plan(
@@ -143,13 +145,13 @@ def _plan(
 
 
 def with_prediction(plan: Plan, model: Any, target: str | Path | device_profiles.Target | None = None) -> Plan:
-    """The plan with what it should gain on the target in its record: `prediction`, times before over times after."""
+    """The plan, with what it should gain on the target in its record as "prediction": times before over times after."""
     device = target if isinstance(target, device_profiles.Target) else device_profiles.resolve(target)
-    found = device_profiles.predict(work_of(model), work_of(model, plan), device)
+    speedups = device_profiles.predict(cost_of(model), cost_of(model, plan), device)
     prediction = {
         "target": device.described(": by FLOPs"),
-        "prefill": {str(t): round(s, 4) for t, s in found.prefill.items()},
-        "decode": round(found.decode, 4),
-        "size": round(found.size, 4),
+        "prefill": {str(t): round(s, 4) for t, s in speedups.prefill.items()},
+        "decode": round(speedups.decode, 4),
+        "size": round(speedups.size, 4),
     }
     return dataclasses.replace(plan, record={**plan.record, "prediction": prediction})

@@ -7,13 +7,13 @@ Each rule was read in its project's source (vLLM and llama.cpp of 2026, TGI of J
   padding to a multiple of 64 (the hidden size is not sharded).
 * TGI, `custom_modeling/flash_*_modeling.py`: query heads, KV heads and sharded dimensions are divided by the number of
   shards. Its Llama code takes hidden_size / num_attention_heads for the size of a head whatever `head_dim` says, so a
-  Llama with fewer heads is stored as Mistral, whose code reads `head_dim` (`export.stock_config`).
+  Llama with fewer heads is stored as Mistral, whose code reads `head_dim` (`checkpoint.saving`).
 * llama.cpp, `convert_hf_to_gguf.py` and the quantiser: any width converts, as long as KV heads divide query heads,
   which whole groups always do: no rule. Rows are quantised in blocks of 32 (Q4_0, Q8_0, ...) or 256 (K-quants); others
   fall back to larger types. Those are rules by name, no refusals, and not among the defaults.
 
-A model that breaks a hard rule is not served at all, so it holds for what is not cut as well. All of them are about
-sharing: a model for one GPU breaks none.
+A server does not take a model that breaks a hard rule, so hard rules hold for what is not cut as well. All of them are
+about sharing a model between GPUs: a model for one GPU breaks none.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ _VLLM_PADDING = 64  # rows of the embedding
 
 @dataclass(frozen=True)
 class Constraint:
-    """One rule.
+    """One rule of a server.
 
     Attributes:
         name: `server.rule`.
         says: the rule in words.
         admits: whether a group may keep that many units.
-        hard: the server refuses a model that breaks it; otherwise a width that is not cut may.
+        hard: the server refuses a model that breaks the rule; a rule that is not hard may be broken by a width that is
+            not cut.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Constraint:
 
 
 def _heads(group: Group, units: int) -> int:
-    """Query heads of `units` KV groups: rows of o over rows of k, both a unit's."""
+    """Query heads of `units` KV groups: in each, as many as one unit's rows of k go into its columns of o."""
     per_unit = max(1, group.members[-1].group_size // group.members[1].group_size) if len(group.members) > 2 else 1
     return units * per_unit
 
@@ -67,16 +68,17 @@ def _whole_rows(size: int) -> Callable[[Group, int], bool]:
 
 
 def _row(group: Group, units: int) -> int:
-    """Length of the rows of the matrix that takes the units: what is quantised in blocks."""
+    """Length of the rows of the matrix that takes the units, which quantisers cut into blocks."""
     return units * group.members[-1].group_size
 
 
 def constraints(serve: Sequence[str] = DEFAULT, tensor_parallel: int = 1) -> tuple[Constraint, ...]:
-    """The rules of servers, and others by name ("llama.cpp.blocks", "llama.cpp.k_quants", "vllm.marlin"); of hard rules
-    none for one GPU, since it can break none.
+    """The rules of servers, and others by name ("llama.cpp.blocks", "llama.cpp.k_quants", "vllm.marlin").
+
+    For one GPU no hard rules are given, since a model cannot break them there.
 
     Args:
-        serve: of `SERVERS`, or single rules' names. tensor_parallel: how many GPUs share the model.
+        serve: names from `SERVERS`, or of single rules. tensor_parallel: how many GPUs share the model.
 
     Raises:
         UsageError: an unknown name, or fewer than one GPU.
@@ -104,17 +106,17 @@ def constraints(serve: Sequence[str] = DEFAULT, tensor_parallel: int = 1) -> tup
     )
     chosen: list[Constraint] = []
     for name in serve:
-        found = [c for c in known if c.name == name or c.name.rpartition(".")[0] == name]
-        found += [c for c in extra if c.name == name]
-        if not found and name not in SERVERS:
+        named = [c for c in known if c.name == name or c.name.rpartition(".")[0] == name]
+        named += [c for c in extra if c.name == name]
+        if not named and name not in SERVERS:
             names = [*SERVERS, *(c.name for c in extra)]
             raise UsageError(f"serve: expected some of {', '.join(names)}, got {name!r}")
-        chosen += [c for c in found if c not in chosen and (n > 1 or not c.hard)]
+        chosen += [c for c in named if c not in chosen and (n > 1 or not c.hard)]
     return tuple(chosen)
 
 
 def allowed(rules: Sequence[Constraint]) -> Callable[[Group, list[int]], list[int]]:
-    """A limit for `selection.plan`: the widths that all rules admit; the present one, which is not a cut, needs to meet
+    """A limit for `selection.plan`: the widths that all rules admit. The present width, which is not a cut, has to meet
     the hard rules alone."""
 
     def admitted(group: Group, width: int) -> bool:
@@ -124,10 +126,10 @@ def allowed(rules: Sequence[Constraint]) -> Callable[[Group, list[int]], list[in
 
 
 def check_untouched(rules: Sequence[Constraint], groups: Sequence[Group], cut: Callable[[Group], bool]) -> None:
-    """What hard rules say of a model's groups before any is cut.
+    """Check the hard rules on a model's groups before any is cut.
 
     Args:
-        cut: whether a group may lose units.
+        rules: as `constraints` gives them. groups: all groups of the model. cut: tells whether a group may lose units.
 
     Raises:
         HywiaError: a group that stays as it is breaks a rule, or no width of one that is cut meets them all.
@@ -139,18 +141,18 @@ def check_untouched(rules: Sequence[Constraint], groups: Sequence[Group], cut: C
             continue
         if not cut(group):
             raise HywiaError(
-                f"serve: {_said(broken)}, but {group.name} keeps its {_counted(group, group.units)}; let {group.kind} "
+                f"serve: {_told(broken)}, but {group.name} keeps its {_counted(group, group.units)}; let {group.kind} "
                 "be cut as well, pass another --tensor-parallel, or leave the server out of --serve"
             )
         if not any(all(r.admits(group, w) for r in hard) for w in range(group.min_units, group.units)):
             raise HywiaError(
-                f"serve: {_said(broken)}, which {group.name} cannot meet with at most {_counted(group, group.units)}; "
+                f"serve: {_told(broken)}, which {group.name} cannot meet with at most {_counted(group, group.units)}; "
                 "pass another --tensor-parallel, or leave the server out of --serve"
             )
 
 
 def check_vocabulary(serve: Sequence[str], tensor_parallel: int, vocabulary: int) -> None:
-    """The rule about what is never cut.
+    """Check the rule about the vocabulary, which is never cut.
 
     Raises:
         UsageError: vLLM could not share out a vocabulary of so many rows.
@@ -163,7 +165,8 @@ def check_vocabulary(serve: Sequence[str], tensor_parallel: int, vocabulary: int
         )
 
 
-def _said(rules: Sequence[Constraint]) -> str:
+def _told(rules: Sequence[Constraint]) -> str:
+    """Rules by name and in words, for messages."""
     return " and ".join(f"{r.name} ({r.says})" for r in rules)
 
 

@@ -16,7 +16,7 @@ from .. import progress
 from ..engine.patches import frozen
 from ..errors import UsageError
 from ..versions import cache_keyword
-from .cost import Work, work_of
+from .cost import Cost, cost_of
 from .static_driver import StaticDriver, capture, drivable, joined_bytes
 
 __all__ = ["Case", "Measurement", "cases", "measure"]
@@ -44,7 +44,8 @@ class Measurement:
     Attributes:
         ms, ms_p20, ms_p80: median and quantiles over `runs`; latency of a prompt, or of a token.
         tokens_per_second: of all sequences together.
-        flop_s, byte_s: by what the case must do at least (`Work`), so a share of a device's ceilings at most.
+        flop_s, byte_s: FLOPs and bytes a second, counting the least that the case must do (`Cost`): no more than a
+            device's ceilings.
         peak_bytes: most memory allocated while it ran (GPU only), of a model that is there once: without the copies
             that the static modes hold beside it, which on a GPU need `joined_bytes` of free memory.
     """
@@ -86,6 +87,7 @@ def measure(
 
     Args:
         model: a causal language model. wanted: what to time. runs: readings per figure, after three warm-ups.
+        what: the name that progress is shown under.
         modes: "eager" runs the model's own forward with its own cache, launch by launch. "static" runs its layers with
             a static cache, compiled, and on a GPU as one CUDA graph; "captured" the same without the compiler, whose
             products then have the widths that they say (the compiler pads odd ones).
@@ -99,8 +101,8 @@ def measure(
     if runs < 2:
         raise UsageError(f"runs: expected at least 2, got {runs}")
     reason = drivable(model, max((c.context for c in wanted), default=1)) if set(modes) - {"eager"} else None
-    work = work_of(model)
-    found = []
+    cost = cost_of(model)
+    measurements = []
     with frozen(model):
         for case in progress.track(list(wanted), what):
             for mode in modes:
@@ -110,17 +112,17 @@ def measure(
                     timed = _static(model, case, mode == "static", runs)
                 else:
                     continue
-                found.append(_measurement(case, mode, work, *timed))
-    return found, reason
+                measurements.append(_measurement(case, mode, cost, *timed))
+    return measurements, reason
 
 
-def _measurement(case: Case, mode: str, work: Work, times: list[float], peak: int | None) -> Measurement:
+def _measurement(case: Case, mode: str, cost: Cost, times: list[float], peak: int | None) -> Measurement:
     deciles = statistics.quantiles(times, n=10, method="inclusive")
     median = statistics.median(times)
     decode = case.phase == "decode"
     tokens = case.batch * (1 if decode else case.context)
-    flops = 2.0 * case.batch * work.parameters if decode else work.prefill_flops(case.batch, case.context)
-    read = work.decode_bytes(case.batch, case.context) if decode else float(work.step_bytes)
+    flops = 2.0 * case.batch * cost.parameters if decode else cost.prefill_flops(case.batch, case.context)
+    read = cost.decode_bytes(case.batch, case.context) if decode else float(cost.step_bytes)
     return Measurement(
         case.phase, case.batch, case.context, mode, median * 1e3, deciles[1] * 1e3, deciles[7] * 1e3, len(times),
         tokens / median, flops / median, read / median, peak,
@@ -132,14 +134,14 @@ def _device(model: Any) -> torch.device:
 
 
 def _ids(model: Any, batch: int, tokens: int) -> torch.Tensor:
-    """Fixed pseudo-random ids: what they say does not change the time."""
+    """Fixed pseudo-random ids `[batch, tokens]`: which they are does not change the time."""
     count = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     return torch.randint(count, (batch, tokens), generator=generator).to(_device(model))
 
 
 def _times(call: Callable[[], object], device: torch.device, runs: int) -> list[float]:
-    """Seconds of each run: by events on a GPU, whose queue is never empty then; by the host's clock on a CPU."""
+    """Seconds of each run: on a GPU by events, between which its queue never runs empty; on a CPU by the clock."""
     for _ in range(3):
         call()
     if device.type != "cuda":
@@ -159,24 +161,24 @@ def _times(call: Callable[[], object], device: torch.device, runs: int) -> list[
     return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
 
 
-def _watched(device: torch.device) -> None:
+def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _peak(device: torch.device) -> int | None:
+def _peak_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 @torch.no_grad()
 def _eager(model: Any, case: Case, runs: int) -> tuple[list[float], int | None]:
     device = _device(model)
-    _watched(device)
+    _reset_peak(device)
     if case.phase == "prefill":
         ids = _ids(model, case.batch, case.context)
         times = _times(lambda: model(ids, use_cache=True, logits_to_keep=1).logits, device, runs)
-        return times, _peak(device)
+        return times, _peak_bytes(device)
     from transformers import DynamicCache
 
     # The cache grows by one token a step; it ends at `context`.
@@ -185,7 +187,7 @@ def _eager(model: Any, case: Case, runs: int) -> tuple[list[float], int | None]:
     model(_ids(model, case.batch, before), use_cache=True, logits_to_keep=1, **cache)
     token = _ids(model, case.batch, 1)
     times = _times(lambda: model(token, use_cache=True, **cache).logits, device, runs)
-    return times, _peak(device)
+    return times, _peak_bytes(device)
 
 
 @torch.no_grad()
@@ -194,7 +196,7 @@ def _static(model: Any, case: Case, compile: bool, runs: int) -> tuple[list[floa
     if compile:
         torch._dynamo.reset()  # it keeps eight versions of a layer, and each case is one more
     driver = StaticDriver(model, case.batch, case.context, compile=compile)
-    _watched(device)
+    _reset_peak(device)
     ids = _ids(model, case.batch, case.context if case.phase == "prefill" else 1)
     position = torch.tensor([case.context - 1], device=device)
 
@@ -202,16 +204,18 @@ def _static(model: Any, case: Case, compile: bool, runs: int) -> tuple[list[floa
         return driver.prefill(ids) if case.phase == "prefill" else driver.step(ids, position)
 
     if device.type == "cuda":
-        times, peak = _times(capture(call), device, runs), _peak(device)
+        times, peak = _times(capture(call), device, runs), _peak_bytes(device)
         return times, peak and peak - joined_bytes(model)
     with settled(call, compile):
-        return _times(call, device, runs), _peak(device)
+        return _times(call, device, runs), _peak_bytes(device)
 
 
 @contextlib.contextmanager
 def settled(call: Callable[[], object], compile: bool) -> Iterator[None]:
-    """Compile first; then let a compiled call check no more than which of its versions it needs: what a graph saves on
-    a GPU. On a CPU the checks of thirty layers take as long as a tenth of a small model's step."""
+    """Compile first; within, a compiled call checks no more than which of its versions it needs.
+
+    A CUDA graph saves these checks on a GPU. On a CPU those of thirty layers take a tenth of a small model's step.
+    """
     if not compile:
         yield
         return

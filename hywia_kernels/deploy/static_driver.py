@@ -42,8 +42,8 @@ class _Packed:
 
 
 def _joined(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """One matrix of the rows of several, copied: whoever owns the model (an optimiser, a file to be written) must find
-    the parameters that he knows, each in storage of its own."""
+    """One weight and bias of the rows of several layers. They are copies: others who hold the model (an optimiser, code
+    that writes it) must go on to find its own parameters, each with memory of its own."""
     weight = torch.cat([m.weight.detach() for m in linears])
     biases = [m.bias.detach() for m in linears if m.bias is not None]
     return weight, torch.cat(biases) if biases else None
@@ -55,7 +55,7 @@ def _to_join(layer: Any) -> tuple[list[nn.Linear], list[nn.Linear]]:
 
 
 def joined_bytes(model: Any) -> int:
-    """What a driver holds beside a model: its own copies of the matrices that it joins."""
+    """Bytes that a driver holds beside a model: its own copies of the matrices that it joins."""
     linears = [linear for layer in model.model.layers for part in _to_join(layer) for linear in part]
     return sum(t.nbytes for linear in linears for t in (linear.weight, linear.bias) if t is not None)
 
@@ -72,8 +72,8 @@ def _packed(layer: Any) -> _Packed:
 
 
 def drivable(model: Any, length: int = 6) -> str | None:
-    """Why `StaticDriver` cannot run this model on `length` tokens; None: it can, to the same logits. The model stays
-    as it is, whatever comes out."""
+    """Why `StaticDriver` cannot run this model on `length` tokens, or None where it can, to the same logits. The model
+    stays as it is in either case."""
     window = getattr(model.config, "sliding_window", None)
     if window is not None and window < length and getattr(model.config, "use_sliding_window", True):
         return f"its attention slides over {window} tokens"
@@ -86,12 +86,12 @@ def drivable(model: Any, length: int = 6) -> str | None:
             logits = model(ids, use_cache=False).logits[:, -1]
             want, want_dtype = logits.float(), logits.dtype
             driver = StaticDriver(model, 1, 6, compile=False)
-            found = [driver.prefill(ids), driver.step(ids[:, -1:], torch.tensor([5], device=ids.device))]
+            predictions = [driver.prefill(ids), driver.step(ids[:, -1:], torch.tensor([5], device=ids.device))]
     except torch.OutOfMemoryError:
         return "its joined matrices do not fit into memory beside it"
     except (TypeError, RuntimeError, AttributeError, KeyError) as error:
         return f"its layers are not LLaMA's ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    differ = max(float((got.float() - want).norm() / want.norm()) for got in found)
+    differ = max(float((got.float() - want).norm() / want.norm()) for got in predictions)
     # In 16 bits rounding alone reaches 5 % (random weights, 32 layers); a missing step makes it near 100 %.
     allowed = 1e-3 if want_dtype == torch.float32 else 0.2
     return None if differ < allowed else f"its forward does more than LLaMA's (logits differ by {differ:.1e})"
@@ -120,7 +120,7 @@ class StaticDriver:
         if compile:
             self.run = torch.compile(_layer, dynamic=False)
 
-    def _through(self, ids: Tensor, positions: Tensor, decode: bool) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, decode: bool) -> Tensor:
         hidden = self.base.embed_tokens(ids)
         rotary = self.base.rotary_emb(hidden, positions[None])
         for packed, cache in zip(self.layers, self.caches, strict=True):
@@ -130,12 +130,12 @@ class StaticDriver:
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> Tensor:
         """Logits `[batch, vocabulary]` of the last token of `[batch, length]`; fills the cache."""
-        return self._through(ids, torch.arange(self.length, device=self.device), False)
+        return self._forward(ids, torch.arange(self.length, device=self.device), False)
 
     @torch.no_grad()
     def step(self, ids: Tensor, position: Tensor) -> Tensor:
         """Logits of one token `[batch, 1]` at `position` (int64 `[1]` on the device); attends to it and all before."""
-        return self._through(ids, position, True)
+        return self._forward(ids, position, True)
 
 
 def _layer(

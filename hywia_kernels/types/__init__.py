@@ -1,4 +1,4 @@
-"""What the stages hand each other."""
+"""What the stages of pruning hand each other: groups of units, statistics, scores and plans."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Group", "Member", "Plan", "Scores", "Statistics", "check_together"]
 
 
 def __getattr__(name: str) -> Any:
-    """What holds tensors is imported when it is asked for: servers' rules and recipes need the groups alone."""
+    """Import the types that hold tensors when they are asked for: servers' rules and recipes need the groups alone."""
     if name in ("Plan", "Scores", "Statistics"):
         from . import results
 

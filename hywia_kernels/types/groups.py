@@ -12,31 +12,32 @@ from ..settings import KINDS
 __all__ = ["Group", "Member", "by_name", "check_together", "is_count", "is_name", "short"]
 
 
-def is_count(value: Any, least: int) -> bool:
-    """Whether a value is an integer (no bool) of at least so much."""
-    return type(value) is int and value >= least
+def is_count(value: Any, minimum: int) -> bool:
+    """Whether a value is an integer, no bool, and at least the minimum."""
+    return type(value) is int and value >= minimum
 
 
 def is_name(value: Any) -> bool:
+    """Whether a value is a string that is not empty."""
     return type(value) is str and value != ""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One matrix of a group: unit `u` is its rows (axis 0) or columns (axis 1) from `start + u·group_size`, so many.
+    """One matrix of a group. Unit `u` is its `group_size` rows (axis 0) or columns from `start + u·group_size` on.
 
     Attributes:
-        module: its name in the model.
-        axis: of the stored parameter, on which the units lie; of `parameter[index]` where there is an index.
-        group_size: consecutive rows or columns of one unit.
-        start: the first unit's first; not 0 where one parameter holds several matrices.
-        parameter: the module's.
-        index: which of a stacked parameter's matrices it is; None: the parameter is one matrix (or a vector), or the
-            units are the matrices of a stacked one.
-        bias: parameter of the module with one entry per row or column of `axis`; None: there is none.
+        module: the module's name in the model.
+        axis: axis of the stored parameter on which the units lie; of `parameter[index]` where there is an index.
+        group_size: how many consecutive rows or columns are one unit.
+        start: the first unit's first row or column; not 0 where one parameter holds several matrices.
+        parameter: name of the module's parameter.
+        index: which of a stacked parameter's matrices it is. None where the parameter is one matrix (or a vector), and
+            where the units are themselves the matrices of a stacked parameter.
+        bias: name of the module's parameter with one entry per row or column of `axis`; None where there is none.
 
     Raises:
-        HywiaError: a field of another type, or outside the above.
+        HywiaError: a field has another type or value than described here.
     """
 
     module: str
@@ -72,16 +73,17 @@ class Group:
         layer: index of the decoder layer.
         units: how many units there are.
         unit: what one unit is: "channel", "head", "kv_group" or "expert".
-        members: the matrices, in the table's order; the last is the one a unit sends its output on through.
+        members: the matrices, in the table's order; a unit sends its output on through the last one.
         unit_parameters: parameters (weights, row biases, vectors) that leave with one unit.
         stock_counts: unit counts a stock config can describe when every layer has the same; empty means any.
         vectors: parameters with entries per unit that leave with it and are not scored.
         min_units: fewest units that can stay.
-        tied_width: groups of one such name must keep as many units as each other; "" means that it is alone.
+        tied_width: groups with the same name here must keep equally many units, as one parameter stacks their
+            matrices; "" where the group's width is its own.
         width_field: config field that holds the width; "" where the config has none.
 
     Raises:
-        HywiaError: a field of another type, or outside the above.
+        HywiaError: a field has another type or value than described here.
     """
 
     name: str
@@ -98,12 +100,13 @@ class Group:
     width_field: str = ""
 
     def __post_init__(self) -> None:
-        bad = self._bad()
-        if bad is not None:
-            raise HywiaError(f"group {self.name!r}: expected {bad[1]}, got {bad[0]}={getattr(self, bad[0])!r}")
+        flaw = self._first_flaw()
+        if flaw is not None:
+            field, expected = flaw
+            raise HywiaError(f"group {self.name!r}: expected {expected}, got {field}={getattr(self, field)!r}")
 
-    def _bad(self) -> tuple[str, str] | None:
-        """The first field that is wrong, and what it should be."""
+    def _first_flaw(self) -> tuple[str, str] | None:
+        """The first field that is wrong, and what it should be; None where all are right."""
         if not is_name(self.name):
             return "name", "a name"
         if self.kind not in KINDS:
@@ -131,7 +134,11 @@ class Group:
 
 
 def by_name(groups: Any) -> dict[str, Group]:
-    """The groups by name, after making sure that each has one of its own."""
+    """The groups by name.
+
+    Raises:
+        HywiaError: no tuple of groups, or two of them have one name.
+    """
     if type(groups) is not tuple or not groups or not all(isinstance(g, Group) for g in groups):
         raise HywiaError(f"groups: expected a tuple of at least one group, got {short(groups)}")
     named = {g.name: g for g in groups}
@@ -143,12 +150,16 @@ def by_name(groups: Any) -> dict[str, Group]:
 
 
 def short(value: Any) -> str:
+    """A value's `repr`, cut to 80 characters, for messages."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_together(groups: Sequence[Group], counts: Mapping[str, int]) -> None:
-    """What groups that hold each other may keep.
+    """Make sure that groups which depend on each other can keep these numbers of units.
+
+    Args:
+        groups: all groups of a model. counts: group name -> units that it keeps.
 
     Raises:
         HywiaError: matrices stacked in one parameter keep different counts, or a layer loses whole experts and channels

@@ -11,7 +11,7 @@ from ..errors import HywiaError, UsageError
 
 __all__ = ["DIGEST", "Record", "digest_of", "frozen_record", "parsed", "sealed"]
 
-DIGEST = "sha256"  # of an object without this entry, in it
+DIGEST = "sha256"  # the entry of a JSON object that holds the digest of all its other entries
 
 
 class Record(dict[str, Any]):
@@ -36,7 +36,7 @@ class Record(dict[str, Any]):
 
 
 def frozen_record(content: Any) -> Record:
-    """A copy of a mapping, and of the mappings and lists in it, that cannot be changed.
+    """A copy of a mapping, and of the mappings and lists in it, whose mappings cannot be changed.
 
     Raises:
         HywiaError: it is no mapping, or holds what JSON cannot.
@@ -60,7 +60,7 @@ def _frozen(value: Any, path: str) -> Any:
 
 
 def digest_of(content: Mapping[str, Any]) -> str:
-    """sha256 of a JSON object less its entry `DIGEST`, however it is laid out.
+    """SHA-256, in hexadecimal digits, of a JSON object without its entry `DIGEST`, in whatever order its keys are.
 
     Raises:
         ValueError, TypeError, RecursionError: it is no JSON.
@@ -70,7 +70,7 @@ def digest_of(content: Mapping[str, Any]) -> str:
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object as it will be read (keys are strings, tuples lists), with its digest.
+    """A JSON object as it will be read back (keys become strings, tuples become lists), with its digest added.
 
     Raises:
         UsageError: it holds what JSON cannot.
@@ -83,21 +83,21 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parsed(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object from a file's bytes; where it carries a digest, exactly the one that was sealed.
+    """Read a JSON object from a file's bytes; where it carries a digest, make sure that it is as it was sealed.
 
     Args:
-        where: what the file is called in messages.
+        data: the file's content. where: what the file is called in messages.
 
     Raises:
         HywiaError: the bytes are no JSON object, or not what their digest says.
     """
     try:
-        found = json.loads(data)
-        good = not isinstance(found, dict) or DIGEST not in found or found[DIGEST] == digest_of(found)
+        content = json.loads(data)
+        is_intact = not isinstance(content, dict) or DIGEST not in content or content[DIGEST] == digest_of(content)
     except (ValueError, RecursionError) as error:
         raise HywiaError(f"{where} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise HywiaError(f"{where} is damaged: expected an object, got {type(found).__name__}")
-    if not good:
+    if not isinstance(content, dict):
+        raise HywiaError(f"{where} is damaged: expected an object, got {type(content).__name__}")
+    if not is_intact:
         raise HywiaError(f"{where} is damaged: its content is not what its digest says")
-    return found
+    return content

@@ -18,15 +18,15 @@ __all__ = ["Plan", "Scores", "Statistics"]
 
 
 def _check_entries(what: str, entries: Any, groups: Mapping[str, Group]) -> None:
-    """One entry for every group, and none beside."""
+    """Refuse anything but a mapping with one entry for every group."""
     if not isinstance(entries, Mapping):
         raise HywiaError(f"{what}: expected a mapping from groups' names, got {short(entries)}")
     if entries.keys() == groups.keys():
         return
-    missing, beside = [n for n in groups if n not in entries], [n for n in entries if n not in groups]
+    missing, extra = [n for n in groups if n not in entries], [n for n in entries if n not in groups]
     if missing:
         raise HywiaError(f"{missing[0]}: expected an entry of {what} for every group, got none for it")
-    raise HywiaError(f"{what}: expected entries of the groups alone, got one of {beside[0]!r}")
+    raise HywiaError(f"{what}: expected entries of the groups alone, got one of {extra[0]!r}")
 
 
 def _check_tensor(name: str, what: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
@@ -45,15 +45,20 @@ def _check_finite(name: str, what: str, value: Tensor, way_out: str) -> None:
         raise HywiaError(f"{name}: expected finite {what}, got NaN or Inf; {way_out}")
 
 
-def _check_whole(self: Statistics | Scores | Plan, **parameters: int) -> None:
+def _check_model_and_freeze_record(self: Statistics | Scores | Plan, **parameters: int) -> None:
+    """Check the fields that describe the whole model, and make the record read-only.
+
+    Args:
+        parameters: field name -> number of parameters of the whole model.
+    """
     for name, value in parameters.items():
         if not is_count(value, 1) or value >= 1 << 63:
             raise HywiaError(f"{name}: expected the number of parameters of a model, got {short(value)}")
-    whole = max(parameters.values())
+    total = max(parameters.values())
     for group in self.groups:
-        if group.units * group.unit_parameters > whole:
+        if group.units * group.unit_parameters > total:
             raise HywiaError(
-                f"{group.name}: expected units of at most {whole:,} parameters together, which are the model's, got "
+                f"{group.name}: expected units of at most {total:,} parameters together, which are the model's, got "
                 f"{group.units} of {short(group.unit_parameters)}"
             )
     if type(self.fingerprint) is not str:
@@ -63,7 +68,7 @@ def _check_whole(self: Statistics | Scores | Plan, **parameters: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What one calibration pass yields, per unit. Equal to itself alone.
+    """What one calibration pass yields for each unit. An instance equals itself alone.
 
     Attributes:
         groups: the groups measured.
@@ -73,10 +78,10 @@ class Statistics:
         parameters: parameters of the whole model (tied ones once).
         fingerprint: of the weights that were measured.
         record: how it was done: samples, seed, calibration hash, backend, device, versions. Read-only, and JSON.
-        known_finite: the caller has made sure that all are finite numbers; no attribute.
+        known_finite: an argument alone, no attribute: the caller has made sure that all values are finite.
 
     Raises:
-        HywiaError: anything outside the above, or NaN or Inf, by the group's name.
+        HywiaError: a field is not as described here, or holds NaN or Inf; the message names the group.
     """
 
     groups: tuple[Group, ...]
@@ -107,12 +112,12 @@ class Statistics:
             _check_tensor(name, "coarse", coarse, (len(group.members), samples, group.units))
             for value in () if known_finite else (*orders.values(), coarse):
                 _check_finite(name, "statistics", value, "the measurement is damaged: calibrate again")
-        _check_whole(self, parameters=self.parameters)
+        _check_model_and_freeze_record(self, parameters=self.parameters)
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """One number per unit; larger is more important, comparable within one group. Equal to itself alone.
+    """One number per unit; larger is more important, comparable within one group. An instance equals itself alone.
 
     Attributes:
         groups: the groups scored.
@@ -124,7 +129,7 @@ class Scores:
         record: criterion, fusion, order and the statistics' record. Read-only, and JSON.
 
     Raises:
-        HywiaError: anything outside the above, or NaN or Inf, by the group's name.
+        HywiaError: a field is not as described here, or holds NaN or Inf; the message names the group.
     """
 
     groups: tuple[Group, ...]
@@ -136,13 +141,13 @@ class Scores:
 
     def __post_init__(self) -> None:
         self.check()
-        _check_whole(self, parameters=self.parameters)
+        _check_model_and_freeze_record(self, parameters=self.parameters)
 
     def check(self) -> None:
-        """The tensors against the groups, once more: for those who use them later, when they may have been written to.
+        """Check the tensors against the groups once more, before a later use: they may have been written to meanwhile.
 
         Raises:
-            HywiaError: as when they are made.
+            HywiaError: a tensor is not as the class describes it.
         """
         groups = by_name(self.groups)
         _check_entries("values", self.values, groups)
@@ -157,7 +162,7 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Units to keep per group, and what that costs. Equal to itself alone.
+    """Units to keep per group, and how many parameters that leaves. An instance equals itself alone.
 
     Attributes:
         groups: the groups as they are before the cut.
@@ -168,9 +173,9 @@ class Plan:
         record: the request (ratio, protocol, alignment, ...) and the scores' record. Read-only, and JSON.
 
     Raises:
-        HywiaError: anything outside the above: a group without an entry or with too few units, indices that are not
-            ascending or not the group's, stacked experts of different widths, or a number of parameters that is not
-            what the kept units leave.
+        HywiaError: a field is not as described here: a group has no entry or too few units, indices are not ascending
+            or not the group's, stacked experts have different widths, or a number of parameters is not what the kept
+            units leave.
     """
 
     groups: tuple[Group, ...]
@@ -184,11 +189,13 @@ class Plan:
     def __post_init__(self) -> None:
         groups = by_name(self.groups)
         _check_entries("keep", self.keep, groups)
-        counts = {name: _kept(group, self.keep[name]) for name, group in groups.items()}
+        counts = {name: _checked_count(group, self.keep[name]) for name, group in groups.items()}
         check_together(self.groups, counts)
         if self.layout not in LAYOUTS:
             raise HywiaError(f"layout: expected one of {', '.join(LAYOUTS)}, got {self.layout!r}")
-        _check_whole(self, parameters_before=self.parameters_before, parameters_after=self.parameters_after)
+        _check_model_and_freeze_record(
+            self, parameters_before=self.parameters_before, parameters_after=self.parameters_after
+        )
         removed = sum((g.units - counts[g.name]) * g.unit_parameters for g in self.groups)
         if self.parameters_before - removed != self.parameters_after:
             raise HywiaError(
@@ -198,7 +205,7 @@ class Plan:
 
     @property
     def ratio(self) -> float:
-        """Share of all parameters that goes, exactly."""
+        """The exact share of all parameters that is removed, in [0, 1)."""
         return 1.0 - self.parameters_after / self.parameters_before
 
     def widths(self, kind: str) -> list[int]:
@@ -207,8 +214,8 @@ class Plan:
         return [self.keep[g.name].numel() for g in groups]
 
 
-def _kept(group: Group, keep: Any) -> int:
-    """How many units a group keeps, after a look at which."""
+def _checked_count(group: Group, keep: Any) -> int:
+    """How many units a group keeps, once their indices have been checked."""
     count = keep.numel() if isinstance(keep, Tensor) else 0
     if isinstance(keep, Tensor) and count < group.min_units:
         raise HywiaError(

@@ -12,7 +12,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError, arch
-from hywia_kernels.deploy.cost import work_of
+from hywia_kernels.deploy.cost import cost_of
 from hywia_kernels.method import surgery
 from tests.support.comparison import logits, relative
 from tests.support.cuts import make_plan
@@ -49,10 +49,10 @@ class TestContract:
         hk.mask(masked, plan)
         want = logits(masked, tokens)
         assert relative(want, logits(model, tokens)) > 1e-2, "the mask must matter for the comparison to mean anything"
-        work = work_of(model, plan)
+        work = cost_of(model, plan)
         hk.prune(model, plan)
         assert relative(logits(model, tokens), want) <= 1e-5
-        assert work_of(model) == work, "what a plan is said to save is what it saves"
+        assert cost_of(model) == work, "what a plan is said to save is what it saves"
         assert sum(p.numel() for p in model.parameters()) == plan.parameters_after
         counts = {g.name: g.units for g in hk.groups(model)}
         gone = cut == "experts"  # with the groups of their channels

@@ -11,7 +11,7 @@ import torch
 import hywia_kernels as hk
 from hywia_kernels import UsageError
 from hywia_kernels.deploy import device_profiles, planning, serving_rules
-from hywia_kernels.deploy.cost import work_of
+from hywia_kernels.deploy.cost import cost_of
 from hywia_kernels.types import Group, Member
 from tests.support.tiny import TINY, fresh, make_plan
 
@@ -46,9 +46,9 @@ def test_rates_between_measured_widths_follow_the_time():
 
 def test_worthwhile_drops_widths_that_a_wider_one_outruns():
     target = device({64: 10.0, 128: 5.0, 192: 10.0, 256: 10.0})  # times 6.4, 25.6, 19.2, 25.6
-    assert target.worthwhile([64, 128, 192, 256]) == [64, 192, 256]
+    assert target.pareto_widths([64, 128, 192, 256]) == [64, 192, 256]
     unknown = dataclasses.replace(target, tflop_s={})
-    assert unknown.worthwhile([64, 128]) == [64, 128]
+    assert unknown.pareto_widths([64, 128]) == [64, 128]
 
 
 @pytest.mark.parametrize(("name", "align"), [("a100", 64), ("cpu", 16), ("auto", None), (None, None)])
@@ -69,9 +69,9 @@ def test_unknown_targets_and_damaged_profiles(tmp_path):
 
 
 def test_prediction_of_a_plan(gqa):
-    before = work_of(gqa)
+    before = cost_of(gqa)
     plan = make_plan(gqa, "both")
-    after = work_of(gqa, plan)
+    after = cost_of(gqa, plan)
     flat = device_profiles.predict(before, after, device({32: 10.0, 64: 10.0}), context=16)
     products = sum(n * k for n, k in before.matrices) / sum(n * k for n, k in after.matrices)
     assert all(1.0 < s < products for s in flat.prefill.values())
@@ -80,12 +80,12 @@ def test_prediction_of_a_plan(gqa):
     assert by_flops.prefill == {2048: before.prefill_flops(1, 2048) / after.prefill_flops(1, 2048)}
     assert by_flops.decode == before.decode_bytes(1, 512) / after.decode_bytes(1, 512)
     hk.prune(gqa, plan)
-    assert work_of(gqa) == after
+    assert cost_of(gqa) == after
 
 
 def test_work_counts_by_hand():
     model = fresh(TINY[3])  # 8 heads and 2 KV heads of 6, hidden 48, 56 channels, 3 layers, untied
-    work = work_of(model)
+    work = cost_of(model)
     layer = 48 * 48 * 2 + 2 * 12 * 48 + 3 * 56 * 48
     assert sum(n * k for n, k in work.matrices) == 3 * layer
     assert (work.attention, work.kv) == ((48,) * 3, (12,) * 3)
@@ -169,4 +169,4 @@ def test_prediction_is_recorded(scores):
     told = planning.with_prediction(plan, model, "cpu").record["prediction"]
     assert told["target"] == "cpu (not measured: by FLOPs)"
     assert told["decode"] > 1.1
-    assert told["size"] == round(work_of(model).weight_bytes / work_of(model, plan).weight_bytes, 4)
+    assert told["size"] == round(cost_of(model).weight_bytes / cost_of(model, plan).weight_bytes, 4)

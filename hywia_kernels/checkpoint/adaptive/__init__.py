@@ -51,7 +51,7 @@ _AFTER = {
 
 
 class _Registering(importlib.abc.Loader):
-    """Another loader, and a step after a module's execution; everything else is the other's."""
+    """A loader that takes a step after another loader has executed a module; everything else is the other's."""
 
     def __init__(self, loader: Any, step: Callable[[], None]) -> None:
         self._loader, self._step = loader, step
@@ -105,8 +105,8 @@ def register() -> None:
     """Make `AutoConfig` and `AutoModelForCausalLM` load adaptive checkpoints, now or when transformers is imported.
 
     Where transformers has been imported, two classes are registered with it. Where it has not, a finder is put in front
-    of `sys.meta_path` which waits for the modules of `_AFTER` and has the classes registered after them; of other
-    modules it says nothing. Nothing else of the interpreter or of transformers is changed; a second call adds nothing.
+    of `sys.meta_path` which waits for the modules of `_AFTER` and has the classes registered after them; it leaves
+    other modules alone. Nothing else of the interpreter or of transformers is changed; a second call adds nothing.
     """
     with _LOCK:
         if not any(type(finder).__name__ == _AfterImport.__name__ for finder in sys.meta_path):
@@ -119,10 +119,10 @@ def register() -> None:
 
 
 def adapted(model: Any, widths: Mapping[str, Sequence[int]]) -> Any:
-    """The same tensors in a model of the adaptive class: loading them proves that its config describes them.
+    """A model of the adaptive class with the same tensors: loading them proves that its config describes them.
 
     Args:
-        model: whose layers differ in width.
+        model: a model whose layers differ in width.
         widths: config field -> width in each layer, for people who read the config.
 
     Raises:

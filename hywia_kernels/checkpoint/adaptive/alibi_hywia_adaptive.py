@@ -1,7 +1,7 @@
 """ALiBi after heads have gone: every survivor keeps its own slope.
 
 The model makes the biases of all the heads it was built with, for all layers at once; an attention module that lost
-heads picks its own from them, whichever its layer kept.
+heads picks from them the biases of the heads that its layer kept.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ SURVIVORS = "alibi_survivors"  # attribute of the attention module: what `keep_h
 
 
 class _Pick:
-    """Forward pre-hook of an attention module: of the biases of `of` heads, those of `heads`."""
+    """Forward pre-hook of an attention module that picks the biases of `heads` from those of `of` heads."""
 
     def __init__(self, heads, of, argument, axis):
         self.heads, self.of, self.argument, self.axis = heads, of, argument, axis
@@ -27,17 +27,17 @@ class _Pick:
         if bias.shape[axis] % self.of:
             raise RuntimeError(f"expected biases of {self.of} heads on axis {axis}, got shape {tuple(bias.shape)}")
         heads = torch.tensor(self.heads, device=bias.device)
-        apart = bias.unflatten(axis, (-1, self.of)).index_select(axis + 1, heads)
-        return args, {**kwargs, self.argument: apart.flatten(axis, axis + 1)}
+        picked = bias.unflatten(axis, (-1, self.of)).index_select(axis + 1, heads)
+        return args, {**kwargs, self.argument: picked.flatten(axis, axis + 1)}
 
 
 def keep_heads(module, heads, of, argument, axis):
     """Make an attention module pick the biases of some of the model's heads.
 
     Args:
-        module: the attention's. heads: numbers of its heads among those of the model as it was built, ascending.
-        of: how many those were. argument: what its forward takes the biases as, by keyword. axis: of their heads, which
-            may be batch times heads.
+        module: the attention module. heads: ascending indices of its heads among those the model was built with.
+        of: how many heads the model was built with. argument: keyword by which the module's forward takes the biases.
+        axis: the biases' axis of heads, which may be batch times heads.
     """
     for key, hook in list(module._forward_pre_hooks.items()):
         if type(hook).__name__ == _Pick.__name__:

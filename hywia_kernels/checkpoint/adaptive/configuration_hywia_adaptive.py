@@ -24,7 +24,8 @@ class HywiaAdaptiveConfig(PretrainedConfig):
 
     Fields besides the family's:
         base_model_type: the family's `model_type`.
-        layer_widths: config field -> width in each layer. For people; the models are built from
+        layer_widths: config field -> width in each layer. It is for people who read the config; the model is built
+            from `module_changes`.
         module_changes: module -> what it has that the family's config would not give it: "parameters" (name -> shape),
             "attributes" (name -> value) and "config" (field -> value).
     """
@@ -61,7 +62,7 @@ def config_class(base_model_type):
 
 
 def base_config(config):
-    """The family's own config, of the widths before layers were made to differ."""
+    """The family's own config, with the widths that it held before layers were made to differ."""
     values = copy.deepcopy(config).to_dict()
     base = values.get("base_model_type") or values["model_type"]
     for field in (*adaptive_fields, "model_type", "auto_map", "architectures", "transformers_version"):

@@ -26,7 +26,7 @@ __all__ = ["HywiaAdaptiveForCausalLM", "change_modules", "check_changes", "descr
 
 
 class HywiaAdaptiveForCausalLM(PreTrainedModel):
-    """What the auto classes find; it hands over to a subclass of the family's own model class."""
+    """The class that the auto classes know; it hands over to a subclass of the family's own model class."""
 
     config_class = HywiaAdaptiveConfig
 
@@ -68,10 +68,10 @@ def model_class(base_model_type):
 
 
 def check_changes(changes):
-    """See that `module_changes` of a config has the form that `describe_changes` gives it: numbers, and names of them.
+    """Make sure that a config's `module_changes` has the form that `describe_changes` gives it: names and numbers.
 
     Raises:
-        ValueError: it has another.
+        ValueError: it has another form.
     """
 
     def number(value):
@@ -109,18 +109,18 @@ def check_changes(changes):
             raise ValueError(f"module_changes: expected heads of {name!r} below {of}, ascending, got {heads!r}")
 
 
-def _own(module, attribute, name):
-    """An attribute of a module that may be changed: a number that it has already."""
+def _changeable(module, attribute, name):
+    """The present value of a module's attribute, which must be data of its own to be changed."""
     if attribute not in vars(module) or callable(vars(module)[attribute]):
         raise ValueError(f"module_changes: {type(module).__name__} {name!r} has no number {attribute!r}")
     return vars(module)[attribute]
 
 
 def change_modules(model, changes):
-    """Give modules what `describe_changes` found, parameters uninitialised where they are about to be loaded.
+    """Change modules as `describe_changes` wrote down; new parameters are uninitialised where weights will be loaded.
 
     Raises:
-        ValueError: the changes are not of that form, or of other modules than the model's.
+        ValueError: the changes do not have that form, or name modules that the model has not.
     """
     check_changes(changes)
     modules = dict(model.named_modules())
@@ -136,7 +136,7 @@ def change_modules(model, changes):
                     raise ValueError(f"module_changes: the config of {name!r} has no field {field!r}")
                 setattr(module.config, field, value)
         for attribute, value in change.get("attributes", {}).items():
-            old = _own(module, attribute, name)
+            old = _changeable(module, attribute, name)
             setattr(module, attribute, tuple(value) if isinstance(old, tuple) else value)
         if "alibi" in change:
             keep_heads(module, **change["alibi"])
@@ -152,8 +152,10 @@ def change_modules(model, changes):
 
 
 def describe_changes(model, stock=None):
-    """`module_changes` of a model: what its modules have that its family's config would not give them, or that `stock`
-    has otherwise.
+    """The `module_changes` of a model: in what its modules differ from those of a stock model.
+
+    Args:
+        stock: the model to compare with; None: the one that the family's own config describes.
 
     Raises:
         ValueError: it lacks modules that the family's model has, or has others.
@@ -161,12 +163,12 @@ def describe_changes(model, stock=None):
     if stock is None:
         with torch.device("meta"):
             stock = AutoModelForCausalLM.from_config(base_config(model.config))
-    found, expected = dict(model.named_modules()), dict(stock.named_modules())
-    if found.keys() != expected.keys():
-        raise ValueError(f"model: expected its family's modules, differs in {sorted(found.keys() ^ expected.keys())}")
+    modules, expected = dict(model.named_modules()), dict(stock.named_modules())
+    if modules.keys() != expected.keys():
+        raise ValueError(f"model: expected its family's modules, differs in {sorted(modules.keys() ^ expected.keys())}")
     changes = {}
     for name, twin in expected.items():
-        module = found[name]
+        module = modules[name]
         parts = {
             "parameters": _parameter_changes(module, twin),
             "attributes": _attribute_changes(module, twin),
@@ -186,7 +188,7 @@ def _parameter_changes(module, twin):
 
 
 def _attribute_changes(module, twin):
-    """Plain numbers, and tuples of them: heads, widths, sizes of splits."""
+    """Attributes that differ and are whole numbers or tuples of them: heads, widths, sizes of splits."""
 
     def plain(value):
         if isinstance(value, (tuple, list)):
@@ -202,7 +204,7 @@ def _attribute_changes(module, twin):
 
 
 def _config_changes(module, twin, whole):
-    """Fields of a module's own copy of its config; all share one where no layer needs another."""
+    """Fields in which a module's own copy of the config differs; most modules share the model's and have no copy."""
     own = getattr(module, "config", None)
     if own is None or own is whole or not hasattr(own, "to_dict"):
         return {}

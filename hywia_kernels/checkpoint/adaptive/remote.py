@@ -1,7 +1,7 @@
 """Models of a checkpoint's own code whose modules differ from what its config says.
 
-Their directories keep the family's own config and code, with `module_changes` in the config beside them: loading needs
-both this package and `trust_remote_code`, and without the package fails on the shapes.
+Their directories keep the family's own config and code, and the config also holds `module_changes`: loading needs both
+this package and `trust_remote_code`, and without the package fails on the shapes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def is_remote_code(model: Any) -> bool:
 
 
 def adapted(model: Any) -> Any:
-    """The same tensors in a model of the same class whose config names the changes.
+    """A model of the same class with the same tensors, whose config names the changes of its modules.
 
     Raises:
-        RuntimeError: it cannot be built from them.
+        ValueError, RuntimeError: no such model can be built from them.
     """
     from .modeling_hywia_adaptive import change_modules, describe_changes
 
@@ -55,8 +55,8 @@ def load(source: str, dtype: Any, values: Mapping[str, Any], *, trusted: bool, d
         trusted: whether that code may be run. device: as `loaded_weights.read` takes it.
 
     Raises:
-        HywiaError: it may not, or transformers has the family, or `auto_map` names other code than the directory's; or
-            the weights are not the model's.
+        HywiaError: the code may not be run, transformers has the family itself, `auto_map` names other code than the
+            directory's, or the weights are not the model's.
     """
     family_type = description.family(values)
     if trusted is not True or not description.needs_code(family_type):
