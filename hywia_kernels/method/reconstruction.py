@@ -1,9 +1,10 @@
 """Solve the surviving columns of a pruned model's output matrices again, by least squares on calibration text.
 
-A unit leaves through the columns of one matrix (`down`, `o`). What it contributed is partly predictable from the units
-that stay, so their columns can take it over: the refit is the linear regression of what the dense model adds to its
-hidden states on the activations that the pruned model has. It goes through the layers in order, so that each matrix
-sees what the refitted ones before it send, and it also repairs what those left undone ("drift").
+A unit's output leaves a layer through the columns of one matrix (`down`, `o`). What it contributed is partly
+predictable from the units that stay, so their columns can take it over: the reconstruction is the linear regression of
+what the dense model adds to its hidden states on the activations that the pruned model has. It goes through the layers
+in order, so that each matrix sees the outputs of the reconstructed ones before it, and it also makes up for the error
+that these left in the hidden states (the drift).
 
 Related work: least squares after structured pruning goes back to He et al. (arXiv 1707.06168); sequential layers with
 streaming second moments to GPTQ and SparseGPT (arXiv 2210.17323, 2301.00774).
@@ -68,17 +69,17 @@ class _Run:
 
 @dataclass
 class _Matrix:
-    """One matrix to refit: which inputs stay."""
+    """One matrix to reconstruct, and which of its inputs stay."""
 
     module: nn.Module
     name: str
     weight: Tensor  # [outputs, inputs], shares the parameter's memory
     bias: Tensor | None
     kept: Tensor  # int64, ascending, on its device
-    sends_on: bool  # its output is only added to what leaves the layer
+    additive: bool  # the layer only adds its output to the hidden states that it returns
 
 
-class _Normal:
+class _NormalEquations:
     """`Σ w·x xᵀ` and `Σ w·r xᵀ` of a weighted regression of residuals `r` on inputs `x`, added up chunk by chunk.
 
     float64 on the CPU, float32 products elsewhere; a matrix with a bias has a constant input at the end.
@@ -114,19 +115,19 @@ class _Normal:
 
 
 @contextmanager
-def _seen(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
-    """What modules get and give while a layer runs."""
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+def _recorded(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """The first input and the output of each module, filled in while a layer runs."""
+    records: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def keep(module: nn.Module, arguments: tuple, output: Tensor) -> None:
-        seen[module] = (arguments[0], output)
+        records[module] = (arguments[0], output)
 
     with hooked([(module, keep) for module in modules]):
-        yield seen
+        yield records
 
 
-def _arguments(model: Any, layers: nn.ModuleList, samples: Samples) -> _Run:
-    """What enters the first layer, and what else each layer is called with; only the first one computes."""
+def _start_run(model: Any, layers: nn.ModuleList, samples: Samples) -> _Run:
+    """Record what enters the first layer, and what else each layer is called with; only the first layer computes."""
     calls: list[_Call] = []
     entered: list[Tensor] = []
     rest: list[tuple | None] = []  # what the first layer returns beside the hidden states, if it returns a tuple
@@ -146,15 +147,15 @@ def _arguments(model: Any, layers: nn.ModuleList, samples: Samples) -> _Run:
     return _Run(calls, entered[0], entered[0], samples.rows() if samples.ragged else None)
 
 
-def _matrices(model: Any, plan: Plan, found: Sequence[Group]) -> list[_Matrix]:
-    """The matrices through which the removed units sent their output on, in the order of the forward pass.
+def _matrices(model: Any, plan: Plan, groups: Sequence[Group]) -> list[_Matrix]:
+    """The matrices that the removed units' output went through, in the order of the forward pass.
 
-    Matrices of stacked experts are left as they are: each sees only the tokens that are sent to it.
+    Matrices of stacked experts are left as they are, since each reads only the tokens that are routed to it.
     """
     entry = arch.architecture(model)
-    residual = None if entry.residual is None else f"{entry.layers}.{found[0].layer}.{entry.residual}"
+    residual = None if entry.residual is None else f"{entry.layers}.{groups[0].layer}.{entry.residual}"
     chosen = []
-    for group in found:
+    for group in groups:
         member, keep = group.members[-1], plan.keep[group.name]
         if keep.numel() == group.units or group.kind == "experts" or member.index is not None:
             continue
@@ -167,59 +168,64 @@ def _matrices(model: Any, plan: Plan, found: Sequence[Group]) -> list[_Matrix]:
 
 
 @dataclass
-class _Aim:
-    """What the dense layer does with one run of samples."""
+class _LayerTarget:
+    """What the dense layer makes of one run of samples, which the pruned layer is to come near to."""
 
-    out: Tensor
-    outputs: dict[nn.Module, Tensor]
-    weight: Tensor  # [tokens without padding]
-    drift: bool
+    hidden: Tensor  # the layer's output
+    outputs: dict[nn.Module, Tensor]  # of each matrix to reconstruct
+    token_weights: Tensor  # [tokens without padding]
+    include_drift: bool  # whether the residual includes the error of the hidden states that enter the layer
 
 
-def _equations(layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[_Run], aims: Sequence[_Aim]) -> _Normal:
-    """Normal equations of one matrix: the pruned model's inputs against what the dense one has and it lacks."""
+def _equations(
+    layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[_Run], targets: Sequence[_LayerTarget]
+) -> _NormalEquations:
+    """Normal equations of one matrix: the regression of the dense model's residual on the pruned model's inputs."""
     bias = matrix.bias is not None
-    normal = _Normal(matrix.name, matrix.kept.numel() + bias, len(matrix.weight), matrix.weight.device)
-    for run, aim in zip(runs, aims, strict=True):
-        with _seen([matrix.module]) as seen:
-            out = run.calls[index](layer, run.pruned)
-        x, got = seen[matrix.module]
-        target = aim.outputs[matrix.module].float()
-        lacking = target - got.float()
-        if aim.drift:
-            if matrix.sends_on:  # all that the dense layer sends on, less what this one sends on beside the matrix
-                lacking = aim.out.float() - out.float()
+    equations = _NormalEquations(matrix.name, matrix.kept.numel() + bias, len(matrix.weight), matrix.weight.device)
+    for run, layer_target in zip(runs, targets, strict=True):
+        with _recorded([matrix.module]) as records:
+            hidden = run.calls[index](layer, run.pruned)
+        x, output = records[matrix.module]
+        target = layer_target.outputs[matrix.module].float()
+        residual = target - output.float()
+        if layer_target.include_drift:
+            if matrix.additive:  # the whole difference of the layers' outputs is then within the matrix's reach
+                residual = layer_target.hidden.float() - hidden.float()
             else:
-                lacking = lacking + (run.dense.float() - run.pruned.float())
+                residual = residual + (run.dense.float() - run.pruned.float())
         x = run.flat(x).index_select(1, matrix.kept)
         if bias:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        normal.add(x, run.flat(lacking), run.flat(target), aim.weight)
-    return normal
+        equations.add(x, run.flat(residual), run.flat(target), layer_target.token_weights)
+    return equations
 
 
-def _aim(layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, drift: bool) -> _Aim:
-    with _seen([m.module for m in matrices]) as seen:
-        out = run.calls[index](layer, run.dense)
+def _layer_target(
+    layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, include_drift: bool
+) -> _LayerTarget:
+    with _recorded([m.module for m in matrices]) as records:
+        hidden = run.calls[index](layer, run.dense)
     # The next norm divides by a token's rms, so errors count relative to it; tokens with huge activations (the first of
     # a text, usually) would decide the regression otherwise.
-    weight = 1.0 / run.flat(out).float().square().mean(1).clamp(min=_TINY)
-    return _Aim(out, {module: pair[1] for module, pair in seen.items()}, weight, drift)
+    token_weights = 1.0 / run.flat(hidden).float().square().mean(1).clamp(min=_TINY)
+    outputs = {module: output for module, (_, output) in records.items()}
+    return _LayerTarget(hidden, outputs, token_weights, include_drift)
 
 
 @dataclass
 class _Solved:
-    """What a matrix is to be, on the host: the columns that stay `[outputs, kept]`, and the bias."""
+    """New values of a matrix, on the host: the columns that stay `[outputs, kept]`, and the bias."""
 
     columns: Tensor
     bias: Tensor | None
 
 
 def _solved(matrix: _Matrix, change: Tensor) -> _Solved:
-    """In the weight's dtype, which may not hold it.
+    """The matrix with a change `[inputs, outputs]` added, rounded to the weight's dtype.
 
     Raises:
-        HywiaError: it does not.
+        HywiaError: the dtype cannot hold the values.
     """
     weight, change = matrix.weight, change.to(matrix.weight.device)
     columns = (weight.index_select(1, matrix.kept).double() + change[: matrix.kept.numel()].T).to(weight.dtype)
@@ -239,9 +245,9 @@ def _apply(matrix: _Matrix, solved: _Solved) -> None:
 
 
 @contextmanager
-def _tried(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
-    """One layer's cut groups changed for a while: their parameters have their values again afterwards, and routers
-    their forward (a cut router needs no other)."""
+def _restored_afterwards(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
+    """Within the context the groups' parameters may change; afterwards they have their values again, and routers their
+    `forward` (`prune` cuts the router itself, so that its class's own `forward` serves again)."""
     members = [(model.get_submodule(m.module), m) for g in groups for m in (*g.members, *g.vectors)]
     named = [(module, name) for module, m in members for name in (m.parameter, "bias")]
     parameters = {id(p): p for module, name in named if (p := module._parameters.get(name)) is not None}
@@ -261,13 +267,13 @@ def _tried(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
         yield
 
 
-def _write(model: Any, plan: Plan, found: Sequence[Group], solved: Sequence[tuple[_Matrix, _Solved]]) -> None:
-    """All that was solved, into the model; an interrupt waits until all of it is there."""
+def _write(model: Any, plan: Plan, groups: Sequence[Group], solved: Sequence[tuple[_Matrix, _Solved]]) -> None:
+    """Write all solved values into the model; an interrupt is raised once all of them are written."""
     interrupted: KeyboardInterrupt | None = None
     while True:
         try:
-            for group in found:
-                zero_units(model, group, plan.keep[group.name])  # a router's forward ends with the pass
+            for group in groups:
+                zero_units(model, group, plan.keep[group.name])  # a router's replaced forward ends with the pass
             for matrix, values in solved:
                 _apply(matrix, values)
             break
@@ -279,39 +285,42 @@ def _write(model: Any, plan: Plan, found: Sequence[Group], solved: Sequence[tupl
 
 @torch.no_grad()
 def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: float = RIDGE) -> Plan:
-    """Refit a model to a plan, before `prune` cuts it: removed units become zero, surviving output columns are solved.
+    """Reconstruct a model's outputs for a plan, before `prune` cuts it: removed units become zero, and the surviving
+    columns of output matrices are solved.
 
-    For every matrix `W` through which removed units sent their output on, in the order of the forward pass,
+    For every matrix `W` that the removed units' output went through, in the order of the forward pass,
 
         min over ΔW of  Σ_t w_t · |r_t − ΔW x̃_t|² + λ |ΔW|²,
         λ = ridge · inputs / tokens · mean(diag(Σ_t w_t x̃_t x̃_tᵀ)),
 
-    with `x̃` the surviving inputs of the matrix in the pruned and so far refitted model, `r` what its output lacks of
-    the dense model's, and `w_t` one over the mean square of the dense layer's output. Where the architecture only adds
-    the output to the hidden states (`Architecture.residual`), `r` includes what these lack already. Biases are solved
-    too. Stacked experts are cut without a refit: each sees only the tokens that are sent to it.
+    with `x̃` the surviving inputs of the matrix in the pruned and so far reconstructed model, `r` the dense model's
+    output of the matrix minus the pruned model's, and `w_t` one over the mean square of the dense layer's output. Where
+    the architecture only adds the output to the hidden states (`Architecture.residual`), `r` includes the error that
+    these have already. Biases are solved too. Stacked experts are cut without reconstruction, since each reads only the
+    tokens that are routed to it.
 
-    The hidden states of the text between two layers are held, in the model's dtype, for both models; wide activations
-    only for a few thousand tokens at a time. Solved columns wait on the host until all are solved: the model is as it
-    was until then, but for the layer that is at work, of whose cut parameters a copy is held.
+    The hidden states of the text between two layers are held for both models, in the model's dtype, and wide
+    activations for a few thousand tokens at a time. Solved columns wait on the host until all are solved. Until then
+    the model is as it was, but for the layer at work, of whose cut parameters a copy is held.
 
     Args:
         model: the model the plan is for, not cut yet; its surviving columns change in place.
         plan: of `selection.plan`.
-        batches: token ids, as `calibrate` takes them; more than were scored pay (README).
-        ridge: of λ. The best penalty of a regression of many inputs is their number over that of observations, divided
-            by the share of the target they explain, so this is about the latter's inverse. It pulls towards the weights
-            as they were, not towards zero.
+        batches: token ids int64 `[samples, length]`, or a sequence of such, as `calibrate` takes them. More samples
+            than were scored improve the result (README has figures).
+        ridge: the factor of λ, positive. The best penalty of a regression of many inputs is their number over that of
+            observations, divided by the share of the target that they explain, so `ridge` is about that share's
+            inverse. It pulls towards the weights as they were, not towards zero.
 
     Returns:
-        The same plan for the refitted model: hand this one to `prune`. Its record says what was done, and for every
-        matrix the relative squared error of its output before and after.
+        The same plan for the reconstructed model: hand this one to `prune`. Its record says what was done, and for
+        every matrix the relative squared error of its output before and after.
 
     Raises:
         HywiaError: the plan is not this model's, or the equations cannot be solved. UsageError: malformed batches or
             a ridge that is not positive. After these, and after any other error or interrupt while it solves, the model
-            is as it was. Writing the solved weights comes last, and takes about as long as copying them: an interrupt
-            there is raised when all are written; hand the model to nothing but `prune` then, or load it again.
+            is as it was. Writing the solved weights comes last, and takes about as long as copying them. An interrupt
+            there is raised when all are written: hand the model to nothing but `prune` then, or load it again.
     """
     began = time.monotonic()
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not 0.0 < ridge < math.inf:
@@ -319,7 +328,7 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
     model = plain_model(model, changing=True)
     with apart(dict(model.named_modules())):
         samples = padded(batches)
-        errors = _refitted(model, plan, samples, ridge)
+        errors = _reconstruct_layers(model, plan, samples, ridge)
         record = {
             "samples": len(samples),
             "tokens": samples.total,
@@ -331,9 +340,9 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
         return replace(plan, fingerprint=fingerprint(model), record={**plan.record, "refit": record})
 
 
-def _refitted(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[str, list[float]]:
-    """`reconstruct`; the relative errors of its matrices."""
-    found = checked_groups(model, plan)
+def _reconstruct_layers(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[str, list[float]]:
+    """Do the work of `reconstruct`; return each matrix's relative squared error, before and after."""
+    groups = checked_groups(model, plan)
     check_tokens(samples.tokens, model)
     entry = arch.architecture(model)
     layers: Any = model.get_submodule(entry.layers)
@@ -341,29 +350,30 @@ def _refitted(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[st
     errors: dict[str, list[float]] = {}
     solved: list[tuple[_Matrix, _Solved]] = []
     with exact_products(*devices):
-        runs = [_arguments(model, layers, chunk) for chunk in samples.sorted().chunks(_CHUNK_TOKENS)]
-        same = True  # both models have the same hidden states so far
-        for index, layer in enumerate(progress.track(layers, "refitting")):
-            here = [g for g in found if g.layer == index]
-            cut = [g for g in here if plan.keep[g.name].numel() < g.units]
-            aims: list[_Aim] = []
-            matrices = _matrices(model, plan, here)
-            if cut or not same:
-                aims = [_aim(layer, index, matrices, run, entry.residual is not None) for run in runs]
-            with _tried(model, cut):
-                for group in here:
+        runs = [_start_run(model, layers, chunk) for chunk in samples.sorted().chunks(_CHUNK_TOKENS)]
+        identical = True  # both models have the same hidden states so far
+        for index, layer in enumerate(progress.track(layers, "reconstructing")):
+            in_layer = [g for g in groups if g.layer == index]
+            cut = [g for g in in_layer if plan.keep[g.name].numel() < g.units]
+            targets: list[_LayerTarget] = []
+            matrices = _matrices(model, plan, in_layer)
+            if cut or not identical:
+                include_drift = entry.residual is not None
+                targets = [_layer_target(layer, index, matrices, run, include_drift) for run in runs]
+            with _restored_afterwards(model, cut):
+                for group in in_layer:
                     zero_units(model, group, plan.keep[group.name])
                 for matrix in matrices:
-                    change, before, after = _equations(layer, index, matrix, runs, aims).solve(
+                    change, before, after = _equations(layer, index, matrix, runs, targets).solve(
                         ridge * matrix.kept.numel() / samples.total
                     )
                     solved.append((matrix, _solved(matrix, change)))
                     _apply(*solved[-1])
                     errors[matrix.name] = [before, after]
-                same = same and not cut
+                identical = identical and not cut
                 for i, run in enumerate(runs):
                     run.pruned = run.calls[index](layer, run.pruned)
-                    run.dense = run.pruned if same else aims[i].out
-        del runs, aims
-    _write(model, plan, found, solved)
+                    run.dense = run.pruned if identical else targets[i].hidden
+        del runs, targets
+    _write(model, plan, groups, solved)
     return errors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -11,9 +10,7 @@ from families import FAMILIES, fresh, token_ids
 
 import hywia_kernels as hk
 from hywia_kernels import ops
-from hywia_kernels.method import surgery
-
-refitting = sys.modules["hywia_kernels.method.reconstruction"]
+from hywia_kernels.method import reconstruction, surgery
 
 
 def numbers(model):
@@ -101,9 +98,9 @@ def test_a_refit_of_experts_that_fails_puts_the_router_back(monkeypatch):
     plan = hk.plan(scores, group_ratio={"experts": 0.4, "attention": 0.5}, units=("experts", "attention"), align=1)
     before, said, flags = values(model), numbers(model), hooks_and_forwards(model)
     calls = []
-    original = refitting._equations
+    original = reconstruction._equations
     monkeypatch.setattr(
-        refitting, "_equations", lambda *a: calls.append(1) or (original(*a) if len(calls) < 2 else 1 / 0)
+        reconstruction, "_equations", lambda *a: calls.append(1) or (original(*a) if len(calls) < 2 else 1 / 0)
     )
     with pytest.raises(ZeroDivisionError):
         hk.reconstruct(model, plan, token_ids())

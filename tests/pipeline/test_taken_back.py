@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import weakref
 
 import pytest
@@ -14,9 +13,7 @@ from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, ops
-from hywia_kernels.method import surgery
-
-refitting = sys.modules["hywia_kernels.method.reconstruction"]
+from hywia_kernels.method import reconstruction, surgery
 
 
 @pytest.fixture
@@ -36,14 +33,15 @@ def assert_as_it_was(model, before):
         assert torch.equal(now[name], value), name
 
 
-STEPS = [(step, at) for step in ("_equations", "_solved", "_apply", "silence") for at in (1, 2, 4, 6)] + [("_aim", 3)]
+STEPS = [(step, at) for step in ("_equations", "_solved", "_apply", "zero_units") for at in (1, 2, 4, 6)]
+STEPS.append(("_layer_target", 3))
 
 
 @pytest.mark.parametrize(("step", "at"), STEPS)
 def test_a_refit_that_fails(model, text, at, step, monkeypatch):
     plan = make_plan(model, "both")
     before, state = values(model), model_state(model)
-    original, calls = getattr(refitting, step), []
+    original, calls = getattr(reconstruction, step), []
 
     def planted(*arguments):
         calls.append(1)
@@ -51,7 +49,7 @@ def test_a_refit_that_fails(model, text, at, step, monkeypatch):
             raise HywiaError("planted")
         return original(*arguments)
 
-    monkeypatch.setattr(refitting, step, planted)
+    monkeypatch.setattr(reconstruction, step, planted)
     with pytest.raises(HywiaError, match="planted"):
         hk.reconstruct(model, plan, text)
     assert len(calls) == at
@@ -91,13 +89,13 @@ def whole_of(now, before, after):
 def test_a_solution_that_the_dtype_cannot_hold_is_refused(gqa, text, monkeypatch):
     plan = make_plan(gqa, "mlp")
     before = values(gqa)
-    original = refitting._Normal.solve
+    original = reconstruction._NormalEquations.solve
 
     def huge(self, ridge):
         change, *errors = original(self, ridge)
         return change * float("inf"), *errors
 
-    monkeypatch.setattr(refitting._Normal, "solve", huge)
+    monkeypatch.setattr(reconstruction._NormalEquations, "solve", huge)
     with pytest.raises(HywiaError, match=r"layers\.0\.mlp\.down_proj: its solution is beyond the range of float32"):
         hk.reconstruct(gqa, plan, text)
     assert_as_it_was(gqa, before)
