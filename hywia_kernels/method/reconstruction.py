@@ -33,7 +33,7 @@ from ..errors import HywiaError, UsageError
 from ..settings import RIDGE
 from ..types import Group, Plan
 from .calibration_data import check_tokens, digest
-from .moments import exact_products, factored, moment_dtype
+from .moments import cholesky_factor, exact_products, moment_dtype
 from .surgery import checked_groups, zero_units
 
 __all__ = ["reconstruct"]
@@ -108,7 +108,7 @@ class _NormalEquations:
             HywiaError: activations that are NaN or Inf, or equations without a solution.
         """
         gram, cross = self.gram.double(), self.cross.double()
-        change = torch.cholesky_solve(cross, factored(gram, ridge, self.name))
+        change = torch.cholesky_solve(cross, cholesky_factor(gram, ridge, self.name))
         after = self.energy - 2 * (change * cross).sum() + (change * (gram @ change)).sum()
         scale = self.target.clamp(min=_TINY)
         return change, float(self.energy / scale), float(after / scale)
