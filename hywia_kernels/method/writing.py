@@ -165,7 +165,7 @@ def self_written(
 
 
 def greedy(model: Any, ids: Tensor, new: int) -> Tensor:
-    """Ids int64 `[batch, length]` continued greedily by `new` tokens, whatever they are: int64 `[batch, length + new]`."""
+    """Ids int64 `[batch, length]` continued greedily by `new` tokens of any kind: int64 `[batch, length + new]`."""
     return _generate(model, ids, do_sample=False, max_new_tokens=new, pad_token_id=0)
 
 

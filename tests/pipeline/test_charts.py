@@ -9,7 +9,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from hywia_kernels import HywiaError, charts, figures
+from hywia_kernels import HywiaError
+from hywia_kernels.cli import charts, figures
 
 SVG = "{http://www.w3.org/2000/svg}"
 
