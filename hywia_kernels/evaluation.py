@@ -32,7 +32,8 @@ __all__ = ["Evaluation", "blocks", "continuation", "evaluate", "perplexity", "st
 def blocks(
     tokenizer: Any, text: str, block: int = BLOCK, max_blocks: int | None = None, *, bos: bool | None = None
 ) -> Tensor:
-    """The papers' protocol: tokenise the whole string, cut it into blocks, drop the rest. int64 `[blocks, block]`.
+    """The text's tokens, int64 `[blocks, block]`, by the papers' protocol: the whole string is tokenised and cut into
+    blocks, and what is left at the end is dropped.
 
     Where the tokenizer puts a beginning-of-text token before a text by itself (or `bos` is True; False: nowhere), each
     block begins with it and has `block - 1` tokens of the text.
@@ -63,11 +64,11 @@ def blocks(
 
 @torch.no_grad()
 def perplexity(model: Any, tokens: Tensor, *, batch: int = 8) -> float:
-    """`exp` of the mean next-token loss over int64 `[blocks, block]`; float32 logits, float64 mean.
+    """`exp` of the mean next-token loss over int64 `[blocks, block]`, from float32 logits and a float64 mean.
 
     Every token but a block's first is predicted, from those before it in its block: `blocks · (block - 1)` losses, of
-    which one a block is that of the first word behind the beginning-of-text token where there is one. The model is in
-    eval mode meanwhile.
+    which one in each block is that of the first token behind the beginning-of-text token, where there is one. The model
+    is in eval mode meanwhile.
 
     Raises:
         UsageError: no blocks, blocks of one token or longer than the model's positions, or a batch below 1.
@@ -97,10 +98,14 @@ def perplexity(model: Any, tokens: Tensor, *, batch: int = 8) -> float:
 
 @torch.no_grad()
 def tokens_per_second(model: Any, *, prompt: int = 16, new: int = 32, repeats: int = 3) -> float:
-    """Tokens a second of eager greedy generation: one sequence, a KV cache, median of `repeats` after a warm-up.
+    """Tokens a second of eager greedy generation, for one sequence with a KV cache: the median of `repeats` runs after
+    a warm-up.
 
-    On a GPU the calls of kernels take most of that time, and a smaller model has as many: `hywia bench` measures
-    decoding without them. A model with fewer positions than `prompt + new` makes fewer tokens.
+    On a GPU the launches of kernels take most of that time, and a smaller model has as many of them; `hywia bench`
+    measures decoding without them. A model with fewer positions than `prompt + new` writes fewer tokens.
+
+    Raises:
+        HywiaError: the model does not write as many tokens as it is asked for.
     """
     model = unwrapped(model)
     weight = model.get_input_embeddings().weight
@@ -148,7 +153,7 @@ def evaluate(
     bos: bool | None = None,
     name: str = "given",
 ) -> dict[str, Any]:
-    """Quality, size and speed: keys `perplexity`, `parameters`, `bytes`, `tokens_per_second`, `text`.
+    """Quality, size and speed of a model: keys `perplexity`, `parameters`, `bytes`, `tokens_per_second`, `text`.
 
     `bytes` is the size of the safetensors files that hold `source`'s weights; without such files, what the weights
     would take as safetensors in their present dtype. `tokens_per_second` is eager greedy generation, one sequence.
@@ -182,8 +187,10 @@ class Evaluation:
     """What to measure of a model: `evaluate` on one text, read once, and a continuation.
 
     Attributes:
-        text: file, as calibration takes it; None: the prose that comes with the package. field: of its objects.
-        block, max_blocks, bos: as `blocks` takes them. prompt: its greedy continuation is kept; None: no continuation.
+        text: a text file of the kinds that calibration takes; None: the prose that comes with the package.
+        field: the field of its objects, or column of its table, that holds the text.
+        block, max_blocks, bos: as `blocks` takes them.
+        prompt: a text whose greedy continuation is recorded; None: no continuation.
     """
 
     text: str | None = None
@@ -195,7 +202,7 @@ class Evaluation:
 
     @cached_property
     def content(self) -> tuple[str, str]:
-        """`(name, text)`; the documents of a file that holds several, with an empty line between them.
+        """`(name, text)`; the documents of a file that holds several are joined with an empty line between them.
 
         Raises:
             UsageError: block or max_blocks out of range. HywiaError: the file cannot be read.
@@ -210,7 +217,7 @@ class Evaluation:
         return str(path), "\n\n".join(file_documents(path, field=self.field, argument="text"))
 
     def check(self, model: Any, tokenizer: Any) -> None:
-        """Refuse before any work what the model's positions or the text do not allow.
+        """Check, before any work, that the model's positions and the text allow what is to be measured.
 
         Raises:
             UsageError, HywiaError: as `evaluate` and `continuation`.

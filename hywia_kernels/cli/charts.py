@@ -20,8 +20,8 @@ from ..errors import HywiaError
 __all__ = ["available", "bars", "lines", "require", "spread", "standalone"]
 
 COLOURS = ("#3583c6", "#e07f2e", "#3f9c5a", "#c65590", "#8b7bd0", "#a98732")
-_STYLES = ("-", "--", ":")  # once all colours are used
-_INK = "#010203"  # a colour that nothing else has: it becomes the page's
+_STYLES = ("-", "--", ":")  # the next one is used once all colours are
+_INK = "#010203"  # no figure has this colour otherwise; it is replaced by the page's text colour
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _RC: Any = {
     "svg.fonttype": "none",  # text stays text: it can be searched, read out and styled
@@ -38,10 +38,10 @@ Points = Sequence[tuple[float, float]]
 
 
 def require() -> None:
-    """Refuse figures where matplotlib is not installed.
+    """Check that matplotlib is installed.
 
     Raises:
-        HywiaError: it is not.
+        HywiaError: it is missing or broken.
     """
     try:
         import matplotlib.figure  # noqa: F401
@@ -61,20 +61,21 @@ def available() -> bool:
 
 
 def _text(value: object) -> str:
+    """The value as text, with spaces for characters that SVG cannot hold."""
     return _UNPRINTABLE.sub(" ", str(value))
 
 
 def _draw(
     title: str, x_label: str, y_label: str, width: int, height: int, plot: Callable[[Any], Sequence[tuple[Any, str]]]
 ) -> str:
-    """SVG of one pair of axes; `plot` draws on them and returns what the legend names, (artist, name) pairs."""
+    """The SVG element of one pair of axes; `plot` draws on them and returns (artist, name) pairs for the legend."""
     require()
     title, x_label, y_label = _text(title), _text(x_label), _text(y_label)
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(_RC), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of glyphs that the fonts here lack: a reader's have them
+        warnings.simplefilter("ignore")  # about glyphs that the fonts here lack, which a reader's fonts have
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         axes = figure.add_subplot()
         named = plot(axes)
@@ -114,7 +115,7 @@ def _draw(
 
 
 def _inline(svg: str, title: str, width: int, height: int) -> str:
-    """The SVG element alone, in the page's colour, with names of its own: several stand in one page."""
+    """The SVG element without its header, in the page's colour; its ids are unique, so that a page can hold several."""
     body = svg[svg.index("<svg") :]
     body = body[body.index(">") + 1 :]
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
@@ -128,7 +129,7 @@ def _inline(svg: str, title: str, width: int, height: int) -> str:
 
 
 def standalone(figures: Sequence[str]) -> str:
-    """One SVG file of several figures, one below another; in a browser its ground is the reader's, light or dark."""
+    """One SVG file of several figures, one below another; a browser shows it light or dark, as the reader prefers."""
     placed, width, height = [], 1, 0
     for figure in figures:
         size = re.search(r'viewBox="0 0 (\d+) (\d+)"', figure)
@@ -146,11 +147,12 @@ def standalone(figures: Sequence[str]) -> str:
 
 
 def _finite(value: float | None) -> float:
-    """The value, or NaN, which leaves a gap, for None and what has no place on an axis."""
+    """The value; for None and what is not finite NaN, which leaves a gap."""
     return float(value) if value is not None and math.isfinite(value) else math.nan
 
 
 def _label_categories(axes: Any, labels: Sequence[str], width: int) -> None:
+    """Label the x axis, with as many of the labels as fit in `width` points."""
     every = max(1, math.ceil(len(labels) * (10 + 7 * max(map(len, labels), default=1)) / max(width - 80, 1)))
     shown = range(0, len(labels), every)
     axes.set_xticks(list(shown), [_text(labels[i]) for i in shown])
@@ -167,7 +169,7 @@ def bars(
     width: int = 720,
     height: int = 300,
 ) -> str:
-    """A group of bars a label, one of each series; None and what is not finite leave a gap.
+    """An SVG figure with a group of bars for each label, one of each series; None and what is not finite leave gaps.
 
     Raises:
         HywiaError: matplotlib is not installed.
@@ -202,7 +204,9 @@ def lines(
     height: int = 300,
     zero: bool = True,
 ) -> str:
-    """A curve a series, through its points by x; `zero` lets the y axis start at 0. Series without points are empty.
+    """An SVG figure with a curve for each series, through its points in the order of x.
+
+    With `zero` the y axis starts at 0 where no value is negative. A series without points has a legend entry only.
 
     Raises:
         HywiaError: matplotlib is not installed.
@@ -243,12 +247,13 @@ def spread(
     width: int = 720,
     height: int = 300,
 ) -> str:
-    """How values spread at each position: from the least to the largest, the middle half, the median; and marks.
+    """An SVG figure of how values spread at each position: least to largest, middle half, and median; and of marks.
 
     The axis is logarithmic where all values are positive and span more than three decades.
 
     Args:
-        positions: on the x axis. quantiles: at each, least, lower quartile, median, upper quartile, largest.
+        positions: on the x axis.
+        quantiles: least value, lower quartile, median, upper quartile and largest value at each position.
         marks: name -> a value at each position; None leaves it out.
 
     Raises:

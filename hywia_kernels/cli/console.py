@@ -1,4 +1,4 @@
-"""What a run tells people (tables on stdout) and machines (JSON)."""
+"""What a run prints for people (tables on stdout) and writes for machines (JSON)."""
 
 from __future__ import annotations
 
@@ -28,22 +28,24 @@ __all__ = [
     "write_json",
 ]
 
-# A larger share of a layer's units than this goes seldom without great harm.
+# To remove a larger share of a layer's units than this seldom leaves a usable model.
 EXTREME = 0.75
 
 
 def say(line: str) -> None:
+    """Print a line at once, also where stdout is a pipe."""
     print(line, flush=True)
 
 
-def print_evaluation(found: Mapping[str, Any]) -> None:
-    for metric, value in figures_of(found):
+def print_evaluation(evaluation: Mapping[str, Any]) -> None:
+    """The figures of one model, and the text that its perplexity was measured on."""
+    for metric, value in figures_of(evaluation):
         say(f"{metric.name:<16} {value:>16}")
-    _say_text(found)
+    _say_text(evaluation)
 
 
-def _say_text(found: Mapping[str, Any]) -> None:
-    text = found.get("text")
+def _say_text(evaluation: Mapping[str, Any]) -> None:
+    text = evaluation.get("text")
     if not text:
         return
     bos = ", each beginning with the beginning-of-text token" if text["bos"] else ""
@@ -51,7 +53,7 @@ def _say_text(found: Mapping[str, Any]) -> None:
 
 
 def print_comparison(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> None:
-    """Before, after and their ratio; and a continuation from each where there is one."""
+    """Each figure before and after with their ratio, and a continuation of each model where there is one."""
     if before is None or after is None:
         return
     say(f"{'':<16} {'before':>16} {'after':>16} {'ratio':>8}")
@@ -64,6 +66,7 @@ def print_comparison(before: Mapping[str, Any] | None, after: Mapping[str, Any] 
 
 
 def print_plan(plan: Plan) -> None:
+    """How many parameters and units go, what planning predicts, and warnings of extreme cuts."""
     removed = plan.parameters_before - plan.parameters_after
     share = f"{100 * plan.ratio:.3f} %"
     say(f"removing {removed:,} of {plan.parameters_before:,} parameters: {share}, {plan.layout} layout")
@@ -97,7 +100,11 @@ def extreme_cuts(plan: Plan) -> list[str]:
 
 
 def print_history(steps: Sequence[Mapping[str, Any]], plan: Plan) -> None:
-    """What all cuts together removed, for a model that was cut before; `steps` as `history.history` gives them."""
+    """What all cuts together removed, for a model that was cut before.
+
+    Args:
+        steps: the records of earlier cuts, the first one first. plan: of the present cut.
+    """
     _, total = reduction(
         {
             "plan": {"parameters_before": plan.parameters_before, "parameters_after": plan.parameters_after},
@@ -112,28 +119,28 @@ def print_history(steps: Sequence[Mapping[str, Any]], plan: Plan) -> None:
 
 
 def _say_planning(record: Mapping[str, Any]) -> None:
-    """Which constraints bind, and what the plan should gain."""
+    """Which serving rules limit the plan, and how much faster and smaller the model should get."""
     if record.get("binding"):
         rules = [c for c in record["constraints"] if c.partition(":")[0] in record["binding"]]
         say(f"  bound by {'; '.join(rules)}")
     if "prediction" in record:
-        found = record["prediction"]
-        prefill = ", ".join(f"{s:.2f} at {t} tokens" for t, s in found["prefill"].items())
+        prediction = record["prediction"]
+        prefill = ", ".join(f"{s:.2f} at {t} tokens" for t, s in prediction["prefill"].items())
         say(
-            f"  predicted on {found['target']}: prefill x{prefill}; decoding x{found['decode']:.2f}; "
-            f"weights {found['size']:.2f} times smaller"
+            f"  predicted on {prediction['target']}: prefill x{prefill}; decoding x{prediction['decode']:.2f}; "
+            f"weights {prediction['size']:.2f} times smaller"
         )
 
 
 def print_text(record: Mapping[str, Any]) -> None:
-    """What text was read, and how much of it."""
+    """Which calibration text was read, and how much of it."""
     text = record.get("text")
     if text:
         say(f"calibration text: {text['samples']:,} samples, {text['tokens']:,} tokens, {text['calib']}")
 
 
 def print_reconstruction(plan: Plan) -> None:
-    """How much of the lost output the least squares brought back."""
+    """The mean squared error of the matrices' outputs before and after reconstruction."""
     done = plan.record.get("refit")
     errors = list(done["relative_error"].values()) if done else []
     if done and errors:
@@ -153,16 +160,21 @@ def environment() -> dict[str, Any]:
     return {"versions": versions(), "cuda": torch.version.cuda, "devices": devices, "backends": backends}
 
 
-def print_environment(found: Mapping[str, Any]) -> None:
-    say("versions: " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
-    say("GPUs: " + (", ".join(found["devices"]) or "none"))
-    for name, state in found["backends"].items():
+def print_environment(facts: Mapping[str, Any]) -> None:
+    """What `environment` gives, a line each: versions, GPUs, and every backend's ops or why it is off."""
+    say("versions: " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()))
+    say("GPUs: " + (", ".join(facts["devices"]) or "none"))
+    for name, state in facts["backends"].items():
         detail = ", ".join(state["ops"]) if state["on"] else state["reason"]
         say(f"{name:<10} {'on ' if state['on'] else 'off'} {detail}")
 
 
 def write_json(path: str | None, content: Any) -> None:
-    """Write a report, when a path is given."""
+    """Write content as JSON, where a path is given.
+
+    Raises:
+        HywiaError: JSON cannot hold the content, or the file cannot be written.
+    """
     if path is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""The figures of a pruning run and of a benchmark, as SVG text: what is drawn, while `charts` draws it."""
+"""The figures of a pruning run and of a benchmark, as SVG text: their data is chosen here, and `charts` draws it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["score_figures", "speed_figures", "width_figures"]
 
 
 def width_figures(kinds: Sequence[KindWidths]) -> list[str]:
-    """Units in each layer, before and after where both are known, a figure a kind of unit."""
+    """Units in each layer, before and after where both are known; one figure for each kind of unit."""
     figures = []
     for kind in kinds:
         before = {"before": kind.before} if kind.before is not None else {}
@@ -31,7 +31,7 @@ def width_figures(kinds: Sequence[KindWidths]) -> list[str]:
 
 
 def score_figures(record: Mapping[str, Any]) -> list[str]:
-    """How the scores spread in each layer and where the cut runs, and the estimated loss that goes; by kind of unit."""
+    """How the scores spread in each layer with the place of the cut, and the share of the estimated loss that goes."""
     rows, figures = summary_rows(record), []
     for kind in dict.fromkeys(row["kind"] for row in rows):
         mine = [row for row in rows if row["kind"] == kind]
@@ -75,7 +75,7 @@ def _case(figure: Mapping[str, Any]) -> str:
 
 
 def speed_figures(models: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Tokens a second of every case of a benchmark, a bar a model: one figure a mode and phase.
+    """Tokens a second of every case of a benchmark: a figure for each mode and phase, with a bar for each model.
 
     Args:
         models: mappings with "model", a name, and "figures", the readings as `hywia bench` records them.

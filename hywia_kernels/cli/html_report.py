@@ -14,16 +14,16 @@ from . import charts, figures
 __all__ = ["page"]
 
 TEMPLATE = "report.html.jinja"
-_LONG = ("widths", "widths_before")  # shown as tables and figures
+_LONG = ("widths", "widths_before")  # these are shown as tables and figures
 
 
 def page(record: Mapping[str, Any], title: str) -> str:
-    """HTML of a `hywia.json`; what it does not hold is left out.
+    """The HTML page of a `hywia.json`; sections whose data the record lacks are left out.
 
-    Where matplotlib is not installed, the page has its tables, and says what would draw the figures.
+    Where matplotlib is not installed, the page has its tables, and says what to install for the figures.
 
     Args:
-        record: content of the file. title: what the model is called.
+        record: the content of the file. title: the model's name.
 
     Raises:
         HywiaError: the record is damaged.
@@ -42,8 +42,8 @@ def _context(record: Mapping[str, Any], title: str) -> dict[str, Any]:
     history = record.get("history")
     drawing = charts.available()
 
-    def drawn(what: Any, of: Any) -> list[Markup]:
-        return [Markup(svg) for svg in what(of)] if drawing and of else []
+    def drawn(draw: Any, data: Any) -> list[Markup]:
+        return [Markup(svg) for svg in draw(data)] if drawing and data else []
 
     return {
         "title": title,
@@ -117,7 +117,7 @@ def _measured(bench: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _raw(record: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
-    """The rest of the record, for who wants to know everything; without the lists that are as long as the model."""
+    """The rest of the record as JSON, without the lists that have an entry for every layer."""
     shown = {key: record[key] for key in ("arguments", "recipe", "history", "not_stock") if record.get(key) is not None}
     shown["plan"] = {key: value for key, value in plan.items() if key not in _LONG}
     return json.dumps(shown, indent=2, default=str)

@@ -88,7 +88,7 @@ def _parts(owner: Any, handler: Any) -> list[_Part] | None:
 
 
 class _Scorer:
-    """What the scorers share: members in, one number per channel of the root out. Mixed into upstream's classes."""
+    """The scorers' common part, mixed into upstream's classes: one number per root channel from a group's members."""
 
     group_reduction: str | None
     normalizer: Any
@@ -125,7 +125,7 @@ class _Scorer:
         home, rows = None, []
         straight = None
         for parts, idxs in members:
-            total = next(values)  # the first launches all
+            total = next(values)  # the first one launches the kernels of all
             straight = straight or Straight(group[0][1])
             for _ in parts[1:]:
                 total = total + next(values)
@@ -135,6 +135,7 @@ class _Scorer:
         return scores if self.normalizer is None else self.normalizer(group, scores)
 
     def _reduced(self, rows: list[Tensor]) -> Tensor:
+        """One number per root channel from the members' `[..., roots]`; all of them, stacked, without a reduction."""
         reduction = self.group_reduction
         if reduction in ("first", "second"):
             return rows[("first", "second").index(reduction)]
@@ -165,7 +166,7 @@ class _Scorer:
         return (values / rep).unflatten(-1, (-1, 1, head)).repeat_interleave(rep, -2).flatten(-3)
 
     def _values(self, parts: Sequence[_Part]) -> Iterator[Tensor]:
-        """Float32 `[channels]` for each of the weights."""
+        """Scores float32 `[channels]` of each of the weights, in their order."""
         raise NotImplementedError
 
 
@@ -177,7 +178,7 @@ def _picked(values: Tensor, idxs: Sequence[int], straight: Straight) -> Tensor:
 
 
 class _Operands(NamedTuple):
-    """What a scoring of one weight reads."""
+    """The tensors from which one weight is scored."""
 
     weight: Tensor
     grad: Tensor | None
@@ -201,7 +202,7 @@ def _sums(parts: Sequence[_Part], operands: Sequence[_Operands], order: str, bac
             by_device.setdefault(given.weight.device, []).append(i)
     for here in by_device.values():
         chosen = [operands[i] for i in here]
-        found = ops.taylor_importance_batch(
+        batch_sums = ops.taylor_importance_batch(
             [c.weight for c in chosen],
             None if order == "second" else [c.grad for c in chosen],  # type: ignore[misc]
             None if order == "first" else [c.fisher for c in chosen],  # type: ignore[misc]
@@ -209,7 +210,7 @@ def _sums(parts: Sequence[_Part], operands: Sequence[_Operands], order: str, bac
             order=order,
             backend=backend,
         )
-        for i, sums in zip(here, found, strict=True):
+        for i, sums in zip(here, batch_sums, strict=True):
             results[i] = Sums(*sums)
     return results  # type: ignore[return-value]
 
@@ -278,11 +279,11 @@ class TaylorImportance(_Scorer, upstream.TaylorImportance):
     def _values(self, parts: Sequence[_Part]) -> Iterator[Tensor]:
         order = _ORDERS[self.taylor]
         before = [_measured(part, order) for part in parts]
-        fresh = [i for i, found in enumerate(before) if found is None]
+        fresh = [i for i, kept in enumerate(before) if kept is None]
         operands = [_operands(parts[i].owner, order) for i in fresh]
         sums = dict(zip(fresh, _sums([parts[i] for i in fresh], operands, order, self.backend), strict=True))
-        for i, found in enumerate(before):
-            fine, signed = sums[i] if found is None else found.sums(order)
+        for i, kept in enumerate(before):
+            fine, signed = sums[i] if kept is None else kept.sums(order)
             if self.taylor == "vectorize" and parts[i].axis is not None:
                 yield signed.abs()
             else:

@@ -1,7 +1,7 @@
 """Second order without weight-sized buffers: one calibration pass leaves sums per channel, which scorers then read.
 
-`Σ_w w²·mean_s G_s²` over a channel is all that a score takes from the Fisher information, so that is what is kept:
-a few numbers per channel instead of one per weight, and no gradient either.
+All that a score takes from the Fisher information is `Σ_w w²·mean_s G_s²` over a channel. So a few numbers per channel
+are kept instead of one per weight, and no gradients.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ _SIDES = ("out", "in")  # of a linear layer, by the axis of its weight
 
 
 class Measured(NamedTuple):
-    """Of the channels of one side of one matrix, on the CPU, float32.
+    """Sums over the channels of one side of one matrix, float32 on the CPU.
 
-    `fine`: order ("first", "second", "mixed") -> `[channels]`, with a half in the second-order term (`ops` says how);
-    `samples`: `[samples, channels]`, the signed first-order sum of every sample.
+    Attributes:
+        fine: order ("first", "second", "mixed") -> `[channels]`, the sums of absolute Taylor terms; the second-order
+            term is `½·w²·F`.
+        samples: `[samples, channels]`, the signed first-order sum of every sample.
     """
 
     fine: dict[str, Tensor]
     samples: Tensor
 
     def sums(self, order: str) -> Sums:
-        """The signed sum of a second-order term is its fine sum: no summand is negative."""
+        """Fine and signed sums of one order; those of the second order are equal, since no summand is negative."""
         mean = self.samples.double().mean(0).float()
         signed = {"first": mean, "second": self.fine["second"], "mixed": mean - self.fine["second"]}[order]
         return Sums(self.fine[order], signed)
@@ -69,6 +71,7 @@ def measured(owner: Any, side: str, scope: Any = None) -> Measured | None:
 
 
 def any_measured() -> bool:
+    """Whether `accumulate_fisher` left anything, for any model."""
     return bool(_STORE)
 
 
@@ -108,19 +111,20 @@ def accumulate_fisher(
     statistics = measure(model, batches, groups, backend=backend, memory=memory)
     for name, sides in parts.items():
         module = model.get_submodule(name)
-        found = {}
+        by_side = {}
         for side, keys in sides.items():
             fine = {order: torch.cat([statistics.fine[key][order] for key in keys]) for order in ORDERS}
-            found[side] = Measured(fine, torch.cat([statistics.coarse[key][0] for key in keys], 1))
-        _STORE.put(module, (module.weight,), (axes, found))
+            by_side[side] = Measured(fine, torch.cat([statistics.coarse[key][0] for key in keys], 1))
+        _STORE.put(module, (module.weight,), (axes, by_side))
 
 
 def _by_channel(model: Any, axes: str) -> tuple[tuple[Group, ...], dict[str, dict[str, list[str]]]]:
-    """The architecture's groups split into one a matrix and side, a unit a channel; and module -> side -> the names
-    of its groups, in the order of its channels.
+    """Groups for every channel of every matrix, and where they belong.
 
-    A linear layer that holds several matrices has a group for each along its outputs, and none along its inputs. Groups
-    of anything but linear layers (stacked experts, transposed weights) stay as they are, and are not told of.
+    The architecture's groups are split into one for each matrix and side, whose units are the channels. Returned with
+    them is module -> side -> the names of its groups, in the order of its channels. A linear layer that holds several
+    matrices has a group for each along its outputs, and none along its inputs. Groups of anything but linear layers
+    (stacked experts, transposed weights) stay as they are, and are not among the names.
     """
     groups: list[Group] = []
     starts: dict[str, dict[str, dict[int, str]]] = {}

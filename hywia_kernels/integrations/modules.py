@@ -21,20 +21,23 @@ __all__ = ["Sums", "SumsCache", "bias_terms", "gradient", "layout", "magnitude_s
 
 
 class Sums(NamedTuple):
-    """Per channel, float32: sums of absolute values and of signed values of the terms."""
+    """Sums of the terms over each channel, float32 `[channels]`: of their absolute values, and of the signed values."""
 
     fine: Tensor
     signed: Tensor
 
 
 class Layout(NamedTuple):
-    """Axis of the matrix along which a side's channels lie, and consecutive lines per channel; None: no such side."""
+    """Of each side, the matrix's axis along which its channels lie and the consecutive lines of one channel.
+
+    `inputs` is None where a layer has no input channels.
+    """
 
     out: tuple[int, int]
     inputs: tuple[int, int] | None
 
 
-BySide = dict[str, Sums]  # "out", "in"
+BySide = dict[str, Sums]  # the keys are "out" and "in"
 
 
 def tensor_of(owner: Any) -> Tensor | None:
@@ -46,6 +49,7 @@ def tensor_of(owner: Any) -> Tensor | None:
 
 
 def layout(owner: Any, weight: Tensor) -> Layout:
+    """Where the output and the input channels of a module's weight lie."""
     fold = weight[0, 0].numel() if weight.dim() > 2 and 0 not in weight.shape[:2] else 1
     if isinstance(owner, nn.Embedding):
         return Layout((1, 1), None)
@@ -71,6 +75,7 @@ def _by_side(owner: Any, weight: Tensor, rows: tuple[Tensor, Tensor], columns: t
 
 
 def _terms(term: Tensor) -> BySide:
+    """Sums of a vector, each entry of which is a channel."""
     return {"out": Sums(term.abs(), term)}
 
 
@@ -84,12 +89,12 @@ def taylor_sums(owner: Any, weight: Tensor, grad: Tensor, backend: str | None) -
 
 
 def magnitude_sums(owner: Any, weight: Tensor, p: float, backend: str | None) -> BySide:
-    """Sums of `|weight|^p` over every output and every input channel. `|w·w|` and `|w·1|` serve p = 2 and 1."""
+    """Sums of `|weight|^p` over every output and every input channel."""
     weight = weight.detach()
     if weight.dim() == 1:
         return _terms(weight.float().abs().pow(p))
     matrix = weight.flatten(1)
-    if p == 2:
+    if p == 2:  # the op sums `|a·b|`: `|w·w|` here, and `|w·1|` for p = 1
         rows, columns = ops.taylor_importance_both(matrix, matrix, backend=backend)
     else:
         matrix = matrix if p == 1 else matrix.float().abs().pow(p)
@@ -113,7 +118,7 @@ def gradient(owner: Any, weight: Tensor) -> Tensor:
 
 
 def bias_terms(owner: Any, grad: bool) -> tuple[Tensor, Tensor | None] | None:
-    """A module's bias and its gradient, in float32; None where it has no bias, or none of the gradient asked for."""
+    """A module's bias and, with `grad`, its gradient, in float32; None where either is missing."""
     bias = getattr(owner, "bias", None)
     if not isinstance(bias, Tensor) or (grad and bias.grad is None):
         return None
@@ -126,10 +131,10 @@ _LINES = 1 << 14  # at once: what they need beside the tensor is 32 MB, and stay
 
 @torch.no_grad()
 def _digest(tensor: Tensor) -> tuple[int, ...]:
-    """Of a tensor's bits, at the speed of reading them a few times: exact sums, weighted by where they were taken.
+    """A digest of a tensor's bits: exact sums, weighted by their places, at the speed of a few reads.
 
-    No change of a single entry leaves all as they were, and no exchange of two, whatever made it: torch's counter of
-    changes misses fused optimisers, `.data`, and everything that writes to memory without telling it.
+    A change of a single entry changes it, and so does an exchange of two, whatever made it. torch's counter of changes
+    misses fused optimisers, `.data`, and everything that writes to memory without telling torch.
     """
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0).byte()
     if flat.data_ptr() % 8 or flat.storage_offset() % 8:
@@ -140,7 +145,7 @@ def _digest(tensor: Tensor) -> tuple[int, ...]:
     rest = torch.cat([words[lines * _LANES :], flat[8 * whole :].long()])
     sums = []
     for part in words[: lines * _LANES].view(lines, _LANES).split(_LINES):
-        # A word's highest bits would be lost among multiples of 2^64, so the upper half counts by itself too.
+        # A word's highest bits would be lost among multiples of 2^64, so its upper half is summed by itself too.
         sums += [_weighted(of.sum(dim)) for of in (part, part >> 32) for dim in (0, 1)]
     sums += [_weighted(rest), _weighted(rest >> 32)]
     return tuple(torch.stack(sums).tolist())
@@ -153,43 +158,47 @@ def _weighted(values: Tensor) -> Tensor:
 
 
 class _Stamp:
-    """Tells whether tensors hold what they held when it was made, by their bits, shape and dtype."""
+    """Tells whether tensors hold what they held when the stamp was made, by their bits, shape and dtype."""
 
     def __init__(self, *tensors: Tensor) -> None:
-        self._seen = [self._of(t) for t in tensors]
+        self._digests = [self._of(t) for t in tensors]
 
     @staticmethod
     def _of(tensor: Tensor) -> tuple:
         return (tensor.shape, tensor.dtype, *(() if tensor.is_meta else _digest(tensor)))
 
     def fits(self, *tensors: Tensor) -> bool:
-        return len(tensors) == len(self._seen) and all(
-            seen[:2] == (t.shape, t.dtype) and seen == self._of(t) for t, seen in zip(tensors, self._seen, strict=True)
+        return len(tensors) == len(self._digests) and all(
+            before[:2] == (t.shape, t.dtype) and before == self._of(t)
+            for t, before in zip(tensors, self._digests, strict=True)
         )
 
 
 class _Same:
-    """Tells whether tensors are the same ones, as far as torch counts changes: enough where nobody else's code runs."""
+    """Tells whether tensors are the same objects without a change that torch counts.
+
+    That is enough where no foreign code runs in between.
+    """
 
     def __init__(self, *tensors: Tensor) -> None:
-        self._seen = [(weakref.ref(t), self._of(t)) for t in tensors]
+        self._versions = [(weakref.ref(t), self._of(t)) for t in tensors]
 
     @staticmethod
     def _of(tensor: Tensor) -> tuple:
         return None if tensor.is_inference() else tensor._version, tensor.data_ptr(), tensor.shape
 
     def fits(self, *tensors: Tensor) -> bool:
-        return len(tensors) == len(self._seen) and all(
-            ref() is t and seen == self._of(t) for t, (ref, seen) in zip(tensors, self._seen, strict=True)
+        return len(tensors) == len(self._versions) and all(
+            ref() is t and before == self._of(t) for t, (ref, before) in zip(tensors, self._versions, strict=True)
         )
 
 
 class SumsCache:
-    """Sums by module, since pruning replaces a module's parameters.
+    """Keeps sums by module, since pruning replaces a module's parameters.
 
     `get` keeps what it computes within one `scope` only: an object that stands for a stretch of time in which weights
-    and gradients stay as they are, but for changes that torch counts. `put` keeps its values for good, and `find`
-    compares the tensors' bits with those that they came from, once a scope.
+    and gradients stay as they are, but for changes that torch counts. `put` keeps a value until `clear`, and `find`
+    compares the bits of the tensors, once a scope, with those that the value was made from.
     """
 
     def __init__(self) -> None:
@@ -204,6 +213,7 @@ class SumsCache:
             self._scope = scope
 
     def get(self, owner: Any, tensors: tuple[Tensor, ...], compute: Callable[[], Any], scope: Any = None) -> Any:
+        """What `compute` returns for a module and these tensors, kept within the scope; None: it is not kept."""
         self._enter(scope)
         kept = self._kept.get(owner)
         if kept is not None and kept[0].fits(*tensors):
@@ -220,14 +230,15 @@ class SumsCache:
         return _Stamp(*tensors)
 
     def put(self, owner: Any, tensors: tuple[Tensor, ...], value: Any) -> None:
+        """Keep a value that was made from these tensors of a module."""
         self._kept.pop(owner, None)
         self._put[owner] = (self.stamp(*tensors), value)
 
     def find(self, owner: Any, tensors: tuple[Tensor, ...], again: str, scope: Any = None) -> Any | None:
-        """What was put for a module, or None.
+        """The value that was put for a module, or None.
 
         Raises:
-            UsageError: the tensors have changed since; `again` says what to call.
+            UsageError: the tensors have changed since; the message says to call `again`.
         """
         self._enter(scope)
         put = self._put.get(owner)
@@ -246,11 +257,12 @@ class SumsCache:
         return put[1]
 
     def forget(self) -> None:
-        """What was kept within a scope."""
+        """Forget what `get` kept."""
         self._scope = None
         self._kept.clear()
 
     def clear(self) -> None:
+        """Forget what `get` and `put` kept."""
         self.forget()
         self._put.clear()
 

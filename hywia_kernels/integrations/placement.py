@@ -1,4 +1,4 @@
-"""Where the channels of a group's members belong in the group: maps, and reductions without atomics."""
+"""Maps from the channels of a group's members to the group's root channels, and reductions without atomics."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Placement:
         self.index, self.weight = index, weight
 
     def __call__(self, values: Tensor, reduction: str | None = "sum") -> Tensor:
-        """Values `[..., channels]` at the roots, `[..., roots]`."""
+        """Values `[..., channels]` brought to the roots, `[..., roots]`; `reduction` combines those of one root."""
         if self.index is None:
             return values
         padding = values.new_full((*values.shape[:-1], 1), _PAD.get(reduction or "sum", 0.0))

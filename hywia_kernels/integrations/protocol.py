@@ -1,4 +1,4 @@
-"""A protocol for scores that any pruning tool can take, and three scorers that speak it.
+"""A protocol for scores that any pruning tool can use, and three scorers that implement it.
 
     scores = hk.TaylorScorer()(model)                # after loss.backward()
     scores["model.layers.0.mlp.down_proj", 1]        # float32 [columns]: one number per input channel
@@ -47,7 +47,7 @@ _SCORED = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
 
 
 def _axes(module: nn.Module, sides: BySide) -> Iterator[tuple[int, str]]:
-    """The weight's own dimensions with channels, in order, and the side each is of."""
+    """The weight's dimensions that have channels, ascending, each with the side ("out" or "in") of these channels."""
     out = layout(module, module.weight.detach()).out[0]  # type: ignore[union-attr, operator]
     both = ((0, "out"), (1, "in")) if out == 0 else ((0, "in"), (1, "out"))
     return ((axis, side) for axis, side in both if side in sides)
@@ -58,6 +58,8 @@ class MagnitudeScorer:
 
     Args:
         p: the power. backend: of the ops.
+
+    Scores are float32 `[channels]`, on the weight's device.
     """
 
     def __init__(self, p: float = 2, *, backend: str | None = None) -> None:
@@ -88,7 +90,11 @@ class TaylorScorer:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[tuple[str, int], Tensor]:
-        """Raises UsageError when no weight has a gradient."""
+        """Score a model.
+
+        Raises:
+            UsageError: no weight has a gradient.
+        """
         scores = {}
         for name, module in model.named_modules():
             if isinstance(module, _SCORED) and module.weight.grad is not None:
@@ -108,7 +114,8 @@ class HyWIAScorer:
     columns, q's, k's and v's rows and o's columns.
 
     Args:
-        batches, engine options: as in `hywia_kernels.calibrate`. fusion, order: as in `hywia_kernels.fuse`.
+        batches: token ids, as `hywia_kernels.calibrate` takes them. fusion, order: as `hywia_kernels.fuse` takes them.
+        options: backend, engine and memory of `hywia_kernels.calibrate`.
     """
 
     def __init__(self, batches: Any, fusion: str = "attention", order: str = "second", **options: Any) -> None:
@@ -119,7 +126,11 @@ class HyWIAScorer:
         self.batches, self.fusion, self.order, self.options = batches, fusion, order, options
 
     def __call__(self, model: nn.Module) -> dict[tuple[str, int], Tensor]:
-        """Raises HywiaError for a model that `hywia_kernels.groups` does not know."""
+        """Score a model.
+
+        Raises:
+            HywiaError: an architecture that `hywia_kernels.groups` does not know, or as `hywia_kernels.calibrate`.
+        """
         statistics = calibrate(model, self.batches, **self.options)
         parts: dict[tuple[str, int], dict[int, tuple[int, Tensor]]] = {}
         for group in statistics.groups:
@@ -135,7 +146,7 @@ class HyWIAScorer:
 
 
 def _joined(parts: Mapping[int, tuple[int, Tensor]]) -> Tensor:
-    """Of a weight that is one matrix its units' scores, of one that holds several a score for every channel."""
+    """The units' scores where the weight is one matrix; a score for every channel where it holds several."""
     if len(parts) == 1:
         return next(iter(parts.values()))[1]
     return torch.cat([parts[at][1].repeat_interleave(parts[at][0]) for at in sorted(parts)])

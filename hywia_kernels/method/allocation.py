@@ -1,4 +1,4 @@
-"""How many channels each layer keeps when layers may differ: one ranking over all of them, in whole alignment steps."""
+"""How many channels each layer keeps when layers may differ: all layers' steps between widths ranked together."""
 
 from __future__ import annotations
 
@@ -16,28 +16,32 @@ __all__ = ["allocate"]
 
 @dataclass(frozen=True)
 class _Step:
-    """Taking one layer's channels from one allowed width down to the next."""
+    """A cut of one bundle of groups, those that must stay equally wide, from one allowed width down to the next."""
 
     price: float  # estimated loss per parameter
-    item: int
-    order: int  # the item's how many-th step
-    width: int
-    parameters: int
+    bundle: int  # position of the bundle
+    order: int  # how many steps of the bundle come before this one
+    width: int  # units that each of its groups keeps after the step
+    parameters: int  # parameters that the step removes
 
 
 def allocate(
     scores: Scores, counts: Mapping[str, int], groups: Sequence[Group], widths: Mapping[str, Sequence[int]]
 ) -> dict[str, int]:
-    """Counts that remove as many parameters as `counts` do from `groups`, where the estimated loss is least.
+    """Units that each group keeps when as many parameters go as under `counts`, from where the estimated loss is least.
 
-    Within a group units go from the lowest score up; what a step costs is the loss estimate (`Scores.loss`) of the
-    units it takes, per parameter, and never less than the step before it in that layer. First and last layers have no
-    rule of their own: what they are worth is in the estimates. Groups of one stacked parameter stay equally wide.
+    Within a group units go from the lowest score up. A step costs the loss estimate (`Scores.loss`) of the units that
+    it removes, per parameter, and never less than the step before it in that layer. First and last layers have no rule
+    of their own: what they are worth is in the estimates. Groups of one stacked parameter stay equally wide.
 
     Args:
-        counts: units that each group would keep under equal shares.
-        groups: those that may differ.
-        widths: allowed counts of each group, ascending, at least one.
+        scores: with an estimate of the loss.
+        counts: group name -> units that it would keep under equal shares.
+        groups: the groups whose widths may differ.
+        widths: group name -> allowed counts of units, ascending, at least one.
+
+    Returns:
+        Group name -> units to keep, one of the group's allowed counts.
 
     Raises:
         UsageError: scores without an estimate of the loss.
@@ -47,39 +51,41 @@ def allocate(
             f"layout: adaptive needs scores that estimate the loss; criterion {scores.record.get('criterion')!r} does "
             "not, so its layers can only be cut alike (uniform)"
         )
-    items: dict[str, list[Group]] = {}
+    by_width: dict[str, list[Group]] = {}
     for group in groups:
-        items.setdefault(group.tied_width or group.name, []).append(group)
-    steps = [s for i, members in enumerate(items.values()) for s in _steps(scores, i, members, widths)]
-    steps.sort(key=lambda s: (s.price, s.item, s.order))
+        by_width.setdefault(group.tied_width or group.name, []).append(group)
+    bundles = list(by_width.values())
+    steps = [s for i, bundle in enumerate(bundles) for s in _steps(scores, i, bundle, widths)]
+    steps.sort(key=lambda s: (s.price, s.bundle, s.order))
     budget = sum((g.units - counts[g.name]) * g.unit_parameters for g in groups)
-    # Where the present width is none of the allowed, the first step down is no choice.
+    # A group whose present width is not allowed begins at its widest allowed one.
     result = {g.name: widths[g.name][-1] for g in groups}
-    taken = [0] * len(items)
+    taken = [0] * len(bundles)
     removed = sum((g.units - result[g.name]) * g.unit_parameters for g in groups)
     for step in steps:
-        # A step that would leave the target further than before is not taken, and closes its layer.
-        if step.order != taken[step.item] or removed + step.parameters - budget > budget - removed:
+        # A step that would lead further from the budget is skipped, and with it the later steps of its bundle.
+        if step.order != taken[step.bundle] or removed + step.parameters - budget > budget - removed:
             continue
-        taken[step.item] += 1
+        taken[step.bundle] += 1
         removed += step.parameters
-        for group in list(items.values())[step.item]:
+        for group in bundles[step.bundle]:
             result[group.name] = step.width
     return result
 
 
-def _steps(scores: Scores, item: int, members: Sequence[Group], widths: Mapping[str, Sequence[int]]) -> list[_Step]:
-    allowed = list(widths[members[0].name])[::-1]  # widest first
-    parameters = sum(g.unit_parameters for g in members)
-    costs = torch.zeros(members[0].units + 1, dtype=torch.float64)  # of removing the lowest k units
-    for group in members:
+def _steps(scores: Scores, index: int, bundle: Sequence[Group], widths: Mapping[str, Sequence[int]]) -> list[_Step]:
+    """All steps of the bundle at position `index`, from its widest allowed width to its narrowest."""
+    allowed = list(widths[bundle[0].name])[::-1]  # widest first
+    parameters = sum(g.unit_parameters for g in bundle)
+    costs = torch.zeros(bundle[0].units + 1, dtype=torch.float64)  # of removing the lowest k units
+    for group in bundle:
         lowest = torch.sort(scores.values[group.name].flip(0), stable=True).indices  # of equals the higher index goes
         loss = scores.loss[group.name].double().flip(0)[lowest]
         costs[1:] += loss.cumsum(0)
     steps, price = [], 0.0
     for order, (wide, narrow) in enumerate(itertools.pairwise(allowed)):
         size = (wide - narrow) * parameters
-        units = members[0].units
+        units = bundle[0].units
         price = max(price, float(costs[units - narrow] - costs[units - wide]) / size)
-        steps.append(_Step(price, item, order, narrow, size))
+        steps.append(_Step(price, index, order, narrow, size))
     return steps

@@ -17,7 +17,7 @@ from .writing import self_written
 
 __all__ = ["calibration", "check_tokens", "digest", "documents", "self_written", "windows"]
 
-_BUFFER = 1000  # documents of a stream that are shuffled together
+_POOL = 1000  # documents of a stream that are shuffled together
 
 
 def calibration(
@@ -41,11 +41,11 @@ def calibration(
             of such files, `NAME[:config[:split]]` of a dataset on the hub or a local directory `datasets` can read, or
             None: text the model writes itself.
         samples, seq_len: how many samples of how many tokens, the beginning-of-text token counted.
-        seed: of the choice of windows, or of the writing.
-        fewer: take what there is when the text holds at least one sample, but not as many.
+        seed: for the choice of windows, or for the writing.
+        fewer: return as many samples as the text holds where these are fewer than asked for, but at least one.
         bos: whether each sample begins with the beginning-of-text token. None: where the tokenizer puts one before a
             text by itself (Llama 2 and 3, Gemma, Mistral; not GPT-2), and in written text wherever there is one.
-        field: of an object, or the column of a table or dataset; it holds the text.
+        field: the field of an object, or the column of a table or dataset, that holds the text.
 
     Raises:
         UsageError: samples or seq_len out of range, or beyond the model's positions, or `bos=True` without such a
@@ -98,7 +98,7 @@ def windows(
 
 
 def _windows(texts: Any, tokenizer: Any, length: int, rng: random.Random) -> Iterator[list[int]]:
-    """All windows there are, in the order in which they are taken; how many are taken changes nothing."""
+    """All windows of the texts, in an order that does not depend on how many are taken."""
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     further: list[list[int]] = []
     empty = True
@@ -133,13 +133,15 @@ def _windows(texts: Any, tokenizer: Any, length: int, rng: random.Random) -> Ite
 
 
 def _blocks(ids: list[int], length: int) -> list[list[int]]:
+    """Blocks of `length` ids, one after another; what is left at the end is dropped."""
     return [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
 
 
 def _pools(texts: Any) -> Iterator[tuple[list[tuple[int, str]], bool]]:
-    """Documents that are not blank, with their numbers from 1, in pools to be shuffled; and whether one is all."""
+    """Pools of `(number from 1, document)` to be shuffled, without blank documents, each with whether it holds the only
+    document of all."""
     numbered = enumerate(texts, 1)
-    size = len(texts) if isinstance(texts, list) else _BUFFER
+    size = len(texts) if isinstance(texts, list) else _POOL
     first = True
     while True:
         pool = list(itertools.islice(numbered, size))

@@ -20,11 +20,15 @@ __all__ = ["magnitude", "random", "score"]
 
 
 def magnitude(model: Any, *, backend: str | None = None) -> Scores:
-    """Squared l2 norm of each unit's weights; needs no data. Ranks like the norm itself."""
+    """Score each unit by the squared l2 norm of its weights, which ranks as the norm does; no data is needed.
+
+    Raises:
+        HywiaError: an unknown architecture, or NaN or Inf in weights.
+    """
     check_finite(model)
-    found = arch.groups(model)
+    groups = arch.groups(model)
     values = {}
-    for group in found:
+    for group in groups:
         pair = None
         for member in group.members:
             weight = arch.view(model, member, group.units).detach()
@@ -42,21 +46,21 @@ def magnitude(model: Any, *, backend: str | None = None) -> Scores:
             )
         assert pair is not None
         values[group.name] = pair.fine.cpu()
-    return _without_data(model, found, values, {"criterion": "magnitude"})
+    return _without_data(model, groups, values, {"criterion": "magnitude"})
 
 
 def random(model: Any, seed: int = 0) -> Scores:
     """Seeded uniform scores: the baseline that any criterion must beat."""
-    found = arch.groups(model)
+    groups = arch.groups(model)
     generator = torch.Generator().manual_seed(seed)
-    values = {g.name: torch.rand(g.units, generator=generator) for g in found}
-    return _without_data(model, found, values, {"criterion": "random", "seed": seed})
+    values = {g.name: torch.rand(g.units, generator=generator) for g in groups}
+    return _without_data(model, groups, values, {"criterion": "random", "seed": seed})
 
 
-def _without_data(model: Any, found: tuple[Group, ...], values: dict[str, Tensor], record: dict[str, Any]) -> Scores:
+def _without_data(model: Any, groups: tuple[Group, ...], values: dict[str, Tensor], record: dict[str, Any]) -> Scores:
     record["versions"] = versions()
-    print_, parameters = identity(model)
-    return Scores(found, values, {}, parameters, print_, record)
+    fingerprint, parameters = identity(model)
+    return Scores(groups, values, {}, parameters, fingerprint, record)
 
 
 def score(
@@ -75,11 +79,11 @@ def score(
 
     Args:
         model: a causal language model of a known architecture.
-        batches: calibration token ids (see `calibrate`); needed by "hywia" only. `hywia_kernels.calibration` makes
-            them from a file, a dataset, or the model's own writing.
+        batches: calibration token ids (see `calibrate`), which the criterion "hywia" alone needs.
+            `hywia_kernels.calibration` makes them from a file, a dataset, or the model's own writing.
         criterion: "hywia", "magnitude" or "random".
-        fusion, order: of "hywia". seed: of "random". backend: of the ops. engine, memory: see
-            `calibrate`.
+        fusion, order: settings of "hywia", as `fuse` takes them. seed: of "random".
+        backend: of the ops. engine, memory: as `calibrate` takes them.
 
     Raises:
         UsageError: an unknown criterion, fusion or order, or no batches. HywiaError: as `calibrate`.

@@ -23,7 +23,7 @@ from ..progress import track
 from ..types import Group, Scores
 from .calibration_data import check_tokens
 from .layer_runs import CHUNK_TOKENS, entering, entrance
-from .moments import exact_products, factored, moment_dtype
+from .moments import cholesky_factor, exact_products, moment_dtype
 
 __all__ = ["head_residuals", "rank_heads"]
 
@@ -90,7 +90,7 @@ def _energy(model: Any, group: Group, gram: Tensor, tokens: int) -> Tensor:
     member = group.members[-1]
     weight = arch.view(model, member, group.units).detach()
     weight = (weight if member.axis == 1 else weight.T).double()
-    inverse = torch.cholesky_inverse(factored(gram.double(), _RIDGE, member.module))
+    inverse = torch.cholesky_inverse(cholesky_factor(gram.double(), _RIDGE, member.module))
     size = member.group_size
     blocks = torch.stack([inverse[u : u + size, u : u + size] for u in range(0, group.units * size, size)])
     columns = weight.view(len(weight), group.units, size).transpose(0, 1)  # [units, outputs, size]

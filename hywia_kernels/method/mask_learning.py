@@ -3,8 +3,8 @@
 The training-free scores are where the search starts. Every step masks the units that a plan of the present scores
 would remove, compares the masked model's next-token distributions with the whole model's, and moves the scores along
 the gradient that the masks get ("straight through": the step function's backward is a sigmoid's). Weights stay as they
-are. Unlike a single pass over gradients this sees what units do for each other, and what is missing already. A step
-costs two forward passes and a backward pass without weight gradients: README has the price and the gain.
+are. Unlike a single pass over gradients this measures what units do for each other, and what is removed already. A
+step costs two forward passes and a backward pass without weight gradients: README has the price and the gain.
 
 Straight-through estimators: Bengio et al. (arXiv 1308.3432).
 """
@@ -41,16 +41,16 @@ _SLOPE = 2.0  # of the sigmoid that stands for the step in backward, scores in s
 
 
 @dataclass
-class _Learning:
-    """One group's scores while they are learned: those above zero stay."""
+class _LearnedMask:
+    """One group's scores while they are learned; the units of the `count` highest scores stay."""
 
     group: Group
     count: int  # units to keep
     module: nn.Module
     scores: Tensor  # float32 [units], requires grad
 
-    def mask(self) -> Tensor:
-        """Ones and zeros `[units]`, as many ones as are to stay, with a sigmoid's gradient."""
+    def values(self) -> Tensor:
+        """The mask, float32 `[units]`: `count` ones and else zeros, with a sigmoid's gradient."""
         kept = torch.zeros_like(self.scores)
         kept[torch.sort(self.scores.detach(), descending=True, stable=True).indices[: self.count]] = 1.0
         ordered = torch.sort(self.scores.detach(), descending=True).values
@@ -60,48 +60,54 @@ class _Learning:
 
 
 @contextmanager
-def _masked(learning: Sequence[_Learning]) -> Iterator[None]:
-    """The model with its present masks on what enters the matrices that units send their output on through."""
+def _masked(masks: Sequence[_LearnedMask]) -> Iterator[None]:
+    """Within the context the inputs of the units' output matrices are multiplied by the present masks."""
 
-    def hook(one: _Learning) -> Any:
+    def hook(mask: _LearnedMask) -> Any:
         def multiply(module: nn.Module, arguments: tuple) -> tuple:
-            mask = one.mask().repeat_interleave(one.group.members[-1].group_size)
-            return (arguments[0] * mask.to(arguments[0].dtype), *arguments[1:])
+            factors = mask.values().repeat_interleave(mask.group.members[-1].group_size)
+            return (arguments[0] * factors.to(arguments[0].dtype), *arguments[1:])
 
         return multiply
 
-    with hooked([(one.module, hook(one)) for one in learning], before=True):
+    with hooked([(mask.module, hook(mask)) for mask in masks], before=True):
         yield
 
 
-def _start(values: Tensor) -> Tensor:
-    """Scores in standard deviations; positive ones are magnitudes, whose logarithms are nearer to even spacing."""
+def _standardised(values: Tensor) -> Tensor:
+    """Standardised scores, float32 `[units]`; of scores without a negative one the logarithms, which are spaced more
+    evenly."""
     if bool((values >= 0).all()):
         return standardised_log(values).float()
     centred = values.double() - values.double().mean()
     return (centred / centred.square().mean().sqrt().clamp(min=1e-12)).float()
 
 
-def _hidden(model: Any, tokens: Tensor) -> Tensor:
+def _hidden_states(model: Any, tokens: Tensor) -> Tensor:
     return model.get_decoder()(tokens, use_cache=False).last_hidden_state
 
 
 def _divergence(model: Any, dense: Tensor, masked: Tensor, counts: Tensor) -> Tensor:
-    """Mean KL divergence of the next-token distributions, from hidden states; and backward through it.
+    """The mean KL divergence of the masked model's next-token distributions from the dense model's, after running
+    backward from it.
 
-    Some tokens' logits exist at a time: each part goes back to its hidden states before the next one's logits are made,
-    and from all of these the model's backward runs once.
+    Logits exist for a part of the tokens at a time: the gradient of each part's hidden states is computed before the
+    logits of the next part, and the model's own backward then runs once for all of them.
+
+    Args:
+        dense, masked: hidden states `[samples, length, width]` behind the last layer.
+        counts: float32 `[samples, length]`, the weight of each token in the mean: 0 for padding.
     """
     total = counts.sum()
     mean = masked.new_zeros((), dtype=torch.float32)
-    want, got = (states.detach().flatten(0, 1) for states in (dense, masked))
-    gradient = torch.empty_like(got)
+    dense_states, masked_states = (states.detach().flatten(0, 1) for states in (dense, masked))
+    gradient = torch.empty_like(masked_states)
     step = max(1, loss.LOGIT_BYTES // (4 * arch.text_config(model).vocab_size))
-    for start in range(0, len(got), step):
+    for start in range(0, len(masked_states), step):
         part = slice(start, start + step)
-        states = got[part].requires_grad_()
+        states = masked_states[part].requires_grad_()
         with torch.no_grad():
-            target = functional.log_softmax(loss.logits_of(model, want[part]), -1)
+            target = functional.log_softmax(loss.logits_of(model, dense_states[part]), -1)
         difference = functional.kl_div(
             functional.log_softmax(loss.logits_of(model, states), -1), target, log_target=True, reduction="none"
         ).sum(-1)
@@ -123,19 +129,21 @@ def learn_masks(
     steps: int = 50,
     batch: int = 16,
 ) -> Scores:
-    """Tune scores for one plan's counts.
+    """Tune scores for the number of units that one plan keeps in each group.
 
     Args:
-        model: the model the scores are of; left as it was.
-        scores: where to start, for instance attention's.
-        plan: of these scores: how many units every group is to keep. Groups it leaves whole keep their scores.
-        batches: token ids, as `calibrate` takes them; taken in turn, `batch` samples a step.
-        steps: of Adam, at a rate that falls linearly to a fifth.
+        model: the model that the scores are of; it is left as it was.
+        scores: where to start, for instance those of the attention fusion.
+        plan: made from these scores; it says how many units every group is to keep. Groups that it leaves whole keep
+            their scores.
+        batches: token ids int64 `[samples, length]`, or a sequence of such, as `calibrate` takes them; they are used in
+            turn, `batch` samples a step.
+        steps: how many steps Adam takes, at a rate that falls linearly to a fifth.
         batch: samples a step.
 
     Returns:
         Scores whose values are the learned ones, in standard deviations of their group; plan again with them, for the
-        same request. Only one run of one seed is behind them: the same input gives the same scores on a CPU.
+        same request. The same input gives the same scores on a CPU.
 
     Raises:
         HywiaError: scores or plan of another model, a plan that cuts stacked experts, or a loss that is NaN.
@@ -153,9 +161,9 @@ def learn_masks(
         samples = padded(batches)
         check_tokens(samples.tokens, model)
         loss.check_head(model)
-        learning = _learning(model, scores, plan)
-        losses = _steps(model, learning, samples, steps, batch)
-    values = dict(scores.values) | {one.group.name: one.scores.detach().cpu() for one in learning}
+        masks = _initial_masks(model, scores, plan)
+        losses = _optimise(model, masks, samples, steps, batch)
+    values = dict(scores.values) | {mask.group.name: mask.scores.detach().cpu() for mask in masks}
     record = {
         "steps": steps,
         "batch": batch,
@@ -167,8 +175,9 @@ def learn_masks(
     return replace(scores, values=values, record={**scores.record, "fusion": "learned", "learned": record})
 
 
-def _learning(model: Any, scores: Scores, plan: Plan) -> list[_Learning]:
-    learning = []
+def _initial_masks(model: Any, scores: Scores, plan: Plan) -> list[_LearnedMask]:
+    """A mask for every group that the plan cuts."""
+    masks = []
     for group in scores.groups:
         member, count = group.members[-1], plan.keep[group.name].numel()
         if count == group.units:
@@ -176,17 +185,17 @@ def _learning(model: Any, scores: Scores, plan: Plan) -> list[_Learning]:
         if member.index is not None or group.kind == "experts":
             raise HywiaError(f"learn: {group.name} is stacked experts, which masks of this kind do not reach")
         module = model.get_submodule(member.module)
-        start = _start(scores.values[group.name]).to(module.weight.device).requires_grad_()
-        learning.append(_Learning(group, count, module, start))
-    if not learning:
+        start = _standardised(scores.values[group.name]).to(module.weight.device).requires_grad_()
+        masks.append(_LearnedMask(group, count, module, start))
+    if not masks:
         raise UsageError("plan: expected one that removes units, got one that keeps all; there is nothing to learn")
-    return learning
+    return masks
 
 
-def _steps(model: Any, learning: Sequence[_Learning], samples: Samples, steps: int, batch: int) -> list[float]:
-    """The scores, moved; the divergence at every step."""
+def _optimise(model: Any, masks: Sequence[_LearnedMask], samples: Samples, steps: int, batch: int) -> list[float]:
+    """Move the masks' scores; return the divergence at every step."""
     device = model.get_input_embeddings().weight.device
-    optimiser = torch.optim.Adam([one.scores for one in learning], lr=_RATE, betas=_BETAS)
+    optimiser = torch.optim.Adam([mask.scores for mask in masks], lr=_RATE, betas=_BETAS)
     losses = []
     with Bar("learning", steps) as bar:
         for step in range(steps):
@@ -196,10 +205,10 @@ def _steps(model: Any, learning: Sequence[_Learning], samples: Samples, steps: i
             for settings in optimiser.param_groups:
                 settings["lr"] = _RATE * (1.0 - 0.8 * step / steps)
             with torch.no_grad():
-                dense = _hidden(model, tokens)
-            with _masked(learning), torch.enable_grad():
+                dense = _hidden_states(model, tokens)
+            with _masked(masks), torch.enable_grad():
                 optimiser.zero_grad(set_to_none=True)
-                divergence = _divergence(model, dense, _hidden(model, tokens), valid)
+                divergence = _divergence(model, dense, _hidden_states(model, tokens), valid)
             optimiser.step()
             losses.append(float(divergence))
             if losses[-1] != losses[-1]:

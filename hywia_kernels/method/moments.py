@@ -1,4 +1,4 @@
-"""Second moments of activations, and systems of equations with them: what refitting and the leftover share."""
+"""Second moments of activations, and systems of equations with them: what reconstruction and head residuals share."""
 
 from __future__ import annotations
 
@@ -11,28 +11,31 @@ from torch import Tensor
 from ..errors import HywiaError
 from ..ops.precision import full_float32
 
-__all__ = ["exact_products", "factored", "moment_dtype"]
+__all__ = ["cholesky_factor", "exact_products", "moment_dtype"]
 
 TINY = 1e-30
 
 
 def moment_dtype(device: torch.device) -> torch.dtype:
-    """float64 on the CPU, float32 elsewhere, where it is as fast as it has to be; see `exact_products`."""
+    """The dtype in which moments are added up: float64 on the CPU, float32 elsewhere, where float64 is too slow."""
     return torch.float64 if device.type == "cpu" else torch.float32
 
 
 def exact_products(*devices: torch.device) -> Any:
-    """Context: float32 products in float32 there. Second moments of correlated inputs do not survive TF32's eleven
-    bits."""
+    """A context in which CUDA multiplies float32 matrices in full float32, if any device is CUDA's.
+
+    Second moments of correlated inputs do not survive TF32's eleven bits.
+    """
     return full_float32("cuda") if any(d.type == "cuda" for d in devices) else nullcontext()
 
 
-def factored(gram: Tensor, ridge: float, what: str) -> Tensor:
+def cholesky_factor(gram: Tensor, ridge: float, what: str) -> Tensor:
     """Lower Cholesky factor of `gram + ridge · mean(diag) · 1`, float64 `[inputs, inputs]`; one wait for the device.
 
     Args:
         gram: float64 `[inputs, inputs]`, left as it is.
-        what: of which activations they are the second moments, for messages.
+        ridge: share of the mean diagonal entry that is added to the diagonal.
+        what: the name, in messages, of the matrix whose inputs' second moments these are.
 
     Raises:
         HywiaError: activations that are NaN or Inf, or moments that no positive ridge makes definite.

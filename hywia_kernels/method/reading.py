@@ -46,7 +46,7 @@ def documents(source: str, *, field: str = "text", argument: str = "calib") -> l
         source: `.txt` (one text), `.jsonl` (an object a line), `.json` (such a list, or lines), `.csv` and `.tsv` (with
             a header), these with `.gz`, `.parquet`, a directory of such files and no others, or
             `NAME[:config[:split]]` of a data set. Tables and data sets need the package `datasets`.
-        field: of an object, or the column of a table; it holds the text.
+        field: the field of an object, or the column of a table, that holds the text.
         argument: what messages begin with.
 
     Raises:
@@ -71,11 +71,12 @@ def is_local(source: str) -> bool:
 
 
 def _suffix(path: Path) -> str:
+    """The suffix in lower case, `.gz` left out."""
     return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
 
 
 def _texts_of(path: Path) -> list[Path]:
-    """The files of a directory that holds files which are read here and nothing else, by name."""
+    """The files of a directory, sorted by name, if each of them can be read here; else none."""
     if not path.is_dir():
         return []
     files = sorted(f for f in path.iterdir() if not f.name.startswith("."))
@@ -128,7 +129,7 @@ def json_lines(path: Path, argument: str = "calib") -> Iterator[tuple[int, Any]]
 
 
 def _parsed(content: str) -> Any:
-    """Its JSON value. Raises ValueError."""
+    """The JSON value of a string; raises ValueError where it has none."""
     try:
         return json.loads(content, parse_int=lambda digits: int(digits) if len(digits) < _DIGITS else float(digits))
     except RecursionError:
@@ -167,17 +168,17 @@ def _json_documents(path: Path, field: str, argument: str) -> list[str]:
 
 
 def _table_documents(path: Path, suffix: str, field: str, argument: str) -> list[str]:
-    with _opened(path, argument) as (file, encoding):  # so that what cannot be opened is told in the same words
+    with _opened(path, argument) as (file, encoding):  # a file that cannot be opened gets the same message as others
         if not file.read(1):
             raise HywiaError(f"{argument}: {path} is empty")
-    # A mark that says how wide the characters are is skipped by the codec that is named without their order.
+    # pandas reads the mark again, which only the codec without a byte order in its name ("utf-16") skips.
     encoding = encoding if encoding == "utf-8" else encoding[:6]
     return table_texts(path, suffix=suffix, field=field, encoding=encoding, argument=argument)
 
 
 @contextmanager
 def _opened(path: Path, argument: str) -> Iterator[tuple[BinaryIO, str]]:
-    """The file behind its byte order mark, and its encoding."""
+    """Open a file; give it positioned behind its byte order mark, and its encoding."""
     try:
         with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb") as file:
             stream = io.BufferedReader(file)  # type: ignore[type-var]

@@ -31,7 +31,7 @@ from ..settings import RIDGE
 from ..types import Group, Plan
 from .calibration_data import check_tokens, digest
 from .layer_runs import CHUNK_TOKENS, Call, entrance, seen
-from .moments import exact_products, factored, moment_dtype
+from .moments import cholesky_factor, exact_products, moment_dtype
 from .surgery import checked_groups, zero_units
 
 __all__ = ["reconstruct"]
@@ -67,10 +67,10 @@ class _Matrix:
     weight: Tensor  # [outputs, inputs], shares the parameter's memory
     bias: Tensor | None
     kept: Tensor  # int64, ascending, on its device
-    sends_on: bool  # its output is only added to what leaves the layer
+    additive: bool  # its output is only added to what leaves the layer
 
 
-class _Normal:
+class _NormalEquations:
     """`Σ w·x xᵀ` and `Σ w·r xᵀ` of a weighted regression of residuals `r` on inputs `x`, added up chunk by chunk.
 
     float64 on the CPU, float32 products elsewhere; a matrix with a bias has a constant input at the end.
@@ -100,21 +100,21 @@ class _Normal:
             HywiaError: activations that are NaN or Inf, or equations without a solution.
         """
         gram, cross = self.gram.double(), self.cross.double()
-        change = torch.cholesky_solve(cross, factored(gram, ridge, self.name))
+        change = torch.cholesky_solve(cross, cholesky_factor(gram, ridge, self.name))
         after = self.energy - 2 * (change * cross).sum() + (change * (gram @ change)).sum()
         scale = self.target.clamp(min=_TINY)
         return change, float(self.energy / scale), float(after / scale)
 
 
-def _matrices(model: Any, plan: Plan, found: Sequence[Group]) -> list[_Matrix]:
+def _matrices(model: Any, plan: Plan, groups: Sequence[Group]) -> list[_Matrix]:
     """The matrices through which the removed units sent their output on, in the order of the forward pass.
 
     Matrices of stacked experts are left as they are: each sees only the tokens that are sent to it.
     """
     entry = arch.architecture(model)
-    residual = None if entry.residual is None else f"{entry.layers}.{found[0].layer}.{entry.residual}"
+    residual = None if entry.residual is None else f"{entry.layers}.{groups[0].layer}.{entry.residual}"
     chosen = []
-    for group in found:
+    for group in groups:
         member, keep = group.members[-1], plan.keep[group.name]
         if keep.numel() == group.units or group.kind == "experts" or member.index is not None:
             continue
@@ -127,7 +127,7 @@ def _matrices(model: Any, plan: Plan, found: Sequence[Group]) -> list[_Matrix]:
 
 
 @dataclass
-class _Aim:
+class _LayerTarget:
     """What the dense layer does with one run of samples.
 
     Of the matrix that sends on, whose equations are about what leaves the layer, its own output counts only by its
@@ -138,45 +138,53 @@ class _Aim:
     outputs: dict[nn.Module, Tensor]
     energies: dict[nn.Module, Tensor]  # weighted sums of squares, float64
     weight: Tensor  # [tokens without padding]
-    drift: bool
+    include_drift: bool
 
 
-def _equations(layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[_Run], aims: Sequence[_Aim]) -> _Normal:
+def _equations(
+    layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[_Run], targets: Sequence[_LayerTarget]
+) -> _NormalEquations:
+    layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[_Run], targets: Sequence[_LayerTarget]
+) -> _NormalEquations:
     """Normal equations of one matrix: the pruned model's inputs against what the dense one has and it lacks.
 
     The layer runs no further than the matrix where what leaves the layer is not asked for, and what the dense layer has
     there is given up.
     """
     bias = matrix.bias is not None
-    normal = _Normal(matrix.name, matrix.kept.numel() + bias, len(matrix.weight), matrix.weight.device)
-    for run, aim in zip(runs, aims, strict=True):
-        whole = aim.drift and matrix.sends_on
+    normal = _NormalEquations(matrix.name, matrix.kept.numel() + bias, len(matrix.weight), matrix.weight.device)
+    for run, goal in zip(runs, targets, strict=True):
+        whole = goal.include_drift and matrix.additive
         out = run.pruned
         with seen([matrix.module], stop=not whole) as at:
             out = run.calls[index](layer, run.pruned)
         x, got = at[matrix.module]
         if whole:  # all that the dense layer sends on, less what this one sends on beside the matrix
-            lacking = aim.out.float() - out.float()
+            missing = goal.out.float() - out.float()
         else:
-            lacking = aim.outputs.pop(matrix.module).float() - got.float()
-            if aim.drift:
-                lacking = lacking + (run.dense.float() - run.pruned.float())
+            missing = goal.outputs.pop(matrix.module).float() - got.float()
+            if goal.include_drift:
+                missing = missing + (run.dense.float() - run.pruned.float())
         x = run.flat(x).index_select(1, matrix.kept)
         if bias:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        normal.add(x, run.flat(lacking), aim.energies[matrix.module], aim.weight)
+        normal.add(x, run.flat(missing), goal.energies[matrix.module], goal.weight)
     return normal
 
 
-def _aim(layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, drift: bool) -> _Aim:
+def _layer_target(
+    layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, include_drift: bool
+) -> _LayerTarget:
+    layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, include_drift: bool
+) -> _LayerTarget:
     with seen([m.module for m in matrices]) as at:
         out = run.calls[index](layer, run.dense)
     # The next norm divides by a token's rms, so errors count relative to it; tokens with huge activations (the first of
     # a text, usually) would decide the regression otherwise.
     weight = 1.0 / run.flat(out).float().square().mean(1).clamp(min=_TINY)
     energies = {m.module: _energy(run.flat(at[m.module][1].float()), weight) for m in matrices}
-    outputs = {m.module: at[m.module][1] for m in matrices if not (drift and m.sends_on)}
-    return _Aim(out, outputs, energies, weight, drift)
+    outputs = {m.module: at[m.module][1] for m in matrices if not (include_drift and m.additive)}
+    return _LayerTarget(out, outputs, energies, weight, include_drift)
 
 
 def _energy(target: Tensor, weight: Tensor) -> Tensor:
@@ -238,12 +246,12 @@ def _tried(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
         yield
 
 
-def _write(model: Any, plan: Plan, found: Sequence[Group], solved: Sequence[tuple[_Matrix, _Solved]]) -> None:
+def _write(model: Any, plan: Plan, groups: Sequence[Group], solved: Sequence[tuple[_Matrix, _Solved]]) -> None:
     """All that was solved, into the model; an interrupt waits until all of it is there."""
     interrupted: KeyboardInterrupt | None = None
     while True:
         try:
-            for group in found:
+            for group in groups:
                 zero_units(model, group, plan.keep[group.name])  # a router's forward ends with the pass
             for matrix, values in solved:
                 _apply(matrix, values)
@@ -317,7 +325,7 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
 
 def _refitted(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[str, list[float]]:
     """`reconstruct`; the relative errors of its matrices."""
-    found = checked_groups(model, plan)
+    groups = checked_groups(model, plan)
     check_tokens(samples.tokens, model)
     entry = arch.architecture(model)
     layers: Any = model.get_submodule(entry.layers)
@@ -327,20 +335,20 @@ def _refitted(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[st
     with exact_products(*devices):
         runs = [_run(model, layers, chunk) for chunk in samples.sorted().chunks(CHUNK_TOKENS)]
         same = True  # both models have the same hidden states so far
-        for index, layer in enumerate(progress.track(layers, "refitting")):
-            here = [g for g in found if g.layer == index]
+        for index, layer in enumerate(progress.track(layers, "reconstructing")):
+            here = [g for g in groups if g.layer == index]
             cut = [g for g in here if plan.keep[g.name].numel() < g.units]
-            aims: list[_Aim] = []
+            targets: list[_LayerTarget] = []
             matrices = _matrices(model, plan, here)
             if cut or not same:
-                aims = [_aim(layer, index, matrices, run, entry.residual is not None) for run in runs]
+                targets = [_layer_target(layer, index, matrices, run, entry.residual is not None) for run in runs]
             with _tried(model, cut):
                 for group in here:
                     zero_units(model, group, plan.keep[group.name])
                 for at, matrix in enumerate(matrices):
-                    if entry.residual is None or all(m.sends_on for m in matrices[at:]):
+                    if entry.residual is None or all(m.additive for m in matrices[at:]):
                         _give_up_dense(runs)  # no equations to come are about what entered the dense layer
-                    change, before, after = _equations(layer, index, matrix, runs, aims).solve(
+                    change, before, after = _equations(layer, index, matrix, runs, targets).solve(
                         ridge * matrix.kept.numel() / samples.total
                     )
                     solved.append((matrix, _solved(matrix, change)))
@@ -349,7 +357,7 @@ def _refitted(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[st
                 same = same and not cut
                 for i, run in enumerate(runs):
                     run.pruned = run.calls[index](layer, run.pruned)
-                    run.dense = run.pruned if same else aims[i].out
-        del runs, aims
-    _write(model, plan, found, solved)
+                    run.dense = run.pruned if same else targets[i].out
+        del runs, targets
+    _write(model, plan, groups, solved)
     return errors

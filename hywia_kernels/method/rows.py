@@ -15,8 +15,8 @@ from ..errors import HywiaError
 __all__ = ["TABLES", "dataset_texts", "kind_of", "table_texts", "text_of"]
 
 TABLES = (".csv", ".tsv", ".parquet")
-_SHOWN = 20  # fields in a message
-_MEANT = (  # what the readers say, and what it means
+_SHOWN = 20  # field names in a message, at most
+_MEANINGS = (  # the beginnings of the readers' messages, and what they mean
     ("Length of header or names does not match", "its rows hold more cells than its header names"),
     ("BatchSize must be greater than 0", "it is empty: it has no rows"),
     ("No columns to parse", "it is empty"),
@@ -24,7 +24,7 @@ _MEANT = (  # what the readers say, and what it means
 
 
 def text_of(row: Any, field: str, where: str, row_is: str = "JSON object") -> str:
-    """The text that a row holds in a field. `where`: what messages begin with.
+    """The text that a row holds in a field. `where`: what messages begin with. `row_is`: what they call the row.
 
     Raises:
         HywiaError: the row has no such field, or what it holds there is no text.
@@ -139,22 +139,23 @@ def _reasons(message: str) -> Iterator[None]:
     except HywiaError:
         raise
     except Exception as error:
-        # It wraps the reader's own error, which says what is wrong with the file.
+        # The library wraps the reader's own error, which says what is wrong with the file.
         cause = error.__cause__ if type(error).__module__.startswith("datasets.") and error.__cause__ else error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        reason = next((meaning for said, meaning in _MEANT if reason.startswith(said)), reason)
+        reason = next((meaning for said, meaning in _MEANINGS if reason.startswith(said)), reason)
         raise HywiaError(f"{message}: {reason}") from error
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Hold back what the library logs of errors that are told here, and make an error of the warning of lost cells."""
+    """Hold back the library's own log of errors that are reported here, and turn its warning of lost cells into an
+    error."""
     logger = logging.getLogger("datasets")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=_MEANT[0][0])
+            warnings.filterwarnings("error", message=_MEANINGS[0][0])
             yield
     finally:
         logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""From statistics to one number per unit."""
+"""Scores, one number per unit, from statistics: the fusion of fine and coarse estimates."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ def coarse_estimate(samples: Tensor, order: str) -> Tensor:
 
 
 def _mean(samples: Tensor, *, square: bool) -> Tensor:
-    """Mean over samples of `[members, samples, units]`, or of their squares: float64 sums of float32 sums of sixteen,
-    which are exact enough and twenty times faster than a float64 reduction across rows."""
+    """Mean over the samples of `[members, samples, units]`, or of their squares, float64 `[members, units]`.
+
+    It is a float64 sum of float32 sums of sixteen samples, which is exact enough and twenty times faster than a float64
+    reduction across rows.
+    """
     parts = [part.square().sum(1) if square else part.sum(1) for part in samples.split(16, dim=1)]
     return torch.stack(parts).sum(0, dtype=torch.float64) / samples.shape[1]
 
@@ -67,17 +70,21 @@ def blend(fine: Tensor, coarse: Tensor, fusion: str, backend: str, prior: float 
 
 
 def _loss_estimate(statistics: Statistics, group: Group) -> Tensor:
-    """`½·mean_s h²` of the last member, whose part of a unit is all the unit sends on: the second-order estimate of
-    what masking the unit adds to the loss, in the loss's own unit and so comparable between kinds."""
+    """`½·mean_s h²` of the last member, float32 `[units]`: what masking each unit adds to the loss, to second order.
+
+    All of a unit's output goes through its last member. The estimate is in the loss's own unit, and so comparable
+    between kinds.
+    """
     return coarse_estimate(statistics.coarse[group.name][-1:], "second")
 
 
 def fuse(
     statistics: Statistics, fusion: str = "attention", order: str = "second", *, backend: str = "reference"
 ) -> Scores:
-    """Scores from statistics; cheap, so that fusions and orders can be compared on one calibration.
+    """Scores from statistics. It is cheap, so that fusions and orders can be compared on one calibration.
 
     Args:
+        statistics: as `calibrate` gives them.
         fusion: "attention" (see `ops.attention_fusion`; `prior` is its keys' bias), or its ablations "fine" and
             "coarse" (one grain alone), "mean" (of the standardised logarithms) and "product".
         order: Taylor order of both grains: "first", "second" or "mixed".

@@ -46,7 +46,7 @@ def plan(
 
     In both, units are ranked within their group, and of equals the lower index stays. With `layout="adaptive"` the
     layers share the same number of channels out among them by what their removal is estimated to add to the loss
-    (see `budgets.redistribute`); heads and experts keep the same share in every layer.
+    (see `allocation.allocate`); heads and experts keep the same share in every layer.
 
     Args:
         scores: of the model to prune.
@@ -55,10 +55,11 @@ def plan(
         layers: half-open range of layers for `group_ratio`; None: all.
         units: which kinds may go: "mlp", "attention" or both; or, in models that have them, whole "experts", with
             or without "attention".
-        align: widths of channels are multiples of it (or untouched); None: what the device at hand likes
-            (`targets.at_hand`).
+        align: widths of channels are multiples of it, or untouched; None: what suits the device at hand
+            (`device_profiles.at_hand`).
         layout: "uniform" or "adaptive".
-        limits: leaves fewer of a group's widths (`constraints.allowed`, or what a device likes); None: all.
+        limits: gives the widths of a group that may be chosen (`serving_rules.allowed`, or those that suit a device);
+            None: all.
 
     Raises:
         UsageError: arguments outside the above, or a ratio that these units cannot reach.
@@ -115,7 +116,7 @@ def may_go(
     units: Sequence[str] = DEFAULT_KINDS,
     **_: Any,
 ) -> Callable[[Group], bool]:
-    """Which groups a request of `plan` cuts, by kind and layer."""
+    """Whether a request, in the arguments of `plan`, may cut a group: a test of the group's kind and layer."""
     kinds = _kinds(tuple(group_ratio) if isinstance(group_ratio, Mapping) else units, groups)
     first, end = _span(groups, layers)
     return lambda group: group.kind in kinds and first <= group.layer < end
@@ -128,13 +129,13 @@ def top_units(values: Tensor, count: int) -> Tensor:
 
 
 def ranked_again(plan: Plan, scores: Scores) -> Plan:
-    """The plan with as many units a group, chosen by other scores of the same groups."""
+    """The plan with as many units in each group, chosen by other scores of the same groups."""
     keep = {name: top_units(scores.values[name], kept.numel()) for name, kept in plan.keep.items()}
     return dataclasses.replace(plan, keep=keep, record={**plan.record, "scores": dict(scores.record)})
 
 
 def check_kinds(units: Sequence[str]) -> None:
-    """Raise UsageError where one of the kinds of units that may go is none, or there is none."""
+    """Raise UsageError where `units` is empty or names an unknown kind of units."""
     unknown = [u for u in units if u not in KINDS]
     if unknown or not units:
         near = [difflib.get_close_matches(str(u), KINDS, 1, 0.5) for u in unknown]
@@ -176,10 +177,10 @@ def _layout(groups: Iterable[Group], counts: dict[str, int]) -> str:
 
 def _widths(group: Group, align: int, limits: Limits | None) -> list[int]:
     """Counts a group may be cut to, ascending, the present one included."""
-    found = list(range(group.min_units, group.units + 1))
+    counts = list(range(group.min_units, group.units + 1))
     if group.kind == "mlp":
-        found = [*range(align, group.units, align), group.units]
-    return found if limits is None else limits(group, found)
+        counts = [*range(align, group.units, align), group.units]
+    return counts if limits is None else limits(group, counts)
 
 
 def _per_group(
@@ -212,7 +213,7 @@ def _per_group(
 
 
 def _span(groups: Sequence[Group], layers: tuple[int, int] | None) -> tuple[int, int]:
-    """`layers`, or all of them."""
+    """`layers`, or the range of all layers for None; raises UsageError where it is out of range."""
     depth = 1 + max(g.layer for g in groups)
     first, end = layers if layers is not None else (0, depth)
     if not 0 <= first < end <= depth:
@@ -277,7 +278,7 @@ def _least_loss(
     present: dict[str, int],
     step: float,
 ) -> dict[str, int]:
-    """Among width pairs, per count of heads the nearest to the target, then the least estimated loss."""
+    """Of the width pairs that come nearest to the target, one for each count of heads, the one of the least loss."""
     by_heads: dict[int | None, tuple[float, dict[str, int]]] = {}
     for removed, choice in near:
         key = choice.get("attention")
@@ -287,13 +288,13 @@ def _least_loss(
     # A pair on the far side of half a step is kept only when nothing nearer exists.
     within = [c for c in by_heads.values() if abs(c[0] - target) <= step / 2] or list(by_heads.values())
     if scores.loss:
-        lost = _lost(scores, within[0][1])
-        return min(within, key=lambda c: (sum(lost[k][w] for k, w in c[1].items()), abs(c[0] - target)))[1]
+        loss = _loss_by_width(scores, within[0][1])
+        return min(within, key=lambda c: (sum(loss[k][w] for k, w in c[1].items()), abs(c[0] - target)))[1]
     return min(within, key=lambda c: (_unevenness(c[1], present), abs(c[0] - target)))[1]
 
 
-def _lost(scores: Scores, kinds: Iterable[str]) -> dict[str, list[float]]:
-    """Kind -> by units kept in each of its groups, the estimated loss of all units that go."""
+def _loss_by_width(scores: Scores, kinds: Iterable[str]) -> dict[str, list[float]]:
+    """Kind -> list whose entry `n` is the estimated loss of all units that go when each group keeps `n`."""
     lost: dict[str, Tensor] = {}
     for group in scores.groups:
         if group.kind in kinds:

@@ -1,7 +1,8 @@
-"""Statistics of every unit from one forward and one backward over the calibration set: checks, choices and record.
+"""Statistics of every unit from one forward and one backward over the calibration set.
 
-The decoder's linear layers get a custom backward that scores units instead of making a weight gradient; nothing else in
-the model asks for gradients. `engine` holds the passes.
+The passes themselves are in `engine`: the decoder's linear layers get a custom backward that scores units instead of
+making a weight gradient, and nothing else in the model asks for gradients. Here the arguments are checked, engine and
+memory mode are chosen, and the record is written.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ log = logging.getLogger(__name__)
 # over a thousand tokens puts them near 1e-7, below float16's normal range.
 _FLOAT16_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
 
-
+# Fine and coarse statistics, mean loss, loss scale, and whether every run gives the same bits.
 _Outcome = tuple[dict, dict, float, float, bool]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What one pass over the set needs to know."""
+    """The arguments of one pass over the calibration set."""
 
     model: Any
-    found: tuple[Group, ...]
+    groups: tuple[Group, ...]
     modules: dict[str, nn.Module]  # all of the model's, by name
     linears: dict[str, nn.Module]  # those that hold the groups' matrices
     samples: Samples
@@ -65,18 +66,21 @@ class _Job:
 
     @property
     def order(self) -> Tensor:
-        """Which sample each row of the results is about."""
+        """int64 `[samples]`: the sample that each row of the results belongs to."""
         return torch.cat([chunk.index for chunk in self.plan.chunks])
 
     @cached_property
     def devices(self) -> list[torch.device]:
+        """The devices that hold the groups' matrices."""
         parameters = (p for m in self.linears.values() for p in m._parameters.values() if p is not None)
         return list(dict.fromkeys(p.device for p in parameters))
 
 
 def _chosen_engine(engine: str, backend: str | None, weight: Tensor) -> tuple[str, str, str | None]:
-    """`(engine, backend of its op, why it is not fused)`; "auto" takes autograd only where the named backend lacks the
-    fused op."""
+    """`(engine, backend of its op, why it is not fused)`.
+
+    "auto" takes autograd only where the named backend lacks the fused op.
+    """
     reason = None
     if engine != "autograd":
         try:
@@ -91,21 +95,21 @@ def _chosen_engine(engine: str, backend: str | None, weight: Tensor) -> tuple[st
 
 
 def _run(job: _Job, scale: float, strict: bool) -> tuple[Results, Tensor]:
-    """One forward and one backward; nothing here waits for the device. `strict`: the same bits every run, on CUDA."""
+    """One forward and one backward, without waiting for the device. `strict` asks CUDA for the same bits every run."""
     model, samples = job.model, job.samples
-    results = Results(job.modules, job.found, len(samples))
+    results = Results(job.modules, job.groups, len(samples))
     layers: Any = model.get_submodule(arch.architecture(model).layers)
-    with Bar("scoring", sum(len(g.members) for g in job.found)) as bar:
+    with Bar("scoring", sum(len(g.members) for g in job.groups)) as bar:
         if job.engine == "autograd":
             lean = job.plan.mode == "lean"
             with reproducible(strict):
-                total = autograd.run(model, layers, job.found, samples, results, scale, job.backend, bar, lean)
+                total = autograd.run(model, layers, job.groups, samples, results, scale, job.backend, bar, lean)
             return results, total
         ordered = job.plan.chunks[0] if len(job.plan.chunks) == 1 else samples.sorted()
         scorer = Scorer(results, ordered, scale, job.backend, bar)
         # torch's strict mode slows every cuBLAS call down, so whole layers ask for it where they need it.
         scorer.strict = strict
-        replacements, asked = instrument(model, job.modules, job.found, scorer)
+        replacements, asked = instrument(model, job.modules, job.groups, scorer)
         whole_pass = reproducible(strict and not asked)
         with forward_replaced(replacements), rotary_replaced(model, job.backend), whole_pass:
             if job.plan.mode == "fast":
@@ -113,12 +117,12 @@ def _run(job: _Job, scale: float, strict: bool) -> tuple[Results, Tensor]:
             else:
                 plan = job.plan
                 total = layered.run(model, layers, plan.chunks, scorer, scale, plan.offload, plan.kept_layers)
-    whole_experts(results, job.found)
+    whole_experts(results, job.groups)
     return results, total
 
 
 def _reproducibly(job: _Job, scale: float) -> tuple[Results, Tensor, bool]:
-    """`_run` under deterministic kernels, or without where the model has an op that has none."""
+    """`_run` under deterministic kernels, or without them where an op of the model has none; and which it was."""
     cuda = any(d.type == "cuda" for d in job.devices)
     try:
         return *_run(job, scale, cuda), True
@@ -189,12 +193,12 @@ def calibrate(
         engine: "fused" (`ops.linear_importance` in one backward over all samples), "autograd" (the reference:
             per-sample gradients of one matrix at a time), or "auto": fused, unless the named backend lacks its op
             (the record's "not_fused" says so).
-        memory: "fast" keeps what backward needs, "lean" what enters the decoder layers, and runs each again (but the
-            last ones, where a twentieth of the weights' bytes has room for what their backward needs);
-            "layerwise" (fused) does that for a part of the samples at a time, and collects one layer's gradients.
-            "auto" is the first that fits into the memory that is free (and the next when a CUDA device runs out
-            all the same); lean also where fast would keep more than 0.6 of the weights' bytes (and 2 GiB); and
-            layerwise for very ragged samples.
+        memory: "fast" keeps what backward needs. "lean" keeps what enters the decoder layers and runs each layer again
+            (but for the last ones, where a twentieth of the weights' bytes has room for what their backward needs).
+            "layerwise" (of the fused engine) does that for a part of the samples at a time, and collects one layer's
+            gradients. "auto" is the first of these that fits into the free memory, and the next one when a CUDA device
+            runs out all the same; it is lean also where fast would keep more than 0.6 of the weights' bytes (and
+            2 GiB), and layerwise for very ragged samples.
 
     Returns:
         Statistics, on the CPU. The record names engine, memory mode, the estimate of the bytes needed beside the
@@ -210,15 +214,23 @@ def calibrate(
 def measure(
     model: Any,
     batches: Tensor | Sequence[Tensor],
-    found: tuple[Group, ...] | None,
+    groups: tuple[Group, ...] | None,
     *,
     backend: str | None = None,
     engine: str = "auto",
     memory: str = "auto",
 ) -> Statistics:
-    """`calibrate` for other groups than the architecture's own (None: those), over the same matrices. Each must be in
-    one group along the axis it has there, and may then, with the fused engine, be in another along the other. The
-    estimate of the memory needed is that of the architecture's groups."""
+    """`calibrate` for other groups than the architecture's own, over the same matrices.
+
+    Each matrix must be in one group along the axis that it has in the architecture's groups. With the fused engine it
+    may be in a second group, along its other axis. The estimate of memory is that of the architecture's groups.
+
+    Args:
+        groups: to be measured; None: the architecture's own. The other arguments are those of `calibrate`.
+
+    Raises:
+        UsageError, HywiaError: as `calibrate`.
+    """
     if engine not in ENGINES:
         raise UsageError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
     if memory not in MEMORY:
@@ -227,28 +239,28 @@ def measure(
     modules = dict(model.named_modules())
     check_held(modules)
     with apart(modules):
-        return _measured(model, modules, batches, found, backend, engine, memory)
+        return _measured(model, modules, batches, groups, backend, engine, memory)
 
 
 def _measured(
     model: Any,
     modules: dict[str, nn.Module],
     batches: Tensor | Sequence[Tensor],
-    found: tuple[Group, ...] | None,
+    groups: tuple[Group, ...] | None,
     backend: str | None,
     engine: str,
     memory: str,
 ) -> Statistics:
     began = time.monotonic()
-    architectures = arch.groups(model, modules)
-    found = architectures if found is None else found
+    own_groups = arch.groups(model, modules)
+    groups = own_groups if groups is None else groups
     samples = padded(batches)
     check_tokens(samples.tokens, model)
     loss.check_head(model)
-    linears = arch.linears(modules, found)
-    weight = linears[found[0].members[0].module].weight
+    linears = arch.linears(modules, groups)
+    weight = linears[groups[0].members[0].module].weight
     engine, ran_on, reason = _chosen_engine(engine, backend, weight.detach())
-    experts = next((g.members[0].module for g in found if g.tied_width), None)
+    experts = next((g.members[0].module for g in groups if g.tied_width), None)
     modes = MODES if engine == "fused" and experts is None else MODES[:-1]
     if memory == "layerwise" and memory not in modes:
         raise UsageError(
@@ -260,19 +272,19 @@ def _measured(
 
     def job_for(requested: str) -> _Job:
         if engine == "autograd":
-            plan = plan_whole(model, linears, architectures, samples, requested)
+            plan = plan_whole(model, linears, own_groups, samples, requested)
         else:
             plan = plan_memory(
                 model,
                 linears,
-                architectures,
+                own_groups,
                 samples,
                 requested,
                 float64=ran_on == "reference",
                 kernels=kernels,
                 layerwise=MODES[-1] in modes,
             )
-        return _Job(model, found, modules, linears, samples, engine, plan, backend)
+        return _Job(model, groups, modules, linears, samples, engine, plan, backend)
 
     job = job_for(memory)
     for device in job.devices:
@@ -280,7 +292,7 @@ def _measured(
             torch.cuda.reset_peak_memory_stats(device)
     record: dict[str, Any] = {}
     facts: dict[str, Any] = {}  # of the model, taken while its devices work
-    written = queued(job.devices)  # what may still write weights, before anything of the pass
+    written = queued(job.devices)  # events of work that may still write weights, from before the pass
 
     def meanwhile() -> None:
         if not facts:
@@ -320,7 +332,7 @@ def _measured(
         "seconds": round(time.monotonic() - began, 3),
     }
     return Statistics(
-        groups=found,
+        groups=groups,
         fine=fine,
         coarse=coarse,
         record=record,

@@ -24,18 +24,19 @@ _Parts = list[tuple[Member, Group]]
 
 
 def _entries(units: Tensor, group_size: int) -> Tensor:
-    """Row or column indices of units of `group_size` consecutive ones, ascending."""
+    """Row or column indices of the units, int64, ascending; each unit has `group_size` consecutive ones."""
     return (units[:, None] * group_size + torch.arange(group_size)).reshape(-1)
 
 
 def _removed(group: Group, keep: Tensor) -> Tensor:
+    """Indices of the units that are not kept, int64, ascending."""
     gone = torch.ones(group.units, dtype=torch.bool)
     gone[keep] = False
     return gone.nonzero()[:, 0]
 
 
 def _kept_entries(size: int, parts: Sequence[tuple[Member, Group]], keep: Mapping[str, Tensor]) -> Tensor:
-    """What stays of an axis of `size`, on which the parts' units lie; entries of no unit stay."""
+    """Indices that stay of an axis of `size`, on which the parts' units lie; entries that belong to no unit stay."""
     stays = torch.ones(size, dtype=torch.bool)
     for member, group in parts:
         stays[member.start + _entries(_removed(group, keep[group.name]), member.group_size)] = False
@@ -43,11 +44,16 @@ def _kept_entries(size: int, parts: Sequence[tuple[Member, Group]], keep: Mappin
 
 
 def checked_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
-    """The plan's groups, after making sure that they are still the model's: nothing is touched when they are not."""
-    found = arch.groups(model)
-    if found != plan.groups:
+    """The plan's groups, which are the model's; nothing is changed.
+
+    Raises:
+        HywiaError: the groups or weights are not those that the plan was made for, a group would keep too few units, or
+            groups that must stay equal would not.
+    """
+    groups = arch.groups(model)
+    if groups != plan.groups:
         theirs = {g.name: g.units for g in plan.groups}
-        differ = [g.name for g in found if theirs.get(g.name) != g.units]
+        differ = [g.name for g in groups if theirs.get(g.name) != g.units]
         raise HywiaError(
             f"plan: made for another model, or this one is pruned already (first difference: "
             f"{differ[0] if differ else 'its groups'}); plan again from this model's scores"
@@ -56,7 +62,7 @@ def checked_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
         raise HywiaError(
             "plan: made from the scores of another model (the weights differ); score this model, in this dtype"
         )
-    for group in found:
+    for group in groups:
         keep = plan.keep.get(group.name)
         if keep is None or keep.numel() < group.min_units:
             least = "one" if group.min_units == 1 else str(group.min_units)
@@ -64,25 +70,25 @@ def checked_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
             raise HywiaError(
                 f"plan: {group.name} keeps {kept}; every such group must keep at least {least} {group.unit}"
             )
-    counts = {g.name: plan.keep[g.name].numel() for g in found}
-    check_together(found, counts)
-    experts = {counts[g.name] for g in found if g.kind == "experts"}
+    counts = {g.name: plan.keep[g.name].numel() for g in groups}
+    check_together(groups, counts)
+    experts = {counts[g.name] for g in groups if g.kind == "experts"}
     if len(experts) > 1 and getattr(arch.text_config(model), "output_router_logits", False):
         raise HywiaError(
             f"plan: layers keep {sorted(experts)} experts, and the router's auxiliary loss, which the config turns on, "
             "wants as many in all; cut all layers alike, or set config.output_router_logits to False"
         )
-    return found
+    return groups
 
 
 def _replace(parameter: Tensor, kept: Tensor) -> nn.Parameter:
     return nn.Parameter(kept, requires_grad=parameter.requires_grad)
 
 
-def _by_parameter(found: Sequence[Group]) -> dict[tuple[str, str], _Parts]:
+def _by_parameter(groups: Sequence[Group]) -> dict[tuple[str, str], _Parts]:
     """Every parameter that groups lie on, with all its members, vectors last."""
     parts: dict[tuple[str, str], _Parts] = {}
-    for group in found:
+    for group in groups:
         for member in (*group.members, *group.vectors):
             parts.setdefault((member.module, member.parameter), []).append((member, group))
     return parts
@@ -91,7 +97,7 @@ def _by_parameter(found: Sequence[Group]) -> dict[tuple[str, str], _Parts]:
 def _compact(
     parameter: Tensor, parts: _Parts, keep: Mapping[str, Tensor], backend: str | None
 ) -> tuple[Tensor, list[Removed]]:
-    """What stays of a parameter, and what goes."""
+    """The part of a parameter that stays, and the parts that go."""
     stacked = [part for part in parts if part[0].index is not None]
     whole = [part for part in parts if part[0].index is None]
     if whole:
@@ -115,13 +121,13 @@ def _compact(
     return out, [Removed(parameter, axis, entries, of=e) for e, entries in enumerate(per_matrix)]
 
 
-def _follow(model: Any, entry: arch.Architecture, found: Sequence[Group]) -> None:
+def _follow(model: Any, entry: arch.Architecture, groups: Sequence[Group]) -> None:
     """Bring the numbers that modules and their configs keep for themselves up to date with their parameters."""
     size = arch.head_dim(model)
     by_layer: list[dict[str, int]] = []
-    for layer in sorted({g.layer for g in found}):
+    for layer in sorted({g.layer for g in groups}):
         prefix = f"{entry.layers}.{layer}"
-        here = [g for g in found if g.layer == layer]
+        here = [g for g in groups if g.layer == layer]
         quantities: dict[str, int] = {}
         for group in here:
             if group.kind == "attention":
@@ -139,7 +145,10 @@ def _follow(model: Any, entry: arch.Architecture, found: Sequence[Group]) -> Non
 
 
 def _set_attribute(model: Any, name: str, attribute: str, values: set[int | None]) -> None:
-    """Where there is one value and a module has the attribute: layers of one model may differ in their modules."""
+    """Set a module's attribute, where `values` agree on one and the model has such a module with the attribute.
+
+    Layers of one model may differ in their modules.
+    """
     values = values - {None}
     try:
         module = model.get_submodule(name)
@@ -157,14 +166,16 @@ def _set_features(module: Any) -> None:
 
 
 def _follow_config(model: Any, entry: arch.Architecture) -> None:
-    """Config fields of widths that all layers share, where the config can hold them; where modules read widths from the
-    config and layers differ, each of them gets its own copy."""
-    found = arch.groups(model)
+    """Bring the config's fields up to date where all layers share a width and the config can hold it.
+
+    Where modules read widths from the config and layers differ, each of these modules gets its own copy of the config.
+    """
+    groups = arch.groups(model)
     config, size = arch.text_config(model), arch.head_dim(model)
-    widths = arch.config_widths(model, found)
+    widths = arch.config_widths(model, groups)
     names = entry.attention
     same = {field: w for field, w in widths.items() if len(set(w)) == 1}
-    if any(g.stock_counts and g.units not in g.stock_counts for g in found):
+    if any(g.stock_counts and g.units not in g.stock_counts for g in groups):
         same = {field: w for field, w in same.items() if field not in (names.heads_field, names.kv_heads_field)}
     for field, layers in same.items():
         if getattr(config, field, None) != layers[0]:
@@ -184,7 +195,7 @@ def _follow_config(model: Any, entry: arch.Architecture) -> None:
 
 
 def _follow_changes(model: Any, widths: Mapping[str, Sequence[int]]) -> None:
-    """What the config of a model whose layers differed when it was loaded says of them."""
+    """Bring up to date what the config records of layers whose widths differed when the model was loaded."""
     if getattr(model.config, "module_changes", None) is None:
         return
     from ..checkpoint.adaptive.modeling_hywia_adaptive import describe_changes
@@ -201,9 +212,12 @@ def _follow_changes(model: Any, widths: Mapping[str, Sequence[int]]) -> None:
 
 
 def _rescale(model: Any, entry: arch.Architecture, group: Group, kept: int, undo: Undo) -> None:
-    """A norm over all heads divides by the rms over fewer features after the cut: with the survivors' rows scaled by
-    c = √(kept / units) their mean square is what it was with zeros in the others' place, and 1/c in the norm's weight
-    gives the same output, eps included."""
+    """Rescale a norm over all heads, and the matrix before it, so that the cut does not change the norm's output.
+
+    The norm divides by the rms over fewer features after the cut. With the survivors' rows scaled by c = √(kept /
+    units) their mean square is what it was with zeros in place of the removed ones, and 1/c in the norm's weight gives
+    the same output, eps included.
+    """
     scale = (kept / group.units) ** 0.5
     prefix = f"{entry.layers}.{group.layer}"
     for norm, linear in entry.attention.wide_norms.items():
@@ -216,6 +230,7 @@ def _rescale(model: Any, entry: arch.Architecture, group: Group, kept: int, undo
 
 
 def _keep_slopes(model: Any, entry: arch.Architecture, group: Group, keep: Tensor, heads: int) -> None:
+    """Leave the surviving heads the ALiBi slopes that they had among `heads` heads."""
     alibi = entry.attention.alibi
     if alibi is None:
         return
@@ -228,12 +243,12 @@ def _keep_slopes(model: Any, entry: arch.Architecture, group: Group, keep: Tenso
 def prune(model: Any, plan: Plan, *, backend: str | None = None) -> None:
     """Remove a plan's units from a model, in place.
 
-    One parameter is cut at a time and its old storage released, so the peak is the model plus one of them: what was
+    One parameter is cut at a time and its old memory released, so the peak is the model plus one parameter: what was
     removed is held until all is cut (and where a norm is over all heads, so are its matrices). The config's widths
-    follow where all layers share one; where they differ they stay what they were and `save` writes each layer's.
+    follow where all layers share one. Where layers differ the config's widths stay, and `save` writes each layer's.
 
     Args:
-        model: the model the scores came from. plan: of `selection.plan`. backend: of `ops.compact`.
+        model: the model that the scores came from. plan: as `hywia_kernels.plan` gives it. backend: of `ops.compact`.
 
     Raises:
         HywiaError: the plan is not this model's. After this, and after any other error or interrupt, the model is as it
@@ -254,10 +269,10 @@ def prune(model: Any, plan: Plan, *, backend: str | None = None) -> None:
 
 def _cut(model: Any, plan: Plan, backend: str | None, undo: Undo) -> None:
     entry = arch.architecture(model)
-    found = checked_groups(model, plan)
+    groups = checked_groups(model, plan)
     heads = getattr(arch.text_config(model), entry.attention.heads_field)
-    cut = {g.name for g in found if plan.keep[g.name].numel() < g.units}
-    for (name, leaf), parts in progress.track(list(_by_parameter(found).items()), "cutting"):
+    cut = {g.name for g in groups if plan.keep[g.name].numel() < g.units}
+    for (name, leaf), parts in progress.track(list(_by_parameter(groups).items()), "cutting"):
         if not any(group.name in cut for _, group in parts):
             continue
         module = model.get_submodule(name)
@@ -269,7 +284,7 @@ def _cut(model: Any, plan: Plan, backend: str | None, undo: Undo) -> None:
             entries = _kept_entries(bias.numel(), biased, plan.keep)
             undo.replace(module, "bias", ops.compact(bias, entries, backend=backend), [Removed(bias, 0, entries)])
             del bias
-    for group in found:
+    for group in groups:
         if group.kind == "attention" and group.name in cut:
             _rescale(model, entry, group, plan.keep[group.name].numel(), undo)
             _keep_slopes(model, entry, group, plan.keep[group.name], heads)
@@ -278,8 +293,10 @@ def _cut(model: Any, plan: Plan, backend: str | None, undo: Undo) -> None:
 
 
 def resize(model: Any, counts: Mapping[str, int]) -> None:
-    """Give groups other widths, in place: each member's parameters are replaced by uninitialised ones of the new shape,
-    on their device (meta included) and in their dtype. For models whose weights are about to be loaded.
+    """Give groups other widths, in place, in a model whose weights are about to be loaded.
+
+    Each member's parameters are replaced by uninitialised ones of the new shape, on the same device (which may be
+    meta) and in the same dtype.
 
     Args:
         model: of a known architecture. counts: group name -> units; groups that it leaves out keep their width.
@@ -289,9 +306,9 @@ def resize(model: Any, counts: Mapping[str, int]) -> None:
             ALiBi slopes of their own, which a count cannot name.
     """
     entry = arch.architecture(model)
-    found = {g.name: g for g in arch.groups(model)}
+    groups = {g.name: g for g in arch.groups(model)}
     for name, units in counts.items():
-        group = found.get(name)
+        group = groups.get(name)
         if group is None:
             raise HywiaError(f"resize: expected groups of the model, got {name!r}; groups(model) lists them")
         if units < group.min_units:
@@ -299,13 +316,13 @@ def resize(model: Any, counts: Mapping[str, int]) -> None:
             raise HywiaError(f"resize: expected at least {least} {group.unit} in {name}, got {units}")
         if group.kind == "attention" and entry.attention.alibi is not None and units != group.units:
             raise HywiaError(f"resize: {name} has slopes that belong to heads; a count does not say which stay")
-    wanted = {name: counts.get(name, group.units) for name, group in found.items()}
-    check_together(list(found.values()), wanted)
-    for (name, leaf), parts in _by_parameter(list(found.values())).items():
+    wanted = {name: counts.get(name, group.units) for name, group in groups.items()}
+    check_together(list(groups.values()), wanted)
+    for (name, leaf), parts in _by_parameter(list(groups.values())).items():
         module = model.get_submodule(name)
         parameter = getattr(module, leaf)
         shape, bias = list(parameter.shape), 0
-        # Of a stack's matrices the first says what all are: they stay equally wide.
+        # Matrices of one stack stay equally wide, so the first one stands for all.
         for member, group in parts:
             change = (wanted[group.name] - group.units) * member.group_size
             if member.index in (None, 0):
@@ -320,8 +337,8 @@ def resize(model: Any, counts: Mapping[str, int]) -> None:
         _follow_config(model, entry)
 
 
-class _Among:
-    """`forward` of a router that sends tokens to some of the experts only: what it does when the others are gone."""
+class _RemainingExperts:
+    """A router's `forward` that routes tokens to the kept experts only, as it does once the others are cut."""
 
     def __init__(self, router: Any, keep: Tensor) -> None:
         self.keep = keep
@@ -337,10 +354,13 @@ class _Among:
 
 @torch.no_grad()
 def mask(model: Any, plan: Plan) -> None:
-    """Zero a plan's removed units in place and keep the shapes: what `prune` must agree with.
+    """Zero a plan's removed units in place and keep the shapes; the pruned model must give the same outputs.
 
-    Rows, their biases and columns are all zeroed, so every member of a removed unit is silent by itself. A router's
-    zero row would still draw tokens: routers are made to choose among the experts that stay.
+    Rows, their biases and columns are all zeroed, so every member of a removed unit is without effect by itself. A
+    router's zero row would still draw tokens, so routers are made to choose among the experts that stay.
+
+    Raises:
+        HywiaError: the plan is not this model's.
     """
     model = plain_model(model, changing=True)
     with plain_modes():
@@ -363,4 +383,4 @@ def zero_units(model: Any, group: Group, keep: Tensor) -> None:
             bias.index_fill_(0, entries + member.start, 0.0)
     if group.kind == "experts":
         router = model.get_submodule(group.members[0].module)
-        router.forward = _Among(router, keep)
+        router.forward = _RemainingExperts(router, keep)

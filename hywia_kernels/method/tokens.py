@@ -1,4 +1,4 @@
-"""Token ids: what a tokenizer puts before a text, and what a model can take."""
+"""Token ids: how a text is encoded, what a tokenizer puts before it, and which ids a model can take."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def prefix(tokenizer: Any, bos: bool | None = None) -> list[int]:
     if bos is False:
         return []
     bare, full = encode(tokenizer, "a", "tokenizer"), list(tokenizer("a", verbose=False)["input_ids"])
-    # What comes behind the text, an end-of-text token of some tokenizers, is none of the beginning.
+    # Some tokenizers put an end-of-text token behind the text, which does not belong to the beginning.
     begin = next((i for i in range(len(full)) if bare and full[i : i + len(bare)] == bare), None)
     if begin is None:
         begin = int(bool(full) and full[0] == tokenizer.bos_token_id)
@@ -61,13 +61,14 @@ def positions(model: Any) -> int | None:
     rows = [
         module.num_embeddings - int(getattr(module, "offset", 0))
         for name, module in decoder.named_modules()
-        if isinstance(module, nn.Embedding) and module is not words and name.count(".") < 2 and _counts(name)
+        if isinstance(module, nn.Embedding) and module is not words and name.count(".") < 2 and _names_positions(name)
     ]
     rows += [len(table) for name, table in decoder.named_buffers() if name.endswith(".embed_positions")]
     return min(rows, default=None)
 
 
-def _counts(name: str) -> bool:
+def _names_positions(name: str) -> bool:
+    """Whether an embedding's name says that it is one of positions."""
     last = name.rpartition(".")[2]
     return last == "wpe" or "position" in last
 
@@ -80,7 +81,7 @@ def check_length(model: Any, length: int, name: str = "seq_len") -> None:
 
 
 def check_tokens(tokens: Tensor, model: Any, name: str = "seq_len") -> None:
-    """Samples `[samples, length]` that the model can take. `name`: of the length, in messages.
+    """Check that the model can take samples `[samples, length]`. `name`: what messages call the length.
 
     Raises:
         UsageError: no sample, or samples longer than the model's positions. HywiaError: an id outside the vocabulary.

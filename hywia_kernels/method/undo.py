@@ -1,4 +1,4 @@
-"""A model's parameters and its modules' own numbers, put back when a change of them fails halfway."""
+"""A model's parameters and its modules' attributes, put back when a change of them fails halfway."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["Removed", "Undo"]
 
 
 class Removed:
-    """What a cut took from a parameter: together with what stays it is the parameter, in the same memory.
+    """What a cut took from a parameter; what stays and this together take the memory of the parameter.
 
     Args:
-        before: the parameter as it was. axis: that was cut. kept: entries that stay, int64, ascending.
-        of: of which of the matrices that are stacked in it; None: it is one matrix, or vector (dimensions beyond two
-            count as columns).
+        before: the parameter as it was. axis: the axis that was cut. kept: entries that stay, int64, ascending.
+        of: which of the matrices stacked in the parameter was cut; None: the parameter is one matrix or vector, and
+            dimensions beyond two count as columns.
     """
 
     def __init__(self, before: Tensor, axis: int, kept: Tensor, of: int | None = None) -> None:
@@ -35,7 +35,7 @@ class Removed:
         return part.flatten(1) if part.dim() > 2 else part
 
     def fill(self, whole: Tensor, stays: Tensor) -> None:
-        """Into `whole`, of the shape before the cut, from `stays`, of the shape after it."""
+        """Fill `whole`, of the shape before the cut, from `stays`, of the shape after it, and the removed values."""
         part = self._part(whole, self.of)
         for entries, values in ((self.kept, self._part(stays, self.of)), (self.gone, self.values)):
             part.index_copy_(self.axis, entries.to(part.device), values.to(part.device))
@@ -44,8 +44,8 @@ class Removed:
 class Undo:
     """Parameters that are replaced, and attributes that are set, in the course of one change.
 
-    A parameter that something else holds is kept alive by that, and comes back itself; of one that nobody holds, the
-    memory goes as soon as it is replaced, and what a cut took from it is enough to make it again.
+    A parameter that something else holds stays alive, and comes back itself. The memory of one that nothing else holds
+    is released as soon as it is replaced, and what a cut took from it is enough to make an equal one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -56,8 +56,12 @@ class Undo:
         self._replaced: list[tuple[nn.Module, str, Callable[[], Tensor]]] = []
 
     def replace(self, module: nn.Module, leaf: str, new: Tensor, removed: Sequence[Removed] | None) -> None:
-        """Give a module another parameter; `removed` is what it lacks of the one before, None where that is to be kept
-        until the end."""
+        """Give a module another parameter.
+
+        Args:
+            module, leaf: the module, and the parameter's name in it. new: the values.
+            removed: what the new parameter lacks of the old one; None: the old one is held until the end.
+        """
         old = module._parameters[leaf]
         assert old is not None
         parameter = nn.Parameter(new, requires_grad=old.requires_grad)
@@ -66,6 +70,7 @@ class Undo:
         setattr(module, leaf, parameter)
 
     def roll_back(self) -> None:
+        """Put every parameter and attribute back; after an interrupt it may be called again."""
         while self._replaced:
             module, leaf, restore = self._replaced[-1]
             module._parameters[leaf] = restore()  # type: ignore[assignment]
@@ -78,7 +83,7 @@ class Undo:
 
 
 def _configs(config: Any) -> list[Any]:
-    """A config and those inside it."""
+    """A config and the configs that it holds."""
     if config is None or not hasattr(config, "__dict__"):
         return []
     inner = [value for value in vars(config).values() if hasattr(value, "to_dict") and hasattr(value, "__dict__")]
@@ -86,7 +91,7 @@ def _configs(config: Any) -> list[Any]:
 
 
 class _Contents:
-    """What a dictionary or list held."""
+    """The contents of a dictionary or list, to be put back into the same object."""
 
     def __init__(self, of: Any) -> None:
         self.of, self.held = of, of.copy()
@@ -105,6 +110,7 @@ def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remade(old: nn.Parameter, new: nn.Parameter, removed: Sequence[Removed]) -> Callable[[], Tensor]:
+    """A function that returns `old` where it still exists, and an equal parameter otherwise."""
     alive, shape, gradient = weakref.ref(old), old.shape, old.grad
     dtype, device, learning = old.dtype, old.device, old.requires_grad
     stays = new.detach()

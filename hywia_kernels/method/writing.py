@@ -19,7 +19,7 @@ __all__ = ["continuation", "evaluating", "greedy", "opening", "prompt_tokens", "
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every module's own mode is restored."""
+    """Put the model into eval mode within the context; afterwards every module has its own mode again."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
@@ -31,9 +31,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _plainly(model: Any) -> Iterator[None]:
-    """Without the model's generation config, of which `generate` takes every setting that the caller leaves open: end
-    tokens, penalties, filters, beams, a cache, an assistant."""
+def _without_generation_config(model: Any) -> Iterator[None]:
+    """Set the model's generation config aside within the context.
+
+    `generate` would take every setting from it that the caller leaves open: end tokens, penalties, filters, beams, a
+    cache, an assistant.
+    """
     from transformers import GenerationConfig
 
     own = model.generation_config
@@ -47,13 +50,13 @@ def _plainly(model: Any) -> Iterator[None]:
 
 def _ends(model: Any) -> set[int]:
     """Ids that end a text by the model's configs; not all of them are special to every tokenizer."""
-    found: set[int] = set()
+    ids: set[int] = set()
     for config in (model.generation_config, model.config):
         ends = getattr(config, "eos_token_id", None)
         if isinstance(ends, Tensor):
             ends = ends.flatten().tolist()
-        found.update(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
-    return found
+        ids.update(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
+    return ids
 
 
 def _ordinary(model: Any, tokenizer: Any) -> list[int]:
@@ -69,8 +72,8 @@ def _ordinary(model: Any, tokenizer: Any) -> list[int]:
     return ordinary
 
 
-def _only(ids: list[int]) -> Any:
-    """A logits processor that leaves no other ids to be drawn, and refuses logits that are no numbers."""
+def _only_these(ids: list[int]) -> Any:
+    """A logits processor that lets no other ids be drawn, and raises HywiaError for logits that are NaN or infinite."""
     from transformers import LogitsProcessor
 
     class Only(LogitsProcessor):
@@ -93,7 +96,7 @@ def _generate(model: Any, ids: Tensor, **settings: Any) -> Tensor:
     from transformers import GenerationConfig, LogitsProcessorList
 
     processors = settings.pop("processors", [])
-    with _plainly(model), torch.no_grad():
+    with _without_generation_config(model), torch.no_grad():
         return model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -114,7 +117,7 @@ def self_written(
 
     Each sample starts from the beginning-of-text token (if there is one, whether or not the tokenizer adds it; not with
     `bos=False`) and one random ordinary token, and is then sampled at temperature 1 from the ordinary tokens, without
-    an end. The model's generation config is not heeded, but that its end tokens are no ordinary ones. The idea of
+    an end. The model's generation config has no influence, but that its end tokens count as special. The idea of
     data-free calibration from the model's own generations is LLM-QAT's (arXiv 2305.17888).
 
     Raises:
@@ -132,7 +135,7 @@ def self_written(
     check_tokens(starts, model)
     if starts.shape[1] >= seq_len:
         return starts[:, :seq_len]
-    only = _only(ordinary)
+    only = _only_these(ordinary)
     written = []
     # The seed is set on every device, so every device's state is put back.
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
@@ -162,7 +165,7 @@ def self_written(
 
 
 def greedy(model: Any, ids: Tensor, new: int) -> Tensor:
-    """int64 `[batch, length + new]`: what follows by the largest logit at every step, with no end."""
+    """Ids int64 `[batch, length]` continued greedily by `new` tokens of any kind: int64 `[batch, length + new]`."""
     return _generate(model, ids, do_sample=False, max_new_tokens=new, pad_token_id=0)
 
 

@@ -150,11 +150,11 @@ def test_memory_that_runs_out_names_the_lever(here, monkeypatch, capsys, how, wh
 
 def test_the_refits_memory_has_its_own_lever(here, monkeypatch, capsys):
     refit = importlib.import_module("hywia_kernels.method.reconstruction")
-    monkeypatch.setattr(refit._Normal, "solve", _out_of_memory)
+    monkeypatch.setattr(refit._NormalEquations, "solve", _out_of_memory)
     run = ["prune", "model", "-o", "out", "--ratio", "0.2", "--calib", "text.txt", "--samples", "3", "--seq-len", "16"]
     assert main([*run, "--align", "4", "--no-eval", "--units", "mlp"]) == 1
     assert "try fewer --reconstruct-samples" in capsys.readouterr().err
-    assert compression.reconstruct is refit.refit
+    assert compression.reconstruct is refit.reconstruct
 
 
 def test_other_refusals_of_the_system_are_messages(here, monkeypatch, capsys):

@@ -93,14 +93,14 @@ def test_hidden_states_that_are_held(monkeypatch, text, cut, states):
     for layer in model.model.layers:
         for module in (layer, layer.self_attn.o_proj, layer.mlp.down_proj):
             module.register_forward_hook(keep)
-    real = reconstruction._Normal.solve
+    real = reconstruction._NormalEquations.solve
 
     def solve(self, ridge):
         gc.collect()
         most.append(len({t.data_ptr() for r in refs if (t := r()) is not None and t.shape[-1] == 48}))
         return real(self, ridge)
 
-    monkeypatch.setattr(reconstruction._Normal, "solve", solve)
+    monkeypatch.setattr(reconstruction._NormalEquations, "solve", solve)
     plan = make_plan(model, cut)
     hk.refit(model, plan, text)
     assert len(most) == sum(plan.keep[g.name].numel() < g.units for g in plan.groups)

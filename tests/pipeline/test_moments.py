@@ -10,7 +10,7 @@ import torch
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.method.head_residual import head_residuals
-from hywia_kernels.method.moments import exact_products, factored
+from hywia_kernels.method.moments import cholesky_factor, exact_products
 from hywia_kernels.ops.precision import full_float32
 from tests.support.tiny import TINY, fresh, make_plan
 
@@ -163,13 +163,13 @@ def test_the_factor_is_of_the_damped_moments():
     gram = x.T @ x
     kept = gram.clone()
     want = gram + 0.5 * gram.diagonal().mean() * torch.eye(5, dtype=torch.float64)
-    factor = factored(gram, 0.5, "x")
+    factor = cholesky_factor(gram, 0.5, "x")
     assert torch.equal(gram, kept)
     torch.testing.assert_close(factor @ factor.T, want, rtol=1e-12, atol=1e-12)
     assert bool((factor.triu(1) == 0).all())
     with pytest.raises(HywiaError, match=r"^x: second moments of its inputs are singular; use a larger ridge"):
-        factored(-gram, 0.0, "x")
+        cholesky_factor(-gram, 0.0, "x")
     bad = gram.clone()
     bad[1, 2] = float("nan")  # above the diagonal, where a factorisation need not look
     with pytest.raises(HywiaError, match=r"^x: expected finite activations"):
-        factored(bad, 0.5, "x")
+        cholesky_factor(bad, 0.5, "x")

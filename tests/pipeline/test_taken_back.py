@@ -33,7 +33,8 @@ def assert_as_it_was(model, before):
         assert torch.equal(now[name], value), name
 
 
-STEPS = [(step, at) for step in ("_equations", "_solved", "_apply", "silence") for at in (1, 2, 4, 6)] + [("_aim", 3)]
+STEPS = [(step, at) for step in ("_equations", "_solved", "_apply", "zero_units") for at in (1, 2, 4, 6)]
+STEPS.append(("_layer_target", 3))
 
 
 @pytest.mark.parametrize(("step", "at"), STEPS)
@@ -88,13 +89,13 @@ def whole_of(now, before, after):
 def test_a_solution_that_the_dtype_cannot_hold_is_refused(gqa, text, monkeypatch):
     plan = make_plan(gqa, "mlp")
     before = values(gqa)
-    original = reconstruction._Normal.solve
+    original = reconstruction._NormalEquations.solve
 
     def huge(self, ridge):
         change, *errors = original(self, ridge)
         return change * float("inf"), *errors
 
-    monkeypatch.setattr(reconstruction._Normal, "solve", huge)
+    monkeypatch.setattr(reconstruction._NormalEquations, "solve", huge)
     with pytest.raises(HywiaError, match=r"layers\.0\.mlp\.down_proj: its solution is beyond the range of float32"):
         hk.reconstruct(gqa, plan, text)
     assert_as_it_was(gqa, before)

@@ -1,4 +1,4 @@
-"""What the scorers share: which members of a group count, where their channels belong, and one number per root."""
+"""The scorers' common part: which members of a group count, where their channels belong, and how they are combined."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Member(NamedTuple):
 
 
 class Scorer:
-    """What the scorers share: members in, one number per root channel out. Mixed into upstream's classes."""
+    """The scorers' common part, mixed into upstream's classes: one number per root channel from a group's members."""
 
     group_reduction: str | None
     normalizer: Any
@@ -54,12 +54,14 @@ class Scorer:
         self.cache = SumsCache()
         self.scope: Any = None  # stands for a stretch of time in which weights and gradients stay as they are
         self._declared = False
-        self._step: Any = None  # the frame that a scope found by itself stands for
+        self._step: Any = None  # the frame of the pruner's step that the present scope stands for
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Weights and gradients stay as they are inside, says the caller, but for changes that torch counts: each is
-        then read once for all the groups it is in, as in a step of Torch-Pruning's own pruners."""
+        """Declare that weights and gradients stay as they are within the context, but for changes that torch counts.
+
+        Each is then read once for all the groups that it is in, as in a step of Torch-Pruning's own pruners.
+        """
         before = self.scope, self._declared
         self.scope, self._declared = object(), True
         try:
@@ -118,10 +120,8 @@ class Scorer:
                 continue
             side = SIDES.get(dep.handler)
             weight = tensor_of(owner)
-            if (
-                side is None or weight is None
-            ):  # an operation, a layer upstream has no branch for, a norm without weight
-                continue
+            if side is None or weight is None:
+                continue  # an operation, a layer that upstream has no branch for, or a norm without weight
             if isinstance(owner, Tensor) and weight.dim() != 1:
                 continue  # along which dimension of a bare parameter the channels lie is the graph's knowledge
             place = placement(idxs, group[i].root_idxs, self._width(owner, weight, side), roots, straight)
@@ -141,7 +141,7 @@ class Scorer:
         return weight.shape[1 if transposed else 0]
 
     def _channels(self, member: Member) -> Iterator[Tensor]:
-        """Float32 `[channels]` of a member's weight, then of its bias if that counts."""
+        """Scores float32 `[channels]` of a member's weight, then of its bias if that counts."""
         sides = self._sums(member.owner, member.side)
         if sides is not None:
             values = self._value(sides[member.side])
@@ -168,6 +168,6 @@ class Scorer:
         raise NotImplementedError
 
     def _kept(self, owner: Any, tensors: tuple[Tensor, ...], compute: Callable[[], BySide]) -> BySide:
-        if isinstance(owner, Tensor):  # vectors: nothing to save
+        if isinstance(owner, Tensor):  # a vector, which costs next to nothing to read again
             return compute()
         return self.cache.get(owner, tensors, compute, self.scope)

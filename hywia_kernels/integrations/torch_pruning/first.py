@@ -1,4 +1,4 @@
-"""Magnitude and first-order Taylor."""
+"""Torch-Pruning's magnitude and first-order Taylor scorers."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class MagnitudeImportance(Scorer, importance.MagnitudeImportance):
         return self._kept(owner, (weight,), lambda: magnitude_sums(owner, weight, self.p, self.backend))
 
     def _bias(self, owner: Any) -> Tensor | None:
-        found = bias_terms(owner, grad=False)
-        return None if found is None else found[0].abs().pow(self.p)
+        terms = bias_terms(owner, grad=False)
+        return None if terms is None else terms[0].abs().pow(self.p)
 
 
 class TaylorImportance(Scorer, importance.TaylorImportance):
@@ -85,5 +85,5 @@ class TaylorImportance(Scorer, importance.TaylorImportance):
         return self._kept(owner, (weight, grad), lambda: taylor_sums(owner, weight, grad, self.backend))
 
     def _bias(self, owner: Any) -> Tensor | None:
-        found = bias_terms(owner, grad=True)
-        return None if found is None else (found[0] * found[1]).abs()  # type: ignore[operator]
+        terms = bias_terms(owner, grad=True)
+        return None if terms is None else (terms[0] * terms[1]).abs()  # type: ignore[operator]

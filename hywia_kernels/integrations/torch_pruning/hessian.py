@@ -92,35 +92,37 @@ class HessianImportance(Scorer, importance.HessianImportance):
         before[2] += 1
 
     def _added(self, owner: Any, scope: Any = None) -> Any | None:
+        """`[Σ (w·g)² by side, the bias's own, calls]` of a module; None where nothing was added."""
         return self._calls.find(owner, _read(owner), "zero_grad(), then accumulate_grad(model)", scope)
 
     def _add_vector(self, parameter: Tensor) -> None:
         if parameter.grad is None:
             return
         term = (parameter.float() * parameter.grad.float()).square()
-        seen = self._vector(parameter) or [parameter, torch.zeros_like(term), 0, SumsCache.stamp(parameter)]
-        self._vectors[id(parameter)] = seen
-        seen[1] += term
-        seen[2] += 1
+        record = self._vector(parameter) or [parameter, torch.zeros_like(term), 0, SumsCache.stamp(parameter)]
+        self._vectors[id(parameter)] = record
+        record[1] += term
+        record[2] += 1
 
     def _vector(self, parameter: Tensor) -> list | None:
-        seen = self._vectors.get(id(parameter))
-        if seen is not None and not seen[3].fits(parameter):
+        """`[parameter, Σ (w·g)², calls, stamp]` of a bare parameter; None where nothing was added."""
+        record = self._vectors.get(id(parameter))
+        if record is not None and not record[3].fits(parameter):
             raise UsageError(
                 f"{type(parameter).__name__} {list(parameter.shape)}: expected the values whose gradients were added "
                 "up, got others; call zero_grad(), then accumulate_grad(model) again"
             )
-        return seen
+        return record
 
     def _sums(self, owner: Any, side: str) -> BySide | None:
         if isinstance(owner, Tensor):
-            seen = self._vector(owner)
-            return None if seen is None else {"out": Sums(seen[1] / seen[2], seen[1] / seen[2])}
+            record = self._vector(owner)
+            return None if record is None else {"out": Sums(record[1] / record[2], record[1] / record[2])}
         if self._calls:
-            found = self._added(owner, self.scope)
-            if found is None or side not in found[0]:
+            added = self._added(owner, self.scope)
+            if added is None or side not in added[0]:
                 return None  # it had no gradient
-            mean = found[0][side].fine / found[2]
+            mean = added[0][side].fine / added[2]
             return {side: Sums(mean, mean)}
         before = measured(owner, side, self.scope)
         if before is not None:
@@ -136,5 +138,5 @@ class HessianImportance(Scorer, importance.HessianImportance):
     def _bias(self, owner: Any) -> Tensor | None:
         if isinstance(owner, Tensor):
             return None
-        found = self._added(owner, self.scope)
-        return None if found is None or found[1] is None else found[1] / found[2]
+        added = self._added(owner, self.scope)
+        return None if added is None or added[1] is None else added[1] / added[2]

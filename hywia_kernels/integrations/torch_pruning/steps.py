@@ -1,4 +1,4 @@
-"""Whether a scorer is asked from inside one of Torch-Pruning's steps, during which weights change by pruning alone."""
+"""Whether a scorer is called from inside one of Torch-Pruning's steps, during which weights change by pruning alone."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _TRUSTED = ("torch_pruning", "torch")  # torch's decorator of generators runs To
 
 
 def running_step() -> FrameType | None:
-    """The frame of the step that asks, which stands for it: two steps never share one while it is held.
+    """The frame of the pruner's step that calls the scorer; two steps never have the same one while it is held.
 
-    None where anybody else's code may have run since the step began: a step that hands its groups out (interactive), a
-    pruner of the caller's own between the step and the scorer, or layers that are pruned by functions of the caller's.
+    It is None where other code may have run since the step began: in a step that hands its groups out (interactive),
+    with a pruner of the caller's own between the step and the scorer, or with layers that the caller's own functions
+    prune.
     """
     frame: Any = sys._getframe(2)
     while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _TRUSTED:
