@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from faults import contents, faults, killed_at
-from hywia_kernels.record import sealed
 from tiny import Tiny, fresh
 
 import hywia_kernels as hk
@@ -18,6 +17,7 @@ from hywia_kernels import HywiaError
 from hywia_kernels.checkpoint import atomic_directory, disk
 from hywia_kernels.checkpoint.weight_files import stored_tensors
 from hywia_kernels.cli import main
+from hywia_kernels.types.record import sealed
 
 
 @pytest.fixture(autouse=True)

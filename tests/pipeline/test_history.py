@@ -6,13 +6,13 @@ import json
 import warnings
 
 import pytest
-from hywia_kernels.record import sealed
 from tiny import TINY, fresh, make_plan
 
 import hywia_kernels as hk
 from hywia_kernels import report
 from hywia_kernels.checkpoint import run_record
 from hywia_kernels.checkpoint.history import history
+from hywia_kernels.types.record import sealed
 
 
 @pytest.fixture

@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY, fresh
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, record
+from hywia_kernels import HywiaError
 from hywia_kernels.checkpoint import scores_file
 from hywia_kernels.cli import main
+from hywia_kernels.types import record
 
 FUZZ = settings(
     max_examples=int(os.environ.get("HYWIA_FUZZ", "100")),
