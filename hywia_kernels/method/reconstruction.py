@@ -144,8 +144,6 @@ class _LayerTarget:
 def _equations(
     layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[_Run], targets: Sequence[_LayerTarget]
 ) -> _NormalEquations:
-    layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[_Run], targets: Sequence[_LayerTarget]
-) -> _NormalEquations:
     """Normal equations of one matrix: the pruned model's inputs against what the dense one has and it lacks.
 
     The layer runs no further than the matrix where what leaves the layer is not asked for, and what the dense layer has
@@ -173,8 +171,6 @@ def _equations(
 
 
 def _layer_target(
-    layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, include_drift: bool
-) -> _LayerTarget:
     layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, include_drift: bool
 ) -> _LayerTarget:
     with seen([m.module for m in matrices]) as at:
