@@ -111,7 +111,8 @@ def _run(job: _Job, scale: float, strict: bool) -> tuple[Results, Tensor]:
             if job.plan.mode == "fast":
                 total = whole.run(model, samples, scale)
             else:
-                total = layered.run(model, layers, job.plan.chunks, scorer, scale, job.plan.offload, job.plan.kept_layers)
+                plan = job.plan
+                total = layered.run(model, layers, plan.chunks, scorer, scale, plan.offload, plan.kept_layers)
     whole_experts(results, job.found)
     return results, total
 
