@@ -3,9 +3,9 @@
     python -m benchmarks.bench_recipe                       # LLaMA-7B's shapes, random weights, on a GPU
     python -m benchmarks.bench_recipe --shape tiny --device cpu
 
-Scoring is `hywia_kernels.measure`, which measures the statistics and what the recipe needs beside them, on random
-tokens; it is timed `--runs` times after a warm-up. The later steps are those of `hywia_kernels.compress`, which runs
-once and records their seconds. LLM-Pruner's flow is that of `benchmarks/llm_pruner.py`, with its ten samples.
+Scoring is `hywia_kernels.measure` on random tokens, one fusion included, and is timed `--runs` times after a warm-up.
+The other steps are those of `hywia_kernels.compress`, which runs once and records their seconds. LLM-Pruner's flow is
+that of `benchmarks/llm_pruner.py`, with its ten samples.
 """
 
 from __future__ import annotations

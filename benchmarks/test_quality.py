@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 import hywia_kernels as hk
-from hywia_kernels.method import surgery
+from hywia_kernels.method.surgery import zero_units
 from tests.support.tokenizers import byte_tokenizer
 
 from . import bench_recipe, llm_pruner, models, peers, quality, tasks
@@ -90,7 +90,7 @@ def test_wanda_sp_scores_what_the_pruned_layers_before_leave(model, tokens):
             score = (weight.abs() * norm).mean(0).view(group.units, -1).sum(1)
             keep = score.argsort(descending=True)[: group.units // 2].sort().values
             assert torch.equal(plan.keep[group.name], keep), group.name
-            surgery.zero_units(again, group, keep)
+            zero_units(again, group, keep)
     assert plan.parameters_after == plan.parameters_before - sum(
         g.units // 2 * g.unit_parameters for g in hk.groups(model)
     )

@@ -32,7 +32,7 @@ def tiny(tmp_path, monkeypatch):
 
 
 MORE = ["--calib", "text.txt", "--text", "text.txt", "--samples", "8", "--seq-len", "16", "--align", "8"]
-MORE += ["--refit-samples", "16", "--block", "32", "--max-blocks", "4"]
+MORE += ["--reconstruct-samples", "16", "--block", "32", "--max-blocks", "4"]
 
 
 def test_what_is_measured_is_what_the_command_makes(tiny, capsys):
