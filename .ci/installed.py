@@ -1,6 +1,10 @@
-"""Run in the folder that a wheel was installed into: the package is that one, with its kernels and its data files."""
+"""The package that is imported is the wheel's, with its kernels and its data files.
+
+usage: installed.py FOLDER, which the wheel was installed into and PYTHONPATH names.
+"""
 
 import contextlib
+import sys
 from pathlib import Path
 
 import jinja2
@@ -11,7 +15,7 @@ from hywia_kernels.checkpoint.templating import render
 from hywia_kernels.deploy import device_profiles
 from hywia_kernels.method.reading import bundled_text
 
-assert Path(hk.__file__).parent.parent == Path.cwd(), hk.__file__
+assert Path(hk.__file__).parents[1] == Path(sys.argv[1]).resolve(), hk.__file__
 native = next(b for b in hk.ops.availability() if b.name == "native")
 assert native.on, native.reason
 weight = torch.ones(4, 6)
