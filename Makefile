@@ -1,5 +1,6 @@
 # make demo   set everything up and prune a real pretrained model
 # make test   set everything up and pass every test
+# make oldest the tests that meet transformers, the templates and numpy, on the oldest versions that pyproject.toml allows
 # make lint   the checks of .pre-commit-config.yaml
 # make bench  the tables of README on this machine, from fresh figures in $(BENCH)
 VENV ?= .venv
@@ -8,8 +9,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 DEMO := demo
 BENCH := build/bench
+OLDEST := build/oldest
 
-.PHONY: setup test demo lint bench clean
+.PHONY: setup test oldest demo lint bench clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +28,17 @@ $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt MANIFEST.
 test: setup
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist loadfile tests $(PYTEST_ARGS)
 	$(BIN)/pytest -q --benchmark-disable benchmarks
+
+# In a folder of their own, ahead of what make setup installed.
+$(OLDEST)/.ready: oldest.txt $(VENV)/.ready
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $(OLDEST) -r oldest.txt
+	touch $@
+
+oldest: $(OLDEST)/.ready
+	PYTHONPATH=$(CURDIR)/$(OLDEST) TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/arch/test_contract.py \
+	  tests/integrations/test_measured.py tests/ops/test_registry.py tests/pipeline/test_adaptive.py \
+	  tests/pipeline/test_engine.py tests/pipeline/test_model_card.py tests/pipeline/test_report_page.py
 
 lint: setup
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure

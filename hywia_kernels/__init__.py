@@ -17,7 +17,7 @@ from typing import Any as _Any
 from . import _moved
 from .checkpoint import adaptive as _adaptive
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {  # public name -> module it is in
     **dict.fromkeys(("BackendError", "HywiaError", "UsageError"), "errors"),

@@ -201,6 +201,8 @@ def test_source_distribution(tmp_path):
         members = {name.partition("/")[2] for name in tar.getnames()}
     assert {"setup.py", "CMakeLists.txt", "pyproject.toml"} <= members
     assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= members
+    package = {str(path.relative_to(tree)) for path in (tree / "hywia_kernels").rglob("*") if path.is_file()}
+    assert {"hywia_kernels/py.typed", "hywia_kernels/method/data/alice.txt"} <= package <= members
 
     def wheel(mode: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"]
@@ -216,7 +218,7 @@ def test_source_distribution(tmp_path):
     (path,) = (tmp_path / "wheels").glob("*.whl")
     with zipfile.ZipFile(path) as zipped:
         contents = zipped.namelist()
-    assert "hywia_kernels/ops/native.py" in contents
+    assert package <= set(contents)
     assert not [name for name in contents if name.endswith((".so", ".cu", ".cpp"))]
 
     refused = wheel("bogus")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from functools import cache
 from typing import Any
@@ -12,19 +11,15 @@ from torch import Tensor
 
 from .calls import BatchCall, LinearCall, TaylorCall
 from .devices import on, stream
-from .native import DTYPE_CODES, ORDER_CODES, compact_sizes, operand, taylor_arguments
+from .native import DTYPE_CODES, ORDER_CODES, compact_sizes, extension, operand, taylor_arguments
 
 OPS = ("taylor_importance", "linear_importance", "compact", "taylor_importance_batch")
 
 LINEAR_ORDER_CODES = {**ORDER_CODES, "all": 3}
 
 
-@cache
-def _extension() -> Any:  # the module, or the ImportError that says why there is none
-    try:
-        return importlib.import_module("hywia_kernels._cuda")
-    except ImportError as error:
-        return error
+def _extension() -> Any:
+    return extension("_cuda")
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:

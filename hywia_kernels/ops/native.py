@@ -25,11 +25,16 @@ WIDEST = 1024  # columns of a block; narrow blocks make slow products
 
 
 @cache
-def _extension() -> Any:  # the module, or the ImportError that says why there is none
+def extension(name: str) -> Any:
+    """A compiled module of the package, or the ImportError that says why there is none."""
     try:
-        return importlib.import_module("hywia_kernels._native")
+        return importlib.import_module(f"hywia_kernels.{name}")
     except ImportError as error:
         return error
+
+
+def _extension() -> Any:
+    return extension("_native")
 
 
 def unavailable() -> str | None:

@@ -14,6 +14,7 @@ from hywia_kernels import HywiaError
 from hywia_kernels.checkpoint.ties import own_head
 from hywia_kernels.checkpoint.weight_files import stored_tensors
 from tests.support.families import FAMILIES, fresh, fresh_named, randomised, token_ids
+from tests.support.models import random_model, sizes
 from tests.support.tokenizers import write_tokenizer
 
 
@@ -56,22 +57,9 @@ def test_every_family_is_whole_and_changes_are_named(stored):
 
 @pytest.fixture
 def llama(tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(4)
-    config = LlamaConfig(
-        vocab_size=131,
-        hidden_size=36,
-        intermediate_size=44,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    shape = sizes(vocabulary=131, hidden=36, intermediate=44, layers=3, heads=6, kv_heads=3)
     folder = tmp_path / "llama"
-    model = randomised(LlamaForCausalLM(config).eval())
+    model = randomised(random_model(seed=4, **shape, bos_token_id=1, eos_token_id=2, pad_token_id=0))
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return folder, model

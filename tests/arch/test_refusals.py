@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -87,21 +89,19 @@ def test_experts_that_are_no_stack_are_refused():
         hk.groups(model)
 
 
-def test_a_router_with_a_bias_is_refused():
-    model = fresh_named("qwen3_moe")
-    model.model.layers[0].mlp.gate.bias = nn.Parameter(torch.zeros(5))
-    with pytest.raises(
-        HywiaError, match=r"layers\.0\.mlp\.gate: expected one row of weights for each of 5 experts, and"
-    ):
-        hk.groups(model)
-
-
-def test_a_norm_that_does_not_divide_into_heads_is_refused():
-    model = fresh_named("olmo2")
-    model.model.layers[1].self_attn.k_norm.weight = nn.Parameter(torch.ones(17))
-    with pytest.raises(
-        HywiaError, match=r"layers\.1\.self_attn\.k_norm\.weight: expected a vector with as many entries"
-    ):
+@pytest.mark.parametrize(
+    ("name", "parameter", "length", "said"),
+    [
+        ("qwen3_moe", "0.mlp.gate.bias", 5, "gate: expected one row of weights for each of 5 experts, and no bias"),
+        ("olmo2", "1.self_attn.k_norm.weight", 17, "k_norm.weight: expected a vector with as many entries"),
+    ],
+    ids=["a router with a bias", "a norm that does not divide into heads"],
+)
+def test_vectors_that_are_no_units_are_refused(name, parameter, length, said):
+    model = fresh_named(name)
+    module, _, own = parameter.rpartition(".")
+    setattr(model.model.layers.get_submodule(module), own, nn.Parameter(torch.ones(length)))
+    with pytest.raises(HywiaError, match=re.escape(f"layers.{module.rpartition('.')[0]}.{said}")):
         hk.groups(model)
 
 

@@ -21,6 +21,7 @@ from hywia_kernels.engine.results import Results
 from hywia_kernels.engine.samples import padded
 from hywia_kernels.method import statistics
 from hywia_kernels.progress import Bar
+from tests.support.models import random_model, sizes
 from tests.support.statistics import plain_statistics
 from tests.support.tiny import TINY, fresh
 
@@ -60,21 +61,8 @@ def test_agrees_with_the_reference_pass(gqa, tokens, dtype, allowed, mode, monke
 
 
 def test_mistral_with_a_sliding_window_shorter_than_the_samples(tokens):
-    from transformers import MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(3)
-    config = MistralConfig(
-        vocab_size=259,
-        hidden_size=48,
-        intermediate_size=56,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=8,
-        sliding_window=5,
-        initializer_range=0.15,
-    )
-    model = MistralForCausalLM(config).eval()
+    shape = sizes(vocabulary=259, hidden=48, intermediate=56, layers=2, heads=6, kv_heads=3)
+    model = random_model("mistral", seed=3, **shape, head_dim=8, sliding_window=5, initializer_range=0.15)
     want = plain_statistics(model, list(tokens))
     for mode in MODES:
         got = hk.calibrate(model, tokens, memory=mode)

@@ -15,6 +15,7 @@ from hywia_kernels import HywiaError
 from hywia_kernels.arch import facts
 from hywia_kernels.arch.facts import _step, fingerprint, identity
 from hywia_kernels.method import statistics as statistics_module
+from tests.support.models import random_model, sizes
 from tests.support.tiny import TINY, fresh, make_plan
 
 # (rows, columns) or (matrices, rows, columns); the sizes of real models, powers of two and others.
@@ -36,6 +37,11 @@ SHAPES = [
     (60, 2816, 2048),
     (4, 3, 5),
 ]
+
+SMALL = {
+    **sizes(vocabulary=64, hidden=32, intermediate=48, layers=1, heads=4, kv_heads=4),
+    "max_position_embeddings": 64,
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -155,34 +161,11 @@ def test_how_attention_is_computed_keeps_it(gqa):
 
 
 def test_families_of_one_shape_differ_and_a_stand_in_does_not():
-    from transformers import (
-        GemmaConfig,
-        GemmaForCausalLM,
-        LlamaConfig,
-        LlamaForCausalLM,
-        MistralConfig,
-        MistralForCausalLM,
-    )
-
-    sizes = dict(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=8,
-        max_position_embeddings=64,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        hidden_act="silu",
-    )
-    llama = LlamaForCausalLM(LlamaConfig(**sizes))
+    same = dict(SMALL, head_dim=8, rms_norm_eps=1e-6, tie_word_embeddings=False, pad_token_id=0, hidden_act="silu")
+    llama = random_model(**same)
     prints = []
-    for kind, config in ((MistralForCausalLM, MistralConfig), (GemmaForCausalLM, GemmaConfig)):
-        more = {"sliding_window": None} if config is MistralConfig else {}
-        other = kind(config(**sizes, **more))
+    for kind, more in (("mistral", {"sliding_window": None}), ("gemma", {})):
+        other = random_model(kind, **same, **more)
         other.load_state_dict(llama.state_dict())
         prints.append(fingerprint(other))
     assert prints[0] == fingerprint(llama)
@@ -212,21 +195,11 @@ def test_derived_buffers_may_differ_in_their_last_bits(gqa):
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_frequencies_that_follow_the_text_keep_it(kind):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 16}
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=16 if kind == "dynamic" else 64,
-        rope_parameters=rope,
-    )
-    model = LlamaForCausalLM(config).eval()
+    longest = 16 if kind == "dynamic" else 64
+    model = random_model(**{**SMALL, "max_position_embeddings": longest}, rope_parameters=rope)
     before = fingerprint(model)
     with torch.no_grad():
         model(torch.zeros(1, 40, dtype=torch.long))

@@ -57,7 +57,7 @@ def test_a_pruning_run_writes_its_card(saved, tmp_path, monkeypatch, capsys):
     (perplexity,) = [r for r in rows if r[0] == "perplexity"]
     assert perplexity[2] == f"{after['perplexity']:.2f}"
     assert ["mlp", "56", run_record.spans(record["plan"]["widths"]["mlp"])] in rows
-    assert ["calibration samples", "8"] in rows
+    assert ["samples", "8"] in rows
     assert f"```sh\nhywia {' '.join(words)}\n```" in card
     assert f"text.txt, SHA-256 {record['evaluation']['text']['sha256']}, 3 blocks of 32 tokens" in card
     assert "It is a stock checkpoint" in card
