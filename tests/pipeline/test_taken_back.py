@@ -33,7 +33,9 @@ def assert_as_it_was(model, before):
         assert torch.equal(now[name], value), name
 
 
-STEPS = [(step, at) for step in ("_equations", "_solved", "_apply", "silence") for at in (1, 2, 4, 6)] + [("_aim", 3)]
+STEPS = [(step, at) for step in ("_equations", "_solved", "_apply", "zero_units") for at in (1, 2, 4, 6)] + [
+    ("_aim", 3)
+]
 
 
 @pytest.mark.parametrize(("step", "at"), STEPS)
