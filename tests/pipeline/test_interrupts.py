@@ -15,6 +15,7 @@ import hywia_kernels as hk
 from hywia_kernels import compression, evaluation
 from hywia_kernels.checkpoint import saving
 from hywia_kernels.cli import console, main, session
+from hywia_kernels.method import reconstruction
 from tests.support.tiny import TINY, fresh
 
 SMALL = ["--ratio", "0.2", "--criterion", "random", "--align", "4", "--text", "text.txt", "--block", "16"]
@@ -149,12 +150,11 @@ def test_memory_that_runs_out_names_the_lever(here, monkeypatch, capsys, how, wh
 
 
 def test_the_refits_memory_has_its_own_lever(here, monkeypatch, capsys):
-    refit = importlib.import_module("hywia_kernels.method.reconstruction")
-    monkeypatch.setattr(refit._NormalEquations, "solve", _out_of_memory)
+    monkeypatch.setattr(reconstruction._NormalEquations, "solve", _out_of_memory)
     run = ["prune", "model", "-o", "out", "--ratio", "0.2", "--calib", "text.txt", "--samples", "3", "--seq-len", "16"]
     assert main([*run, "--align", "4", "--no-eval", "--units", "mlp"]) == 1
     assert "try fewer --reconstruct-samples" in capsys.readouterr().err
-    assert compression.reconstruct is refit.reconstruct
+    assert compression.reconstruct is reconstruction.reconstruct
 
 
 def test_other_refusals_of_the_system_are_messages(here, monkeypatch, capsys):
