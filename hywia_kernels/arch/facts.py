@@ -22,8 +22,8 @@ __all__ = [
     "check_finite",
     "count_parameters",
     "fingerprint",
-    "identity",
-    "identity_after",
+    "fingerprint_and_count",
+    "fingerprint_and_count_after",
     "queued",
     "weight_bytes",
 ]
@@ -71,11 +71,11 @@ def fingerprint(model: nn.Module) -> str:
     Raises:
         HywiaError: a tensor whose values are not here (meta, offloaded, distributed or quantised by a subclass).
     """
-    return identity(model)[0]
+    return fingerprint_and_count(model)[0]
 
 
 @torch.no_grad()
-def identity(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> tuple[str, int]:
+def fingerprint_and_count(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> tuple[str, int]:
     """`(fingerprint, count_parameters)` from one walk over the model; from none where its modules are given by name."""
     described: list[str] = []
     parts: dict[_Part, list[Tensor]] = {}
@@ -113,7 +113,7 @@ def identity(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -
 
 
 def queued(devices: Iterable[torch.device]) -> dict[torch.device, torch.cuda.Event]:
-    """For each CUDA device an event after all that is queued on its current stream: what `identity_after` waits for."""
+    """For each CUDA device an event after all queued on its current stream, for `fingerprint_and_count_after`."""
     events = {}
     for device in devices:
         if device.type == "cuda":
@@ -122,16 +122,19 @@ def queued(devices: Iterable[torch.device]) -> dict[torch.device, torch.cuda.Eve
     return events
 
 
-def identity_after(
+def fingerprint_and_count_after(
     events: Mapping[torch.device, torch.cuda.Event], model: nn.Module, modules: Mapping[str, nn.Module] | None = None
 ) -> tuple[str, int]:
-    """`identity` beside what CUDA devices do since `events`: read on streams of its own, after those events."""
+    """`fingerprint_and_count`, read on streams of its own as soon as the events have passed.
+
+    CUDA devices go on meanwhile with what was queued after the events.
+    """
     with contextlib.ExitStack() as streams:
         for device, event in events.items():
             stream = torch.cuda.Stream(device)
             stream.wait_event(event)
             streams.enter_context(torch.cuda.stream(stream))
-        return identity(model, modules)
+        return fingerprint_and_count(model, modules)
 
 
 @lru_cache(maxsize=4096)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import arch, ops
-from ..arch.facts import check_finite, identity
+from ..arch.facts import check_finite, fingerprint_and_count
 from ..errors import UsageError
 from ..settings import CRITERIA, FUSIONS
 from ..types import Group, Scores
@@ -59,7 +59,7 @@ def random(model: Any, seed: int = 0) -> Scores:
 
 def _without_data(model: Any, groups: tuple[Group, ...], values: dict[str, Tensor], record: dict[str, Any]) -> Scores:
     record["versions"] = versions()
-    fingerprint, parameters = identity(model)
+    fingerprint, parameters = fingerprint_and_count(model)
     return Scores(groups, values, {}, parameters, fingerprint, record)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import arch, ops
-from ..arch.facts import check_finite, identity_after, queued
+from ..arch.facts import check_finite, fingerprint_and_count_after, queued
 from ..arch.holding import check_held, unwrapped
 from ..engine import autograd, layered, loss, whole
 from ..engine.experts import whole_experts
@@ -296,7 +296,7 @@ def _measured(
 
     def meanwhile() -> None:
         if not facts:
-            facts["fingerprint"], facts["parameters"] = identity_after(written, model, modules)
+            facts["fingerprint"], facts["parameters"] = fingerprint_and_count_after(written, model, modules)
             record.update(calibration_sha256=digest(samples.tokens), versions=versions())
 
     with without_collections():

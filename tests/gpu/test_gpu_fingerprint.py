@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hywia_kernels.arch.facts import fingerprint, identity_after, queued
+from hywia_kernels.arch.facts import fingerprint, fingerprint_and_count_after, queued
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -22,7 +22,7 @@ def test_weights_that_queued_work_writes_are_read_after_it():
         layer.bias.copy_(new[1])
     events = queued([torch.device("cuda", torch.cuda.current_device())])
     assert not torch.cuda.current_stream().query(), "the write should still be queued"
-    assert identity_after(events, layer)[0] == fingerprint(want)
+    assert fingerprint_and_count_after(events, layer)[0] == fingerprint(want)
 
 
 def test_devices_and_dtypes_have_the_same():

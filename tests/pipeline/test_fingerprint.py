@@ -13,7 +13,7 @@ from torch import nn
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.arch import facts
-from hywia_kernels.arch.facts import _step, fingerprint, identity
+from hywia_kernels.arch.facts import _step, fingerprint, fingerprint_and_count
 from hywia_kernels.method import statistics as statistics_module
 from tests.support.models import random_model, sizes
 from tests.support.tiny import TINY, fresh, make_plan
@@ -239,8 +239,8 @@ def test_bfloat16_and_what_it_becomes_in_float32_have_the_same():
 
 
 def test_identity_counts_as_the_model_does(model):
-    assert identity(model) == (fingerprint(model), sum(p.numel() for p in model.parameters()))
-    assert identity(model, dict(model.named_modules())) == identity(model)
+    assert fingerprint_and_count(model) == (fingerprint(model), sum(p.numel() for p in model.parameters()))
+    assert fingerprint_and_count(model, dict(model.named_modules())) == fingerprint_and_count(model)
 
 
 def test_weights_that_are_not_here_are_named():
@@ -282,13 +282,13 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "stream", Using)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current of {device}")
-        monkeypatch.setattr(facts, "identity", lambda *a: log.append(("read",)) or ("x", 1))
+        monkeypatch.setattr(facts, "fingerprint_and_count", lambda *a: log.append(("read",)) or ("x", 1))
 
 
 def test_it_waits_for_what_was_queued_on_each_device(monkeypatch):
     fake = FakeCuda(monkeypatch)
     events = facts.queued([torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")])
-    assert facts.identity_after(events, nn.Linear(1, 1)) == ("x", 1)
+    assert facts.fingerprint_and_count_after(events, nn.Linear(1, 1)) == ("x", 1)
     assert fake.calls == [
         ("record", "current of cuda:0"),
         ("record", "current of cuda:1"),
@@ -309,8 +309,8 @@ def test_calibrate_marks_what_is_queued_before_it_launches_anything(gqa, tokens,
         original = getattr(statistics_module, name)
         monkeypatch.setattr(statistics_module, name, lambda *a, **k: (order.append(name), original(*a, **k))[1])
 
-    for name in ("queued", "_run", "identity_after"):
+    for name in ("queued", "_run", "fingerprint_and_count_after"):
         logged(name)
     measured = hk.calibrate(gqa, tokens)
-    assert order == ["queued", "_run", "identity_after"]
+    assert order == ["queued", "_run", "fingerprint_and_count_after"]
     assert measured.fingerprint == fingerprint(gqa)
