@@ -99,7 +99,9 @@ ROWS = {  # how a line of the tables begins -> criterion and samples in quality.
     "attention": ("attention", 10),
     "Wanda-sp": ("wanda-sp", 128),
     "FLAP": ("flap", 1024),
+    "fine alone": ("fine", 96),
     "the recipe without": ("recipe-unrefitted", 96),
+    "the recipe with a uniform layout": ("recipe-uniform", 96),
     "the recipe": ("recipe", 96),
 }
 
@@ -115,7 +117,7 @@ def _measured() -> dict[tuple[str, int, str], float]:
     return {k: math.exp(sum(map(math.log, seeds.values())) / len(seeds)) for k, seeds in by_seed.items()}
 
 
-@pytest.mark.parametrize(("name", "lines"), [("README.md", 6), ("docs/recipe.md", 9)])
+@pytest.mark.parametrize(("name", "lines"), [("README.md", 8), ("docs/recipe.md", 9)])
 def test_figures_of_quality_are_those_measured(name, lines):
     text = (ROOT / name).read_text()
     header = next(line for line in text.splitlines() if line.startswith("|") and " A50 |" in line and " B60 |" in line)
