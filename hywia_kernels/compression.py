@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import progress
+from .arch import groups
 from .arch.facts import fingerprint
 from .checkpoint.run_record import score_summary
 from .deploy import planning
@@ -218,6 +219,8 @@ def check(model: Any, tokenizer: Any, recipe: Recipe, measured: Measured | None 
             "scores: made for another model (the weights differ, or what the config says of them); score this one, "
             "in this dtype"
         )
+    if measured is not None and measured.scores.groups != groups(model):
+        raise HywiaError("scores: expected the groups of units that this model has, got others; score it again")
     scores = None if measured is None else measured.scores
     planning.check_reachable(model, scores, criterion=recipe.criterion, **recipe.plan_request())
     if recipe.text_samples() and measured is None:
