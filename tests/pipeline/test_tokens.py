@@ -195,15 +195,15 @@ def test_a_text_too_short_for_the_default_is_refused(here, capsys):
     assert "84 samples of 16 tokens, 96 were asked for" in capsys.readouterr().err
     assert main([*PRUNE, "--seq-len", "16", "--samples", "4", "--refit-samples", "99", "--no-eval"]) == 1
     assert (
-        "84 samples of 16 tokens, 99 were asked for; give more text, or --refit-samples 84" in capsys.readouterr().err
+        "84 samples of 16 tokens, 99 were asked for; give more text, or --reconstruct-samples 84"
+        in capsys.readouterr().err
     )
 
 
 def test_what_was_used_is_printed_and_recorded(here, capsys):
     assert main([*PRUNE, "--seq-len", "16", "--samples", "4", "--block", "32", "--text", "text.txt"]) == 0
     printed = capsys.readouterr().out
-    assert "calibration text: 4 samples of 16 tokens, text.txt" in printed
-    assert "calibration text: 84 samples of 16 tokens, text.txt" in printed
+    assert "calibration text: 84 samples, 1,344 tokens, text.txt" in printed
     assert "on 84 samples, 1,344 tokens, in" in printed
     assert "perplexity on 40 blocks of 32 tokens: text.txt" in printed
     record = json.loads((here / "p" / "hywia.json").read_text())
