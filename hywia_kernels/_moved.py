@@ -19,20 +19,32 @@ MODULES = {
     "charts": "cli.charts",
     "constraints": "deploy.serving_rules",
     "export": "checkpoint.saving",
+    "figures": "cli.figures",
     "fusion": "method.scores",
+    "hardware": "deploy.hardware",
     "html_report": "cli.html_report",
     "learned": "method.mask_learning",
+    "moments": "method.moments",
     "planning": "deploy.planning",
+    "reading": "method.reading",
+    "record": "types.record",
     "report": "cli.console",
     "scorer": "integrations.protocol",
     "selection": "method.selection",
-    "served": "checkpoint",
-    "speed": "deploy",
+    "served": "checkpoint.gguf",
+    "speed": "deploy.speed",
+    "speed.decode_attention": "deploy.decode_attention",
+    "speed.driver": "deploy.static_driver",
+    "speed.measure": "deploy.speed",
+    "speed.work": "deploy.cost",
     "storage": "checkpoint.scores_file",
     "surgery": "method.surgery",
     "targets": "deploy.device_profiles",
     "text": "method.calibration_data",
+    "tokens": "method.tokens",
+    "undo": "method.undo",
     "weights": "arch.facts",
+    "writing": "method.writing",
 }
 # Those whose name a function has too: `import hywia_kernels.load` still gives the module.
 _SHADOWED = {
@@ -42,21 +54,26 @@ _SHADOWED = {
     "load": "checkpoint.loading",
     "refit": "method.reconstruction",
 }
-
+_APART = {  # old module -> what is not in the module that it mostly became -> where that is
+    "fusion": {"CRITERIA": "settings", **dict.fromkeys(("magnitude", "random", "score"), "method.criteria")},
+    "served": {"write_decilm": "checkpoint.decilm"},
+    "speed": {"Work": "deploy.cost", "work_of": "deploy.cost"},
+}
 
 NAMES = {"learn": "learn_masks", "leftover": "head_residuals", "refit": "reconstruct", "with_leftover": "rank_heads"}
+_INNER = {"fused": "blend", "redistribute": "allocate", "silence": "zero_units", "USUAL": "DEFAULT_KINDS"}
 
 
 def renamed(name: str) -> str:
     """The present name of a function."""
-    _warn(name, NAMES[name])
+    _warn(name, NAMES[name], stacklevel=4)
     return NAMES[name]
 
 
-def _warn(old: str, new: str) -> None:
-    warnings.warn(
-        f"{_PACKAGE}.{old} is now {_PACKAGE}.{new}; the old name goes in 0.3", DeprecationWarning, stacklevel=3
-    )
+def _warn(old: str, new: str, stacklevel: int = 3) -> None:
+    """Blamed on the code that uses the old name: others' deprecations are shown to nobody."""
+    message = f"{_PACKAGE}.{old} is now {_PACKAGE}.{new}; the old name goes in 0.3"
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
 
 
 class _Moved(types.ModuleType):
@@ -68,11 +85,13 @@ class _Moved(types.ModuleType):
         self.__path__: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
-        old, new = self.__dict__["_hywia_moved"]
         if name.startswith("__"):
             raise AttributeError(name)
+        old, new = self.__dict__["_hywia_moved"]
+        new = _APART.get(old, {}).get(name, new)
+        value = getattr(importlib.import_module(f".{new}", _PACKAGE), (NAMES | _INNER).get(name, name))
         _warn(old, new)
-        return getattr(importlib.import_module(f".{new}", _PACKAGE), NAMES.get(name, name))
+        return value
 
 
 def register() -> None:

@@ -108,7 +108,7 @@ def test_prune_command(tmp_path, capsys):
     """20 % of all parameters, to within one alignment step, from text the model writes itself."""
     out, report = tmp_path / "out", tmp_path / "report.json"
     arguments = ["prune", "smollm2", "-o", str(out), "--ratio", "0.2", "--max-blocks", "8", "--json", str(report)]
-    assert main([*arguments, "--samples", "4", "--seq-len", "64"]) == 0
+    assert main([*arguments, "--samples", "4", "--reconstruct-samples", "12", "--seq-len", "64"]) == 0
     found = json.loads(report.read_text())
     step = 64 * 30 * 3 * 576 / 134_515_008
     assert abs(found["plan"]["removed_ratio"] - 0.2) <= step
