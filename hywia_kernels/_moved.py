@@ -57,11 +57,19 @@ _SHADOWED = {
 _APART = {  # old module -> what is not in the module that it mostly became -> where that is
     "fusion": {"CRITERIA": "settings", **dict.fromkeys(("magnitude", "random", "score"), "method.criteria")},
     "served": {"write_decilm": "checkpoint.decilm"},
-    "speed": {"Work": "deploy.cost", "work_of": "deploy.cost"},
+    "speed": dict.fromkeys(("Work", "work_of"), "deploy.cost"),
 }
 
 NAMES = {"learn": "learn_masks", "leftover": "head_residuals", "refit": "reconstruct", "with_leftover": "rank_heads"}
-_INNER = {"fused": "blend", "redistribute": "allocate", "silence": "zero_units", "USUAL": "DEFAULT_KINDS"}
+_INNER = {
+    "USUAL": "DEFAULT_KINDS",
+    "Work": "Cost",
+    "factored": "cholesky_factor",
+    "fused": "blend",
+    "redistribute": "allocate",
+    "silence": "zero_units",
+    "work_of": "cost_of",
+}
 
 
 def renamed(name: str) -> str:

@@ -10,7 +10,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels.method import head_residual, reconstruction
-from hywia_kernels.method.head_residual import leftover
+from hywia_kernels.method.head_residual import head_residuals
 from tests.support.cuts import make_plan
 from tests.support.tiny import TINY, fresh
 
@@ -37,10 +37,10 @@ def counted(modules):
 
 
 def test_heads_of_some_layers_are_those_of_all(model, text):
-    whole = leftover(model, text)
+    whole = head_residuals(model, text)
     assert list(whole) == [f"model.layers.{i}.attention" for i in range(3)]
     for wanted in ((), (0,), (1,), (0, 2), (2, 1)):
-        some = leftover(model, text, layers=wanted)
+        some = head_residuals(model, text, layers=wanted)
         assert list(some) == [f"model.layers.{i}.attention" for i in sorted(wanted)]
         for name, values in some.items():
             assert torch.equal(values, whole[name])
@@ -59,14 +59,14 @@ def test_moments_are_those_of_a_run_of_the_whole_model(gqa, text):
         gram = gram + x.T @ x
     group = next(g for g in hk.groups(gqa) if g.name == "model.layers.1.attention")
     want = head_residual._energy(gqa, group, gram, text.numel())
-    assert torch.equal(leftover(gqa, text)[group.name], want)
+    assert torch.equal(head_residuals(gqa, text)[group.name], want)
 
 
 def test_head_ranking_runs_no_further_than_the_last_output_matrix(gqa, text):
     layers = gqa.model.layers
     last = {"o": layers[1].self_attn.o_proj, "mlp": layers[1].mlp, "next": layers[2].mlp, "first": layers[0].mlp}
     counts = counted(last)
-    leftover(gqa, text, layers=[1])
+    head_residuals(gqa, text, layers=[1])
     # The first layer also runs once a run of samples to learn the layers' arguments.
     assert counts == {"o": [3, 0], "mlp": [0, 0], "next": [0, 0], "first": [6, 6]}
 

@@ -97,7 +97,10 @@ def test_the_largest_reachable_ratio_is_reachable(gqa):
 
 @pytest.mark.parametrize("request_", [dict(ratio=0.2), dict(group_ratio=0.5), dict(group_ratio=0.4, layout="adaptive")])
 def test_what_can_be_planned_passes(gqa, request_):
-    assert planning.check_reachable(gqa, align=4, **request_) is None
+    plan = planning.check_reachable(gqa, align=4, **request_)
+    prunable = sum(g.units * g.unit_parameters for g in plan.groups) / plan.parameters_before
+    wanted = request_.get("ratio") or prunable * request_["group_ratio"]
+    assert plan.ratio == pytest.approx(wanted, abs=0.06)
 
 
 def test_adaptive_without_an_estimate_of_the_loss_is_refused_by_name(gqa):
@@ -146,7 +149,7 @@ def test_what_is_not_cut_and_breaks_a_rule_is_refused(scores, request_):
     said = (
         r"vllm\.kv_heads \(KV heads are a multiple of 2, or divide it\), but model\.layers\.0\.attention keeps its 3 KV"
     )
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(HywiaError, match=said):
         planning.plan_for(scores, serve=("vllm",), tensor_parallel=2, align=4, **request_)
     heads = ("vllm.heads", "vllm.kv_heads")
     assert planning.plan_for(scores, serve=heads, tensor_parallel=3, align=4, **request_).widths("attention")[0] == 3
@@ -203,7 +206,7 @@ def test_groups_of_experts_have_no_rule_on_heads():
 def test_mha_and_gqa_both_count_query_heads():
     for tiny, parallel in ((TINY[0], 4), (TINY[3], 3)):
         scores = hk.score(fresh(tiny), criterion="random")
-        with pytest.raises(UsageError, match=r"vllm\.heads \(query heads are a multiple of"):
+        with pytest.raises(HywiaError, match=r"vllm\.heads \(query heads are a multiple of"):
             planning.plan_for(scores, serve=("vllm",), tensor_parallel=parallel, group_ratio={"mlp": 0.5}, align=4)
 
 
