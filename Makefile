@@ -47,7 +47,7 @@ lint: setup
 
 demo: setup
 	mkdir -p $(DEMO)
-	$(BIN)/hywia prune smollm2 -o $(DEMO)/smollm2-20 --ratio 0.2 --samples 32 --overwrite \
+	$(BIN)/hywia prune smollm2 -o $(DEMO)/smollm2-20 --ratio 0.2 --samples 32 --reconstruct-samples 32 --overwrite \
 	  --json $(DEMO)/report.json \
 	  --prompt "The capital of France is"
 
