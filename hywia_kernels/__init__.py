@@ -4,7 +4,7 @@
 
     model, tokenizer = hk.load("smollm2")
     result = hk.compress(model, tokenizer, hk.Recipe(ratio=0.2))    # what `hywia prune` does
-    hk.save(model, tokenizer, "smollm2-small", plan=result.plan, record=result.record)
+    hk.save(model, tokenizer, "smollm2-small", result=result)
 
 Every name is imported when it is first asked for: importing the package loads neither torch nor transformers, probes
 no device and compiles nothing. It does one thing to another package: transformers' auto classes learn, when

@@ -7,14 +7,14 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from .. import arch
 from ..arch.facts import weight_bytes
 from ..arch.holding import plain_model
-from ..errors import HywiaError
+from ..errors import HywiaError, UsageError
 from ..types import Plan
 from ..types.record import parsed, sealed
 from ..versions import versions
@@ -211,11 +211,22 @@ def _json(content: Mapping[str, Any]) -> str:
     return json.dumps(sealed(content)) + "\n"
 
 
+class Outcome(Protocol):
+    """What `save` reads of the outcome of `compress`."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    @property
+    def record(self) -> Mapping[str, Any]: ...
+
+
 def save(
     model: Any,
     tokenizer: Any,
     path: str | Path,
     *,
+    result: Outcome | None = None,
     plan: Plan | None = None,
     record: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -234,8 +245,9 @@ def save(
     Args:
         model, tokenizer: what to write; the tokenizer may be None.
         path: the directory.
+        result: of `compress`, whose plan and record are kept; or instead of it
         plan: the plan to record, with the kept units.
-        record: more to record (arguments, seed, ...); JSON must be able to hold it.
+        record: more to record (arguments, seed, ...), also beside a result's; JSON must be able to hold it.
         overwrite: replace an existing directory that holds a model or scores and nothing else.
         in_place: replace the directory that the model was loaded from.
 
@@ -243,9 +255,13 @@ def save(
         the path of the directory.
 
     Raises:
-        UsageError: the directory exists and may not be replaced. HywiaError: it cannot be written, no config describes
-            the model, or what was written is not what is in memory.
+        UsageError: the directory exists and may not be replaced, or both a result and a plan. HywiaError: it cannot be
+            written, no config describes the model, or what was written is not what is in memory.
     """
+    if result is not None:
+        if plan is not None:
+            raise UsageError("plan: expected a result or a plan, got both; leave the plan out, the result has it")
+        plan, record = result.plan, {**result.record, **(record or {})}
     path, model = Path(path), plain_model(model)
     source = original(model)
     given: dict[str, Any] = {

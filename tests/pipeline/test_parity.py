@@ -59,7 +59,7 @@ def by_command(here, flags):
 def by_python(here, recipe):
     model, tokenizer = hk.load("model")
     result = hk.compress(model, tokenizer, recipe)
-    hk.save(model, tokenizer, "python", plan=result.plan, record=result.record)
+    hk.save(model, tokenizer, "python", result=result)
     return outcome(here / "python")
 
 
@@ -130,3 +130,11 @@ def test_an_ablation_changes_one_thing(here):
         assert rest == {k: v for k, v in recorded["attention"].items() if k not in ("fusion", "steps")}, fusion
     kept = {f: json.loads((here / f / "hywia.json").read_text())["kept_units"] for f in ("fine", "coarse")}
     assert kept["fine"] != kept["coarse"], "the fusion must matter"
+
+
+def test_a_result_and_a_plan_are_not_both_taken(here):
+    model, tokenizer = hk.load("model")
+    result = hk.compress(model, tokenizer, hk.Recipe(ratio=0.3, criterion="random", align=4))
+    with pytest.raises(hk.UsageError, match="plan: expected a result or a plan, got both"):
+        hk.save(model, tokenizer, "out", result=result, plan=result.plan)
+    assert not (here / "out").exists()
