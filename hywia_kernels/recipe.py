@@ -22,7 +22,6 @@ from .types.record import parsed
 
 __all__ = ["Recipe"]
 
-_BATCH = 16  # samples that a step of mask learning reads
 _REFIT_SAMPLES = {"cpu": 128, "gpu": 1024}  # four passes over them: minutes on two cores, seconds on a GPU
 _TUPLES = ("layers", "units", "serve")
 
@@ -114,7 +113,7 @@ class Recipe:
         if self.head_ranking is not None:
             _one_of("head_ranking", self.head_ranking, settings.HEAD_RANKINGS)
         if self.criterion != "hywia":
-            for name, value in (("layout", "adaptive"), ("head_ranking", "residual"), ("fusion", "learned")):
+            for name, value in (("layout", "adaptive"), ("head_ranking", "residual"), ("fusion", settings.LEARNED)):
                 if getattr(self, name) == value:
                     raise UsageError(
                         f"{name}: {value} goes with criterion 'hywia', got criterion {self.criterion!r}; leave it out"
@@ -165,15 +164,13 @@ class Recipe:
         wanted = [self.samples if self.criterion == "hywia" else 0]
         if self.reconstruct:
             wanted.append(self.reconstruct_samples or 0)
-        if self.fusion == "learned":
+        if self.fusion == settings.LEARNED:
             wanted.append(self.learning_samples())
-        if self.head_ranking == "residual":
-            wanted.append(self.samples)
         return max(wanted)
 
     def learning_samples(self) -> int:
         """How many samples mask learning can read."""
-        return self.steps * _BATCH
+        return self.steps * settings.LEARNING_BATCH
 
     def resolved(self, device: str = "cpu") -> Recipe:
         """The recipe with nothing left open.
@@ -204,7 +201,7 @@ class Recipe:
             reasons |= dict.fromkeys(("fusion", "order", "steps"), "--criterion hywia")
             if not self.reconstruct:
                 reasons["calibration"] = "--criterion hywia, or --reconstruct"
-        if self.fusion != "learned":
+        if self.fusion != settings.LEARNED:
             reasons.setdefault("steps", "--fusion learned")
         if self.reconstruct is False or (self.reconstruct is None and self.criterion != "hywia"):
             reasons |= dict.fromkeys(("ridge", "reconstruct_samples"), "--reconstruct")

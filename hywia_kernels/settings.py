@@ -17,6 +17,7 @@ __all__ = [
     "KINDS",
     "LAYOUTS",
     "LEARNED",
+    "LEARNING_BATCH",
     "MEMORY",
     "ORDERS",
     "RIDGE",
@@ -42,4 +43,5 @@ SAMPLES = 96  # scored: on LLaMA-7B's shapes a pass over them takes less time th
 SEQ_LEN = 128
 BLOCK = 128  # tokens, of the text that perplexity is measured on: the papers' protocol
 STEPS = 50  # of mask learning
+LEARNING_BATCH = 16  # samples that a step of mask learning reads
 RIDGE = 4.0  # of the reconstruction; chosen on SmolLM2

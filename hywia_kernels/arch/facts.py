@@ -158,7 +158,7 @@ def _step(shape: torch.Size) -> int:
 def _sample(name: str, tensor: Tensor) -> Tensor:
     """The values of a tensor to read, as a 1-D view: then one concatenation is all that has to be launched."""
     plain = type(tensor) is nn.Parameter or type(tensor) is Tensor
-    if tensor.is_meta or not (plain or not is_traceable_wrapper_subclass(tensor)):
+    if tensor.is_meta or (not plain and is_traceable_wrapper_subclass(tensor)):
         what = "on the meta device" if tensor.device.type == "meta" else f"in a {type(tensor).__name__}"
         raise HywiaError(
             f"{name}: expected a plain tensor with its values in memory, got one {what}; load the model whole, without "

@@ -183,7 +183,6 @@ def _identify(held: Claim) -> None:
 
 
 def _publish(held: Claim) -> None:
-    """Rename what was written to the target's name; where that fails, the target is what it was."""
     """Let `new` take the target's place; where that cannot be made to last, put everything back."""
     new, path, parent = held.new, held.path, held.path.parent
     if not os.path.lexists(path):

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import HywiaError
 from . import loaded_weights
 from .file_kinds import read_json
-from .weight_files import stored_tensors, weight_files
+from .weight_files import stored_tensors
 
 __all__ = ["converted", "is_rotary", "llama_config", "load"]
 
@@ -101,9 +101,9 @@ def load(folder: Path, dtype: torch.dtype | str) -> Any:
     from transformers import GenerationConfig, LlamaForCausalLM
 
     values = read_json(folder / "config.json")
-    stored_tensors(folder)  # raises unless the files are whole and no name is there twice
     state: dict[str, Tensor] = {}
-    for file in weight_files(folder):
+    # Raises unless the files are whole and no name is there twice.
+    for file in dict.fromkeys(tensor.file for tensor in stored_tensors(folder).values()):
         state |= load_file(file)
     wanted = next(iter(state.values())).dtype if dtype == "auto" else dtype
     # The head is brought to length in the dtype it is used in, as the original does.

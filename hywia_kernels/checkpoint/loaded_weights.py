@@ -32,7 +32,6 @@ __all__ = [
 # Buffers that old checkpoints hold and models make themselves: rotary frequencies, causal masks.
 _REMADE = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention|self_attention)\.(bias|masked_bias))")
 _WHOLE = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")
-_SCALES = ("absmax", "SCB", "qweight", "qzeros", "scales", "weight_scale", "weight_scale_inv", "input_scale")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 _SHOWN = 4  # names in a message
 
@@ -139,10 +138,10 @@ def check_types(model: Any, name: str) -> None:
     Raises:
         HywiaError: the family is not supported.
     """
-    values = {k: getattr(model.config, k, None) for k in ("model_type", "base_model_type")}
-    if values["model_type"] not in (*description.model_types(), "hywia_adaptive"):
+    model_type = getattr(model.config, "model_type", None)
+    if model_type not in (*description.model_types(), "hywia_adaptive"):
         raise HywiaError(
-            f"model: transformers takes {name} for a {values['model_type']} model, which is not supported; "
+            f"model: transformers takes {name} for a {model_type} model, which is not supported; "
             f"supported: {', '.join(description.model_types())}"
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ..errors import HywiaError
 from .file_kinds import read_header, read_json
@@ -51,7 +52,11 @@ def weight_files(folder: str | Path) -> tuple[Path, ...]:
             is no safetensors file of this directory, or a file is not what its name says (a Git LFS pointer, empty,
             cut short, a pickle, a web page).
     """
-    folder = Path(folder)
+    return tuple(_headers(Path(folder)))
+
+
+def _headers(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The files of `weight_files`, and the entry of each tensor by their headers."""
     if not folder.is_dir():
         raise HywiaError(f"model: no such directory: {folder}")
     single, index = folder / SINGLE, folder / INDEX
@@ -68,9 +73,7 @@ def weight_files(folder: str | Path) -> tuple[Path, ...]:
         files = named
     else:
         raise HywiaError(_why_no_weights(folder))
-    for file in files:
-        read_header(file)
-    return files
+    return {file: read_header(file) for file in files}
 
 
 def named_files(folder: str | Path) -> tuple[Path, ...]:
@@ -99,8 +102,8 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
             its file lacks.
     """
     tensors: dict[str, Stored] = {}
-    for file in weight_files(folder):
-        for name, entry in read_header(file).items():
+    for file, header in _headers(Path(folder)).items():
+        for name, entry in header.items():
             if name in tensors:
                 raise HywiaError(f"model: both {tensors[name].file.name} and {file.name} in {folder} hold {name!r}")
             begin, end = entry["data_offsets"]

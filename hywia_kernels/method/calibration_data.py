@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HywiaError, UsageError
+from ..settings import SAMPLES, SEQ_LEN
 from .reading import documents
 from .tokens import check_length, check_tokens, digest, encode, prefix
 from .writing import self_written
@@ -25,8 +26,8 @@ def calibration(
     tokenizer: Any,
     source: str | None = None,
     *,
-    samples: int = 96,
-    seq_len: int = 128,
+    samples: int = SAMPLES,
+    seq_len: int = SEQ_LEN,
     seed: int = 0,
     fewer: bool = False,
     bos: bool | None = None,

@@ -31,6 +31,7 @@ from ..engine.samples import Samples, padded
 from ..errors import HywiaError, UsageError
 from ..ops.reference import standardised_log
 from ..progress import Bar
+from ..settings import LEARNING_BATCH, STEPS
 from ..types import Group, Plan, Scores
 from .calibration_data import check_tokens, digest
 
@@ -52,8 +53,8 @@ class _LearnedMask:
     def values(self) -> Tensor:
         """The mask, float32 `[units]`: `count` ones and else zeros, with a sigmoid's gradient."""
         kept = torch.zeros_like(self.scores)
-        kept[torch.sort(self.scores.detach(), descending=True, stable=True).indices[: self.count]] = 1.0
-        ordered = torch.sort(self.scores.detach(), descending=True).values
+        ordered, units = torch.sort(self.scores.detach(), descending=True, stable=True)
+        kept[units[: self.count]] = 1.0
         threshold = 0.5 * (ordered[self.count - 1] + ordered[self.count])
         soft = torch.sigmoid(_SLOPE * (self.scores - threshold))
         return kept + soft - soft.detach()
@@ -126,8 +127,8 @@ def learn_masks(
     plan: Plan,
     batches: Tensor | Sequence[Tensor],
     *,
-    steps: int = 50,
-    batch: int = 16,
+    steps: int = STEPS,
+    batch: int = LEARNING_BATCH,
 ) -> Scores:
     """Tune scores for the number of units that one plan keeps in each group.
 

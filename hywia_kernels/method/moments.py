@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import HywiaError
 from ..ops.precision import full_float32
 
-__all__ = ["cholesky_factor", "exact_products", "moment_dtype"]
+__all__ = ["TINY", "cholesky_factor", "exact_products", "moment_dtype"]
 
 TINY = 1e-30
 

@@ -31,12 +31,10 @@ from ..settings import RIDGE
 from ..types import Group, Plan
 from .calibration_data import check_tokens, digest
 from .layer_runs import CHUNK_TOKENS, Call, entrance, seen
-from .moments import cholesky_factor, exact_products, moment_dtype
-from .surgery import checked_groups, zero_units
+from .moments import TINY, cholesky_factor, exact_products, moment_dtype
+from .surgery import checked_groups, unit_entries, zero_units
 
 __all__ = ["reconstruct"]
-
-_TINY = 1e-30
 
 
 @dataclass
@@ -102,7 +100,7 @@ class _NormalEquations:
         gram, cross = self.gram.double(), self.cross.double()
         change = torch.cholesky_solve(cross, cholesky_factor(gram, ridge, self.name))
         after = self.energy - 2 * (change * cross).sum() + (change * (gram @ change)).sum()
-        scale = self.target.clamp(min=_TINY)
+        scale = self.target.clamp(min=TINY)
         return change, float(self.energy / scale), float(after / scale)
 
 
@@ -121,7 +119,7 @@ def _matrices(model: Any, plan: Plan, groups: Sequence[Group]) -> list[_Matrix]:
         module = model.get_submodule(member.module)
         weight = arch.view(model, member, group.units)
         weight = weight if member.axis == 1 else weight.T  # transformers' Conv1D stores [in, out]
-        kept = (keep[:, None] * member.group_size + torch.arange(member.group_size)).reshape(-1).to(weight.device)
+        kept = unit_entries(keep, member.group_size).to(weight.device)
         chosen.append(_Matrix(module, member.module, weight, module.bias, kept, member.module == residual))
     return chosen
 
@@ -177,7 +175,7 @@ def _layer_target(
         out = run.calls[index](layer, run.dense)
     # The next norm divides by a token's rms, so errors count relative to it; tokens with huge activations (the first of
     # a text, usually) would decide the regression otherwise.
-    weight = 1.0 / run.flat(out).float().square().mean(1).clamp(min=_TINY)
+    weight = 1.0 / run.flat(out).float().square().mean(1).clamp(min=TINY)
     energies = {m.module: _energy(run.flat(at[m.module][1].float()), weight) for m in matrices}
     outputs = {m.module: at[m.module][1] for m in matrices if not (include_drift and m.additive)}
     return _LayerTarget(out, outputs, energies, weight, include_drift)

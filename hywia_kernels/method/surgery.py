@@ -16,30 +16,28 @@ from ..checkpoint.adaptive.alibi_hywia_adaptive import SURVIVORS, keep_heads
 from ..engine.passes import plain_modes, put_back
 from ..errors import HywiaError
 from ..types import Group, Member, Plan, check_together
-from .undo import Removed, Undo
+from .undo import Removed, Undo, complement
 
-__all__ = ["mask", "prune", "resize", "zero_units"]
+__all__ = ["mask", "prune", "resize", "unit_entries", "zero_units"]
 
 _Parts = list[tuple[Member, Group]]
 
 
-def _entries(units: Tensor, group_size: int) -> Tensor:
+def unit_entries(units: Tensor, group_size: int) -> Tensor:
     """Row or column indices of the units, int64, ascending; each unit has `group_size` consecutive ones."""
     return (units[:, None] * group_size + torch.arange(group_size)).reshape(-1)
 
 
 def _removed(group: Group, keep: Tensor) -> Tensor:
     """Indices of the units that are not kept, int64, ascending."""
-    gone = torch.ones(group.units, dtype=torch.bool)
-    gone[keep] = False
-    return gone.nonzero()[:, 0]
+    return complement(group.units, keep)
 
 
 def _kept_entries(size: int, parts: Sequence[tuple[Member, Group]], keep: Mapping[str, Tensor]) -> Tensor:
     """Indices that stay of an axis of `size`, on which the parts' units lie; entries that belong to no unit stay."""
     stays = torch.ones(size, dtype=torch.bool)
     for member, group in parts:
-        stays[member.start + _entries(_removed(group, keep[group.name]), member.group_size)] = False
+        stays[member.start + unit_entries(_removed(group, keep[group.name]), member.group_size)] = False
     return stays.nonzero()[:, 0]
 
 
@@ -376,7 +374,7 @@ def zero_units(model: Any, group: Group, keep: Tensor) -> None:
         return
     for member in (*group.members, *group.vectors):
         part = arch.view(model, member, group.units)
-        entries = _entries(gone, member.group_size).to(part.device)
+        entries = unit_entries(gone, member.group_size).to(part.device)
         part.index_fill_(member.axis, entries, 0.0)
         if member.bias is not None:
             bias = getattr(model.get_submodule(member.module), member.bias)

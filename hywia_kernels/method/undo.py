@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Removed", "Undo"]
+__all__ = ["Removed", "Undo", "complement"]
+
+
+def complement(size: int, kept: Tensor) -> Tensor:
+    """Indices below `size` that are not among `kept`, int64, ascending."""
+    gone = torch.ones(size, dtype=torch.bool)
+    gone[kept] = False
+    return gone.nonzero()[:, 0]
 
 
 class Removed:
@@ -23,10 +30,8 @@ class Removed:
 
     def __init__(self, before: Tensor, axis: int, kept: Tensor, of: int | None = None) -> None:
         part = self._part(before, of)
-        gone = torch.ones(part.shape[axis], dtype=torch.bool)
-        gone[kept] = False
         self.axis, self.kept, self.of = axis, kept, of
-        self.gone = gone.nonzero()[:, 0]
+        self.gone = complement(part.shape[axis], kept)
         self.values = part.index_select(axis, self.gone.to(part.device))
 
     @staticmethod

@@ -108,7 +108,14 @@ def spots(value, path=()):
         yield from spots(child, (*path, key))
 
 
-def mutated(index, draw):
+def mutated(value, draw, times):
+    """A JSON value, changed in place `times` times or until it has no parts."""
+    for _ in range(times):
+        value = mutated_once(value, draw) if isinstance(value, (dict, list)) else value
+    return value
+
+
+def mutated_once(index, draw):
     """The value with one thing in it replaced, dropped, doubled or renamed."""
     path = draw.choice(list(spots(index)))
     if not path:
@@ -141,9 +148,7 @@ def test_any_change_of_the_index_is_seen(whole, seed, times):
     draw = random.Random(seed)
     folder, scores, statistics = whole
     with Copy(folder) as copy:
-        index = copy.index
-        for _ in range(times):
-            index = mutated(index, draw) if isinstance(index, (dict, list)) else index
+        index = mutated(copy.index, draw, times)
         copy.write(index, signed=False)
         loaded = copy.load()
         if loaded is not None:
@@ -172,9 +177,7 @@ def use(loaded):
 def test_an_index_with_the_right_digest_is_checked_all_the_same(whole, seed, times):
     draw = random.Random(seed)
     with Copy(whole[0]) as copy:
-        index = copy.index
-        for _ in range(times):
-            index = mutated(index, draw) if isinstance(index, (dict, list)) else index
+        index = mutated(copy.index, draw, times)
         copy.write(index, signed=True)
         loaded = copy.load()
         if loaded is not None:
@@ -344,9 +347,8 @@ CONTENT = {"plan": {"widths": {"mlp": [8, 8]}, "ratio": 0.2}, "kept_units": {"a"
 @example(seed=0, times=1)
 def test_any_change_of_a_sealed_record_is_seen(seed, times):
     draw = random.Random(seed)
-    content = changed = record.sealed(CONTENT)
-    for _ in range(times):
-        changed = mutated(json.loads(json.dumps(changed)), draw) if isinstance(changed, (dict, list)) else changed
+    content = record.sealed(CONTENT)
+    changed = mutated(json.loads(json.dumps(content)), draw, times)
     data = bytearray(json.dumps(changed).encode())
     if draw.random() < 0.3:
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
