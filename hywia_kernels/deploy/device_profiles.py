@@ -228,7 +228,7 @@ def _flaw(target: Target) -> str | None:
     tables = [table for tokens in forms.values() for table in tokens.values()]
     numbers = [target.matmul_tflop_s, target.copy_gb_s, *(rate for table in tables for rate in table.values())]
     if not all(tables) or not all(math.isfinite(n) and n > 0 for n in numbers) or target.align < 1:
-        return "expected positive rates, at shortest one a table, and an alignment of at shortest 1"
+        return "expected positive rates, at least one a table, and an alignment of at least 1"
     return None
 
 
