@@ -23,6 +23,7 @@ __all__ = [
     "print_history",
     "print_plan",
     "print_reconstruction",
+    "print_recovery",
     "print_text",
     "say",
     "write_json",
@@ -149,6 +150,23 @@ def print_reconstruction(plan: Plan) -> None:
             f"reconstructed {len(errors)} matrices on {done['samples']:,} samples, {done['tokens']:,} tokens, in "
             f"{done['seconds']:.1f} s: mean squared error of their outputs {before:.3f} -> {after:.3f} of the outputs'"
         )
+
+
+def print_recovery(record: Mapping[str, Any]) -> None:
+    """How far a recovery brought the model, or why its training was given up."""
+    done = record.get("recovery")
+    if not done:
+        return
+    text, (_, before), best = done["text_read"], done["divergences"][0], min(v for _, v in done["divergences"])
+    say(
+        f"recovered ({done['tune']}) in {done['steps']:,} steps of {done['batch']} samples, text of "
+        f"{text['samples'] * text['seq_len']:,} tokens, {done['seconds']:.1f} s: divergence from the dense model on "
+        f"held-out text {before:.3f} -> {min(best, before):.3f} nats a token"
+    )
+    if done["stopped"]:
+        say(f"  training was given up: {done['stopped']}; a lower --learning-rate than {done['rate']:g} may do better")
+    if not done["kept"]:
+        say("  no better model came of it: the weights are those of before")
 
 
 def environment() -> dict[str, Any]:

@@ -12,12 +12,14 @@ from ..checkpoint.scores_file import load_measured
 from ..compression import Measured, Result, compress, with_text
 from ..errors import UsageError
 from ..evaluation import stored_bytes
+from ..method.recovery.work import beside
 from ..recipe import Recipe
 from ..settings import LEARNED
 from ..types import Plan
 from . import arguments as shared
 from . import console, session
 from .dry_run import dry_run
+from .recover import finish
 
 __all__ = ["run"]
 
@@ -59,6 +61,15 @@ def run(arguments: argparse.Namespace) -> None:
             record = {**result.record, "arguments": given, "history": steps}
             where = {"overwrite": arguments.overwrite, "in_place": arguments.in_place}
             saving.save(model, tokenizer, arguments.output, plan=result.plan, record=record, **where)
+            if recipe.recover is not None:
+                console.say(
+                    f"wrote {arguments.output} without its recovery, which comes now; should it be stopped, "
+                    f"'hywia recover {arguments.output}' goes on with it"
+                )
+
+        def when_recovered(result: Result) -> None:
+            console.print_recovery(result.record)
+            finish(model, tokenizer, arguments.output, result.record["recovery"])
 
         result = compress(
             model,
@@ -68,6 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
             evaluation=evaluation,
             when_planned=when_planned,
             when_cut=when_cut,
+            when_recovered=when_recovered,
+            work=beside(arguments.output),
             backend=arguments.backend,
             engine=arguments.engine,
             memory=arguments.memory,

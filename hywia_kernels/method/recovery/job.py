@@ -60,7 +60,8 @@ def resolved(request: Recovery, dense: Any, device: torch.device, *, seed: int =
     """
     parameters = sum(p.numel() for p in dense.parameters())
     tokens, text_tokens, batch = _EFFORT[_kind(device)]
-    free = _SHARE * free_bytes(device)
+    on_meta = next(dense.parameters()).is_meta
+    free = _SHARE * free_bytes(device) - (weight_bytes(dense) if on_meta else 0)
     tune, hold = request.tune, request.hold
     if tune is None:
         fits = training_bytes(dense, "full", request.rank) < free and parameters <= _FULL_PARAMETERS
@@ -228,7 +229,10 @@ def _check_pair(student: Any, teacher: Any) -> None:
 
 
 def _distilled(student: Any, teacher: Teacher, request: Recovery, text: Text, place: Work) -> Outcome:
-    assert request.tune and request.tokens and request.batch and request.rate
+    assert request.tune
+    assert request.tokens
+    assert request.batch
+    assert request.rate
     assert request.seed is not None
     device = student.get_input_embeddings().weight.device
     length = text.train.shape[1]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ... import progress
+from ...engine.passes import put_back
 from ...errors import HywiaError
 from ..distillation import distillation_loss
 from .teacher import Teacher
@@ -117,7 +118,8 @@ def trained(
         autocast: products in bfloat16.
 
     Raises:
-        HywiaError: the package accelerate is not installed.
+        HywiaError: the package accelerate is not installed. After this, and after any other error or interrupt, the
+            weights are those of the beginning.
     """
     try:
         import accelerate  # noqa: F401  # what transformers' Trainer stands on
@@ -160,7 +162,13 @@ def trained(
         data_seed=seed,
     )
     begun = tuned_state(tuned)
-    with progress.Bar("recovering", steps) as bar:
+    settled = False
+
+    def take_back() -> None:
+        if not settled:
+            load_tuned(tuned, begun)
+
+    with put_back(take_back), progress.Bar("recovering", steps) as bar:
         trainer = _trainer_class()(
             model=distilled,
             args=arguments,
@@ -177,6 +185,7 @@ def trained(
             trainer.train(resume_from_checkpoint=last)
         outcome.steps = trainer.state.global_step
         _settle(trainer, tuned, begun, outcome)
+        settled = True
     return outcome
 
 
