@@ -81,10 +81,11 @@ def test_the_same_call_gives_the_same_weights(pair):
     assert same(state(cut), state(other))
 
 
-def test_bfloat16_stays_bfloat16(pair):
+@pytest.mark.parametrize("tune", ["full", "lora", "scales"])
+def test_bfloat16_stays_bfloat16(pair, tune):
     dense, cut = pair
     cut, dense = cut.bfloat16(), dense.bfloat16()
-    done = hk.recover(cut, dense, None, small(), tokens=IDS)
+    done = hk.recover(cut, dense, None, small(tune), tokens=IDS)
     assert done.after < done.before
     assert {p.dtype for p in cut.parameters()} == {torch.bfloat16}
 
@@ -202,7 +203,7 @@ def test_the_loss_mixes_in_the_texts_own_tokens(pair):
     assert done.record["hard"] == 1.0
 
 
-@pytest.mark.parametrize("name", ["bloom", "gpt2", "gemma2", "mixtral", "phi3", "olmo2"])
+@pytest.mark.parametrize("name", ["bloom", "gpt2", "gemma2", "phi3", "olmo2"])
 def test_scales_fold_in_every_kind_of_layer(name):
     """Folded scales give what the scales gave: the divergence that training saw is the model's own."""
     family = next(f for f in FAMILIES if f.name == name)
@@ -211,7 +212,7 @@ def test_scales_fold_in_every_kind_of_layer(name):
     ids = IDS % dense.config.get_text_config().vocab_size
     scores = hk.score(cut, ids[:4])
     hk.prune(cut, hk.plan(scores, group_ratio=0.3, align=4, units=("mlp",)))
-    done = hk.recover(cut, dense, None, small("scales", rate=5e-2), tokens=ids)
+    done = hk.recover(cut, dense, None, small("scales", rate=5e-3), tokens=ids)
     assert done.after < done.before
     assert done.after == pytest.approx(kl(dense, cut, ids[-12:]), rel=1e-4)
 

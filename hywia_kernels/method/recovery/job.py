@@ -238,12 +238,13 @@ def _distilled(student: Any, teacher: Teacher, request: Recovery, text: Text, pl
     length = text.train.shape[1]
     batch = min(request.batch, len(text.train))
     micro = max(1, min(batch, micro_tokens(device) // length))
-    autocast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     checkpoints = place.checkpoints(fingerprint(student))
     with prepared(student, request.tune, request.rank) as tuned:
-        distilled = Distilled(student, tuned, teacher, request.hard)
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            start = divergence(distilled, text.held_out, device)
+        # Norms in float32 between 16-bit matrices work by autocast alone.
+        mixed = any(p.dtype != torch.float32 for p in student.parameters())
+        autocast = mixed or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+        distilled = Distilled(student, tuned, teacher, request.hard, autocast=autocast)
+        start = divergence(distilled, text.held_out, device)
         if not math.isfinite(start):
             raise HywiaError(
                 f"recover: expected finite predictions of both models, the held-out divergence is {start}; load them "
@@ -263,7 +264,6 @@ def _distilled(student: Any, teacher: Teacher, request: Recovery, text: Text, pl
             patience=request.patience,
             seed=request.seed,
             device=device,
-            autocast=autocast,
         )
         tuned.finish()
     return outcome

@@ -42,8 +42,9 @@ class _Samples(Dataset):
 class Distilled(nn.Module):
     """A cut model with what it should predict: its forward gives the loss, so that wrappers see every gradient."""
 
-    def __init__(self, student: Any, tuned: Tuned, teacher: Teacher, hard: float) -> None:
+    def __init__(self, student: Any, tuned: Tuned, teacher: Teacher, hard: float, *, autocast: bool) -> None:
         super().__init__()
+        self.autocast = autocast  # products in bfloat16
         self.student = student
         self.own = nn.ParameterList(tuned.own.values())  # those inside the student too, which counts each once
         self.hard = hard
@@ -58,12 +59,13 @@ class Distilled(nn.Module):
 
     def loss(self, tokens: Tensor, index: Tensor, hard: float, *, held_out: bool) -> Tensor:
         """Mean over all positions but the last, which has no next token."""
-        hidden = self.student.get_decoder()(tokens, use_cache=False).last_hidden_state[:, :-1]
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        targets = self._teacher[0].targets(tokens, index, held_out=held_out)
-        weight = torch.full((len(hidden),), 1.0 / len(hidden), dtype=torch.float32, device=hidden.device)
-        labels = tokens[:, 1:].reshape(-1) if hard else None
-        return distillation_loss(self.student, hidden, targets, weight, labels=labels, hard=hard)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast):
+            hidden = self.student.get_decoder()(tokens, use_cache=False).last_hidden_state[:, :-1]
+            hidden = hidden.reshape(-1, hidden.shape[-1])
+            targets = self._teacher[0].targets(tokens, index, held_out=held_out)
+            weight = torch.full((len(hidden),), 1.0 / len(hidden), dtype=torch.float32, device=hidden.device)
+            labels = tokens[:, 1:].reshape(-1) if hard else None
+            return distillation_loss(self.student, hidden, targets, weight, labels=labels, hard=hard)
 
 
 @torch.no_grad()
@@ -108,14 +110,12 @@ def trained(
     patience: int,
     seed: int,
     device: torch.device,
-    autocast: bool,
 ) -> Outcome:
     """Train, and leave the weights of the lowest held-out divergence, those of the start included.
 
     Args:
         work: folder of the checkpoints; training goes on from the last one that is there. start: held-out divergence
             before. batch: samples a step, of which `micro` are in memory at a time.
-        autocast: products in bfloat16.
 
     Raises:
         HywiaError: the package accelerate is not installed. After this, and after any other error or interrupt, the
@@ -139,7 +139,6 @@ def trained(
         warmup_steps=min(10, max(1, steps // 10)),
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=autocast,
         use_cpu=device.type == "cpu",
         eval_strategy="steps",
         eval_steps=every,
