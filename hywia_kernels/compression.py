@@ -19,7 +19,7 @@ from .checkpoint.run_record import score_summary
 from .deploy import planning
 from .deploy.hardware import threaded_device_name
 from .errors import HywiaError
-from .evaluation import Evaluation
+from .evaluation import Evaluation, speeds
 from .method import selection, surgery
 from .method.calibration_data import calibration
 from .method.criteria import score
@@ -339,11 +339,16 @@ def compress(
                 result = replace(result, record={**record, "recovery": recovered.record})
                 if when_recovered is not None:
                     when_recovered(result)
-        if evaluation is None or before is None:
-            return result
-        after = evaluation.measure(model, tokenizer)
+            if evaluation is None or before is None:
+                return result
+            after = evaluation.measure(model, tokenizer)
+            if dense is not None and dense.model is not None:
+                fast = speeds([dense.model, model])
+                before, after = (
+                    {**side, "tokens_per_second": s} for side, s in zip((before, after), fast, strict=True)
+                )
     sides = {"text": before["text"], "device": threaded_device_name(_device(model)), "before": before, "after": after}
-    return replace(result, record={**result.record, "evaluation": sides}, after=after)
+    return replace(result, record={**result.record, "evaluation": sides}, before=before, after=after)
 
 
 @contextmanager

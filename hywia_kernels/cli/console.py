@@ -10,7 +10,9 @@ from .. import ops
 from ..checkpoint import atomic_directory
 from ..checkpoint.metrics import compare, figures_of
 from ..checkpoint.run_record import plain, reduction, spans
+from ..deploy.estimate import Estimate
 from ..errors import HywiaError
+from ..method.recovery.request import Recovery
 from ..types import Plan
 from ..versions import versions
 
@@ -24,6 +26,7 @@ __all__ = [
     "print_plan",
     "print_reconstruction",
     "print_recovery",
+    "print_recovery_plan",
     "print_text",
     "say",
     "write_json",
@@ -150,6 +153,16 @@ def print_reconstruction(plan: Plan) -> None:
             f"reconstructed {len(errors)} matrices on {done['samples']:,} samples, {done['tokens']:,} tokens, in "
             f"{done['seconds']:.1f} s: mean squared error of their outputs {before:.3f} -> {after:.3f} of the outputs'"
         )
+
+
+def print_recovery_plan(request: Recovery, takes: Estimate, device: str) -> None:
+    """What a resolved recovery will do, and take."""
+    seconds = sum(takes.seconds.get(stage, 0.0) for stage in ("recovery text", "recovery"))
+    held = {"live": "beside it", "8bit": "beside it in 8 bits", "kept": "asked once, its predictions kept"}
+    say(
+        f"recovery: {request.tune}, {request.tokens:,} tokens of {', '.join(request.text)}, the dense model "
+        f"{held[request.hold or 'live']}; about {seconds:,.0f} s and {takes.memory_bytes / 1e9:,.1f} GB on {device}"
+    )
 
 
 def print_recovery(record: Mapping[str, Any]) -> None:

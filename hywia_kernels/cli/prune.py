@@ -9,7 +9,8 @@ from typing import Any
 
 from ..checkpoint import history, originals, saving
 from ..checkpoint.scores_file import load_measured
-from ..compression import Measured, Result, compress, with_text
+from ..compression import Measured, Result, compress, with_resolved_recovery, with_text
+from ..deploy.estimate import estimate
 from ..errors import UsageError
 from ..evaluation import stored_bytes
 from ..method.recovery.work import beside
@@ -48,11 +49,16 @@ def run(arguments: argparse.Namespace) -> None:
         if measured is not None and "calibration" in vars(arguments):
             measured = with_text(measured, model, tokenizer, recipe)
         steps: list[dict[str, Any]] = []
+        device = model.get_input_embeddings().weight.device
+        recipe = with_resolved_recovery(model, recipe, device)
 
         def when_planned(plan: Plan) -> None:
             steps.extend(history.history(arguments.model, plan))
             console.print_plan(plan)
             console.print_history(steps, plan)
+            if recipe.recover is not None:
+                takes = estimate(model, samples=0, recover=recipe.recover, ratio=plan.ratio)
+                console.print_recovery_plan(recipe.recover, takes, device.type)
 
         def when_cut(result: Result) -> None:
             console.print_text(result.record)

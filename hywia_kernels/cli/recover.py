@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checkpoint import run_record, saving
 from ..checkpoint.loading import load
+from ..deploy.estimate import estimate
 from ..deploy.hardware import threaded_device_name
 from ..errors import HywiaError, UsageError
 from ..evaluation import Evaluation
@@ -45,6 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
         request = resolved(
             request, dense, dense.get_input_embeddings().weight.device, seed=int(recipe.get("seed") or 0)
         )
+        takes = estimate(dense, samples=0, recover=request, ratio=_removed(record))
+        console.print_recovery_plan(request, takes, dense.get_input_embeddings().weight.device.type)
         how = {"bos": recipe.get("bos"), "field": arguments.text_field, "work": beside(arguments.output)}
         with ask(dense, tokenizer, request, **how) as side:
             if request.hold != "live":
@@ -71,6 +74,12 @@ def _record(source: str) -> dict[str, Any]:
         if (Path(source) / saving.RECORD).exists():
             raise
         return {}
+
+
+def _removed(record: Mapping[str, Any]) -> float:
+    """The share of the parameters that the cut removed; 0 where the record does not say."""
+    cut, _ = run_record.reduction(record)
+    return 0.0 if cut is None else cut.share
 
 
 def _evaluated(

@@ -352,3 +352,13 @@ def test_recover_is_a_command_of_its_own(here, capsys):
 def test_settings_of_a_recovery_want_one(here, capsys):
     assert main(["prune", "model", "-o", "out", "--ratio", "0.3", "--tune", "lora"]) == 2
     assert "tune: goes with --recover" in capsys.readouterr().err
+
+
+def test_what_a_recovery_takes_is_said_before_it_begins(here, capsys):
+    words = ["prune", "model", "-o", "out", "--ratio", "0.3", "--calib", "text.txt", *SMALL, "--no-eval", "--recover"]
+    assert main([*words, *RECOVERY]) == 0
+    printed = capsys.readouterr().out
+    plan, done = printed.index("recovery: full, 2,560 tokens of text.txt"), printed.index("recovered (full)")
+    assert plan < printed.index("wrote out without its recovery") < done
+    assert main([*words, *RECOVERY, "--dry-run"]) == 0
+    assert "recovery " in capsys.readouterr().out

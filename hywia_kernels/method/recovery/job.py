@@ -110,6 +110,11 @@ class Dense:
         self.request, self.text = request, text
         self._teacher, self._place, self._began = teacher, place, began
 
+    @property
+    def model(self) -> Any | None:
+        """The dense model in its own weights, where it is held so."""
+        return self._teacher.model if isinstance(self._teacher, Live) and self.request.hold == "live" else None
+
     def recover(self, student: Any) -> Recovered:
         """Train a cut model, in place; see the function `recover`."""
         student = plain_model(student, changing=True)
