@@ -10,7 +10,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError, evaluation
-from hywia_kernels.evaluation import blocks, continuation, stored_bytes, tokens_per_second
+from hywia_kernels.evaluation import blocks, continuation, speeds, stored_bytes, tokens_per_second
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss(gqa, tokens):
@@ -60,7 +60,7 @@ def test_generation_helpers(gqa, tokenizer):
 
 
 def test_speeds_are_measured_in_turns(gqa, monkeypatch):
-    """A machine that slows down evenly hits both alike: the ratio stays one, where one after the other would give two."""
+    """A machine that slows down evenly hits both alike: the ratio stays near one."""
     other, clock, order = copy.deepcopy(gqa), [0.0], []
 
     def greedy(model, ids, new):
