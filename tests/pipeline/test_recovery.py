@@ -6,9 +6,11 @@ import copy
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +19,12 @@ from torch.nn import functional
 import hywia_kernels as hk
 from hywia_kernels.cli import main
 from hywia_kernels.errors import HywiaError, UsageError
-from hywia_kernels.method.recovery import training
+from hywia_kernels.method.recovery import distilled, training
 from hywia_kernels.method.recovery.work import beside
 from tests.support.families import FAMILIES
 from tests.support.tiny import TINY, fresh, make_plan
 
+ROOT = Path(__file__).parents[2]
 RATES = {"full": 2e-3, "lora": 5e-3, "scales": 2e-2}
 IDS = torch.randint(0, 256, (60, 16), generator=torch.Generator().manual_seed(3))
 
@@ -103,14 +106,14 @@ def test_a_rate_a_hundred_times_too_high_leaves_the_model_as_it_was(pair):
 def test_nan_is_caught_and_the_model_is_as_it_was(pair, monkeypatch):
     dense, cut = pair
     before, calls = state(cut), []
-    loss = training.distillation_loss
+    loss = distilled.distillation_loss
 
     def poisoned(*args, **kwargs):
         calls.append(1)
         value = loss(*args, **kwargs)
         return value * math.nan if len(calls) == 4 else value
 
-    monkeypatch.setattr(training, "distillation_loss", poisoned)
+    monkeypatch.setattr(distilled, "distillation_loss", poisoned)
     done = hk.recover(cut, dense, None, small(), tokens=IDS)
     assert "nan" in done.record["stopped"]
     assert not done.kept
@@ -122,9 +125,9 @@ def test_worse_steps_at_the_end_are_not_kept(pair, monkeypatch):
     dense, cut = pair
     kept, divergence = [], training.divergence
 
-    def worse_later(distilled, *args):
-        value = divergence(distilled, *args)
-        kept.append(state(distilled.student))
+    def worse_later(both, *args):
+        value = divergence(both, *args)
+        kept.append(state(both.student))
         return value if len(kept) < 3 else value * 1.2
 
     monkeypatch.setattr(training, "divergence", worse_later)
@@ -138,7 +141,7 @@ def test_an_interrupt_leaves_the_model_as_it_was_and_the_same_call_goes_on(pair,
     dense, cut = pair
     whole = copy.deepcopy(cut)
     hk.recover(whole, dense, None, small(), tokens=IDS)
-    before, steps, loss = state(cut), [], training.distillation_loss
+    before, steps, loss = state(cut), [], distilled.distillation_loss
 
     def stopping(*args, **kwargs):
         if torch.is_grad_enabled():
@@ -147,7 +150,7 @@ def test_an_interrupt_leaves_the_model_as_it_was_and_the_same_call_goes_on(pair,
                 raise KeyboardInterrupt
         return loss(*args, **kwargs)
 
-    monkeypatch.setattr(training, "distillation_loss", stopping)
+    monkeypatch.setattr(distilled, "distillation_loss", stopping)
     with pytest.raises(KeyboardInterrupt):
         hk.recover(cut, dense, None, small(), tokens=IDS, work=tmp_path / "work")
     assert same(before, state(cut))
@@ -162,7 +165,7 @@ def test_an_interrupt_leaves_the_model_as_it_was_and_the_same_call_goes_on(pair,
 
 def test_another_request_does_not_go_on(pair, tmp_path, monkeypatch):
     dense, cut = pair
-    loss, steps = training.distillation_loss, []
+    loss, steps = distilled.distillation_loss, []
 
     def stopping(*args, **kwargs):
         steps.append(torch.is_grad_enabled())
@@ -171,10 +174,10 @@ def test_another_request_does_not_go_on(pair, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return loss(*args, **kwargs)
 
-    monkeypatch.setattr(training, "distillation_loss", stopping)
+    monkeypatch.setattr(distilled, "distillation_loss", stopping)
     with pytest.raises(KeyboardInterrupt):
         hk.recover(cut, dense, None, small(), tokens=IDS, work=tmp_path / "work")
-    monkeypatch.setattr(training, "distillation_loss", loss)
+    monkeypatch.setattr(distilled, "distillation_loss", loss)
     done = hk.recover(cut, dense, None, small(rate=1e-3), tokens=IDS, work=tmp_path / "work")
     assert not done.record["resumed"]
 
@@ -184,12 +187,53 @@ def test_an_error_before_the_first_step_leaves_modules_and_dtypes(pair, tune, mo
     dense, cut = pair
     cut = cut.bfloat16()
     before, names = state(cut), [(n, type(m)) for n, m in cut.named_modules()]
-    monkeypatch.setattr(training, "_trainer_class", lambda: (_ for _ in ()).throw(RuntimeError("no")))
+    monkeypatch.setattr(training, "distiller", lambda: (_ for _ in ()).throw(RuntimeError("no")))
     with pytest.raises(RuntimeError, match="no"):
         hk.recover(cut, dense, None, small(tune), tokens=IDS)
     assert same(before, state(cut))
     assert [(n, type(m)) for n, m in cut.named_modules()] == names
     assert not any(m._forward_pre_hooks for m in cut.modules())
+
+
+def test_generators_are_the_callers_again(pair):
+    dense, cut = pair
+    before = torch.get_rng_state(), random.getstate()
+    hk.recover(cut, dense, None, small(tokens=128), tokens=IDS)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+
+
+RANKS = """
+import copy, sys, torch
+import torch.distributed as dist
+import hywia_kernels as hk
+from tests.pipeline.test_recovery import IDS, RATES, small, state
+from tests.support.tiny import TINY, fresh, make_plan
+dist.init_process_group("gloo")
+dense = fresh(TINY[2])
+cut = copy.deepcopy(dense)
+hk.prune(cut, make_plan(cut, "both"))
+done = hk.recover(cut, dense, None, small(), tokens=IDS)
+found = {"state": state(cut), "steps": done.record["steps"], "after": done.after}
+torch.save(found, f"{sys.argv[1]}/{dist.get_rank()}.pt")
+"""
+
+
+def test_two_ranks_train_as_one(pair, tmp_path):
+    """The same samples a step, and so the same weights up to the order of sums."""
+    dense, cut = pair
+    (tmp_path / "ranks.py").write_text(RANKS)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "ranks.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, *words, str(tmp_path)], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    alone = hk.recover(cut, dense, None, small(), tokens=IDS)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first["steps"] == second["steps"] == 20
+    assert same(first["state"], second["state"])
+    assert first["after"] == pytest.approx(alone.after, rel=2e-3)
+    for name, value in state(cut).items():
+        torch.testing.assert_close(first["state"][name], value, rtol=0, atol=2e-3)
 
 
 def test_the_loss_mixes_in_the_texts_own_tokens(pair):

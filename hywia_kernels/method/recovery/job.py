@@ -19,10 +19,12 @@ from ...arch.holding import plain_model
 from ...engine.memory import free_bytes
 from ...errors import HywiaError, UsageError
 from ..tokens import check_length, check_tokens
+from .distilled import Distilled, divergence
+from .hooks import Outcome
 from .request import Recovery
 from .teacher import Kept, Live, Teacher, eight_bit
 from .text import Text, drawn, given
-from .training import Distilled, Outcome, divergence, trained
+from .training import trained
 from .tuning import prepared, training_bytes
 from .work import Work, opened
 
