@@ -181,7 +181,7 @@ def _optimise(model: Any, masks: Sequence[_LearnedMask], samples: Samples, steps
                 divergence = distillation_loss(model, masked, targets, weight)
                 divergence.backward()
             optimiser.step()
-            losses.append(float(divergence))
+            losses.append(float(divergence.detach()))
             if losses[-1] != losses[-1]:
                 raise HywiaError("model: the loss is NaN; load the model in float32 or bfloat16")
             bar.step()
