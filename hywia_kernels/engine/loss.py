@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,16 +14,34 @@ from .. import arch
 from ..errors import HywiaError
 from .samples import Samples
 
-__all__ = ["LOGIT_BYTES", "Targets", "check_head", "hidden_gradient", "logits_of", "targets"]
+__all__ = [
+    "LOGIT_BYTES",
+    "LogitChange",
+    "Targets",
+    "check_head",
+    "hidden_gradient",
+    "logit_change",
+    "logits_of",
+    "targets",
+]
 
 LOGIT_BYTES = 64 << 20  # bytes of float32 logits at a time; with what is computed from them, about four times as much
 
-# Config fields by which families change logits after the head, and the change; an entry of the table names its fields.
-_CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,
-    "logits_scaling": lambda logits, scaling: logits / scaling,
+
+class LogitChange(NamedTuple):
+    """What becomes of a head's logits: `cap·tanh(scale·logits / cap)`, or `scale·logits` without a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
+# Config fields by which families change logits after the head: the change as their code computes it, rounding included,
+# and as numbers. An entry of the table names its fields.
+_CHANGES: dict[str, tuple[Callable[[Tensor, float], Tensor], Callable[[float], LogitChange]]] = {
+    "final_logit_softcapping": (lambda logits, cap: torch.tanh(logits / cap) * cap, lambda cap: LogitChange(cap=cap)),
+    "logits_scaling": (lambda logits, scaling: logits / scaling, lambda scaling: LogitChange(scale=1.0 / scaling)),
+    "logit_scale": (lambda logits, scale: logits * scale, lambda scale: LogitChange(scale=scale)),
 }
-_FIELDS = (*_CHANGES, "logit_scale")
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,7 @@ def check_head(model: Any) -> None:
             "AutoModelForCausalLM"
         )
     known = arch.architecture(model).logits
-    for name in _FIELDS:
+    for name in _CHANGES:
         value = getattr(arch.text_config(model), name, None)
         if name not in known and value not in (None, 1, 1.0):
             raise HywiaError(
@@ -56,15 +74,32 @@ def check_head(model: Any) -> None:
             )
 
 
+def _changes(model: Any) -> list[tuple[str, float]]:
+    """The fields that change this model's logits, in the order in which its code applies them, and their values."""
+    config = arch.text_config(model)
+    values = [(name, getattr(config, name, None)) for name in arch.architecture(model).logits]
+    return [(name, value) for name, value in values if value is not None]
+
+
 def logits_of(model: Any, states: Tensor) -> Tensor:
     """The model's logits of final hidden states: computed in the model's dtype, and converted to float32 at the end."""
     logits = model.get_output_embeddings()(states)
-    config = arch.text_config(model)
-    for name in arch.architecture(model).logits:
-        value = getattr(config, name, None)
-        if value is not None:
-            logits = _CHANGES[name](logits, value)
+    for name, value in _changes(model):
+        logits = _CHANGES[name][0](logits, value)
     return logits.float()
+
+
+def logit_change(model: Any) -> LogitChange:
+    """What `logits_of` does after the head, as numbers for a kernel.
+
+    Raises:
+        HywiaError: the family changes logits in two ways, which these numbers do not hold.
+    """
+    changes = _changes(model)
+    if len(changes) > 1:
+        names = " and ".join(name for name, _ in changes)
+        raise HywiaError(f"model: expected one change of the logits after the head, got {names}, which no kernel knows")
+    return _CHANGES[changes[0][0]][1](changes[0][1]) if changes else LogitChange()
 
 
 def targets(samples: Samples, device: torch.device) -> Targets:

@@ -71,7 +71,8 @@ class Kept:
             torch.from_numpy(numpy.ascontiguousarray(self._files[part, what][rows])).to(tokens.device).flatten(0, 1)
             for what in ("indices", "log_probabilities", "rest")
         ]
-        return TopTargets(*values)
+        indices, log_probabilities, rest = values
+        return TopTargets(indices, log_probabilities, rest.float())
 
 
 def _keep(model: Any, tokens: Tensor, folder: Path, part: str) -> None:
