@@ -14,6 +14,7 @@ __all__ = [
     "ENGINES",
     "FUSIONS",
     "HEAD_RANKINGS",
+    "JUDGED_SAMPLES",
     "KINDS",
     "LAYOUTS",
     "LEARNED",
@@ -22,6 +23,7 @@ __all__ = [
     "ORDERS",
     "RIDGE",
     "SAMPLES",
+    "SEARCHES",
     "SEQ_LEN",
     "STEPS",
 ]
@@ -34,6 +36,7 @@ FUSIONS = ("attention", "fine", "coarse", "mean", "product")
 LEARNED = "learned"  # a fusion that only a whole recipe has: attention's scores, tuned by masks
 ORDERS = ("first", "second", "mixed")
 HEAD_RANKINGS = ("residual", "scores")
+SEARCHES = ("none", "fast", "thorough")  # how the shares of kinds and layers are found: by estimate, or by trying some
 ENGINES = ("auto", "fused", "autograd")
 MEMORY = ("auto", "fast", "lean", "layerwise")
 BACKENDS = ("reference", "native", "triton", "cuda")
@@ -44,4 +47,5 @@ SEQ_LEN = 128
 BLOCK = 128  # tokens, of the text that perplexity is measured on: the papers' protocol
 STEPS = 50  # of mask learning
 LEARNING_BATCH = 16  # samples that a step of mask learning reads
+JUDGED_SAMPLES = {"none": 0, "fast": 32, "thorough": 64}  # that a search judges on, read behind those that are scored
 RIDGE = 4.0  # of the reconstruction; chosen on SmolLM2

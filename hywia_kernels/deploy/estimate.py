@@ -20,6 +20,7 @@ import torch
 
 from .. import arch
 from ..arch.facts import weight_bytes
+from ..engine.loss import LOGIT_BYTES
 from ..engine.memory import free_bytes, scoring_bytes
 from ..engine.samples import padded
 from ..errors import UsageError
@@ -29,7 +30,7 @@ from .rates import Rates, measured_rates
 
 __all__ = ["STAGES", "Estimate", "estimate"]
 
-STAGES = ("writing", "scoring", "head ranking", "reconstruction", "cutting")
+STAGES = ("writing", "scoring", "head ranking", "searching", "reconstruction", "cutting")
 _WRITERS = 64  # samples that are written at a time
 _CHUNK_TOKENS = 8192  # that head ranking and reconstruction run at a time
 _FORWARD = 0.55  # of the products' rate: a forward pass over some thousand tokens
@@ -67,6 +68,8 @@ def estimate(
     writes: bool = False,
     ranks_heads: bool = False,
     reconstruct_samples: int = 0,
+    trials: int = 0,
+    trial_samples: tuple[int, int] = (0, 0),
     ratio: float = 0.5,
     device: torch.device | str | None = None,
     rates: Rates | None = None,
@@ -79,6 +82,7 @@ def estimate(
         writes: the model writes the text, as many samples as scoring or reconstruction takes.
         ranks_heads: heads are ranked by a regression, on the samples that are scored.
         reconstruct_samples: 0 for none.
+        trials: plans that a search tries. trial_samples: that each is refitted and judged on.
         ratio: share of the units that goes.
         device: of the run; None: the model's, or the CPU where that is the meta device.
         rates: of the device; None: they are measured, in about 0.3 s.
@@ -91,6 +95,8 @@ def estimate(
         ("samples", samples, 0),
         ("seq_len", seq_len, 2),
         ("reconstruct_samples", reconstruct_samples, 0),
+        ("trials", trials, 0),
+        *(("trial_samples", count, 0) for count in trial_samples),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UsageError(f"{name}: expected a whole number from {least}, got {value!r}")
@@ -104,6 +110,7 @@ def estimate(
         "writing": _writing(work, max(samples, reconstruct_samples) if writes else 0, seq_len, len(work.kv), rates),
         "scoring": _scoring(work, samples, seq_len, rates),
         "head ranking": _ranking(work, groups, scored, seq_len, rates),
+        "searching": _searching(work, groups, trials, trial_samples, seq_len, 1.0 - ratio, rates),
         "reconstruction": _reconstruction(work, groups, reconstruct_samples, seq_len, 1.0 - ratio, rates),
         "cutting": _CUT_COPIES * work.weight_bytes / rates.copies if ratio else 0.0,
     }
@@ -117,6 +124,7 @@ def estimate(
             _scoring_bytes(model, groups, samples, seq_len, where),
             _ranking_bytes(work, groups, scored, seq_len, where),
             _reconstruction_bytes(work, groups, reconstruct_samples, seq_len, 1.0 - ratio, where),
+            _searching_bytes(work, groups, trials, trial_samples, seq_len, 1.0 - ratio, where),
         ),
         disk_bytes=max(work.weight_bytes - removed * size, 0),
     )
@@ -196,6 +204,19 @@ def _reconstruction(work: Cost, groups: Any, samples: int, seq_len: int, kept: f
     )
 
 
+def _searching(
+    work: Cost, groups: Any, trials: int, samples: tuple[int, int], seq_len: int, kept: float, rates: Rates
+) -> float:
+    """Of each plan a short reconstruction, and a forward pass of what it is judged on with the logits of both models; the
+    dense model's pass comes once."""
+    if not trials:
+        return 0.0
+    refit, judged = samples
+    judging = _forward(work, judged, seq_len, logits=False) / (rates.products * _FORWARD)
+    logits = 2.0 * 2.0 * judged * seq_len * work.head / (rates.products * _FORWARD)
+    return trials * (_reconstruction(work, groups, refit, seq_len, kept, rates) + judging + logits) + judging
+
+
 def _writing_bytes(work: Cost, samples: int, seq_len: int) -> int:
     """The cache, and logits in float32 with what sampling makes of them."""
     vocabulary = work.head // work.hidden
@@ -246,3 +267,14 @@ def _reconstruction_bytes(
     equations = inputs * (inputs + work.hidden) * (_moment_bytes(device) + 3 * 8)
     layer = work.weight_bytes // max(len(work.kv), 1)
     return states + equations + layer + _layer_bytes(work, min(tokens, max(_CHUNK_TOKENS, seq_len)))
+
+
+def _searching_bytes(
+    work: Cost, groups: Any, trials: int, samples: tuple[int, int], seq_len: int, kept: float, device: torch.device
+) -> int:
+    """What the short reconstruction needs, the hidden states of both models on what it is judged on, and some logits."""
+    if not trials:
+        return 0
+    refit, judged = samples
+    states = 3 * judged * seq_len * work.hidden * work.element_size
+    return states + 4 * LOGIT_BYTES + _reconstruction_bytes(work, groups, refit, seq_len, kept, device)
