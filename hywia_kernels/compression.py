@@ -347,12 +347,12 @@ def _decided(model: Any, recipe: Recipe, measured: Measured, clock: _Clock) -> t
 
 def _searched(model: Any, recipe: Recipe, measured: Measured, scores: Scores) -> Plan:
     """The plan that leaves most of the model's predictions, of those that meet the recipe."""
-    assert recipe.search is not None
+    assert recipe.search is not None and measured.tokens is not None
     return search(
         model,
         scores,
         planning.choices(scores, **recipe.plan_request()),
-        _first(measured.tokens, 1, "the search"),
+        measured.tokens,
         effort=recipe.search,
         scored=recipe.samples,
         ridge=recipe.ridge if recipe.reconstruct else None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import arch
@@ -56,9 +56,12 @@ def check_head(model: Any) -> None:
             )
 
 
-def logits_of(model: Any, states: Tensor) -> Tensor:
-    """The model's logits of final hidden states: computed in the model's dtype, and converted to float32 at the end."""
-    logits = model.get_output_embeddings()(states)
+def logits_of(model: Any, states: Tensor, head: nn.Module | None = None) -> Tensor:
+    """The model's logits of final hidden states: computed in the model's dtype, and converted to float32 at the end.
+
+    `head` stands in for the model's own.
+    """
+    logits = (model.get_output_embeddings() if head is None else head)(states)
     config = arch.text_config(model)
     for name in arch.architecture(model).logits:
         value = getattr(config, name, None)

@@ -6,6 +6,7 @@ that it is judged on goes through each layer while that is changed, so that no c
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,12 +112,13 @@ class Judge:
     def after(self, plan: Plan, follow: Follow) -> float:
         """As `divergence`, once `follow` has trained the masked and refitted model.
 
-        A copy of all parameters is held in the host's memory meanwhile.
+        A copy of all parameters is held in the host's memory meanwhile, and another one of the head's.
         """
+        head = copy.deepcopy(self.model.get_output_embeddings())
         refit = None if self.refit is None else list(self.refit.tokens)
         with changed(self.model, plan, refit, self.ridge or RIDGE):
             follow(self.model, plan)
-            return mean_divergence(self.model, self.dense, self._states())
+            return mean_divergence(self.model, self.dense, self._states(), head)
 
     @torch.no_grad()
     def _states(self) -> Tensor:

@@ -172,8 +172,8 @@ def search(
 def _best_split(judge: Callable[[int], float], splits: Sequence[Split | None], own: int, most: int) -> int:
     """The place of the best of the splits that are tried, at most `most`.
 
-    All are tried where these are few. Otherwise some are, evenly spaced, with the estimate's own choice among them, and
-    then those halfway between the best so far and its neighbours among the tried, the wider gap first.
+    All are tried where these are few. Otherwise some are, evenly spaced, with the estimate's own choice among them; then,
+    one by one, those halfway between the best so far and its neighbours among the tried, the better neighbour first.
     """
     if len(splits) <= most:
         return min(range(len(splits)), key=judge)
@@ -185,8 +185,8 @@ def _best_split(judge: Callable[[int], float], splits: Sequence[Split | None], o
         best = min(values, key=lambda place: (values[place], place))
         below = max((p for p in values if p < best), default=best)
         above = min((p for p in values if p > best), default=best)
-        gaps = sorted(((below, best), (best, above)), key=lambda gap: gap[0] - gap[1])  # the wider one first
-        further = [(low + high) // 2 for low, high in gaps if high - low > 1]
+        near = sorted((below, above), key=lambda place: values[place])
+        further = [(place + best) // 2 for place in near if abs(place - best) > 1]
         if not further:
             break
         values[further[0]] = judge(further[0])
