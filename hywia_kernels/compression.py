@@ -26,7 +26,7 @@ from .method.head_residual import head_residuals, rank_heads
 from .method.mask_learning import learn_masks
 from .method.reconstruction import reconstruct
 from .method.scores import fuse
-from .method.search import search
+from .method.search import best_plan
 from .method.statistics import calibrate
 from .method.tokens import check_length, digest, prefix
 from .method.writing import opening
@@ -347,8 +347,9 @@ def _decided(model: Any, recipe: Recipe, measured: Measured, clock: _Clock) -> t
 
 def _searched(model: Any, recipe: Recipe, measured: Measured, scores: Scores) -> Plan:
     """The plan that leaves most of the model's predictions, of those that meet the recipe."""
-    assert recipe.search is not None and measured.tokens is not None
-    return search(
+    assert recipe.search is not None
+    assert measured.tokens is not None
+    return best_plan(
         model,
         scores,
         planning.choices(scores, **recipe.plan_request()),

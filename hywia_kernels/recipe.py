@@ -41,8 +41,8 @@ class Recipe:
         layout: "uniform" (layers alike) or "adaptive" (channels shared out among layers). None: adaptive for
             `group_ratio` under criterion "hywia", uniform otherwise.
         search: how the shares of kinds and of layers are found, where the request leaves them open: by the scores'
-            estimates ("none"), or by trying some plans ("fast", "thorough"; see `method.search`). None: fast for `ratio`
-            under criterion "hywia", where several kinds may go or the layout is adaptive, else none.
+            estimates ("none"), or by trying some plans ("fast", "thorough"; see `method.search`). None: fast for
+            `ratio` under criterion "hywia", where several kinds may go or the layout is adaptive, else none.
         align: channel widths are multiples of it; None: what the target likes.
         target: name of a device's profile, its file, or "auto" for the device at hand.
         serve: servers whose rules the widths keep to. tensor_parallel: GPUs that will share the model.

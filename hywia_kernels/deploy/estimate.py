@@ -207,8 +207,8 @@ def _reconstruction(work: Cost, groups: Any, samples: int, seq_len: int, kept: f
 def _searching(
     work: Cost, groups: Any, trials: int, samples: tuple[int, int], seq_len: int, kept: float, rates: Rates
 ) -> float:
-    """Of each plan a short reconstruction, and a forward pass of what it is judged on with the logits of both models; the
-    dense model's pass comes once."""
+    """Of each plan a short reconstruction, and a forward pass of what it is judged on with the logits of both models;
+    the dense model's pass comes once."""
     if not trials:
         return 0.0
     refit, judged = samples
@@ -272,7 +272,7 @@ def _reconstruction_bytes(
 def _searching_bytes(
     work: Cost, groups: Any, trials: int, samples: tuple[int, int], seq_len: int, kept: float, device: torch.device
 ) -> int:
-    """What the short reconstruction needs, the hidden states of both models on what it is judged on, and some logits."""
+    """What the short reconstruction needs, hidden states of both models on what it is judged on, and some logits."""
     if not trials:
         return 0
     refit, judged = samples

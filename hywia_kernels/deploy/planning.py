@@ -89,7 +89,7 @@ def choices(
 ) -> Choices:
     """The plans that meet a request, in the arguments of `plan_for`, which gives the first of them.
 
-    A ratio leaves the share of each kind of units open, an adaptive layout how far the layers differ; `plan_for` decides
+    A ratio leaves the share of each kind of units open, an adaptive layout how far layers differ; `plan_for` decides
     both by the scores' estimates alone.
 
     Raises:

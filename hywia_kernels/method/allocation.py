@@ -39,7 +39,7 @@ def allocate(
     of their own: what they are worth is in the estimates. Groups of one stacked parameter stay equally wide.
 
     The estimates are those of single units in the whole model, so they may set layers further apart than a deep cut
-    bears. `spread` draws them together: a step to a share `r` of its layer's units costs `p^spread · m(r)^(1 − spread)`,
+    bears. `spread` draws them together: a step to a share `r` of its layer's units costs `p^spread · m(r)^(1 − spread)`
     with `p` its own price and `m(r)` the mean over all layers of what a step to that share costs.
 
     Args:

@@ -23,7 +23,8 @@ def mean_divergence(model: Any, dense: Tensor, changed: Tensor, head: nn.Module 
     computed from them.
 
     Args:
-        model: the changed model. dense, changed: final hidden states `[tokens, hidden]` of both models on the same text.
+        model: the changed model.
+        dense, changed: final hidden states `[tokens, hidden]` of both models on the same text.
         head: the dense model's; None: that of the changed one is the same.
 
     Raises:

@@ -41,9 +41,9 @@ class HeadResiduals(Mapping[str, Tensor]):
 
     Attributes:
         residuals: what the mapping holds: `R({u})`, energy a token that the layer's other heads leave of each unit.
-        shares: group name -> float32 `[units]`, what each unit adds to the energy that is left when the units go one
-            after the other, the least residual first: `(R(before and u) − R(before)) / Σ_v E_v`, with `E_v` the energy of
-            a unit's own output. Where heads have nothing in common they are their energies' shares and sum to one.
+        shares: group name -> float32 `[units]`, what each unit adds to the energy that is lost when the units go one
+            after the other, the least residual first: `(R(before and u) − R(before)) / Σ_v E_v`, with `E_v` the energy
+            of a unit's own output. Where heads have nothing in common they are their energies' shares and sum to one.
     """
 
     residuals: Mapping[str, Tensor]
@@ -148,12 +148,12 @@ def _blocks(matrix: Tensor, size: int) -> Tensor:
 def rank_heads(scores: Scores, measured: HeadResiduals) -> Scores:
     """Scores whose attention groups are ranked by `head_residuals`, and priced by them.
 
-    The loss estimate of a unit becomes its share (`HeadResiduals.shares`) of the sum of the group's estimates. These say
-    what it costs when a unit's output goes and nothing makes up for it: half the mean square of a mask's derivative, a
-    quadratic form in the output that goes. A quadratic form's value goes with energy; with one curvature for all heads of
-    the layer it is `Σ_v loss_v / Σ_v E_v` per energy, and what is left of the units that go is the energy that counts.
-    The sum over the units that go is then the price of all of them together, and rank and price follow from the same
-    energies. Where heads have nothing in common, the sum over all of them is what it was.
+    The loss estimate of a unit becomes its share (`HeadResiduals.shares`) of the sum of the group's estimates. These
+    say what it costs when a unit's output goes and nothing makes up for it: half the mean square of a mask's
+    derivative, a quadratic form in the output that goes. With one curvature for all heads of a layer that is
+    `Σ_v loss_v / Σ_v E_v` per energy, and the energy that counts is what the heads that stay cannot make up for. So the
+    sum over the units that go is the price of all of them together, and rank and price follow from the same energies.
+    Where heads have nothing in common, the sum over all of them is what it was.
 
     Raises:
         UsageError: `measured` is not of `head_residuals`.

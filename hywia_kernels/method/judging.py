@@ -1,7 +1,7 @@
 """Plans judged by what they leave of a model's predictions: masked, briefly refitted, held against the dense model.
 
-The model is put back after every plan, bit for bit. A plan is tried one layer at a time (see `through_layers`): the text
-that it is judged on goes through each layer while that is changed, so that no copy of the model is needed.
+The model is put back after every plan, bit for bit. A plan is tried one layer at a time (see `through_layers`): the
+text that it is judged on goes through each layer while that is changed, so that no copy of the model is needed.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def changed(model: nn.Module, plan: Plan, batches: Any, ridge: float = RIDGE) ->
 
     The caller may change parameters' values further. Afterwards, and after any error or interrupt, all parameters have
     their values and gradients again, bit for bit, and modules and configs their attributes; parameters that are
-    replaced by others, and buffers that are written to, are not put back. A copy of the parameters is held in the host's
-    memory.
+    replaced by others, and buffers that are written to, are not put back. A copy of the parameters is held in the
+    host's memory.
     """
     undo = Undo(model)
     kept = [(p, p.detach().to("cpu", copy=True), p.grad, p.requires_grad) for p in model.parameters()]

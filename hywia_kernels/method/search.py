@@ -23,7 +23,7 @@ from ..types import Plan, Scores
 from .judging import Follow, Judge, shared_out
 from .selection import estimated_loss
 
-__all__ = ["EFFORTS", "Choices", "Effort", "search"]
+__all__ = ["EFFORTS", "Choices", "Effort", "best_plan"]
 
 _LEAST_SHARE = 1 / 8  # of a kind's units, below which a split is only tried where there are few
 
@@ -98,7 +98,7 @@ class _Trial:
         return values if self.followed is None else {**values, "followed": self.followed}
 
 
-def search(
+def best_plan(
     model: Any,
     scores: Scores,
     choices: Choices,
@@ -172,8 +172,8 @@ def search(
 def _best_split(judge: Callable[[int], float], splits: Sequence[Split | None], own: int, most: int) -> int:
     """The place of the best of the splits that are tried, at most `most`.
 
-    All are tried where these are few. Otherwise some are, evenly spaced, with the estimate's own choice among them; then,
-    one by one, those halfway between the best so far and its neighbours among the tried, the better neighbour first.
+    All are tried where these are few. Otherwise some are, evenly spaced, with the estimate's own choice among them;
+    then, one by one, those halfway between the best so far and its neighbours among the tried, the better one first.
     """
     if len(splits) <= most:
         return min(range(len(splits)), key=judge)

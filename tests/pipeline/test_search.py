@@ -14,10 +14,11 @@ from torch.nn import functional
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
+from hywia_kernels.cli import main
 from hywia_kernels.deploy import planning
 from hywia_kernels.method import judging, reconstruction
 from hywia_kernels.method.judging import Judge, Texts, shared_out
-from hywia_kernels.method.search import EFFORTS, Choices, _best_split, search
+from hywia_kernels.method.search import EFFORTS, Choices, _best_split, best_plan
 from hywia_kernels.types import Scores
 from tests.support.tiny import TINY, fresh, make_plan
 
@@ -243,7 +244,7 @@ def test_the_estimates_choice_is_wrong_and_the_search_finds_the_right_one(gqa, t
     request = {"ratio": 0.3, "align": 4}
     assert hk.plan_for(scores, **request).widths("attention")[0] == 4 - kept, "as the estimates say"
     choices = planning.choices(scores, **request)
-    plan = search(gqa, scores, choices, text, effort="fast", scored=6, ridge=4.0)
+    plan = best_plan(gqa, scores, choices, text, effort="fast", scored=6, ridge=4.0)
     assert plan.widths("attention") == [kept] * 3
     done = plan.record["search"]
     assert [trial["widths"]["attention"] for trial in done["candidates"]] == [1, 2, 3]
@@ -259,7 +260,7 @@ def test_what_follows_can_turn_the_choice(gqa, scores, text):
     """Of the two best plans, the one that ends ahead after what follows."""
     choices = planning.choices(scores, ratio=0.3, align=4)
     before = values(gqa)
-    plain = search(gqa, scores, choices, text, effort="fast", scored=6, ridge=4.0)
+    plain = best_plan(gqa, scores, choices, text, effort="fast", scored=6, ridge=4.0)
     ranked = sorted(plain.record["search"]["candidates"], key=lambda t: t["divergence"])
     best, second = (t["widths"]["attention"] for t in ranked[:2])
 
@@ -268,7 +269,7 @@ def test_what_follows_can_turn_the_choice(gqa, scores, text):
             with torch.no_grad():
                 model.model.norm.weight.mul_(-1.0)
 
-    turned = search(gqa, scores, choices, text, effort="fast", scored=6, ridge=4.0, follow=spoils)
+    turned = best_plan(gqa, scores, choices, text, effort="fast", scored=6, ridge=4.0, follow=spoils)
     assert plain.widths("attention")[0] == best
     assert turned.widths("attention")[0] == second
     followed = [t for t in turned.record["search"]["candidates"] if "followed" in t]
@@ -287,7 +288,7 @@ def without_seconds(plan):
 
 def test_a_search_repeats(gqa, scores, text):
     choices = planning.choices(scores, ratio=0.3, align=4, layout="adaptive")
-    made = [search(gqa, scores, choices, text, effort="fast", scored=6, ridge=4.0) for _ in range(2)]
+    made = [best_plan(gqa, scores, choices, text, effort="fast", scored=6, ridge=4.0) for _ in range(2)]
     assert without_seconds(made[0]) == without_seconds(made[1])
     done = made[0].record["search"]
     assert len(done["candidates"]) == EFFORTS["fast"].trials(choices) == 3 + 2
@@ -298,7 +299,7 @@ def test_where_there_is_nothing_to_choose_nothing_is_tried(gqa, scores, text, mo
     monkeypatch.setattr("hywia_kernels.method.search.Judge", lambda *a: pytest.fail("tried"))
     choices = planning.choices(scores, ratio=0.3, align=4, units=("mlp",))
     assert EFFORTS["fast"].trials(choices) == 0
-    plan = search(gqa, scores, choices, text, effort="fast", scored=6, ridge=4.0)
+    plan = best_plan(gqa, scores, choices, text, effort="fast", scored=6, ridge=4.0)
     assert plan.widths("mlp") == hk.plan_for(scores, ratio=0.3, align=4, units=("mlp",)).widths("mlp")
     assert "search" not in plan.record
 
@@ -418,7 +419,10 @@ def test_the_text_has_room_for_what_is_judged():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ratio": 0.3, "search": "fats"}, "search: expected one of none, fast, thorough, got 'fats'; did you mean 'fast'"),
+        (
+            {"ratio": 0.3, "search": "fats"},
+            "search: expected one of none, fast, thorough, got 'fats'; did you mean 'fast'",
+        ),
         ({"ratio": 0.3, "search": "fast", "criterion": "random"}, "search: fast goes with criterion 'hywia'"),
     ],
 )
@@ -465,3 +469,75 @@ def test_scores_without_text_are_planned_by_the_estimate(text):
     assert result.recipe.search == "none"
     with pytest.raises(HywiaError, match="text: the search needs 1 samples, 0 are at hand"):
         hk.compress(model, None, dataclasses.replace(plain, search="fast"), measured=scored)
+
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 90
+SMALL = ["--calib", "text.txt", "--samples", "6", "--seq-len", "16", "--align", "4", "--no-eval"]
+
+
+@pytest.fixture
+def here(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def record(folder):
+    return json.loads((folder / "hywia.json").read_text())
+
+
+def test_the_command_prints_the_plans_and_marks_the_one_that_is_taken(here, capsys):
+    assert main(["prune", "model", "-o", "out", "--ratio", "30%", *SMALL]) == 0
+    out = capsys.readouterr().out
+    done = record(here / "out")["plan"]["search"]
+    assert f"tried 3 plans, refitted on 32 samples and judged on 32, in {done['seconds']:.1f} s" in out
+    lines = out[out.index("tried 3 plans") :].splitlines()[1:5]
+    assert lines[0].split() == ["attention", "mlp", "estimate", "divergence"]
+    shown = [line.split() for line in lines[1:]]
+    assert [int(line[0]) for line in shown] == [t["widths"]["attention"] for t in done["candidates"]] == [1, 2, 3]
+    for line, trial in zip(shown, done["candidates"], strict=True):
+        assert int(line[1]) == trial["widths"]["mlp"]
+        assert float(line[3]) == pytest.approx(trial["divergence"], abs=1e-4)
+        assert (line[-1] == "taken") == trial["chosen"]
+    kept = record(here / "out")["plan"]["widths"]
+    chosen = next(t for t in done["candidates"] if t["chosen"])
+    assert kept["attention"] == [chosen["widths"]["attention"]] * 3
+    card = (here / "out" / "README.md").read_text()
+    assert "| plans that were tried | 3 |" in card
+    assert f"{done['divergence']:.6g}" in card
+
+
+def test_scored_before_is_searched_as_scored_now(here, capsys):
+    """`hywia score` keeps what a search judges on."""
+    assert main(["score", "model", "-o", "scores", *SMALL[:6]]) == 0
+    assert main(["prune", "model", "-o", "now", "--ratio", "30%", *SMALL]) == 0
+    stored = ["prune", "model", "-o", "stored", "--ratio", "30%", "--scores", "scores", *SMALL[6:]]
+    assert main(stored) == 0
+    one, two = record(here / "now"), record(here / "stored")
+    assert one["kept_units"] == two["kept_units"]
+    trials = [
+        [{k: v for k, v in t.items() if k != "seconds"} for t in r["plan"]["search"]["candidates"]] for r in (one, two)
+    ]
+    assert trials[0] == trials[1]
+    assert (here / "now" / "model.safetensors").read_bytes() == (here / "stored" / "model.safetensors").read_bytes()
+
+
+def test_too_little_text_is_said(here, capsys):
+    (here / "text.txt").write_text(TEXT[: 16 * 12])
+    assert main(["prune", "model", "-o", "out", "--ratio", "30%", *SMALL]) == 0
+    done = record(here / "out")["plan"]["search"]
+    assert (done["judged"], done["fresh"]) == (6, 6)
+    assert "of which" not in capsys.readouterr().out
+    (here / "text.txt").write_text(TEXT[: 16 * 8])
+    assert main(["prune", "model", "-o", "less", "--ratio", "30%", *SMALL]) == 0
+    assert "judged on 4, 2 of which were scored too, in" in capsys.readouterr().out
+
+
+def test_no_search_by_the_command_line(here, capsys):
+    assert main(["prune", "model", "-o", "out", "--ratio", "30%", "--search", "none", *SMALL]) == 0
+    assert "tried" not in capsys.readouterr().out
+    kept = record(here / "out")
+    assert kept["recipe"]["search"] == "none"
+    assert "search" not in kept["plan"]
+    assert main(["prune", "model", "-o", "no", "--ratio", "0.3", "--units", "mlp", "--search", "fast", *SMALL]) == 2
+    assert "search: goes with --layout adaptive, or with --ratio and several kinds" in capsys.readouterr().err
