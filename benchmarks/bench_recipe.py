@@ -27,7 +27,7 @@ from .environment import commit
 from .memory import free
 from .session import argv_of, common_arguments, make_parser, parse
 
-STEPS = ("param_mix", "scoring", "fusion", "head ranking", "planning", "reconstruction", "cut")
+STEPS = ("param_mix", "scoring", "fusion", "head ranking", "planning", "search", "reconstruction", "cut")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, float]:
@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{device_name(arguments.device)}, torch {torch.__version__}, commit {commit()}")
     print("| step | s |\n| --- | --- |")
     for name in STEPS:
+        if name not in seconds:  # there was nothing to search for
+            continue
         print(f"| {name} | {seconds[name]:.3f} |")
     ours = sum(seconds[name] for name in ("scoring", "fusion", "planning", "cut"))
     print(f"| all but the reconstruction and what goes with it | {ours:.3f} |")

@@ -28,6 +28,7 @@ from .method.mask_learning import learn_masks
 from .method.reconstruction import reconstruct
 from .method.recovery.job import Dense, ask, resolved
 from .method.scores import fuse
+from .method.search import best_plan
 from .method.statistics import calibrate
 from .method.tokens import check_length, digest, prefix
 from .method.writing import opening
@@ -216,7 +217,10 @@ def check(model: Any, tokenizer: Any, recipe: Recipe, measured: Measured | None 
             positions. HywiaError: `measured` is another model's, or lacks text that the recipe needs.
     """
     recipe.check()
-    asked, recipe = recipe.reconstruct_samples, recipe.resolved(_device(model).type)
+    asked, searched = recipe.reconstruct_samples, recipe.search
+    recipe = recipe.resolved(_device(model).type)
+    if searched is None and measured is not None and measured.tokens is None:
+        recipe = replace(recipe, search="none")  # the usual search needs text; one that was asked for is refused below
     if measured is not None and measured.scores.fingerprint != fingerprint(model):
         raise HywiaError(
             "scores: made for another model (the weights differ, or what the config says of them); score this one, "
@@ -261,6 +265,8 @@ def _with_real_samples(recipe: Recipe, asked: int | None, tokens: Tensor | None)
 def _check_text(recipe: Recipe, tokens: Tensor | None) -> None:
     if recipe.head_ranking == "residual" and "attention" in recipe.kinds:
         _first(tokens, recipe.samples, "ranking heads by what the others leave of them")
+    if recipe.search != "none":
+        _first(tokens, 1, "the search")
     if recipe.fusion == LEARNED:
         _first(tokens, 1, "mask learning")
     if recipe.reconstruct:
@@ -377,9 +383,27 @@ def _decided(model: Any, recipe: Recipe, measured: Measured, clock: _Clock) -> t
             scores = rank_heads(scores, head_residuals(model, text, layers=layers))
     with clock.time("planning"):
         plan = planning.plan_for(scores, **recipe.plan_request())
+    if recipe.search != "none":
+        with clock.time("search"):
+            plan = _searched(model, recipe, measured, scores)
     if recipe.fusion == LEARNED:
         assert measured.tokens is not None
         with clock.time("mask learning"):
             scores = learn_masks(model, scores, plan, measured.tokens[: recipe.learning_samples()], steps=recipe.steps)
             plan = selection.ranked_again(plan, scores)
     return scores, plan
+
+
+def _searched(model: Any, recipe: Recipe, measured: Measured, scores: Scores) -> Plan:
+    """The plan that leaves most of the model's predictions, of those that meet the recipe."""
+    assert recipe.search is not None
+    assert measured.tokens is not None
+    return best_plan(
+        model,
+        scores,
+        planning.choices(scores, **recipe.plan_request()),
+        measured.tokens,
+        effort=recipe.search,
+        scored=recipe.samples,
+        ridge=recipe.ridge if recipe.reconstruct else None,
+    )

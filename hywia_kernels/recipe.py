@@ -41,6 +41,9 @@ class Recipe:
         units: kinds that may go, of "mlp", "attention", "experts"; ignored where `group_ratio` names them.
         layout: "uniform" (layers alike) or "adaptive" (channels shared out among layers). None: adaptive for
             `group_ratio` under criterion "hywia", uniform otherwise.
+        search: how the shares of kinds and of layers are found, where the request leaves them open: by the scores'
+            estimates ("none"), or by trying some plans ("fast", "thorough"; see `method.search`). None: fast for
+            `ratio` under criterion "hywia", where several kinds may go or the layout is adaptive, else none.
         align: channel widths are multiples of it; None: what the target likes.
         target: name of a device's profile, its file, or "auto" for the device at hand.
         serve: servers whose rules the widths keep to. tensor_parallel: GPUs that will share the model.
@@ -66,6 +69,7 @@ class Recipe:
     layers: tuple[int, int] | None = None
     units: tuple[str, ...] = settings.DEFAULT_KINDS
     layout: str | None = None
+    search: str | None = None
     align: int | None = None
     target: str = "auto"
     serve: tuple[str, ...] = serving_rules.DEFAULT
@@ -117,8 +121,15 @@ class Recipe:
             _one_of("layout", self.layout, settings.LAYOUTS)
         if self.head_ranking is not None:
             _one_of("head_ranking", self.head_ranking, settings.HEAD_RANKINGS)
+        if self.search is not None:
+            _one_of("search", self.search, settings.SEARCHES)
         if self.criterion != "hywia":
-            for name, value in (("layout", "adaptive"), ("head_ranking", "residual"), ("fusion", settings.LEARNED)):
+            for name, value in (
+                ("layout", "adaptive"),
+                ("head_ranking", "residual"),
+                ("fusion", settings.LEARNED),
+                *(("search", effort) for effort in settings.SEARCHES if effort != "none"),
+            ):
                 if getattr(self, name) == value:
                     raise UsageError(
                         f"{name}: {value} goes with criterion 'hywia', got criterion {self.criterion!r}; leave it out"
@@ -168,7 +179,10 @@ class Recipe:
 
     def text_samples(self) -> int:
         """How many samples of text the resolved recipe reads at the most."""
-        wanted = [self.samples if self.criterion == "hywia" else 0]
+        # What `hywia score` keeps is to be enough for the usual search, which it is not asked about.
+        scoring_only = self.ratio is None and self.group_ratio is None
+        effort = "fast" if scoring_only and self.criterion == "hywia" else self.search or "none"
+        wanted = [self.samples + settings.JUDGED_SAMPLES[effort] if self.criterion == "hywia" else 0]
         if self.reconstruct:
             wanted.append(self.reconstruct_samples or 0)
         if self.fusion == settings.LEARNED:
@@ -192,14 +206,22 @@ class Recipe:
             layout = "adaptive" if self.group_ratio is not None and self.criterion == "hywia" else "uniform"
         if ranking is None:
             ranking = "residual" if reconstruct and self.criterion == "hywia" else "scores"
+        search = self.search
+        if search is None:
+            search = "fast" if self.ratio is not None and self._open(layout) and self.criterion == "hywia" else "none"
         usual = _REFIT_SAMPLES["cpu" if device == "cpu" else "gpu"]
         return dataclasses.replace(
             self,
             layout=layout,
+            search=search,
             head_ranking=ranking,
             reconstruct=reconstruct,
             reconstruct_samples=(self.reconstruct_samples or usual) if reconstruct else None,
         )
+
+    def _open(self, layout: str | None) -> bool:
+        """Whether the request leaves a share open that could be searched for."""
+        return layout == "adaptive" or (self.ratio is not None and len(self.kinds) > 1)
 
     def unused(self, names: Iterable[str]) -> dict[str, str]:
         """Of the fields somebody set, those without effect in this recipe: name -> what they go with."""
@@ -214,6 +236,8 @@ class Recipe:
             reasons |= dict.fromkeys(("ridge", "reconstruct_samples"), "--reconstruct")
         if isinstance(self.group_ratio, Mapping):
             reasons["units"] = "a --group-ratio that does not name the kinds already"
+        if self.search != "none" and not self._open(self.resolved().layout):
+            reasons["search"] = "--layout adaptive, or with --ratio and several kinds in --units"
         return {name: reasons[name] for name in names if name in reasons}
 
     def to_dict(self) -> dict[str, Any]:
@@ -242,7 +266,7 @@ class Recipe:
         for name in ("criterion", "fusion", "order", "target", "text_field"):
             if name in values and not isinstance(values[name], str):
                 raise UsageError(f"recipe: {name}: expected a string, got {values[name]!r}")
-        for name in ("layout", "head_ranking", "calibration"):
+        for name in ("layout", "search", "head_ranking", "calibration"):
             if not isinstance(values.get(name), (str, type(None))):
                 raise UsageError(f"recipe: {name}: expected a string or null, got {values[name]!r}")
         for name in ("bos", "reconstruct"):
@@ -282,6 +306,8 @@ class Recipe:
             if "recipe" not in values:
                 raise UsageError(f"recipe: {path} is the record of a run that kept no recipe")
             values = values["recipe"]
+            if isinstance(values, Mapping):  # a run of a version that had no search repeats without one
+                values = {"search": "none", **values}
         return cls.from_dict(values)
 
 

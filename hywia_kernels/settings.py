@@ -15,6 +15,7 @@ __all__ = [
     "FUSIONS",
     "HEAD_RANKINGS",
     "HOLDS",
+    "JUDGED_SAMPLES",
     "KINDS",
     "LAYOUTS",
     "LEARNED",
@@ -23,6 +24,7 @@ __all__ = [
     "ORDERS",
     "RIDGE",
     "SAMPLES",
+    "SEARCHES",
     "SELF",
     "SEQ_LEN",
     "STEPS",
@@ -37,6 +39,7 @@ FUSIONS = ("attention", "fine", "coarse", "mean", "product")
 LEARNED = "learned"  # a fusion that only a whole recipe has: attention's scores, tuned by masks
 ORDERS = ("first", "second", "mixed")
 HEAD_RANKINGS = ("residual", "scores")
+SEARCHES = ("none", "fast", "thorough")  # how the shares of kinds and layers are found: by estimate, or by trying some
 ENGINES = ("auto", "fused", "autograd")
 MEMORY = ("auto", "fast", "lean", "layerwise")
 BACKENDS = ("reference", "native", "triton", "cuda")
@@ -50,4 +53,5 @@ SEQ_LEN = 128
 BLOCK = 128  # tokens, of the text that perplexity is measured on: the papers' protocol
 STEPS = 50  # of mask learning
 LEARNING_BATCH = 16  # samples that a step of mask learning reads
+JUDGED_SAMPLES = {"none": 0, "fast": 32, "thorough": 64}  # that a search judges on, read behind those that are scored
 RIDGE = 4.0  # of the reconstruction; chosen on SmolLM2

@@ -64,6 +64,8 @@ _OUTCOME = (
     ("plan.target", "planned for the device"),
     ("plan.constraints", "serving rules"),
     ("plan.binding", "serving rules that bind"),
+    ("plan.search.tried", "plans that were tried"),
+    ("plan.search.divergence", "divergence of the best of them, nats a token"),
     ("plan.scores.statistics.calibration_sha256", "SHA-256 of the calibration tokens"),
     ("plan.scores.statistics.dtype", "calibrated in"),
     ("plan.scores.statistics.device", "calibrated on"),

@@ -242,6 +242,13 @@ def add_cut(command: argparse.ArgumentParser, profiles: tuple[str, ...], servers
         "--group-ratio under --criterion hywia",
     )
     how.add_argument(
+        "--search",
+        choices=settings.SEARCHES,
+        default=_ABSENT,
+        help="find the shares of kinds and of layers by trying a few plans on calibration text, by more and on more of "
+        "it, or by the scores' estimates (none); default: fast for --ratio under --criterion hywia",
+    )
+    how.add_argument(
         "--align",
         type=int,
         default=_ABSENT,

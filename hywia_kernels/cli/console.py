@@ -27,6 +27,7 @@ __all__ = [
     "print_reconstruction",
     "print_recovery",
     "print_recovery_plan",
+    "print_search",
     "print_text",
     "say",
     "write_json",
@@ -101,6 +102,29 @@ def extreme_cuts(plan: Plan) -> list[str]:
                 "model afterwards"
             )
     return sentences
+
+
+def print_search(plan: Plan) -> None:
+    """The plans that were tried, one a line, and on what; nothing where none were."""
+    done = plan.record.get("search")
+    if not done:
+        return
+    refit = f"refitted on {done['refitted']} samples and " if done["refitted"] else ""
+    fresh = "" if done["fresh"] == done["judged"] else f", {done['judged'] - done['fresh']} of which were scored too"
+    say(
+        f"tried {len(done['candidates'])} plans, {refit}judged on {done['judged']}{fresh}, in {done['seconds']:.1f} s; "
+        "by their divergence from the dense model:"
+    )
+    kinds = list(done["candidates"][0]["widths"])
+    apart = len({trial["spread"] for trial in done["candidates"]}) > 1
+    say(f"  {''.join(f'{kind:>10}' for kind in kinds)}{'spread' if apart else '':>8}{'estimate':>10}{'divergence':>12}")
+    for trial in done["candidates"]:
+        widths = "".join(f"{trial['widths'][kind]:>10,}" for kind in kinds)
+        spread = f"{trial['spread']:.2g}" if apart else ""
+        estimate = "" if trial["estimate"] is None else f"{trial['estimate']:.4f}"
+        followed = f", {trial['followed']:.4f} after what follows" if "followed" in trial else ""
+        mark = "  <- taken" if trial["chosen"] else ""
+        say(f"  {widths}{spread:>8}{estimate:>10}{trial['divergence']:>12.4f}{followed}{mark}")
 
 
 def print_history(steps: Sequence[Mapping[str, Any]], plan: Plan) -> None:

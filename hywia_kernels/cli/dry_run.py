@@ -11,6 +11,7 @@ from ..checkpoint.skeleton import skeleton
 from ..compression import with_resolved_recovery
 from ..deploy import planning
 from ..deploy.estimate import estimate
+from ..method.search import EFFORTS
 from ..recipe import Recipe
 from ..types import Scores
 from . import console
@@ -36,6 +37,7 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
     plan = planning.check_reachable(model, scores, criterion=recipe.criterion, **recipe.plan_request())
     plan = planning.with_prediction(plan, model, recipe.target)
     heads_go = any(g.kind == "attention" and plan.keep[g.name].numel() < g.units for g in plan.groups)
+    trials, samples = _trials(recipe, planning.alike(model) if scores is None else scores)
     takes = estimate(
         model,
         samples=recipe.samples if scores is None and recipe.criterion == "hywia" else 0,
@@ -44,6 +46,8 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
         ranks_heads=heads_go and recipe.head_ranking == "residual",
         reconstruct_samples=recipe.reconstruct_samples or 0,
         recover=recipe.recover,
+        trials=trials,
+        trial_samples=samples,
         ratio=plan.ratio,
         device=device,
     )
@@ -51,6 +55,8 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
     console.print_plan(plan)
     if scores is None:
         console.say("  which widths of this size, and which units, is decided by the scores")
+    if trials:
+        console.say(f"  of the splits of this size, at most {trials} are tried (--search {recipe.search})")
     stages = ", ".join(f"{stage} {seconds:,.1f} s" for stage, seconds in takes.seconds.items())
     console.say(f"  will take about {takes.total_seconds:,.0f} s on {device} beside loading and evaluation: {stages}")
     console.say(
@@ -63,8 +69,18 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
         "estimate": {
             "device": device,
             "seconds": dict(takes.seconds),
+            "trials": trials,
             "memory_bytes": takes.memory_bytes,
             "disk_bytes": takes.disk_bytes,
         },
     }
     console.write_json(arguments.json, content)
+
+
+def _trials(recipe: Recipe, scores: Scores) -> tuple[int, tuple[int, int]]:
+    """How many plans the resolved recipe tries at the most, and the samples that each is refitted and judged on."""
+    if recipe.search in (None, "none"):
+        return 0, (0, 0)
+    effort = EFFORTS[recipe.search]
+    trials = effort.trials(planning.choices(scores, **recipe.plan_request()))
+    return trials, (effort.refit if recipe.reconstruct else 0, effort.judged)

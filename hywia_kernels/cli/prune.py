@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         def when_planned(plan: Plan) -> None:
             steps.extend(history.history(arguments.model, plan))
+            console.print_search(plan)
             console.print_plan(plan)
             console.print_history(steps, plan)
             if recipe.recover is not None:

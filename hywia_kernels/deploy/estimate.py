@@ -20,6 +20,7 @@ import torch
 
 from .. import arch
 from ..arch.facts import weight_bytes
+from ..engine.loss import LOGIT_BYTES
 from ..engine.memory import free_bytes, scoring_bytes
 from ..engine.samples import padded
 from ..errors import UsageError
@@ -33,7 +34,16 @@ from .rates import Rates, measured_rates
 
 __all__ = ["STAGES", "Estimate", "estimate"]
 
-STAGES = ("writing", "scoring", "head ranking", "reconstruction", "cutting", "recovery text", "recovery")
+STAGES = (
+    "writing",
+    "scoring",
+    "head ranking",
+    "searching",
+    "reconstruction",
+    "cutting",
+    "recovery text",
+    "recovery",
+)
 _WRITERS = 64  # samples that are written at a time
 _CHUNK_TOKENS = 8192  # that head ranking and reconstruction run at a time
 _FORWARD = 0.55  # of the products' rate: a forward pass over some thousand tokens
@@ -73,6 +83,8 @@ def estimate(
     ranks_heads: bool = False,
     reconstruct_samples: int = 0,
     recover: Recovery | None = None,
+    trials: int = 0,
+    trial_samples: tuple[int, int] = (0, 0),
     ratio: float = 0.5,
     device: torch.device | str | None = None,
     rates: Rates | None = None,
@@ -86,6 +98,7 @@ def estimate(
         ranks_heads: heads are ranked by a regression, on the samples that are scored.
         reconstruct_samples: 0 for none.
         recover: the recovery that follows, resolved; None: none.
+        trials: plans that a search tries. trial_samples: that each is refitted and judged on.
         ratio: share of the units that goes.
         device: of the run; None: the model's, or the CPU where that is the meta device.
         rates: of the device; None: they are measured, in about 0.3 s.
@@ -98,6 +111,8 @@ def estimate(
         ("samples", samples, 0),
         ("seq_len", seq_len, 2),
         ("reconstruct_samples", reconstruct_samples, 0),
+        ("trials", trials, 0),
+        *(("trial_samples", count, 0) for count in trial_samples),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UsageError(f"{name}: expected a whole number from {least}, got {value!r}")
@@ -111,6 +126,7 @@ def estimate(
         "writing": _writing(work, max(samples, reconstruct_samples) if writes else 0, seq_len, len(work.kv), rates),
         "scoring": _scoring(work, samples, seq_len, rates),
         "head ranking": _ranking(work, groups, scored, seq_len, rates),
+        "searching": _searching(work, groups, trials, trial_samples, seq_len, 1.0 - ratio, rates),
         "reconstruction": _reconstruction(work, groups, reconstruct_samples, seq_len, 1.0 - ratio, rates),
         "cutting": _CUT_COPIES * work.weight_bytes / rates.copies if ratio else 0.0,
         "recovery text": _recovery_text(work, recover, rates),
@@ -127,6 +143,7 @@ def estimate(
             _ranking_bytes(work, groups, scored, seq_len, where),
             _reconstruction_bytes(work, groups, reconstruct_samples, seq_len, 1.0 - ratio, where),
             _recovery_bytes(model, work, recover, 1.0 - ratio, where),
+            _searching_bytes(work, groups, trials, trial_samples, seq_len, 1.0 - ratio, where),
         ),
         disk_bytes=max(work.weight_bytes - removed * size, 0),
     )
@@ -230,6 +247,19 @@ def _reconstruction(work: Cost, groups: Any, samples: int, seq_len: int, kept: f
     )
 
 
+def _searching(
+    work: Cost, groups: Any, trials: int, samples: tuple[int, int], seq_len: int, kept: float, rates: Rates
+) -> float:
+    """Of each plan a short reconstruction, and a forward pass of what it is judged on with the logits of both models;
+    the dense model's pass comes once."""
+    if not trials:
+        return 0.0
+    refit, judged = samples
+    judging = _forward(work, judged, seq_len, logits=False) / (rates.products * _FORWARD)
+    logits = 2.0 * 2.0 * judged * seq_len * work.head / (rates.products * _FORWARD)
+    return trials * (_reconstruction(work, groups, refit, seq_len, kept, rates) + judging + logits) + judging
+
+
 def _writing_bytes(work: Cost, samples: int, seq_len: int) -> int:
     """The cache, and logits in float32 with what sampling makes of them."""
     vocabulary = work.head // work.hidden
@@ -291,3 +321,14 @@ def _recovery_bytes(model: Any, work: Cost, recover: Recovery | None, kept: floa
     widths = sum(n + k for n, k in work.matrices)
     activations = 4 * micro_tokens(device) * (widths + 4 * work.hidden * len(work.kv))
     return int(dense + kept * (training_bytes(model, recover.tune, recover.rank) + activations))
+
+
+def _searching_bytes(
+    work: Cost, groups: Any, trials: int, samples: tuple[int, int], seq_len: int, kept: float, device: torch.device
+) -> int:
+    """What the short reconstruction needs, hidden states of both models on what it is judged on, and some logits."""
+    if not trials:
+        return 0
+    refit, judged = samples
+    states = 3 * judged * seq_len * work.hidden * work.element_size
+    return states + 4 * LOGIT_BYTES + _reconstruction_bytes(work, groups, refit, seq_len, kept, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,13 +13,16 @@ from .. import arch
 from ..arch.facts import count_parameters
 from ..errors import UsageError
 from ..method import selection
+from ..method.search import Choices
 from ..types import Group, Plan, Scores
 from . import device_profiles, serving_rules
 from .cost import cost_of
 
-__all__ = ["check_reachable", "plan_for", "with_prediction"]
+__all__ = ["alike", "check_reachable", "choices", "plan_for", "with_prediction"]
 
 Limit = Callable[[Group, list[int]], list[int]]
+_Made = TypeVar("_Made")
+_SPREADS = (0.0, 0.5, 1.0)  # from equal shares to those that the estimates give
 
 
 def plan_for(
@@ -50,8 +53,7 @@ def plan_for(
     device = target if isinstance(target, device_profiles.Target) else device_profiles.resolve(target)
     rules = serving_rules.constraints(serve, tensor_parallel)
     excluding = [r for r in rules if _excludes(r, scores.groups)]
-    step = device.align if align is None else align
-    preferred = _pareto_limit(device) if align is None else None
+    step, preferred = _widths_of(device, align)
     binding: list[str] = []
     if not excluding:
         chosen = _plan(scores, (), preferred, step, request)
@@ -75,6 +77,40 @@ def plan_for(
     return dataclasses.replace(chosen, record=record)
 
 
+def choices(
+    scores: Scores,
+    *,
+    target: str | Path | device_profiles.Target | None = None,
+    serve: Sequence[str] = serving_rules.DEFAULT,
+    tensor_parallel: int = 1,
+    align: int | None = None,
+    layout: str = "uniform",
+    **request: Any,
+) -> Choices:
+    """The plans that meet a request, in the arguments of `plan_for`, which gives the first of them.
+
+    A ratio leaves the share of each kind of units open, an adaptive layout how far layers differ; `plan_for` decides
+    both by the scores' estimates alone.
+
+    Raises:
+        UsageError: as `plan_for`.
+    """
+    device = target if isinstance(target, device_profiles.Target) else device_profiles.resolve(target)
+    found: Sequence[dict[str, int] | None] = [None]
+    if request.get("ratio") is not None:
+        step, preferred = _widths_of(device, align)
+        rules = [r for r in serving_rules.constraints(serve, tensor_parallel) if _excludes(r, scores.groups)]
+        found = _limited(
+            lambda limits: selection.splits(scores, align=step, limits=limits, **request), rules, preferred
+        )
+    common = {"target": device, "serve": serve, "tensor_parallel": tensor_parallel, "align": align, "layout": layout}
+    return Choices(
+        splits=found,
+        spreads=_SPREADS if layout == "adaptive" else _SPREADS[-1:],
+        plan=lambda split, spread: plan_for(scores, **common, **request, split=split, spread=spread),
+    )
+
+
 def check_reachable(
     model: Any, scores: Scores | None = None, *, criterion: str | None = "hywia", **request: Any
 ) -> Plan:
@@ -96,18 +132,22 @@ def check_reachable(
     serving_rules.check_vocabulary(
         request.get("serve", serving_rules.DEFAULT), request.get("tensor_parallel", 1), vocabulary
     )
-    if scores is None:
-        groups = arch.groups(model)
-        alike = {g.name: torch.zeros(g.units) for g in groups}
-        loss = alike if criterion == "hywia" else {}
-        scores = Scores(groups, alike, loss, count_parameters(model), "", {"criterion": criterion})
-    return plan_for(scores, **request)
+    return plan_for(alike(model, criterion) if scores is None else scores, **request)
+
+
+def alike(model: Any, criterion: str | None = "hywia") -> Scores:
+    """Scores by which all units are worth the same, to plan with before a model is scored."""
+    groups = arch.groups(model)
+    values = {g.name: torch.zeros(g.units) for g in groups}
+    loss = values if criterion == "hywia" else {}
+    return Scores(groups, values, loss, count_parameters(model), "", {"criterion": criterion})
 
 
 def _free_widths(
     scores: Scores, preferred: Limit | None, align: int, request: dict[str, Any]
 ) -> list[tuple[Group, int]]:
     """What each group would keep if servers had no rules; the present widths where nothing would be cut."""
+    request = {name: value for name, value in request.items() if name != "split"}  # which may be one of the rules' own
     try:
         keep = _plan(scores, (), preferred, align, request).keep
     except UsageError:
@@ -119,6 +159,11 @@ def _excludes(rule: serving_rules.Constraint, groups: Sequence[Group]) -> bool:
     """Whether a rule forbids any width of this model, the present ones included where it is hard."""
     shapes = {(g.kind, g.units): g for g in groups}.values()
     return any(not rule.admits(g, w) for g in shapes for w in range(1, g.units + rule.hard))
+
+
+def _widths_of(device: device_profiles.Target, align: int | None) -> tuple[int, Limit | None]:
+    """What channel widths are multiples of, and which of them are preferred."""
+    return (device.align, _pareto_limit(device)) if align is None else (align, None)
 
 
 def _pareto_limit(device: device_profiles.Target) -> Limit | None:
@@ -135,13 +180,20 @@ def _plan(
     align: int,
     request: dict[str, Any],
 ) -> Plan:
+    return _limited(lambda limits: selection.plan(scores, align=align, limits=limits, **request), rules, preferred)
+
+
+def _limited(
+    make: Callable[[Limit], _Made], rules: Sequence[serving_rules.Constraint], preferred: Limit | None
+) -> _Made:
+    """What is made within the widths that the rules admit: among the preferred ones, if they suffice."""
     admitted = serving_rules.allowed(rules)
     if preferred is not None:
         try:
-            return selection.plan(scores, align=align, limits=lambda g, w: preferred(g, admitted(g, w)), **request)
+            return make(lambda g, w: preferred(g, admitted(g, w)))
         except UsageError:
             pass  # fewer widths may not meet the ratio; all aligned ones are asked next
-    return selection.plan(scores, align=align, limits=admitted, **request)
+    return make(admitted)
 
 
 def with_prediction(plan: Plan, model: Any, target: str | Path | device_profiles.Target | None = None) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,7 +26,11 @@ class _Step:
 
 
 def allocate(
-    scores: Scores, counts: Mapping[str, int], groups: Sequence[Group], widths: Mapping[str, Sequence[int]]
+    scores: Scores,
+    counts: Mapping[str, int],
+    groups: Sequence[Group],
+    widths: Mapping[str, Sequence[int]],
+    spread: float = 1.0,
 ) -> dict[str, int]:
     """Units that each group keeps when as many parameters go as under `counts`, from where the estimated loss is least.
 
@@ -34,11 +38,16 @@ def allocate(
     it removes, per parameter, and never less than the step before it in that layer. First and last layers have no rule
     of their own: what they are worth is in the estimates. Groups of one stacked parameter stay equally wide.
 
+    The estimates are those of single units in the whole model, so they may set layers further apart than a deep cut
+    bears. `spread` draws them together: a step to a share `r` of its layer's units costs `p^spread · m(r)^(1 − spread)`
+    with `p` its own price and `m(r)` the mean over all layers of what a step to that share costs.
+
     Args:
         scores: with an estimate of the loss.
         counts: group name -> units that it would keep under equal shares.
         groups: the groups whose widths may differ.
         widths: group name -> allowed counts of units, ascending, at least one.
+        spread: how far the estimates decide, from 0 (not at all: `counts`) to 1 (alone).
 
     Returns:
         Group name -> units to keep, one of the group's allowed counts.
@@ -54,8 +63,13 @@ def allocate(
     by_width: dict[str, list[Group]] = {}
     for group in groups:
         by_width.setdefault(group.tied_width or group.name, []).append(group)
+    if spread == 0.0:
+        return {g.name: counts[g.name] for g in groups}
     bundles = list(by_width.values())
-    steps = [s for i, bundle in enumerate(bundles) for s in _steps(scores, i, bundle, widths)]
+    by_bundle = [_steps(scores, i, bundle, widths) for i, bundle in enumerate(bundles)]
+    if spread < 1.0:
+        by_bundle = _drawn_together(by_bundle, [bundle[0].units for bundle in bundles], spread)
+    steps = list(itertools.chain.from_iterable(by_bundle))
     steps.sort(key=lambda s: (s.price, s.bundle, s.order))
     budget = sum((g.units - counts[g.name]) * g.unit_parameters for g in groups)
     # A group whose present width is not allowed begins at its widest allowed one.
@@ -89,3 +103,24 @@ def _steps(scores: Scores, index: int, bundle: Sequence[Group], widths: Mapping[
         price = max(price, float(costs[units - narrow] - costs[units - wide]) / size)
         steps.append(_Step(price, index, order, narrow, size))
     return steps
+
+
+def _drawn_together(by_bundle: Sequence[Sequence[_Step]], units: Sequence[int], spread: float) -> list[list[_Step]]:
+    """The bundles' steps with prices between their own and the mean of all bundles' at the same share of the units."""
+    means: dict[float, float] = {}
+
+    def mean(share: float) -> float:
+        if share not in means:
+            # Of each bundle the first step that leads as far down, or its last one.
+            prices = [
+                next((s.price for s in steps if s.width <= share * count), steps[-1].price)
+                for steps, count in zip(by_bundle, units, strict=True)
+                if steps
+            ]
+            means[share] = sum(prices) / len(prices)
+        return means[share]
+
+    return [
+        [replace(s, price=s.price**spread * mean(s.width / count) ** (1.0 - spread)) for s in steps]
+        for steps, count in zip(by_bundle, units, strict=True)
+    ]

@@ -13,7 +13,7 @@ from ..engine.layered import hidden_of
 from ..engine.patches import forward_replaced, hooked
 from ..engine.samples import Samples
 
-__all__ = ["CHUNK_TOKENS", "Call", "Entrance", "entering", "entrance", "seen"]
+__all__ = ["CHUNK_TOKENS", "Call", "Entrance", "entering", "entrance", "leaving", "seen"]
 
 CHUNK_TOKENS = 8192  # that go through a layer together
 
@@ -40,13 +40,18 @@ class Entrance:
     calls: list[Call]
     hidden: Tensor
     rows: Tensor | None  # positions without padding; None: all
+    rest: tuple | None  # what a layer returns beside the hidden states, if it returns a tuple
+
+    def passed_on(self, hidden: Tensor) -> Any:
+        """Hidden states as a layer returns them."""
+        return hidden if self.rest is None else (hidden, *self.rest)
 
 
 def entrance(model: Any, layers: nn.ModuleList, samples: Samples) -> Entrance:
     """Of one run of samples; of the layers, only the first one computes."""
     calls: list[Call] = []
     entered: list[Tensor] = []
-    rest: list[tuple | None] = []  # what the first layer returns beside the hidden states, if it returns a tuple
+    rest: list[tuple | None] = []
     first = layers[0].forward
 
     def passing(hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
@@ -60,7 +65,18 @@ def entrance(model: Any, layers: nn.ModuleList, samples: Samples) -> Entrance:
     tokens = samples.tokens.to(model.get_input_embeddings().weight.device)
     with forward_replaced([(layer, passing) for layer in layers]):
         model.get_decoder()(tokens, use_cache=False)
-    return Entrance(calls, entered[0], samples.rows() if samples.ragged else None)
+    return Entrance(calls, entered[0], samples.rows() if samples.ragged else None, rest[0])
+
+
+def leaving(model: Any, layers: nn.ModuleList, samples: Samples, begin: Entrance, hidden: Tensor) -> Tensor:
+    """The model's final hidden states, those that enter its head, for what leaves the last layer; no layer computes.
+
+    Args:
+        samples, begin: the run of samples, and what `entrance` gave for it. hidden: what leaves the last layer.
+    """
+    tokens = samples.tokens.to(model.get_input_embeddings().weight.device)
+    with forward_replaced([(layer, lambda *_, **__: begin.passed_on(hidden)) for layer in layers]):
+        return model.get_decoder()(tokens, use_cache=False).last_hidden_state
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,7 +34,7 @@ from .layer_runs import CHUNK_TOKENS, Call, entrance, seen
 from .moments import TINY, cholesky_factor, exact_products, moment_dtype
 from .surgery import checked_groups, unit_entries, zero_units
 
-__all__ = ["reconstruct"]
+__all__ = ["check_ridge", "reconstruct", "through_layers"]
 
 
 @dataclass
@@ -300,12 +300,13 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
             there is raised when all are written; hand the model to nothing but `prune` then, or load it again.
     """
     began = time.monotonic()
-    if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not 0.0 < ridge < math.inf:
-        raise UsageError(f"ridge: expected a positive number, got {ridge!r}")
+    check_ridge(ridge)
     model = plain_model(model, changing=True)
     with apart(dict(model.named_modules())):
         samples = padded(batches)
-        errors = _refitted(model, plan, samples, ridge)
+        groups, solved = checked_groups(model, plan), list[tuple[_Matrix, _Solved]]()
+        errors = through_layers(model, plan, groups, samples, ridge, solved=solved)
+        _write(model, plan, groups, solved)
         record = {
             "samples": len(samples),
             "tokens": samples.total,
@@ -317,23 +318,49 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
         return replace(plan, fingerprint=fingerprint(model), record={**plan.record, "refit": record})
 
 
-def _refitted(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[str, list[float]]:
-    """`reconstruct`; the relative errors of its matrices."""
-    groups = checked_groups(model, plan)
-    check_tokens(samples.tokens, model)
+def check_ridge(ridge: Any) -> None:
+    """Raise UsageError where the ridge of a reconstruction is not a positive number."""
+    if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not 0.0 < ridge < math.inf:
+        raise UsageError(f"ridge: expected a positive number, got {ridge!r}")
+
+
+def through_layers(
+    model: Any,
+    plan: Plan,
+    groups: Sequence[Group],
+    samples: Samples | None,
+    ridge: float,
+    *,
+    solved: list[tuple[_Matrix, _Solved]] | None = None,
+    while_changed: Callable[[int, nn.Module], None] | None = None,
+) -> dict[str, list[float]]:
+    """Mask each layer to a plan, refit it and put it back, one after the other: the pass of `reconstruct`, before it
+    writes anything. To be run in `apart`.
+
+    Args:
+        samples: to refit on; None: the removed units are masked, and nothing is solved.
+        solved: is filled with what was; None: it is not kept.
+        while_changed: called with a layer's index and the layer while that is masked and refitted.
+
+    Returns:
+        For every matrix the relative squared error of its output before and after.
+    """
     entry = arch.architecture(model)
     layers: Any = model.get_submodule(entry.layers)
     devices = dict.fromkeys(p.device for p in layers.parameters())
     errors: dict[str, list[float]] = {}
-    solved: list[tuple[_Matrix, _Solved]] = []
+    if samples is not None:
+        check_tokens(samples.tokens, model)
     with exact_products(*devices):
-        runs = [_run(model, layers, chunk) for chunk in samples.sorted().chunks(CHUNK_TOKENS)]
+        chunks = [] if samples is None else samples.sorted().chunks(CHUNK_TOKENS)
+        runs = [_run(model, layers, chunk) for chunk in chunks]
         same = True  # both models have the same hidden states so far
-        for index, layer in enumerate(progress.track(layers, "reconstructing")):
+        what = "reconstructing" if solved is not None else "judging"
+        for index, layer in enumerate(progress.track(layers, what)):
             here = [g for g in groups if g.layer == index]
             cut = [g for g in here if plan.keep[g.name].numel() < g.units]
             targets: list[_LayerTarget] = []
-            matrices = _matrices(model, plan, here)
+            matrices = [] if samples is None else _matrices(model, plan, here)
             if cut or not same:
                 targets = [_layer_target(layer, index, matrices, run, entry.residual is not None) for run in runs]
             with _tried(model, cut):
@@ -345,13 +372,16 @@ def _refitted(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[st
                     change, before, after = _equations(layer, index, matrix, runs, targets).solve(
                         ridge * matrix.kept.numel() / samples.total
                     )
-                    solved.append((matrix, _solved(matrix, change)))
-                    _apply(*solved[-1])
+                    values = _solved(matrix, change)
+                    _apply(matrix, values)
+                    if solved is not None:
+                        solved.append((matrix, values))
                     errors[matrix.name] = [before, after]
                 same = same and not cut
                 for i, run in enumerate(runs):
                     run.pruned = run.calls[index](layer, run.pruned)
                     run.dense = run.pruned if same else targets[i].out
+                if while_changed is not None:
+                    while_changed(index, layer)
         del runs, targets
-    _write(model, plan, groups, solved)
     return errors

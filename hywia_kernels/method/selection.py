@@ -17,7 +17,7 @@ from ..settings import DEFAULT_KINDS, KINDS, LAYOUTS
 from ..types import Group, Plan, Scores
 from .allocation import allocate
 
-__all__ = ["check_kinds", "may_go", "plan", "ranked_again", "top_units"]
+__all__ = ["check_kinds", "estimated_loss", "may_go", "plan", "ranked_again", "splits", "top_units"]
 
 Limits = Callable[[Group, list[int]], list[int]]  # of a group's widths, ascending, those that may be chosen
 
@@ -32,6 +32,8 @@ def plan(
     align: int = 64,
     layout: str = "uniform",
     limits: Limits | None = None,
+    split: Mapping[str, int] | None = None,
+    spread: float = 1.0,
 ) -> Plan:
     """Choose the units to keep.
 
@@ -60,6 +62,8 @@ def plan(
         layout: "uniform" or "adaptive".
         limits: gives the widths of a group that may be chosen (`serving_rules.allowed`, or those that suit a device);
             None: all.
+        split: with `ratio`, the widths by kind to take instead of those of the least estimated loss: one of `splits`.
+        spread: with `layout="adaptive"`, how far the estimates set layers apart, in [0, 1]; see `allocation.allocate`.
 
     Raises:
         UsageError: arguments outside the above, or a ratio that these units cannot reach.
@@ -68,20 +72,21 @@ def plan(
     kinds = _kinds(tuple(group_ratio) if isinstance(group_ratio, Mapping) else units, scores.groups)
     if layout not in LAYOUTS:
         raise UsageError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-    if align is None:
-        align = device_profiles.at_hand().align
-    if align < 1:
-        raise UsageError(f"align: expected at least 1, got {align}")
+    if not 0.0 <= spread <= 1.0:
+        raise UsageError(f"spread: expected a number from 0 to 1, got {spread}")
+    align = _checked_align(align)
     if (ratio is None) == (group_ratio is None):
         raise UsageError("ratio: expected exactly one of ratio and group_ratio")
     if ratio is not None:
         _in_unit_interval("ratio", ratio)
         if layers is not None:
             raise UsageError("layers: goes with group_ratio; ratio prunes every layer to the same width")
-        counts = _uniform(scores, ratio, kinds, align, limits)
+        counts = _uniform(scores, ratio, kinds, align, limits, split)
         request: dict[str, Any] = {"protocol": "ratio", "ratio": ratio}
     else:
         assert group_ratio is not None
+        if split is not None:
+            raise UsageError("split: goes with ratio; group_ratio says the widths itself")
         shares = dict(group_ratio) if isinstance(group_ratio, Mapping) else dict.fromkeys(kinds, group_ratio)
         for share in shares.values():
             _in_unit_interval("group_ratio", share)
@@ -93,7 +98,7 @@ def plan(
         free = [g for g in scores.groups if g.kind == "mlp" and "mlp" in kinds and first <= g.layer < end]
         widths = {g.name: _widths(g, align, limits) for g in free}
         _some_width(free, widths)
-        counts |= allocate(scores, counts, free, widths)
+        counts |= allocate(scores, counts, free, widths, spread)
     request |= {"units": list(kinds), "align": align, "layout": layout}
     keep = {g.name: top_units(scores.values[g.name], counts[g.name]) for g in scores.groups}
     removed = sum((g.units - counts[g.name]) * g.unit_parameters for g in scores.groups)
@@ -106,6 +111,39 @@ def plan(
         fingerprint=scores.fingerprint,
         record={**request, "scores": dict(scores.record)},
     )
+
+
+def splits(
+    scores: Scores,
+    *,
+    ratio: float,
+    units: Sequence[str] = DEFAULT_KINDS,
+    align: int = 64,
+    limits: Limits | None = None,
+    **_: Any,
+) -> list[dict[str, int]]:
+    """Every way to share a ratio out among the kinds of units, in the arguments of `plan`: kind -> width of all layers.
+
+    There is one for each count of heads, with the other kind's width that comes nearest. The first one is what `plan`
+    chooses, and the others follow in the order in which it would.
+
+    Raises:
+        UsageError: as `plan`.
+    """
+    scores.check()
+    _in_unit_interval("ratio", ratio)
+    return _splits(scores, ratio, _kinds(units, scores.groups), _checked_align(align), limits)
+
+
+def estimated_loss(scores: Scores, plan: Plan) -> float | None:
+    """The sum of the loss estimates of the units that go, in nats; None for scores that estimate none."""
+    if not scores.loss:
+        return None
+    total = 0.0
+    for group in scores.groups:
+        loss = scores.loss[group.name].double()
+        total += float(loss.sum() - loss[plan.keep[group.name]].sum())
+    return total
 
 
 def may_go(
@@ -161,6 +199,14 @@ def _kinds(units: Sequence[str], groups: Sequence[Group]) -> tuple[str, ...]:
             "units: expected mlp or experts, got both, which hold each other; cut one, score again, then cut the other"
         )
     return chosen
+
+
+def _checked_align(align: int | None) -> int:
+    if align is None:
+        align = device_profiles.at_hand().align
+    if align < 1:
+        raise UsageError(f"align: expected at least 1, got {align}")
+    return align
 
 
 def _in_unit_interval(name: str, value: float) -> None:
@@ -233,7 +279,25 @@ def _too_wide(groups: Iterable[Group], align: int) -> str:
     return f" (the widest MLP has {narrow} channels, so none can be cut)" if narrow <= align else ""
 
 
-def _uniform(scores: Scores, ratio: float, kinds: tuple[str, ...], align: int, limits: Limits | None) -> dict[str, int]:
+def _uniform(
+    scores: Scores,
+    ratio: float,
+    kinds: tuple[str, ...],
+    align: int,
+    limits: Limits | None,
+    split: Mapping[str, int] | None,
+) -> dict[str, int]:
+    found = _splits(scores, ratio, kinds, align, limits)
+    if split is not None and dict(split) not in found:
+        raise UsageError(f"split: expected one of {found}, got {dict(split)}")
+    chosen = found[0] if split is None else split
+    return {g.name: chosen.get(g.kind, g.units) for g in scores.groups}
+
+
+def _splits(
+    scores: Scores, ratio: float, kinds: tuple[str, ...], align: int, limits: Limits | None
+) -> list[dict[str, int]]:
+    """`splits`."""
     options = {kind: _uniform_widths(scores, kind, align, limits) for kind in kinds}
     base = {kind: [g for g in scores.groups if g.kind == kind] for kind in kinds}
     cost = {kind: sum(g.unit_parameters for g in base[kind]) for kind in kinds}
@@ -257,8 +321,7 @@ def _uniform(scores: Scores, ratio: float, kinds: tuple[str, ...], align: int, l
             f"ratio: {ratio} cannot be reached to within one step of {step / scores.parameters:.4f}; "
             f"{' and '.join(kinds)} with align={align} reach {span}{_too_wide(scores.groups, align)}"
         )
-    chosen = _least_loss(scores, near, target, present, step)
-    return {g.name: chosen.get(g.kind, g.units) for g in scores.groups}
+    return _by_loss(scores, near, target, present, step)
 
 
 def _uniform_widths(scores: Scores, kind: str, align: int, limits: Limits | None) -> list[int]:
@@ -271,14 +334,14 @@ def _uniform_widths(scores: Scores, kind: str, align: int, limits: Limits | None
     return [w for w in _widths(members[0], align, limits) if kind != "attention" or not stock or w in stock]
 
 
-def _least_loss(
+def _by_loss(
     scores: Scores,
     near: list[tuple[float, dict[str, int]]],
     target: float,
     present: dict[str, int],
     step: float,
-) -> dict[str, int]:
-    """Of the width pairs that come nearest to the target, one for each count of heads, the one of the least loss."""
+) -> list[dict[str, int]]:
+    """The width pairs that come nearest to the target, one for each count of heads, in ascending order of the loss."""
     by_heads: dict[int | None, tuple[float, dict[str, int]]] = {}
     for removed, choice in near:
         key = choice.get("attention")
@@ -289,8 +352,10 @@ def _least_loss(
     within = [c for c in by_heads.values() if abs(c[0] - target) <= step / 2] or list(by_heads.values())
     if scores.loss:
         loss = _loss_by_width(scores, within[0][1])
-        return min(within, key=lambda c: (sum(loss[k][w] for k, w in c[1].items()), abs(c[0] - target)))[1]
-    return min(within, key=lambda c: (_unevenness(c[1], present), abs(c[0] - target)))[1]
+        within.sort(key=lambda c: (sum(loss[k][w] for k, w in c[1].items()), abs(c[0] - target)))
+    else:
+        within.sort(key=lambda c: (_unevenness(c[1], present), abs(c[0] - target)))
+    return [choice for _, choice in within]
 
 
 def _loss_by_width(scores: Scores, kinds: Iterable[str]) -> dict[str, list[float]]:

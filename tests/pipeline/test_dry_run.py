@@ -46,6 +46,19 @@ def test_a_dry_run_with_stored_scores_shows_the_runs_own_widths(here, capsys):
     assert dry["parameters_after"] == real["parameters_after"]
 
 
+def test_a_dry_run_says_what_a_search_takes(here, capsys):
+    found = {}
+    for effort in ("none", "fast", "thorough"):
+        flags = ["prune", "model", "--ratio", "30%", *SMALL, "--search", effort, "--layout", "adaptive"]
+        assert main([*flags, "--dry-run", "--json", "d.json"]) == 0
+        found[effort] = json.loads((here / "d.json").read_text())["estimate"]
+        said = f"at most 5 are tried (--search {effort})" in capsys.readouterr().out
+        assert said == (effort != "none")
+    assert [found[e]["trials"] for e in ("none", "fast", "thorough")] == [0, 5, 5]
+    assert "searching" not in found["none"]["seconds"]
+    assert 0 < found["fast"]["seconds"]["searching"] < found["thorough"]["seconds"]["searching"]
+
+
 def test_a_dry_run_refuses_what_the_run_would(here, capsys):
     assert main(["prune", "model", "--ratio", "0.99", *SMALL, "--dry-run"]) == 2
     assert "ratio: 0.99 cannot be reached" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from hywia_kernels.deploy.rates import H100, Rates, measured_rates
 from tests.support.models import random_model, sizes
 from tests.support.tiny import TINY, fresh
 
-ALL = dict(writes=True, ranks_heads=True, reconstruct_samples=96, rates=H100)
+ALL = dict(writes=True, ranks_heads=True, reconstruct_samples=96, trials=3, trial_samples=(32, 32), rates=H100)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,17 @@ def test_what_was_measured_on_an_h100(seven):
     for stage, seconds in measured.items():
         assert seconds / 3 < got.seconds[stage] < 3 * seconds, (stage, got.seconds[stage])
     assert got.total_seconds == pytest.approx(sum(got.seconds.values()))
+
+
+def test_a_search_takes_a_short_reconstruction_a_trial(seven):
+    usual = {"samples": 0, "ratio": 0.5, "rates": H100}
+    one, six = (estimate(seven, trials=n, trial_samples=(32, 32), **usual).seconds["searching"] for n in (1, 6))
+    assert 5.5 * one < six < 6.0 * one, "the dense model's pass comes once"
+    refit = estimate(seven, reconstruct_samples=32, **usual).seconds["reconstruction"]
+    assert refit < one < 3.0 * refit
+    masked = estimate(seven, trials=6, trial_samples=(0, 32), **usual)
+    assert 0 < masked.seconds["searching"] < six - 5 * refit
+    assert masked.memory_bytes < estimate(seven, trials=6, trial_samples=(1024, 32), **usual).memory_bytes
 
 
 def test_memory_is_the_weights_and_the_stage_that_needs_most(seven):
@@ -53,10 +64,11 @@ def test_a_model_without_weights_is_estimated_like_the_model():
     assert dataclasses.asdict(estimate(bare, **ALL)) == dataclasses.asdict(estimate(model, **ALL))
 
 
-@pytest.mark.parametrize("stage", STAGES[:4])
+@pytest.mark.parametrize("stage", STAGES[:5])
 def test_more_samples_take_longer(seven, stage):
     counts = (64, 100, 200, 1000)
-    many = [estimate(seven, **{**ALL, "samples": n, "reconstruct_samples": n}).seconds[stage] for n in counts]
+    sizes = [{"samples": n, "reconstruct_samples": n, "trial_samples": (n, n)} for n in counts]
+    many = [estimate(seven, **{**ALL, **size}).seconds[stage] for size in sizes]
     assert many == sorted(set(many))
     longer = estimate(seven, **{**ALL, "seq_len": 256}).seconds[stage]
     assert longer > 1.3 * estimate(seven, **ALL).seconds[stage]
@@ -124,6 +136,8 @@ def test_rates_are_measured_soon():
         ({"samples": 1.5}, "samples: expected a whole number from 0, got 1.5"),
         ({"seq_len": 1}, "seq_len: expected a whole number from 2, got 1"),
         ({"reconstruct_samples": True}, "reconstruct_samples: expected a whole number"),
+        ({"trials": -1}, "trials: expected a whole number from 0, got -1"),
+        ({"trial_samples": (32, 0.5)}, "trial_samples: expected a whole number from 0, got 0.5"),
         ({"ratio": 1.0}, "ratio: expected a number from 0 to below 1, got 1.0"),
         ({"ratio": float("nan")}, "ratio: expected a number from 0 to below 1, got nan"),
     ],

@@ -58,8 +58,10 @@ def test_moments_are_those_of_a_run_of_the_whole_model(gqa, text):
     for x in grams[1:]:
         gram = gram + x.T @ x
     group = next(g for g in hk.groups(gqa) if g.name == "model.layers.1.attention")
-    want = head_residual._energy(gqa, group, gram, text.numel())
-    assert torch.equal(head_residuals(gqa, text)[group.name], want)
+    residuals, shares = head_residual._energies(gqa, group, gram, text.numel())
+    found = head_residuals(gqa, text)
+    assert torch.equal(found[group.name], residuals)
+    assert torch.equal(found.shares[group.name], shares)
 
 
 def test_head_ranking_runs_no_further_than_the_last_output_matrix(gqa, text):
