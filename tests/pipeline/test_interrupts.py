@@ -12,9 +12,10 @@ import torch
 from faults import contents
 
 import hywia_kernels as hk
-from hywia_kernels import compression, evaluation
+from hywia_kernels import evaluation
 from hywia_kernels.checkpoint import saving
 from hywia_kernels.cli import console, main, session
+from hywia_kernels.compression import job
 from hywia_kernels.method import reconstruction
 from tests.support.tiny import TINY, fresh
 
@@ -135,7 +136,7 @@ def _on_the_cpu(*args, **kwargs):
     [
         ("hywia_kernels.checkpoint.saving.check_written", "the model itself barely fits"),
         ("hywia_kernels.evaluation.perplexity", "try a smaller --block"),
-        ("hywia_kernels.compression.calibrate", "fewer --samples, a shorter --seq-len"),
+        ("hywia_kernels.compression.measuring.calibrate", "fewer --samples, a shorter --seq-len"),
     ],
 )
 def test_memory_that_runs_out_names_the_lever(here, monkeypatch, capsys, how, where, lever):
@@ -154,7 +155,7 @@ def test_the_refits_memory_has_its_own_lever(here, monkeypatch, capsys):
     run = ["prune", "model", "-o", "out", "--ratio", "0.2", "--calib", "text.txt", "--samples", "3", "--seq-len", "16"]
     assert main([*run, "--align", "4", "--no-eval", "--units", "mlp"]) == 1
     assert "try fewer --reconstruct-samples" in capsys.readouterr().err
-    assert compression.reconstruct is reconstruction.reconstruct
+    assert job.reconstruct is reconstruction.reconstruct
 
 
 def test_other_refusals_of_the_system_are_messages(here, monkeypatch, capsys):

@@ -22,7 +22,7 @@ SMALL = ("--samples", "4", "--seq-len", "16", "--no-eval")
 def here(saved, tmp_path, monkeypatch):
     """A model on disk, and a world in which nothing may be measured or written by it."""
     monkeypatch.chdir(tmp_path)
-    for name in ("calibration", "calibrate", "score", "head_residuals"):
+    for name in ("measuring.calibration", "measuring.calibrate", "measuring.score", "deciding.head_residuals"):
         monkeypatch.setattr(
             f"hywia_kernels.compression.{name}", lambda *a, **k: pytest.fail("measured before the refusal")
         )

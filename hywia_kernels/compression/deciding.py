@@ -1,0 +1,54 @@
+"""Which units go: scores, and the plan that they make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..deploy import planning
+from ..method import selection
+from ..method.head_residual import head_residuals, rank_heads
+from ..method.mask_learning import learn_masks
+from ..method.search import best_plan
+from ..recipe import Recipe
+from ..settings import LEARNED
+from ..types import Plan, Scores
+from .measuring import Clock, Measured, first_samples, fused
+
+__all__ = ["decided"]
+
+
+def decided(model: Any, recipe: Recipe, measured: Measured, clock: Clock) -> tuple[Scores, Plan]:
+    """The scores that decide, heads ranked and masks learned where the recipe says so, and the plan they make."""
+    with clock.time("fusion"):
+        scores = measured.scores if measured.statistics is None else fused(measured.statistics, recipe)
+    if recipe.head_ranking == "residual" and "attention" in recipe.kinds:
+        text = first_samples(measured.tokens, recipe.samples, "ranking heads by what the others leave of them")
+        with clock.time("head ranking"):
+            layers = None if recipe.layers is None else range(*recipe.layers)
+            scores = rank_heads(scores, head_residuals(model, text, layers=layers))
+    with clock.time("planning"):
+        plan = planning.plan_for(scores, **recipe.plan_request())
+    if recipe.search != "none":
+        with clock.time("search"):
+            plan = _searched(model, recipe, measured, scores)
+    if recipe.fusion == LEARNED:
+        assert measured.tokens is not None
+        with clock.time("mask learning"):
+            scores = learn_masks(model, scores, plan, measured.tokens[: recipe.learning_samples()], steps=recipe.steps)
+            plan = selection.ranked_again(plan, scores)
+    return scores, plan
+
+
+def _searched(model: Any, recipe: Recipe, measured: Measured, scores: Scores) -> Plan:
+    """The plan that leaves most of the model's predictions, of those that meet the recipe."""
+    assert recipe.search is not None
+    assert measured.tokens is not None
+    return best_plan(
+        model,
+        scores,
+        planning.choices(scores, **recipe.plan_request()),
+        measured.tokens,
+        effort=recipe.search,
+        scored=recipe.samples,
+        ridge=recipe.ridge if recipe.reconstruct else None,
+    )

@@ -1,0 +1,175 @@
+"""What is known of a model before anything is decided: text, statistics and scores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import HywiaError
+from ..method.calibration_data import calibration
+from ..method.criteria import score
+from ..method.scores import fuse
+from ..method.statistics import calibrate
+from ..method.tokens import digest, prefix
+from ..method.writing import opening
+from ..recipe import Recipe
+from ..settings import LEARNED
+from ..types import Scores, Statistics
+
+__all__ = ["Clock", "Measured", "device_of", "first_samples", "fused", "measure", "measured_with", "with_text"]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What is known of a model before anything is decided; `hywia score` keeps it on disk.
+
+    Attributes:
+        scores: of every unit.
+        statistics: that the scores were made from; None for a criterion that needs no text.
+        tokens: int64 `[samples, seq_len]`, as much of the text as the recipe may read; the first ones were scored. None
+            where no text was needed.
+        record: the resolved recipe that asked for it, and what the text is.
+    """
+
+    scores: Scores
+    statistics: Statistics | None = None
+    tokens: Tensor | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Clock:
+    """Seconds of each part of the work, the device's included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, dict[str, float]()
+
+    @contextmanager
+    def time(self, part: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + time.monotonic() - began, 3)
+
+
+def device_of(model: Any) -> torch.device:
+    return model.get_input_embeddings().weight.device
+
+
+def _read(model: Any, tokenizer: Any, recipe: Recipe, asked: int | None) -> tuple[Tensor | None, dict[str, Any]]:
+    """The text that a resolved recipe reads, drawn once, and what it is.
+
+    `asked` samples to reconstruct on were asked for: a text that holds fewer is refused then, while the usual number
+    is only the most that is taken.
+    """
+    wanted = recipe.text_samples()
+    if wanted == 0:
+        return None, {}
+    tokens = calibration(
+        model,
+        tokenizer,
+        recipe.calibration,
+        samples=wanted,
+        seq_len=recipe.seq_len,
+        seed=recipe.seed,
+        fewer=True,
+        bos=recipe.bos,
+        field=recipe.text_field,
+    )
+    scored = recipe.samples if recipe.criterion == "hywia" else 1
+    solved = asked or 1 if recipe.reconstruct else 1
+    for needed, option in ((scored, "--samples"), (solved, "--reconstruct-samples")):
+        if len(tokens) < needed:
+            raise HywiaError(
+                f"calib: the text holds {len(tokens)} samples of {recipe.seq_len} tokens, {needed} were asked for; "
+                f"give more text, or {option} {len(tokens)}, or a shorter --seq-len"
+            )
+    begin = (opening if recipe.calibration is None else prefix)(tokenizer, recipe.bos)
+    origin = recipe.calibration or "written by the model"
+    facts = {"calib": origin, "seed": recipe.seed, "bos": bool(begin), "samples": len(tokens)}
+    return tokens, {**facts, "tokens": tokens.numel(), "sha256": digest(tokens)}
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    *,
+    tokens: Tensor | None = None,
+    backend: str | None = None,
+    engine: str = "auto",
+    memory: str = "auto",
+) -> Measured:
+    """Text, statistics and scores of a model as a recipe asks for them; the model is left as it was.
+
+    Args:
+        model, tokenizer: as `load` gives them. recipe: what is not about scoring may be missing from it.
+        tokens: int64 `[samples, seq_len]`, text at hand already, instead of the recipe's.
+        backend, engine, memory: see `calibrate`; they change time and memory, not the meaning.
+
+    Raises:
+        UsageError: the recipe contradicts itself. HywiaError: the text is too short, or as `calibrate`.
+    """
+    recipe.check(scoring_only=True)
+    asked, recipe = recipe.reconstruct_samples, recipe.resolved(device_of(model).type)
+    return measured_with(model, tokenizer, recipe, asked, tokens, Clock(device_of(model)), backend, engine, memory)
+
+
+def measured_with(
+    model: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    asked: int | None,
+    tokens: Tensor | None,
+    clock: Clock,
+    backend: str | None,
+    engine: str,
+    memory: str,
+) -> Measured:
+    text: dict[str, Any] = {}
+    with clock.time("text"):
+        if tokens is None:
+            tokens, text = _read(model, tokenizer, recipe, asked)
+    record: dict[str, Any] = {"recipe": recipe.to_dict(), "text": text}
+    with clock.time("scoring"):
+        if recipe.criterion != "hywia":
+            scores = score(model, criterion=recipe.criterion, seed=recipe.seed, backend=backend)
+            return Measured(scores, None, tokens, record)
+        assert tokens is not None
+        scored = first_samples(tokens, recipe.samples, "scoring")
+        statistics = calibrate(model, scored, backend=backend, engine=engine, memory=memory)
+    origin = {k: text[k] for k in ("calib", "seed", "bos") if k in text} | {"tokens": scored.numel()}
+    statistics = replace(statistics, record={**statistics.record, **origin}, known_finite=True)
+    return Measured(fused(statistics, recipe), statistics, tokens, record)
+
+
+def fused(statistics: Statistics, recipe: Recipe) -> Scores:
+    """Mask learning starts from attention's scores."""
+    return fuse(statistics, "attention" if recipe.fusion == LEARNED else recipe.fusion, recipe.order)
+
+
+def first_samples(tokens: Tensor | None, samples: int, what: str) -> Tensor:
+    held = 0 if tokens is None else len(tokens)
+    if tokens is None or held < samples:
+        raise HywiaError(
+            f"text: {what} needs {samples} samples, {held} are at hand; score again with more text, or name the text "
+            "(--calib)"
+        )
+    return tokens[:samples]
+
+
+def with_text(measured: Measured, model: Any, tokenizer: Any, recipe: Recipe) -> Measured:
+    """The same scores with the recipe's text for what comes after scoring.
+
+    Raises:
+        HywiaError: as `measure`.
+    """
+    asked, recipe = recipe.reconstruct_samples, recipe.resolved(device_of(model).type)
+    tokens, text = _read(model, tokenizer, recipe, asked)
+    return replace(measured, tokens=tokens, record={**measured.record, "text": text})
