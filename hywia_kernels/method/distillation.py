@@ -65,10 +65,10 @@ def distillation_loss(
     """`Σ_t weight_t·((1 − hard)·KL(teacher_t ‖ student_t) + hard·CE(label_t, student_t))`.
 
     What it takes beside weights and gradients (the hidden states' in their dtype, the head's in float32) is a chunk of
-    logits: at most `fused_head.CHUNK_BYTES`. For 16,384 tokens, 128,256 words and bfloat16 a token has 2·2·128,256
-    bytes = 513 kB of them, so 1,920 tokens are taken at a time: 985 MB, and three times 16 MB for the chunk's hidden
-    states of 4,096 features. All logits in float32 would be 8.4 GB a model. With `TopTargets` there are one model's
-    logits, and chunks are twice as long. Positions of weight 0 (padding) are not computed.
+    logits: at most `fused_head.CHUNK_BYTES`, on a GPU 1 GB. For 16,384 tokens, 128,256 words and bfloat16 a token has
+    2·2·128,256 bytes = 513 kB of them, so 1,920 tokens are taken at a time: 985 MB, and three times 16 MB for the
+    chunk's hidden states of 4,096 features. All logits in float32 would be 8.4 GB a model. With `TopTargets` there are
+    one model's logits, and chunks are twice as long. Positions of weight 0 (padding) are not computed.
 
     Products are made in the head's dtype, or in autocast's. A frozen head (`requires_grad` False) costs no gradient. A
     head that is the embedding as well gets its gradient through autograd like any other use of that parameter. The
@@ -120,7 +120,7 @@ def top_targets(model: Any, hidden: Tensor, k: int) -> TopTargets:
     log_probabilities = torch.empty((n, k), dtype=dtype, device=head.device)
     rest = torch.empty(n, dtype=torch.float32, device=head.device)
     with torch.no_grad():
-        for part in chunks(n, _TOP_BYTES * words):
+        for part in chunks(n, _TOP_BYTES * words, head.device):
             logits = head_loss.logits_of(model, hidden[part].to(head.device, head.dtype))
             total = logits.logsumexp(1, keepdim=True)
             values, chosen = logits.topk(k, 1)

@@ -186,7 +186,7 @@ def test_kept_targets(student, teacher, k, hard):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_top_targets_are_the_teacher_s(family, dtype, monkeypatch):
-    monkeypatch.setattr(fused_head, "CHUNK_BYTES", 4 * 16 * WORDS)
+    monkeypatch.setitem(fused_head.CHUNK_BYTES, "cpu", 4 * 16 * WORDS)
     hidden = states(family, dtype=dtype)
     family.to(dtype)
     targets = top_targets(family, hidden, 6)
@@ -268,7 +268,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("top", [False, True])
 def test_no_more_than_a_chunk_of_logits_exists(student, teacher, top, monkeypatch):
     n, row = 500, 4 * WORDS
-    monkeypatch.setattr(fused_head, "CHUNK_BYTES", 30 * row)
+    monkeypatch.setitem(fused_head.CHUNK_BYTES, "cpu", 30 * row)
     hidden, theirs = states(student, n).requires_grad_(), states(teacher, n, 4)
     with Largest() as seen:
         targets = top_targets(teacher, theirs, 3) if top else HeadTargets(teacher, theirs)
@@ -281,14 +281,14 @@ def test_no_more_than_a_chunk_of_logits_exists(student, teacher, top, monkeypatc
 
 
 def test_the_default_chunk_is_what_is_documented():
-    parts = fused_head.chunks(16_384, 2 * 2 * 128_256)
+    parts = fused_head.chunks(16_384, 2 * 2 * 128_256, torch.device("cuda"))
     assert [part.stop - part.start for part in parts] == [1920] * 8 + [1024]
-    assert 1920 * 2 * 2 * 128_256 == 985_006_080 < fused_head.CHUNK_BYTES
+    assert 1920 * 2 * 2 * 128_256 == 985_006_080 < fused_head.CHUNK_BYTES["cuda"]
 
 
 @pytest.mark.parametrize(("tokens", "row"), [(0, 8), (1, 8), (1, 10**10), (7, 10**9 // 3), (1000, 10**6), (999, 10**7)])
 def test_chunks_cover_all_tokens_once(tokens, row):
-    parts = fused_head.chunks(tokens, row)
+    parts = fused_head.chunks(tokens, row, torch.device("cuda"))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(tokens))
     assert all(part.start < part.stop for part in parts)
     assert all((part.stop - part.start) * row <= 10**9 or part.stop - part.start == 1 for part in parts)
@@ -309,7 +309,7 @@ def test_chunks_do_not_change_the_result(student, teacher, tokens_at_once, top, 
         return original(logits, *arguments, **options)
 
     monkeypatch.setattr(ops, name, spy)
-    monkeypatch.setattr(fused_head, "CHUNK_BYTES", tokens_at_once * 4 * WORDS * (1 if top else 2))
+    monkeypatch.setitem(fused_head.CHUNK_BYTES, "cpu", tokens_at_once * 4 * WORDS * (1 if top else 2))
     assert_same(run(student, hidden, targets, weights(), labels=words(), hard=0.5), want)
     assert sum(seen) == int((weights() > 0).sum()) == 8, "padding is not computed"
     assert max(seen) == min(tokens_at_once, 8)
