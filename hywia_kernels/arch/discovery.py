@@ -12,20 +12,41 @@ from torch import nn
 from ..errors import HywiaError
 from ..types import Group, Member
 from .configs import stock_head_counts, text_config
-from .language import Architecture, Experts
+from .language import Architecture, Experts, Mlp
 from .table import TABLE
-from .views import Modules, is_transposed, parameter_of, sizes_of
+from .views import Modules, is_linear, is_transposed, parameter_of, sizes_of
 
-__all__ = ["architecture", "config_widths", "groups", "head_dim", "left_alone"]
+__all__ = ["adopt", "architecture", "config_widths", "decoder", "groups", "head_dim", "is_known", "left_alone"]
+
+
+_ADOPTED = "_hywia_entry"  # attribute of a model: the entry that was derived for it, and has proven itself
+
+
+def adopt(model: nn.Module, entry: Architecture | None) -> None:
+    """Let a model be described by an entry that is not the table's, or no longer."""
+    if entry is None:
+        model.__dict__.pop(_ADOPTED, None)
+    else:
+        model.__dict__[_ADOPTED] = entry
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether a model's type is in the table."""
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "base_model_type", None) or getattr(config, "model_type", None)
+    return any(model_type in entry.model_types for entry in TABLE)
 
 
 def architecture(model: nn.Module) -> Architecture:
-    """The table's entry for a model.
+    """The table's entry for a model, or the one that the model was given by `adopt`.
 
     Raises:
         HywiaError: the model type is not in the table (the message lists those that are), or a config field has a
             value that the entry does not hold for.
     """
+    adopted: Any = model.__dict__.get(_ADOPTED)
+    if adopted is not None:
+        return adopted
     config = getattr(model, "config", None)
     # A checkpoint whose layers differ in width names its family beside its own type.
     model_type = getattr(config, "base_model_type", None) or getattr(config, "model_type", None)
@@ -35,8 +56,8 @@ def architecture(model: nn.Module) -> Architecture:
             return entry
     known = ", ".join(sorted(t for entry in TABLE for t in entry.model_types))
     raise HywiaError(
-        f"model: expected one of the known model types ({known}), got {model_type!r}; "
-        "CONTRIBUTING.md says how to add an architecture to the table"
+        f"model: expected one of the known model types ({known}), got {model_type!r}; hk.prove(model) derives an entry "
+        "from the model's structure, and CONTRIBUTING.md says how to add one to the table"
     )
 
 
@@ -53,17 +74,27 @@ def _check_requirements(model: nn.Module, entry: Architecture) -> None:
 
 def head_dim(model: nn.Module) -> int:
     """Features of one attention head."""
-    config = text_config(model)
-    return getattr(config, "head_dim", None) or config.hidden_size // getattr(
-        config, architecture(model).attention.heads_field
-    )
+    config, names = text_config(model), architecture(model).attention
+    if not names.output:
+        return 1  # no head is described
+    if names.size_field:
+        return getattr(config, names.size_field)
+    return getattr(config, "head_dim", None) or config.hidden_size // getattr(config, names.heads_field)
+
+
+def decoder(model: Any) -> Any:
+    """The part of a model that makes final hidden states of embedded tokens."""
+    found = model.get_decoder()
+    if found is model:  # some families name it otherwise than their class says
+        found = model.get_submodule(architecture(model).layers.partition(".")[0])
+    return found
 
 
 def _linear(modules: Modules, name: str) -> Any:
     module = modules.get(name)
     if module is None:
         raise HywiaError(f"model: expected a module {name!r}, found none; its structure is not the table's")
-    if type(module) is not nn.Linear and not is_transposed(module):
+    if not is_linear(module):
         raise HywiaError(
             f"{name}: expected torch.nn.Linear or transformers' Conv1D, got {type(module).__name__}; "
             "load the model without quantisation or adapters"
@@ -93,9 +124,9 @@ def _unit_parameters(modules: Modules, members: Sequence[Member], vectors: Seque
     return total
 
 
-def _mlp_group(modules: Modules, entry: Architecture, prefix: str, layer: int) -> Group:
-    rows = [f"{prefix}.{name}" for name in entry.mlp.rows]
-    columns = [f"{prefix}.{name}" for name in entry.mlp.columns]
+def _mlp_group(modules: Modules, mlp: Mlp, prefix: str, layer: int, called: str = "mlp") -> Group:
+    rows = [f"{prefix}.{name}" for name in mlp.rows]
+    columns = [f"{prefix}.{name}" for name in mlp.columns]
     sizes: dict[str, int] = {}
     for name in rows:
         outputs, count = sizes_of(_linear(modules, name))[0], rows.count(name)
@@ -109,14 +140,14 @@ def _mlp_group(modules: Modules, entry: Architecture, prefix: str, layer: int) -
     members = tuple(_outputs(modules, name, 1, units * rows[:i].count(name)) for i, name in enumerate(rows))
     members += tuple(_inputs(modules, name, 1) for name in columns)
     return Group(
-        f"{prefix}.mlp",
+        f"{prefix}.{called}",
         "mlp",
         layer,
         units,
         "channel",
         members,
         _unit_parameters(modules, members),
-        width_field=entry.mlp.width_field,
+        width_field=mlp.width_field,
     )
 
 
@@ -134,26 +165,10 @@ def _expert_groups(model: nn.Module, modules: Modules, names: Experts, prefix: s
     count, width = first.shape[0], first.shape[1] // names.rows.count(names.rows[0])
     sizes = {p: getattr(modules[module], p).shape[1] // names.rows.count(p) for p in names.rows}
     sizes |= {p: getattr(modules[module], p).shape[2] for p in names.columns}
-    gate: Any = modules.get(router)
-    if set(sizes.values()) != {width} or not isinstance(getattr(gate, "weight", None), nn.Parameter):
-        raise HywiaError(f"{module}: expected experts of one width and a router {router!r}, got widths {sizes}")
-    if gate.weight.shape[0] != count or getattr(gate, "bias", None) is not None:
-        raise HywiaError(f"{router}: expected one row of weights for each of {count} experts, and no bias")
-    stacks = tuple(dict.fromkeys((*names.rows, *names.columns)))
-    whole = (Member(router, 0, 1), *(Member(module, 0, 1, parameter=p) for p in stacks))
-    parameters = _unit_parameters(modules, whole)
-    least = getattr(text_config(model), names.chosen_field)
-    yield Group(
-        f"{prefix}.experts",
-        "experts",
-        layer,
-        count,
-        "expert",
-        whole,
-        parameters,
-        min_units=least,
-        width_field=names.count_field,
-    )
+    if set(sizes.values()) != {width}:
+        raise HywiaError(f"{module}: expected experts of one width, got widths {sizes}")
+    if names.router:
+        yield _whole_experts(model, modules, names, prefix, layer, count)
     for e in range(count):
         members = tuple(
             Member(module, 0, 1, width * names.rows[:i].count(p), p, e) for i, p in enumerate(names.rows)
@@ -171,11 +186,35 @@ def _expert_groups(model: nn.Module, modules: Modules, names: Experts, prefix: s
         )
 
 
+def _whole_experts(model: nn.Module, modules: Modules, names: Experts, prefix: str, layer: int, count: int) -> Group:
+    module, router = f"{prefix}.{names.module}", f"{prefix}.{names.router}"
+    gate: Any = modules.get(router)
+    if not isinstance(getattr(gate, "weight", None), nn.Parameter):
+        raise HywiaError(f"{module}: expected a router {router!r}, found none")
+    if gate.weight.shape[0] != count or getattr(gate, "bias", None) is not None:
+        raise HywiaError(f"{router}: expected one row of weights for each of {count} experts, and no bias")
+    stacks = tuple(dict.fromkeys((*names.rows, *names.columns)))
+    whole = (Member(router, 0, 1), *(Member(module, 0, 1, parameter=p) for p in stacks))
+    return Group(
+        f"{prefix}.experts",
+        "experts",
+        layer,
+        count,
+        "expert",
+        whole,
+        _unit_parameters(modules, whole),
+        min_units=getattr(text_config(model), names.chosen_field),
+        width_field=names.count_field,
+    )
+
+
 def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: int, size: int) -> tuple[Group, int]:
     """A layer's group, and how many query heads each KV head serves."""
     names = entry.attention
     query, key, value, output = (f"{prefix}.{n}" for n in (names.query, names.key, names.value, names.output))
     width = sizes_of(_linear(modules, output))[1]
+    if (key == value and query != key) or names.wide_query > 1 or names.more:
+        return _headwise_group(modules, entry, prefix, layer, size)
     rows = {name: sizes_of(_linear(modules, name))[0] for name in (query, key, value)}
     if query == key == value:
         of_kv = rows[query] - width
@@ -190,12 +229,10 @@ def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: 
             f"{prefix}: expected q, k, v rows and o columns of whole heads of {size}, "
             f"the same number of query heads for every KV head; got {shapes}"
         )
-    if names.interleaved and rep != 1:
-        raise HywiaError(f"{query}: expected as many key heads as query heads where they lie interleaved, got {shapes}")
     members: tuple[Member, ...]
     # A KV group's query heads are consecutive, so its q rows and o columns are one run of rep·head_dim.
     if names.interleaved:
-        members = (_outputs(modules, query, 3 * size),)
+        members = (_outputs(modules, query, (rep + 2) * size),)
     else:
         starts = (0, width, width + kv_rows[0]) if query == key else (0, 0, 0)
         members = (
@@ -210,6 +247,40 @@ def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: 
         "attention",
         layer,
         kv_heads,
+        "head" if rep == 1 else "kv_group",
+        members,
+        _unit_parameters(modules, members, vectors),
+        vectors=vectors,
+        width_field=names.kv_heads_field or names.heads_field,
+    )
+    return group, rep
+
+
+def _headwise_group(modules: Modules, entry: Architecture, prefix: str, layer: int, size: int) -> tuple[Group, int]:
+    """`_attention_group` where each matrix has as many rows for every KV group, whatever they are."""
+    names = entry.attention
+    output = f"{prefix}.{names.output}"
+    width = sizes_of(_linear(modules, output))[1]
+    heads = width // size
+    together = names.key == names.value
+    units = heads if together else sizes_of(_linear(modules, f"{prefix}.{names.key}"))[0] // size
+    made = tuple(dict.fromkeys(f"{prefix}.{n}" for n in (names.query, names.key, names.value, *names.more)))
+    rows = {name: sizes_of(_linear(modules, name))[0] for name in made}
+    whole = units > 0 and heads * size == width and heads % units == 0
+    if not whole or any(count % units for count in rows.values()):
+        raise HywiaError(f"{prefix}: expected rows {rows} and {width} columns of whole heads of {size}, got others")
+    rep = heads // units
+    if not together:
+        rows_of_kv = {rows[f"{prefix}.{n}"] for n in (names.key, names.value)}
+        if rows_of_kv != {units * size} or rows[made[0]] != names.wide_query * width:
+            raise HywiaError(f"{prefix}: expected q, k and v rows of whole heads of {size}, got {rows}")
+    members = (*(_outputs(modules, name, rows[name] // units) for name in made), _inputs(modules, output, rep * size))
+    vectors = tuple(_vector(modules, f"{prefix}.{name}", units) for name in names.vectors)
+    group = Group(
+        f"{prefix}.attention",
+        "attention",
+        layer,
+        units,
         "head" if rep == 1 else "kv_group",
         members,
         _unit_parameters(modules, members, vectors),
@@ -253,15 +324,20 @@ def groups(model: nn.Module, modules: Modules | None = None) -> tuple[Group, ...
     found: list[Group] = []
     for i in range(len(_layers(model, entry))):
         prefix = f"{entry.layers}.{i}"
-        attention, rep = _attention_group(modules, entry, prefix, i, size)
-        counts = (attention.units, rep)
-        if counts not in stock:
-            stock[counts] = stock_head_counts(model, entry, size, *counts)
-        found.append(replace(attention, stock_counts=stock[counts]) if stock[counts] else attention)
+        if not entry.partial or (entry.attention.output and f"{prefix}.{entry.attention.output}" in modules):
+            attention, rep = _attention_group(modules, entry, prefix, i, size)
+            counts = (attention.units, rep)
+            if counts not in stock:
+                stock[counts] = stock_head_counts(model, entry, size, *counts)
+            found.append(replace(attention, stock_counts=stock[counts]) if stock[counts] else attention)
         if entry.experts is not None and f"{prefix}.{entry.experts.module}" in modules:
             found += _expert_groups(model, modules, entry.experts, prefix, i)
-        else:
-            found.append(_mlp_group(modules, entry, prefix, i))
+        elif not entry.partial or (entry.mlp.columns and f"{prefix}.{entry.mlp.columns[0]}" in modules):
+            found.append(_mlp_group(modules, entry.mlp, prefix, i))
+        for branch in entry.branches:
+            if f"{prefix}.{branch.columns[0]}" in modules:
+                name = branch.columns[0].rpartition(".")[0] or branch.columns[0]
+                found.append(_mlp_group(modules, branch, prefix, i, name))
     return tuple(found)
 
 

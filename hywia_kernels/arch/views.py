@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..types import Group, Member
 
-__all__ = ["Matrix", "Modules", "is_transposed", "linears", "matrices", "parameter_of", "sizes_of", "view"]
+__all__ = ["Matrix", "Modules", "is_linear", "is_transposed", "linears", "matrices", "parameter_of", "sizes_of", "view"]
 
 Modules = Mapping[str, nn.Module]
 
@@ -23,6 +23,12 @@ def parameter_of(module: nn.Module, name: str) -> Any:
 def is_transposed(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D: a linear layer that stores `[in, out]`."""
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer with its weight as it is: torch's, a family's own subclass of it, or Conv1D."""
+    own = isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
+    return type(module) is nn.Linear or own or is_transposed(module)
 
 
 def sizes_of(module: Any) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from .. import arch
 from ..errors import HywiaError
+from .patches import forward_replaced
 from .samples import Samples
 
 __all__ = ["LOGIT_BYTES", "Targets", "check_head", "hidden_gradient", "logits_of", "targets"]
@@ -47,6 +48,8 @@ def check_head(model: Any) -> None:
             "AutoModelForCausalLM"
         )
     known = arch.architecture(model).logits
+    if known is None:
+        return
     for name in _FIELDS:
         value = getattr(arch.text_config(model), name, None)
         if name not in known and value not in (None, 1, 1.0):
@@ -58,13 +61,29 @@ def check_head(model: Any) -> None:
 
 def logits_of(model: Any, states: Tensor) -> Tensor:
     """The model's logits of final hidden states: computed in the model's dtype, and converted to float32 at the end."""
+    changes = arch.architecture(model).logits
+    if changes is None:
+        return _by_the_model(model, states)
     logits = model.get_output_embeddings()(states)
     config = arch.text_config(model)
-    for name in arch.architecture(model).logits:
+    for name in changes:
         value = getattr(config, name, None)
         if value is not None:
             logits = _CHANGES[name](logits, value)
     return logits.float()
+
+
+def _by_the_model(model: Any, states: Tensor) -> Tensor:
+    """The logits `[tokens, vocabulary]` of final hidden states `[tokens, features]`, by the model's own forward with
+    its decoder held still: whatever it does to the states before the head, and to the logits after it."""
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    def held(*_: Any, **__: Any) -> Any:
+        return MoeModelOutputWithPast(last_hidden_state=states[None])
+
+    tokens = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
+    with forward_replaced([(arch.decoder(model), held)]):
+        return model(input_ids=tokens, use_cache=False).logits[0].float()
 
 
 def targets(samples: Samples, device: torch.device) -> Targets:

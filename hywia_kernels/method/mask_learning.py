@@ -85,7 +85,7 @@ def _standardised(values: Tensor) -> Tensor:
 
 
 def _hidden_states(model: Any, tokens: Tensor) -> Tensor:
-    return model.get_decoder()(tokens, use_cache=False).last_hidden_state
+    return arch.decoder(model)(tokens, use_cache=False).last_hidden_state
 
 
 def _divergence(model: Any, dense: Tensor, masked: Tensor, counts: Tensor) -> Tensor:

@@ -1,0 +1,362 @@
+"""What the structure of a small copy of a model says its units may be: hypotheses, in the order to try them.
+
+Linear layers are told by their shapes and, where shapes leave a choice, by names that families of transformers share.
+Nothing here is believed: `method/derivation.py` keeps what holds on the copy.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .configs import text_config
+from .language import Architecture, Attention, Experts, Gated, Mlp
+from .views import is_linear, is_transposed, sizes_of
+
+__all__ = ["NO_ATTENTION", "NO_MLP", "Hypotheses", "assembled", "attributes_of", "hypotheses", "layers_of"]
+
+_QUERY = {"q_proj", "query", "q_b_proj", "wq", "q_lin", "query_proj", "q"}
+_KEY = {"k_proj", "key", "wk", "k_lin", "key_proj", "k"}
+_VALUE = {"v_proj", "value", "wv", "v_lin", "value_proj", "v"}
+_BOTH = {"kv_b_proj"}
+_ALL = {"query_key_value", "qkv_proj", "Wqkv", "c_attn", "qkv", "W_pack", "wqkv", "in_proj"}
+_OUTPUT = {"o_proj", "out_proj", "dense", "c_proj", "wo", "out_lin", "proj", "o"}
+_GATES = {"gate_proj", "g_proj", "gate", "attn_gate"}
+_GATE_OF_MLP = {"gate_proj", "w1", "gate", "linear_1"}
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "num_query_groups")
+_HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads", "num_query_heads")
+_KV_ATTRIBUTES = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
+_WIDTH_ATTRIBUTES = ("embed_dim", "hidden_size", "all_head_size", "attn_dim", "q_size", "split_size", "inner_dim")
+
+NO_ATTENTION = Attention("", "", "", "", heads_field="num_attention_heads", free_head_dim=False)
+NO_MLP = Mlp((), (), "")
+
+
+@dataclass(frozen=True)
+class Hypotheses:
+    """What may be an entry's parts; of each list of alternatives the first that holds is to be taken.
+
+    Attributes:
+        layers: path of the list of decoder layers.
+        attentions: alternatives.
+        mlps: for each MLP of a layer its alternatives; the first MLP is the layer's own, others lie beside experts.
+        experts: alternatives.
+        alone: module of a layer -> why it has no hypothesis, in words.
+    """
+
+    layers: str
+    attentions: tuple[Attention, ...] = ()
+    mlps: tuple[tuple[Mlp, ...], ...] = ()
+    experts: tuple[Experts, ...] = ()
+    alone: Mapping[str, str] = field(default_factory=dict)
+
+
+def layers_of(model: Any) -> str | None:
+    """The path of the text decoder's list of layers: the list of as many modules as the config has layers, outside of
+    any other list; of several the one with the most parameters."""
+    config = text_config(model)
+    counts = {getattr(config, n, None) for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")}
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{o}.") for o in lists)}
+    fitting = {n: m for n, m in outer.items() if len(m) in counts} or {n: m for n, m in outer.items() if len(m)}
+    sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in fitting.items()}
+    return max(sizes, key=sizes.__getitem__, default=None)
+
+
+def hypotheses(model: Any) -> Hypotheses | None:
+    """Of a small copy as `narrow` makes it; None where no list of decoder layers is found."""
+    path = layers_of(model)
+    if path is None:
+        return None
+    layers: Any = model.get_submodule(path)
+    modules: dict[str, nn.Module] = {}
+    for layer in layers:  # of kinds that differ; the first of a name stands for all
+        for name, module in layer.named_modules():
+            modules.setdefault(name, module)
+    linears = {n: m for n, m in modules.items() if is_linear(m)}
+    config = text_config(model)
+    attentions, taken = _attentions(modules, linears, config)
+    experts = tuple(_experts(modules, config))
+    inside = tuple(e.module for e in experts)
+    rest = {n: m for n, m in linears.items() if n not in taken and not n.startswith(tuple(f"{i}." for i in inside))}
+    return Hypotheses(path, tuple(attentions), tuple(_mlps(modules, rest, config)), experts)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _one(names: list[str], leaves: set[str]) -> str | None:
+    """The only one of the names that ends in one of the leaves."""
+    found = [n for n in names if _leaf(n) in leaves]
+    return found[0] if len(found) == 1 else None
+
+
+def _field(config: Any, names: tuple[str, ...]) -> str:
+    return next((n for n in names if type(getattr(config, n, None)) is int), "")
+
+
+def _attentions(modules: Mapping[str, Any], linears: Mapping[str, Any], config: Any) -> tuple[list[Attention], set[str]]:
+    """Alternatives for the attention of a layer, and the linear layers that are its own."""
+    heads_field, kv_field = _field(config, _HEADS), _field(config, _KV_HEADS)
+    owners = dict.fromkeys(n.partition(".")[0] for n in linears if "." in n)
+    for owner in owners:
+        names = [n for n in linears if n.startswith(f"{owner}.")]
+        output, fused = _one(names, _OUTPUT), _one(names, _ALL)
+        query, key, value = (_one(names, leaves) for leaves in (_QUERY, _KEY, _VALUE))
+        both = _one(names, _BOTH)
+        if output is None or not heads_field:
+            continue
+        if query and key and value:
+            apart = (query, key, value)
+        elif query and both:
+            apart = (query, both, both)
+        elif fused:
+            apart = (fused, fused, fused)
+        else:
+            continue
+        found = _of_heads(modules, linears, config, owner, apart, output, heads_field, kv_field)
+        return list(found), set(names)
+    return [], set()
+
+
+def _of_heads(
+    modules: Mapping[str, Any],
+    linears: Mapping[str, Any],
+    config: Any,
+    owner: str,
+    apart: tuple[str, str, str],
+    output: str,
+    heads_field: str,
+    kv_field: str,
+) -> Iterator[Attention]:
+    heads, width = getattr(config, heads_field), sizes_of(linears[output])[1]
+    if width % heads:
+        return
+    size, (query, key, value) = width // heads, apart
+    kv_heads = heads if key == value != query else _kv_heads(linears, apart, width, size)
+    if not kv_heads or heads % kv_heads:
+        return
+    usual = getattr(config, "head_dim", None) or config.hidden_size // heads
+    size_field = "" if usual == size else _size_field(config, size)
+    if usual != size and not size_field:
+        return
+    wide = 1 if query in (key, value) or key == value else sizes_of(linears[query])[0] // width
+    more = tuple(
+        n
+        for n in linears
+        if n.startswith(f"{owner}.") and _leaf(n) in _GATES and sizes_of(linears[n])[0] in (width, heads)
+    )
+    vectors, wide_norms = _vectors(modules, owner, apart, heads, kv_heads, size)
+    for interleaved in (False, True) if query == key else (False,):
+        for norms in (wide_norms, {}) if wide_norms else ({},):
+            yield Attention(
+                query,
+                key,
+                value,
+                output,
+                heads_field=heads_field,
+                kv_heads_field=kv_field if kv_heads != heads or key != value else "",
+                interleaved=interleaved,
+                free_head_dim=bool(size_field) or getattr(config, "head_dim", None) is not None,
+                vectors=vectors,
+                wide_norms=norms,
+                size_field=size_field,
+                wide_query=wide,
+                more=more,
+            )
+
+
+def _kv_heads(linears: Mapping[str, Any], apart: tuple[str, str, str], width: int, size: int) -> int:
+    """How many key heads the shapes have room for; 0 where they are no whole heads."""
+    query, key, value = apart
+    if query == key:
+        rows = sizes_of(linears[query])[0] - width
+        return rows // (2 * size) if rows > 0 and rows % (2 * size) == 0 else 0
+    rows = sizes_of(linears[key])[0]
+    return rows // size if rows % size == 0 and sizes_of(linears[value])[0] == rows else 0
+
+
+def _size_field(config: Any, size: int) -> str:
+    """The config field that has the size of what a head gives to the output."""
+    names = [k for k, v in config.to_dict().items() if v == size and ("head" in k and ("dim" in k or "size" in k))]
+    names += [n for n in ("kv_channels", "d_kv") if getattr(config, n, None) == size]
+    return names[0] if names else ""
+
+
+def _vectors(
+    modules: Mapping[str, Any], owner: str, apart: tuple[str, str, str], heads: int, kv_heads: int, size: int
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Parameters with entries per head, and the norms among them that take all heads together."""
+    vectors, norms = [], {}
+    for name, module in modules.items():
+        if name != owner and not name.startswith(f"{owner}."):
+            continue
+        for leaf, parameter in module._parameters.items():
+            if parameter is None or parameter.dim() != 1 or isinstance(module, nn.Linear) or is_transposed(module):
+                continue
+            if parameter.numel() in (heads, kv_heads) and parameter.numel() not in (1, size):
+                vectors.append(f"{name}.{leaf}")
+            elif parameter.numel() in (heads * size, kv_heads * size) and size not in (1, parameter.numel()):
+                vectors.append(f"{name}.{leaf}")
+                if leaf == "weight":
+                    norms[name] = apart[1] if "k" in _leaf(name).split("_")[0] else apart[0]
+    return tuple(vectors), norms
+
+
+def _width_field(config: Any, width: int) -> str:
+    """The config field that has a width; narrow copies give every such field a value of its own."""
+    words = ("intermediate", "ffn", "inner", "d_ff")
+    names = [k for k, v in config.to_dict().items() if v == width and type(v) is int and any(w in k for w in words)]
+    return names[0] if len(names) == 1 else ""
+
+
+def _mlps(modules: Mapping[str, Any], linears: Mapping[str, Any], config: Any) -> Iterator[tuple[Mlp, ...]]:
+    """For each module with one linear layer down to the hidden size, and one or two of its width up from it."""
+    hidden = getattr(config, "hidden_size", 0)
+    owners = dict.fromkeys(n.rpartition(".")[0] for n in linears)
+    children = {owner: [n for n in linears if n.rpartition(".")[0] == owner] for owner in owners}
+    if "intermediate.dense" in linears and "output.dense" in linears:  # BERT's two halves
+        children["output"] = ["intermediate.dense", "output.dense"]
+        children.pop("intermediate", None)
+    for owner, names in children.items():
+        shapes = {n: sizes_of(linears[n]) for n in names}
+        for down in names:
+            width = shapes[down][1]
+            if shapes[down][0] != hidden or _leaf(down) in _GATE_OF_MLP | {"up_proj", "w3"}:
+                continue
+            ups = [n for n in names if n != down and shapes[n] == (width, hidden)]
+            fused = [n for n in names if n != down and shapes[n] == (2 * width, hidden)]
+            field = _width_field(config, width)
+            if len(ups) in (1, 2) and not fused:
+                ups.sort(key=lambda n: _leaf(n) not in _GATE_OF_MLP)
+                plain = Mlp(tuple(ups), (down,), field)
+                gated = _gated(modules, owner, ups)
+                yield (Mlp(plain.rows, plain.columns, field, gated), plain) if gated else (plain,)
+            elif len(fused) == 1 and not ups:
+                yield (Mlp((fused[0], fused[0]), (down,), field),)
+            else:
+                continue
+            break
+
+
+def _gated(modules: Mapping[str, Any], owner: str, ups: list[str]) -> Gated | None:
+    """The product of a gate, where two matrices lead up and the module holds an activation."""
+    activation = next((f"{owner}.{n}" for n in ("act_fn", "act", "activation_fn") if f"{owner}.{n}" in modules), None)
+    if len(ups) != 2 or not owner or activation is None or _leaf(ups[0]) not in _GATE_OF_MLP:
+        return None
+    return Gated(owner, activation)
+
+
+def _experts(modules: Mapping[str, Any], config: Any) -> Iterator[Experts]:
+    """Stacked experts `[experts, out, in]` with a gate; first with their router, then without."""
+    for name, module in modules.items():
+        stacks = {n: p for n, p in module._parameters.items() if p is not None and p.dim() == 3}
+        up, down = stacks.get("gate_up_proj"), stacks.get("down_proj")
+        if set(stacks) != {"gate_up_proj", "down_proj"} or up is None or down is None:
+            continue
+        extra = [n for n, p in module._parameters.items() if p is not None and n not in stacks]
+        if up.shape[1] != 2 * down.shape[2] or up.shape[2] != down.shape[1] or extra or not hasattr(module, "act_fn"):
+            continue
+        owner = name.rpartition(".")[0]
+        counts = [f for f in ("num_local_experts", "num_experts", "n_routed_experts") if _is(config, f, up.shape[0])]
+        chosen = [f for f in ("num_experts_per_tok", "moe_topk", "top_k_experts") if _is(config, f, None)]
+        base = Experts(
+            module=name,
+            router="",
+            rows=("gate_up_proj", "gate_up_proj"),
+            columns=("down_proj",),
+            width_field=_width_field(config, down.shape[2]),
+            count_field=counts[0] if counts else "",
+            chosen_field=chosen[0] if chosen else "",
+        )
+        if counts and chosen:
+            for leaf in ("gate", "router"):
+                gate = modules.get(f"{owner}.{leaf}")
+                weight = None if gate is None else gate._parameters.get("weight")
+                if weight is not None and weight.shape[0] == up.shape[0] and hasattr(gate, "num_experts"):
+                    yield Experts(**{**vars(base), "router": f"{owner}.{leaf}"})
+        yield base
+        return
+
+
+def _is(config: Any, name: str, value: int | None) -> bool:
+    found = getattr(config, name, None)
+    return type(found) is int and (value is None or found == value)
+
+
+def attributes_of(
+    model: Any, path: str, attention: Attention, mlp: Mlp, experts: Experts | None
+) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
+    """Numbers that a layer's modules keep of their units, and modules whose forward reads them from the config."""
+    layers: Any = model.get_submodule(path)
+    modules: dict[str, Any] = {}
+    for layer in layers:
+        for name, module in layer.named_modules():
+            modules.setdefault(name, module)
+    found: list[tuple[str, str, str]] = []
+    readers: list[str] = []
+    config = text_config(model)
+    if attention.output:
+        heads, width = getattr(config, attention.heads_field), sizes_of(modules[attention.output])[1]
+        named = ((_HEAD_ATTRIBUTES, "heads", heads), (_WIDTH_ATTRIBUTES, "width", width))
+        named = (*named, (_KV_ATTRIBUTES, "kv_heads", getattr(config, attention.kv_heads_field or "", heads)))
+        owners = [n for n in modules if n and (attention.output.startswith(f"{n}.") or attention.query.startswith(f"{n}."))]
+        for name in owners:
+            for attributes, quantity, value in named:
+                for attribute in attributes:
+                    if vars(modules[name]).get(attribute) == value and type(value) is int:
+                        found.append((name, attribute, quantity))
+            if "self.config." in _forward_text(modules[name]):
+                readers.append(name)
+    for name, module in modules.items():
+        own = (mlp.columns and mlp.columns[0].startswith(f"{name}.")) or (experts is not None and experts.module == name)
+        if own and name:
+            for attribute in ("intermediate_size", "intermediate_dim", "ffn_dim"):
+                if type(vars(module).get(attribute)) is int:
+                    found.append((name, attribute, "channels"))
+    if experts is not None and experts.router:
+        found += [(n, "num_experts", "experts") for n in (experts.module, experts.router)]
+    return tuple(found), tuple(readers)
+
+
+def _forward_text(module: nn.Module) -> str:
+    try:
+        return inspect.getsource(type(module).forward)
+    except (OSError, TypeError):
+        return ""
+
+
+def assembled(
+    model: Any, path: str, attention: Attention | None, mlps: tuple[Mlp, ...], experts: Experts | None
+) -> Architecture:
+    """The entry of these parts, for models of the copy's type."""
+    attention = attention or NO_ATTENTION
+    own = next((m for m in mlps if experts is None or not _beside(m, experts)), NO_MLP)
+    attributes, readers = attributes_of(model, path, attention, own, experts)
+    return Architecture(
+        model_types=(model.config.model_type,),
+        title=model.config.model_type,
+        layers=path,
+        mlp=own,
+        attention=attention,
+        experts=experts,
+        branches=tuple(m for m in mlps if m is not own),
+        partial=True,
+        derived=True,
+        attributes=attributes,
+        whole_attributes=(("", "num_experts", "experts"),) if experts is not None and experts.router else (),
+        config_readers=readers,
+        logits=None,
+    )
+
+
+def _beside(mlp: Mlp, experts: Experts) -> bool:
+    """Whether an MLP lies in a module of its own beside a layer's experts."""
+    owner, of_experts = mlp.columns[0].rpartition(".")[0], experts.module.rpartition(".")[0]
+    return owner != of_experts and (not of_experts or owner.startswith(f"{of_experts}."))
