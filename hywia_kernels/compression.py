@@ -22,6 +22,7 @@ from .evaluation import Evaluation
 from .method import selection, surgery
 from .method.calibration_data import calibration
 from .method.criteria import score
+from .method.derivation import prove, proven
 from .method.head_residual import head_residuals, rank_heads
 from .method.mask_learning import learn_masks
 from .method.reconstruction import reconstruct
@@ -147,6 +148,7 @@ def measure(
         UsageError: the recipe contradicts itself. HywiaError: the text is too short, or as `calibrate`.
     """
     recipe.check(scoring_only=True)
+    prove(model)
     asked, recipe = recipe.reconstruct_samples, recipe.resolved(_device(model).type)
     return _measure(model, tokenizer, recipe, asked, tokens, _Clock(_device(model)), backend, engine, memory)
 
@@ -208,11 +210,14 @@ def with_text(measured: Measured, model: Any, tokenizer: Any, recipe: Recipe) ->
 def check(model: Any, tokenizer: Any, recipe: Recipe, measured: Measured | None = None) -> Recipe:
     """The resolved recipe, once it is sure that the model can meet it; no text is read.
 
+    A model of a type that the table of architectures lacks has to prove what is derived of it first (`prove`).
+
     Raises:
         UsageError: the recipe contradicts itself, or the model cannot meet it: ratio, kinds, layers, servers' rules,
             positions. HywiaError: `measured` is another model's, or lacks text that the recipe needs.
     """
     recipe.check()
+    prove(model)
     asked, recipe = recipe.reconstruct_samples, recipe.resolved(_device(model).type)
     if measured is not None and measured.scores.fingerprint != fingerprint(model):
         raise HywiaError(
@@ -301,12 +306,15 @@ def compress(
                 plan = reconstruct(model, plan, text, ridge=recipe.ridge)
         with clock.time("cut"):
             surgery.prune(model, plan, backend=backend)
-        record = {
+        record: dict[str, Any] = {
             "recipe": recipe.to_dict(),
             "text": dict(measured.record.get("text", {})),
             "seconds": clock.seconds,
             "scores_summary": score_summary(scores, plan),
         }
+        proof = proven(model)
+        if proof is not None:
+            record["proof"] = proof.to_dict()
         result = Result(recipe, plan, scores, record, before)
         if when_cut is not None:
             when_cut(result)

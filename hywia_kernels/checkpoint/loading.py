@@ -30,7 +30,8 @@ def load(
 ) -> tuple[Any, Any]:
     """Load `(model, tokenizer)`, the model in eval mode, from safetensors or GGUF files only.
 
-    The families are those of the table of architectures; others are refused by their config.json. A weight that the
+    The families are those of the table of architectures, and other decoders of transformers, whose structure `prove`
+    derives before they are scored; all else is refused by its config.json. A weight that the
     checkpoint lacks, or that the model has no place for, is an error; buffers that models make themselves are not.
     Where the config says that head and embedding are one and the checkpoint holds two, the model keeps both, and its
     config says so.
@@ -111,7 +112,7 @@ def _directory(source: Source, dtype: Any, trusted: bool, quantised: bool, devic
         network = remote.load(str(folder), dtype, judgement.values, trusted=judgement.code, device=device)
     else:
         network = loaded_weights.stock(folder, dtype, quantised, device)
-    loaded_weights.check_types(network, name)
+    loaded_weights.check_types(network, name, judgement.values.get("model_type"))
     settle_tying(network)
     return network, tokenizer
 
@@ -142,6 +143,6 @@ def _gguf(path: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
     loaded_weights.check_gguf(path)
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
     network = loaded_weights.gguf(path, dtype, device)
-    loaded_weights.check_types(network, str(path))
+    loaded_weights.check_types(network, str(path), network.config.model_type)
     settle_tying(network)
     return network, tokenizer

@@ -56,7 +56,7 @@ def _directory(source: Source, trusted: bool) -> Any:
         stored = loaded_weights.check_stored(folder, judgement.values, quantised=False)
         check_tokenizer(folder, source.name, judgement)
     network = _built(folder, judgement, stored)
-    loaded_weights.check_types(network, source.name)
+    loaded_weights.check_types(network, source.name, judgement.values.get("model_type"))
     settle_tying(network)
     return network
 
@@ -119,6 +119,6 @@ def _gguf(path: Path) -> Any:
     need_gguf()
     config = loaded_weights.check_gguf(path)
     network = loaded_weights.described(config, _loaded_dtype(config.dtype, {}))
-    loaded_weights.check_types(network, str(path))
+    loaded_weights.check_types(network, str(path), network.config.model_type)
     settle_tying(network)
     return network

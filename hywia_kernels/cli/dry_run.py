@@ -12,7 +12,7 @@ from ..deploy import planning
 from ..deploy.estimate import estimate
 from ..recipe import Recipe
 from ..types import Scores
-from . import console
+from . import console, session
 
 __all__ = ["dry_run"]
 
@@ -26,7 +26,7 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
     Raises:
         UsageError, HywiaError: the model cannot meet the request, as the run would say.
     """
-    model = skeleton(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    model = session.proven(skeleton(arguments.model, trust_remote_code=arguments.trust_remote_code))
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

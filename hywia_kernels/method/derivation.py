@@ -61,8 +61,11 @@ def _holds(model: Any, entry: arch.Architecture, real: Any) -> str | None:
     arch.adopt(model, entry)
     before = real.__dict__.get("_hywia_entry")
     try:
-        if not arch.groups(model):
+        groups = arch.groups(model)
+        if not groups:
             return "no unit was found"
+        if all(g.units == g.min_units for g in groups):
+            return f"each layer has {groups[0].units} {groups[0].unit.replace('_', ' ')}, of which none can go"
         arch.adopt(real, entry)
         arch.groups(real)
         proof.check_cut(model)
