@@ -7,14 +7,15 @@ Nothing here is believed: `method/derivation.py` keeps what holds on the copy.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from .configs import text_config
-from .language import Architecture, Attention, Experts, Gated, Mlp
+from .language import Alibi, Architecture, Attention, Experts, Gated, Mlp
 from .views import is_linear, is_transposed, sizes_of
 
 __all__ = ["NO_ATTENTION", "NO_MLP", "Hypotheses", "assembled", "attributes_of", "hypotheses", "layers_of"]
@@ -153,23 +154,31 @@ def _of_heads(
         if n.startswith(f"{owner}.") and _leaf(n) in _GATES and sizes_of(linears[n])[0] in (width, heads)
     )
     vectors, wide_norms = _vectors(modules, owner, apart, heads, kv_heads, size)
-    for interleaved in (False, True) if query == key else (False,):
-        for norms in (wide_norms, {}) if wide_norms else ({},):
-            yield Attention(
-                query,
-                key,
-                value,
-                output,
-                heads_field=heads_field,
-                kv_heads_field=kv_field if kv_heads != heads or key != value else "",
-                interleaved=interleaved,
-                free_head_dim=bool(size_field) or getattr(config, "head_dim", None) is not None,
-                vectors=vectors,
-                wide_norms=norms,
-                size_field=size_field,
-                wide_query=wide,
-                more=more,
-            )
+    base = Attention(
+        query,
+        key,
+        value,
+        output,
+        heads_field=heads_field,
+        kv_heads_field=kv_field if kv_heads != heads or key != value else "",
+        free_head_dim=bool(size_field) or config.to_dict().get("head_dim") is not None,
+        vectors=vectors,
+        size_field=size_field,
+        wide_query=wide,
+        more=more,
+    )
+    interleavings = (False, True) if query == key else (False,)
+    for interleaved, norms, alibi in itertools.product(
+        interleavings, (wide_norms, {}) if wide_norms else ({},), _alibis(modules[owner])
+    ):
+        yield replace(base, interleaved=interleaved, wide_norms=norms, alibi=alibi)
+
+
+def _alibis(attention: nn.Module) -> tuple[Alibi | None, ...]:
+    """How a bias by distance, of all heads, may reach the attention; first that there is none."""
+    given = inspect.signature(attention.forward).parameters
+    names = [n for n in ("alibi", "position_bias") if n in given]
+    return (None, *(Alibi(argument=name, axis=axis) for name in names for axis in (-3, 0)))
 
 
 def _kv_heads(linears: Mapping[str, Any], apart: tuple[str, str, str], width: int, size: int) -> int:
@@ -254,14 +263,19 @@ def _gated(modules: Mapping[str, Any], owner: str, ups: list[str]) -> Gated | No
 
 
 def _experts(modules: Mapping[str, Any], config: Any) -> Iterator[Experts]:
-    """Stacked experts `[experts, out, in]` with a gate; first with their router, then without."""
+    """Stacked experts, laid out as their module says; first with their router, then without."""
     for name, module in modules.items():
         stacks = {n: p for n, p in module._parameters.items() if p is not None and p.dim() == 3}
-        up, down = stacks.get("gate_up_proj"), stacks.get("down_proj")
-        if set(stacks) != {"gate_up_proj", "down_proj"} or up is None or down is None:
+        down = stacks.get("down_proj")
+        rows = next((n for n in ("gate_up_proj", "up_proj") if n in stacks), "")
+        if len(stacks) != 2 or down is None or not rows:
             continue
-        extra = [n for n, p in module._parameters.items() if p is not None and n not in stacks]
-        if up.shape[1] != 2 * down.shape[2] or up.shape[2] != down.shape[1] or extra or not hasattr(module, "act_fn"):
+        transposed, biased = bool(getattr(module, "is_transposed", False)), f"{rows}_bias" in module._parameters
+        wide = 2 if rows == "gate_up_proj" else 1
+        concatenated = bool(getattr(module, "is_concatenated", True))
+        extra = {n for n, p in module._parameters.items() if p is not None} - {*stacks, f"{rows}_bias", "down_proj_bias"}
+        up, out, into = stacks[rows], 2 if transposed else 1, 1 if transposed else 2
+        if up.shape[out] != wide * down.shape[into] or up.shape[into] != down.shape[out] or extra:
             continue
         owner = name.rpartition(".")[0]
         counts = [f for f in ("num_local_experts", "num_experts", "n_routed_experts") if _is(config, f, up.shape[0])]
@@ -269,18 +283,22 @@ def _experts(modules: Mapping[str, Any], config: Any) -> Iterator[Experts]:
         base = Experts(
             module=name,
             router="",
-            rows=("gate_up_proj", "gate_up_proj"),
+            rows=(rows,) * (wide if concatenated else 1),
             columns=("down_proj",),
-            width_field=_width_field(config, down.shape[2]),
+            width_field=_width_field(config, down.shape[into]),
             count_field=counts[0] if counts else "",
             chosen_field=chosen[0] if chosen else "",
+            transposed=transposed,
+            alternating=1 if concatenated else wide,
+            biased=biased,
         )
         if counts and chosen:
             for leaf in ("gate", "router"):
                 gate = modules.get(f"{owner}.{leaf}")
                 weight = None if gate is None else gate._parameters.get("weight")
-                if weight is not None and weight.shape[0] == up.shape[0] and hasattr(gate, "num_experts"):
-                    yield Experts(**{**vars(base), "router": f"{owner}.{leaf}"})
+                single = gate is not None and gate._parameters.get("bias") is None and hasattr(gate, "num_experts")
+                if single and weight is not None and weight.shape[0] == up.shape[0]:
+                    yield replace(base, router=f"{owner}.{leaf}")
         yield base
         return
 

@@ -161,18 +161,24 @@ def _expert_groups(model: nn.Module, modules: Modules, names: Experts, prefix: s
                 f"{module}: expected a stacked parameter {parameter!r} [experts, out, in], got "
                 f"{type(stacked).__name__}; transformers 5 stacks experts, older versions do not"
             )
+    out, into = (2, 1) if names.transposed else (1, 2)  # axes of a stack
     first: Any = getattr(modules[module], names.rows[0])
-    count, width = first.shape[0], first.shape[1] // names.rows.count(names.rows[0])
-    sizes = {p: getattr(modules[module], p).shape[1] // names.rows.count(p) for p in names.rows}
-    sizes |= {p: getattr(modules[module], p).shape[2] for p in names.columns}
+    each = names.alternating
+    count, width = first.shape[0], first.shape[out] // names.rows.count(names.rows[0]) // each
+    sizes = {p: getattr(modules[module], p).shape[out] // names.rows.count(p) // each for p in names.rows}
+    sizes |= {p: getattr(modules[module], p).shape[into] for p in names.columns}
     if set(sizes.values()) != {width}:
         raise HywiaError(f"{module}: expected experts of one width, got widths {sizes}")
     if names.router:
         yield _whole_experts(model, modules, names, prefix, layer, count)
     for e in range(count):
         members = tuple(
-            Member(module, 0, 1, width * names.rows[:i].count(p), p, e) for i, p in enumerate(names.rows)
-        ) + tuple(Member(module, 1, 1, 0, p, e) for p in names.columns)
+            Member(module, out - 1, each, width * each * names.rows[:i].count(p), p, e)
+            for i, p in enumerate(names.rows)
+        ) + tuple(Member(module, into - 1, 1, 0, p, e) for p in names.columns)
+        vectors = tuple(
+            Member(module, 0, each, m.start, f"{m.parameter}_bias", e) for m in members[:-1] if names.biased
+        )
         yield Group(
             f"{prefix}.mlp.{e}",
             "mlp",
@@ -180,7 +186,8 @@ def _expert_groups(model: nn.Module, modules: Modules, names: Experts, prefix: s
             width,
             "channel",
             members,
-            _unit_parameters(modules, members),
+            _unit_parameters(modules, members, vectors),
+            vectors=vectors,
             tied_width=f"{prefix}.mlp",
             width_field=names.width_field,
         )

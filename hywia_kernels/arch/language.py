@@ -44,6 +44,10 @@ class Experts:
         router: module whose `weight` is `[experts, hidden]` and whose forward returns `(logits, weights, indices)`; ""
             where only channels of experts can go.
         rows, columns: parameters of `module`; one named k times holds k matrices one after the other.
+        transposed: parameters are `[experts, in, out]`.
+        alternating: how many outputs of a matrix in `rows` belong to one channel, lying together (2: a gate's and the
+            one that it multiplies).
+        biased: each parameter has a bias `[experts, out]` under its name with `_bias`.
         width_field, count_field, chosen_field: config fields of a channel count, of the experts' count, and of how
             many experts a token goes to, which is the least that can stay.
     """
@@ -55,6 +59,9 @@ class Experts:
     width_field: str
     count_field: str
     chosen_field: str
+    transposed: bool = False
+    alternating: int = 1
+    biased: bool = False
 
 
 @dataclass(frozen=True)

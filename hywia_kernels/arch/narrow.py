@@ -30,7 +30,7 @@ _SMALL = {
     **{"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 16, "ssm_state_size": 8},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
     **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": _VOCABULARY, "num_nextn_predict_layers": 0},
-    **{"n_group": 2, "topk_group": 1, "num_expert_group": 2, "n_shared_experts": 2, "first_k_dense_replace": 1},
+    **{"n_groups": 2, "mamba_n_groups": 2, "n_group": 2, "topk_group": 1, "num_expert_group": 2, "n_shared_experts": 2, "first_k_dense_replace": 1},
     **{"num_dense_layers": 1, "first_num_dense_layers": 1, "moe_layer_start_index": 1, "embedding_size": 40},
     **{"word_embed_proj_dim": 40, "laurel_rank": 8, "num_kv_shared_layers": 0, "rotary_dim": 4},
 }
@@ -61,6 +61,10 @@ def _fewer_layers(values: dict[str, Any], most: int) -> None:
             values[field] = [value[i] for i in chosen]
         elif field in ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices") and value:
             values[field] = [new for new, old in enumerate(chosen) if old in value] or [0]
+    own = values.get("per_layer_config")
+    if isinstance(own, dict):
+        places = {old: str(new) for new, old in enumerate(chosen)}
+        values["per_layer_config"] = {places[int(k)]: v for k, v in own.items() if int(k) in places}
     values[name] = len(chosen)
     for field in _LAYERS:
         if field in values and type(values[field]) is int:
@@ -110,6 +114,8 @@ def _narrower(values: dict[str, Any], size: int) -> None:
             values[field] = size + (4 if field == "v_head_dim" else 0)
     if type(values.get("qk_rope_head_dim")) is int and values["qk_rope_head_dim"]:
         values["qk_rope_head_dim"] = 4
+        if type(values.get("qk_head_dim")) is int and type(values.get("qk_nope_head_dim")) is int:
+            values["qk_head_dim"] = values["qk_nope_head_dim"] + 4
         if "head_dim" in values:
             values["head_dim"] = 4  # which rotary embedding reads, where a head has a part without
     if kv_field is not None and kv_heads is not None:

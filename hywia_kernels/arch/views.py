@@ -79,7 +79,16 @@ def matrices(model: nn.Module | Modules, found: Sequence[Group]) -> list[Matrix]
             if member.index is None and parameter_of(modules[member.module], member.parameter).dim() > 2:
                 continue
             members.setdefault((member.module, member.parameter, member.index), []).append((group, i))
-    return [Matrix(*key, is_transposed(modules[key[0]]), tuple(on)) for key, on in members.items()]
+    return [Matrix(*key, _stored_transposed(modules[key[0]], key[2], on), tuple(on)) for key, on in members.items()]
+
+
+def _stored_transposed(module: nn.Module, index: int | None, on: Sequence[tuple[Group, int]]) -> bool:
+    """Whether a matrix is stored `[in, out]`: of a stack, units enter the last matrix of a group by its inputs."""
+    if index is None:
+        return is_transposed(module)
+    group, i = on[0]
+    inputs = i == len(group.members) - 1
+    return (group.members[i].axis == 0) == inputs
 
 
 def linears(model: nn.Module | Modules, found: Sequence[Group]) -> dict[str, Any]:

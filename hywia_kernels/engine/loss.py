@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,13 +74,28 @@ def logits_of(model: Any, states: Tensor) -> Tensor:
     return logits.float()
 
 
+@functools.cache
+def _output_class() -> Any:
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    class Held(BaseModelOutputWithPast):
+        """What a decoder gives; whatever else a model asks it for is None."""
+
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return None
+
+    return Held
+
+
 def _by_the_model(model: Any, states: Tensor) -> Tensor:
     """The logits `[tokens, vocabulary]` of final hidden states `[tokens, features]`, by the model's own forward with
     its decoder held still: whatever it does to the states before the head, and to the logits after it."""
-    from transformers.modeling_outputs import MoeModelOutputWithPast
+    output = _output_class()(last_hidden_state=states[None])
 
     def held(*_: Any, **__: Any) -> Any:
-        return MoeModelOutputWithPast(last_hidden_state=states[None])
+        return output
 
     tokens = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
     with forward_replaced([(arch.decoder(model), held)]):

@@ -74,7 +74,7 @@ def test_shards_are_those_of_the_index(hub):
 @pytest.mark.parametrize(
     ("file", "fields", "message"),
     [
-        ("config.json", dict(model_type="cohere"), "model_type 'cohere'"),
+        ("config.json", dict(model_type="t5"), "model_type 't5'"),
         ("config.json", dict(model_type="lama"), "did you mean 'llama'"),
         ("config.json", dict(vocab_size="abc"), "expected vocab_size to be a whole number above 0, got 'abc'"),
         ("config.json", dict(quantization_config={"quant_method": "awq"}), r"quantised \(awq\)"),
