@@ -324,13 +324,14 @@ def attributes_of(
         heads, width = getattr(config, attention.heads_field), sizes_of(modules[attention.output])[1]
         named = ((_HEAD_ATTRIBUTES, "heads", heads), (_WIDTH_ATTRIBUTES, "width", width))
         named = (*named, (_KV_ATTRIBUTES, "kv_heads", getattr(config, attention.kv_heads_field or "", heads)))
+        fields = [attention.heads_field, attention.kv_heads_field, "head_dim"] if attention.kv_heads_field else []
         owners = [n for n in modules if n and (attention.output.startswith(f"{n}.") or attention.query.startswith(f"{n}."))]
         for name in owners:
             for attributes, quantity, value in named:
                 for attribute in attributes:
                     if vars(modules[name]).get(attribute) == value and type(value) is int:
                         found.append((name, attribute, quantity))
-            if "self.config." in _forward_text(modules[name]):
+            if any(f"self.config.{f}" in _forward_text(modules[name]) for f in fields):
                 readers.append(name)
     for name, module in modules.items():
         own = (mlp.columns and mlp.columns[0].startswith(f"{name}.")) or (experts is not None and experts.module == name)

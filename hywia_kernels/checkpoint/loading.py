@@ -27,6 +27,9 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
     quantised: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
 ) -> tuple[Any, Any]:
     """Load `(model, tokenizer)`, the model in eval mode, from safetensors or GGUF files only.
 
@@ -45,6 +48,8 @@ def load(
             (Baichuan-13B, and Baichuan's tokenizer). Nothing of a checkpoint is imported or executed otherwise, nor
             ever from another repository that it names.
         quantised: take a checkpoint that its config calls quantised. It can be evaluated, not scored or pruned.
+        revision: a branch, tag or commit of a hub model; None: its main branch.
+        token, cache_dir: of the hub's client; None: what it takes itself (HF_TOKEN or a login, HF_HOME).
 
     Raises:
         UsageError: the dtype or device is unknown. HywiaError: the model is not there, cannot be loaded, is of an
@@ -56,9 +61,10 @@ def load(
     if dtype not in DTYPES:
         raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     target = _device(device)
+    options = {"token": token, "cache_dir": cache_dir}
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
-        network, tokenizer = _loaded(located(model), torch_dtype, trust_remote_code is True, quantised, target)
+        network, tokenizer = _loaded(located(model, revision, options), torch_dtype, trust_remote_code is True, quantised, target)
         return (network if quantised and _is_quantised(network) else network.to(target)).eval(), tokenizer
     except (HywiaError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -103,7 +109,7 @@ def _directory(source: Source, dtype: Any, trusted: bool, quantised: bool, devic
     judgement = judged(source, trusted=trusted, quantised=quantised)
     folder, name = source.path, source.name
     if source.from_hub:
-        folder = hub.complete(name, folder, code=judgement.code)
+        folder = hub.complete(name, folder, code=judgement.code, options=source.hub)
     loaded_weights.check_stored(folder, judgement.values, quantised)
     tokenizer = _tokenizer(folder, name, judgement)
     if judgement.rotary:

@@ -26,7 +26,10 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
     Raises:
         UsageError, HywiaError: the model cannot meet the request, as the run would say.
     """
-    model = session.proven(skeleton(arguments.model, trust_remote_code=arguments.trust_remote_code))
+    model = skeleton(
+        arguments.model, trust_remote_code=arguments.trust_remote_code, revision=arguments.revision
+    )
+    session.proven(model)
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -89,6 +89,7 @@ def load_model(arguments: argparse.Namespace, *, quantised: bool = False) -> tup
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,
         quantised=quantised,
+        revision=arguments.revision,
     )
     others = [] if quantised or not arch.is_known(model) else arch.left_alone(model)
     if others:

@@ -70,8 +70,8 @@ def _holds(model: Any, entry: arch.Architecture, real: Any) -> str | None:
         arch.groups(real)
         proof.check_cut(model)
         proof.check_steps(model)
-    except HywiaError as error:
-        return str(error)
+    except (HywiaError, *proof.ERRORS) as error:
+        return str(error).removeprefix("proof: ").partition("; the structure that was derived")[0]
     finally:
         arch.adopt(model, None)
         arch.adopt(real, before)
@@ -207,7 +207,15 @@ def prove_entry(model: Any, small: Any, what: Proof) -> Proof:
     try:
         with Bar("proving", len(steps)) as bar:
             for name, check in steps:
-                check()
+                try:
+                    check()
+                except HywiaError:
+                    raise
+                except proof.ERRORS as error:
+                    raise HywiaError(
+                        f"proof: {name}: it does not run ({type(error).__name__}: {error}); the structure that was "
+                        "derived does not hold for this model, which is refused"
+                    ) from error
                 checks.append(name)
                 bar.step()
     except BaseException:

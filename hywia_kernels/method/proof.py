@@ -32,6 +32,7 @@ from .statistics import calibrate
 from .undo import Undo
 
 __all__ = [
+    "ERRORS",
     "check_causal",
     "check_covered",
     "check_cut",
@@ -49,7 +50,7 @@ _CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.
 _MATTERS = 10.0  # how many times the error a trial cut must change the logits for the comparison to say anything
 _RELOADED = 1e-5  # of logits, whose sums transformers may order otherwise where it stacks experts
 # What a module raises whose shapes are not what it was made for, or that lacks what was looked for.
-_ERRORS = (
+ERRORS = (
     *(RuntimeError, IndexError, KeyError, ValueError, TypeError, AttributeError),
     *(AssertionError, ArithmeticError, NotImplementedError),
 )
@@ -141,7 +142,7 @@ def check_cut(model: Any, kinds: tuple[str, ...] | None = None) -> None:
                 want = _logits(masked, tokens)
                 surgery.prune(pruned, plan)
                 got = _logits(pruned, tokens)
-            except _ERRORS as error:
+            except ERRORS as error:
                 raise _failed(f"the cut model does not run ({error})", cut, "a cut") from error
             error, effect = _error(got, want), _error(want, dense)
             if not error <= _CLOSE[torch.float32]:
@@ -187,7 +188,7 @@ def check_steps(model: Any) -> None:
     for memory in ("fast", "lean"):
         try:
             found.append(calibrate(model, tokens, memory=memory, backend="reference"))
-        except _ERRORS as error:
+        except ERRORS as error:
             raise _failed(f"its pass does not run in memory mode {memory} ({error})", groups, "statistics") from error
     exact = copy.deepcopy(model).double()
     if hasattr(exact, "set_experts_implementation"):
@@ -254,7 +255,7 @@ def check_refit(model: Any) -> None:
     refitted = copy.deepcopy(model)
     try:
         after = reconstruct(refitted, plan, tokens, ridge=1e-2)
-    except _ERRORS as error:
+    except ERRORS as error:
         raise _failed(f"its layers do not run one at a time ({error})", _cuts(plan), "the reconstruction") from error
     want = _logits(refitted, tokens)
     surgery.prune(refitted, after)
@@ -300,7 +301,7 @@ def _check_cache(model: Any, tokens: Tensor, want: Tensor, plan: Plan) -> None:
     """The last logits, where all tokens but the last ones came before through a cache."""
     try:
         first = model(input_ids=tokens[:, :-2], use_cache=True)
-    except _ERRORS as error:
+    except ERRORS as error:
         raise _failed(f"the cut model does not run with a cache ({error})", _cuts(plan), "a cut") from error
     cache = getattr(first, "past_key_values", None)
     if cache is None:

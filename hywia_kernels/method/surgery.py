@@ -189,7 +189,7 @@ def _follow_config(model: Any, entry: arch.Architecture) -> None:
                 for field, layers in widths.items():
                     if len(layers) == len(attentions):
                         setattr(own, field, layers[at])
-                if not names.size_field:
+                if names.free_head_dim and not names.size_field:
                     own.head_dim = size
             model.get_submodule(f"{entry.layers}.{layer}.{reader}").config = own
     _follow_changes(model, widths)
