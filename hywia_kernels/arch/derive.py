@@ -102,7 +102,9 @@ def _field(config: Any, names: tuple[str, ...]) -> str:
     return next((n for n in names if type(getattr(config, n, None)) is int), "")
 
 
-def _attentions(modules: Mapping[str, Any], linears: Mapping[str, Any], config: Any) -> tuple[list[Attention], set[str]]:
+def _attentions(
+    modules: Mapping[str, Any], linears: Mapping[str, Any], config: Any
+) -> tuple[list[Attention], set[str]]:
     """Alternatives for the attention of a layer, and the linear layers that are its own."""
     heads_field, kv_field = _field(config, _HEADS), _field(config, _KV_HEADS)
     owners = dict.fromkeys(n.partition(".")[0] for n in linears if "." in n)
@@ -273,7 +275,11 @@ def _experts(modules: Mapping[str, Any], config: Any) -> Iterator[Experts]:
         transposed, biased = bool(getattr(module, "is_transposed", False)), f"{rows}_bias" in module._parameters
         wide = 2 if rows == "gate_up_proj" else 1
         concatenated = bool(getattr(module, "is_concatenated", True))
-        extra = {n for n, p in module._parameters.items() if p is not None} - {*stacks, f"{rows}_bias", "down_proj_bias"}
+        extra = {n for n, p in module._parameters.items() if p is not None} - {
+            *stacks,
+            f"{rows}_bias",
+            "down_proj_bias",
+        }
         up, out, into = stacks[rows], 2 if transposed else 1, 1 if transposed else 2
         if up.shape[out] != wide * down.shape[into] or up.shape[into] != down.shape[out] or extra:
             continue
@@ -325,7 +331,9 @@ def attributes_of(
         named = ((_HEAD_ATTRIBUTES, "heads", heads), (_WIDTH_ATTRIBUTES, "width", width))
         named = (*named, (_KV_ATTRIBUTES, "kv_heads", getattr(config, attention.kv_heads_field or "", heads)))
         fields = [attention.heads_field, attention.kv_heads_field, "head_dim"] if attention.kv_heads_field else []
-        owners = [n for n in modules if n and (attention.output.startswith(f"{n}.") or attention.query.startswith(f"{n}."))]
+        owners = [
+            n for n in modules if n and (attention.output.startswith(f"{n}.") or attention.query.startswith(f"{n}."))
+        ]
         for name in owners:
             for attributes, quantity, value in named:
                 for attribute in attributes:
@@ -334,7 +342,9 @@ def attributes_of(
             if any(f"self.config.{f}" in _forward_text(modules[name]) for f in fields):
                 readers.append(name)
     for name, module in modules.items():
-        own = (mlp.columns and mlp.columns[0].startswith(f"{name}.")) or (experts is not None and experts.module == name)
+        own = (mlp.columns and mlp.columns[0].startswith(f"{name}.")) or (
+            experts is not None and experts.module == name
+        )
         if own and name:
             for attribute in ("intermediate_size", "intermediate_dim", "ffn_dim"):
                 if type(vars(module).get(attribute)) is int:

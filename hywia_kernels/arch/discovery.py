@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +11,11 @@ from torch import nn
 from ..errors import HywiaError
 from ..types import Group, Member
 from .configs import stock_head_counts, text_config
-from .language import Architecture, Experts, Mlp
+from .language import Architecture, Mlp
+from .members import linear_of, on_inputs, on_outputs, unit_parameters, vector_of
+from .parts import expert_groups, headwise_group
 from .table import TABLE
-from .views import Modules, is_linear, is_transposed, parameter_of, sizes_of
+from .views import Modules, sizes_of
 
 __all__ = ["adopt", "architecture", "config_widths", "decoder", "groups", "head_dim", "is_known", "left_alone"]
 
@@ -90,55 +91,21 @@ def decoder(model: Any) -> Any:
     return found
 
 
-def _linear(modules: Modules, name: str) -> Any:
-    module = modules.get(name)
-    if module is None:
-        raise HywiaError(f"model: expected a module {name!r}, found none; its structure is not the table's")
-    if not is_linear(module):
-        raise HywiaError(
-            f"{name}: expected torch.nn.Linear or transformers' Conv1D, got {type(module).__name__}; "
-            "load the model without quantisation or adapters"
-        )
-    return module
-
-
-def _outputs(modules: Modules, name: str, group_size: int, start: int = 0) -> Member:
-    """Units on a linear layer's outputs, with their biases."""
-    module = _linear(modules, name)
-    bias = None if parameter_of(module, "bias") is None else "bias"
-    return Member(name, 1 if is_transposed(module) else 0, group_size, start, bias=bias)
-
-
-def _inputs(modules: Modules, name: str, group_size: int) -> Member:
-    return Member(name, 0 if is_transposed(_linear(modules, name)) else 1, group_size)
-
-
-def _unit_parameters(modules: Modules, members: Sequence[Member], vectors: Sequence[Member] = ()) -> int:
-    total = sum(vector.group_size for vector in vectors)
-    for member in members:
-        shape = list(parameter_of(modules[member.module], member.parameter).shape)
-        if member.index is not None:
-            del shape[0]
-        del shape[member.axis]
-        total += member.group_size * (math.prod(shape) + (member.bias is not None))
-    return total
-
-
 def _mlp_group(modules: Modules, mlp: Mlp, prefix: str, layer: int, called: str = "mlp") -> Group:
     rows = [f"{prefix}.{name}" for name in mlp.rows]
     columns = [f"{prefix}.{name}" for name in mlp.columns]
     sizes: dict[str, int] = {}
     for name in rows:
-        outputs, count = sizes_of(_linear(modules, name))[0], rows.count(name)
+        outputs, count = sizes_of(linear_of(modules, name))[0], rows.count(name)
         if outputs % count:
             raise HywiaError(f"{name}: expected the rows of {count} matrices of one width, got {outputs}")
         sizes[name] = outputs // count
-    sizes |= {name: sizes_of(_linear(modules, name))[1] for name in columns}
+    sizes |= {name: sizes_of(linear_of(modules, name))[1] for name in columns}
     if len(set(sizes.values())) != 1:
         raise HywiaError(f"{prefix}: expected coupled matrices of one width, got {sizes}")
     units = next(iter(sizes.values()))
-    members = tuple(_outputs(modules, name, 1, units * rows[:i].count(name)) for i, name in enumerate(rows))
-    members += tuple(_inputs(modules, name, 1) for name in columns)
+    members = tuple(on_outputs(modules, name, 1, units * rows[:i].count(name)) for i, name in enumerate(rows))
+    members += tuple(on_inputs(modules, name, 1) for name in columns)
     return Group(
         f"{prefix}.{called}",
         "mlp",
@@ -146,72 +113,8 @@ def _mlp_group(modules: Modules, mlp: Mlp, prefix: str, layer: int, called: str 
         units,
         "channel",
         members,
-        _unit_parameters(modules, members),
+        unit_parameters(modules, members),
         width_field=mlp.width_field,
-    )
-
-
-def _expert_groups(model: nn.Module, modules: Modules, names: Experts, prefix: str, layer: int) -> Iterator[Group]:
-    """One of whole experts, then one of the channels of each."""
-    module, router = f"{prefix}.{names.module}", f"{prefix}.{names.router}"
-    for parameter in (*names.rows, *names.columns):
-        stacked = getattr(modules[module], parameter, None)
-        if not isinstance(stacked, nn.Parameter) or stacked.dim() != 3:
-            raise HywiaError(
-                f"{module}: expected a stacked parameter {parameter!r} [experts, out, in], got "
-                f"{type(stacked).__name__}; transformers 5 stacks experts, older versions do not"
-            )
-    out, into = (2, 1) if names.transposed else (1, 2)  # axes of a stack
-    first: Any = getattr(modules[module], names.rows[0])
-    each = names.alternating
-    count, width = first.shape[0], first.shape[out] // names.rows.count(names.rows[0]) // each
-    sizes = {p: getattr(modules[module], p).shape[out] // names.rows.count(p) // each for p in names.rows}
-    sizes |= {p: getattr(modules[module], p).shape[into] for p in names.columns}
-    if set(sizes.values()) != {width}:
-        raise HywiaError(f"{module}: expected experts of one width, got widths {sizes}")
-    if names.router:
-        yield _whole_experts(model, modules, names, prefix, layer, count)
-    for e in range(count):
-        members = tuple(
-            Member(module, out - 1, each, width * each * names.rows[:i].count(p), p, e)
-            for i, p in enumerate(names.rows)
-        ) + tuple(Member(module, into - 1, 1, 0, p, e) for p in names.columns)
-        vectors = tuple(
-            Member(module, 0, each, m.start, f"{m.parameter}_bias", e) for m in members[:-1] if names.biased
-        )
-        yield Group(
-            f"{prefix}.mlp.{e}",
-            "mlp",
-            layer,
-            width,
-            "channel",
-            members,
-            _unit_parameters(modules, members, vectors),
-            vectors=vectors,
-            tied_width=f"{prefix}.mlp",
-            width_field=names.width_field,
-        )
-
-
-def _whole_experts(model: nn.Module, modules: Modules, names: Experts, prefix: str, layer: int, count: int) -> Group:
-    module, router = f"{prefix}.{names.module}", f"{prefix}.{names.router}"
-    gate: Any = modules.get(router)
-    if not isinstance(getattr(gate, "weight", None), nn.Parameter):
-        raise HywiaError(f"{module}: expected a router {router!r}, found none")
-    if gate.weight.shape[0] != count or getattr(gate, "bias", None) is not None:
-        raise HywiaError(f"{router}: expected one row of weights for each of {count} experts, and no bias")
-    stacks = tuple(dict.fromkeys((*names.rows, *names.columns)))
-    whole = (Member(router, 0, 1), *(Member(module, 0, 1, parameter=p) for p in stacks))
-    return Group(
-        f"{prefix}.experts",
-        "experts",
-        layer,
-        count,
-        "expert",
-        whole,
-        _unit_parameters(modules, whole),
-        min_units=getattr(text_config(model), names.chosen_field),
-        width_field=names.count_field,
     )
 
 
@@ -219,10 +122,10 @@ def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: 
     """A layer's group, and how many query heads each KV head serves."""
     names = entry.attention
     query, key, value, output = (f"{prefix}.{n}" for n in (names.query, names.key, names.value, names.output))
-    width = sizes_of(_linear(modules, output))[1]
+    width = sizes_of(linear_of(modules, output))[1]
     if (key == value and query != key) or names.wide_query > 1 or names.more:
-        return _headwise_group(modules, entry, prefix, layer, size)
-    rows = {name: sizes_of(_linear(modules, name))[0] for name in (query, key, value)}
+        return headwise_group(modules, entry, prefix, layer, size)
+    rows = {name: sizes_of(linear_of(modules, name))[0] for name in (query, key, value)}
     if query == key == value:
         of_kv = rows[query] - width
         kv_rows = (of_kv // 2, of_kv - of_kv // 2)
@@ -239,16 +142,16 @@ def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: 
     members: tuple[Member, ...]
     # A KV group's query heads are consecutive, so its q rows and o columns are one run of rep·head_dim.
     if names.interleaved:
-        members = (_outputs(modules, query, (rep + 2) * size),)
+        members = (on_outputs(modules, query, (rep + 2) * size),)
     else:
         starts = (0, width, width + kv_rows[0]) if query == key else (0, 0, 0)
         members = (
-            _outputs(modules, query, rep * size, starts[0]),
-            _outputs(modules, key, size, starts[1]),
-            _outputs(modules, value, size, starts[2]),
+            on_outputs(modules, query, rep * size, starts[0]),
+            on_outputs(modules, key, size, starts[1]),
+            on_outputs(modules, value, size, starts[2]),
         )
-    members += (_inputs(modules, output, rep * size),)
-    vectors = tuple(_vector(modules, f"{prefix}.{name}", kv_heads) for name in names.vectors)
+    members += (on_inputs(modules, output, rep * size),)
+    vectors = tuple(vector_of(modules, f"{prefix}.{name}", kv_heads) for name in names.vectors)
     group = Group(
         f"{prefix}.attention",
         "attention",
@@ -256,53 +159,11 @@ def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: 
         kv_heads,
         "head" if rep == 1 else "kv_group",
         members,
-        _unit_parameters(modules, members, vectors),
+        unit_parameters(modules, members, vectors),
         vectors=vectors,
         width_field=names.kv_heads_field or names.heads_field,
     )
     return group, rep
-
-
-def _headwise_group(modules: Modules, entry: Architecture, prefix: str, layer: int, size: int) -> tuple[Group, int]:
-    """`_attention_group` where each matrix has as many rows for every KV group, whatever they are."""
-    names = entry.attention
-    output = f"{prefix}.{names.output}"
-    width = sizes_of(_linear(modules, output))[1]
-    heads = width // size
-    together = names.key == names.value
-    units = heads if together else sizes_of(_linear(modules, f"{prefix}.{names.key}"))[0] // size
-    made = tuple(dict.fromkeys(f"{prefix}.{n}" for n in (names.query, names.key, names.value, *names.more)))
-    rows = {name: sizes_of(_linear(modules, name))[0] for name in made}
-    whole = units > 0 and heads * size == width and heads % units == 0
-    if not whole or any(count % units for count in rows.values()):
-        raise HywiaError(f"{prefix}: expected rows {rows} and {width} columns of whole heads of {size}, got others")
-    rep = heads // units
-    if not together:
-        rows_of_kv = {rows[f"{prefix}.{n}"] for n in (names.key, names.value)}
-        if rows_of_kv != {units * size} or rows[made[0]] != names.wide_query * width:
-            raise HywiaError(f"{prefix}: expected q, k and v rows of whole heads of {size}, got {rows}")
-    members = (*(_outputs(modules, name, rows[name] // units) for name in made), _inputs(modules, output, rep * size))
-    vectors = tuple(_vector(modules, f"{prefix}.{name}", units) for name in names.vectors)
-    group = Group(
-        f"{prefix}.attention",
-        "attention",
-        layer,
-        units,
-        "head" if rep == 1 else "kv_group",
-        members,
-        _unit_parameters(modules, members, vectors),
-        vectors=vectors,
-        width_field=names.kv_heads_field or names.heads_field,
-    )
-    return group, rep
-
-
-def _vector(modules: Modules, name: str, units: int) -> Member:
-    module, _, parameter = name.rpartition(".")
-    found = getattr(modules.get(module), parameter, None)
-    if not isinstance(found, nn.Parameter) or found.dim() != 1 or found.numel() % units:
-        raise HywiaError(f"{name}: expected a vector with as many entries for each of {units} units")
-    return Member(module, 0, found.numel() // units, parameter=parameter)
 
 
 def _layers(model: nn.Module, entry: Architecture) -> nn.ModuleList:
@@ -338,7 +199,7 @@ def groups(model: nn.Module, modules: Modules | None = None) -> tuple[Group, ...
                 stock[counts] = stock_head_counts(model, entry, size, *counts)
             found.append(replace(attention, stock_counts=stock[counts]) if stock[counts] else attention)
         if entry.experts is not None and f"{prefix}.{entry.experts.module}" in modules:
-            found += _expert_groups(model, modules, entry.experts, prefix, i)
+            found += expert_groups(model, modules, entry.experts, prefix, i)
         elif not entry.partial or (entry.mlp.columns and f"{prefix}.{entry.mlp.columns[0]}" in modules):
             found.append(_mlp_group(modules, entry.mlp, prefix, i))
         for branch in entry.branches:

@@ -139,8 +139,8 @@ class Architecture:
         layers: path of the decoder's list of layers.
         mlp, attention, experts: the units' structure inside one layer.
         branches: further MLPs of a layer, beside its experts or its `mlp` (shared experts), where a layer has them.
-        partial: layers may lack the attention or the MLP that is named (attention of another kind, layers of convolutions
-            or of a state space), and are then left alone.
+        partial: layers may lack the attention or the MLP that is named (and have convolutions, a state space, or
+            attention of another kind), which is left alone.
         derived: made from a model's structure, not written by hand.
         attributes: `(module, attribute, quantity)`: numbers that a layer's modules keep for themselves; the quantity is
             "heads", "kv_heads", "width" (of all query heads), "channels" or "experts" of that layer. They are set where

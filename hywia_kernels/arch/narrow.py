@@ -30,7 +30,15 @@ _SMALL = {
     **{"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 16, "ssm_state_size": 8},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
     **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": _VOCABULARY, "num_nextn_predict_layers": 0},
-    **{"n_groups": 2, "mamba_n_groups": 2, "n_group": 2, "topk_group": 1, "num_expert_group": 2, "n_shared_experts": 2, "first_k_dense_replace": 1},
+    **{
+        "n_groups": 2,
+        "mamba_n_groups": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_expert_group": 2,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+    },
     **{"num_dense_layers": 1, "first_num_dense_layers": 1, "moe_layer_start_index": 1, "embedding_size": 40},
     **{"word_embed_proj_dim": 40, "laurel_rank": 8, "num_kv_shared_layers": 0, "rotary_dim": 4},
 }
@@ -141,7 +149,7 @@ def _narrow_mlps(values: dict[str, Any], hidden: int) -> None:
     widths = [
         field
         for field, value in values.items()
-        if (type(value) is int and value > 0 or _all_whole(value))
+        if ((type(value) is int and value > 0) or _all_whole(value))
         and ("intermediate" in field or "ffn" in field or field in ("n_inner", "inner_dim", "d_ff"))
         and not field.startswith("num_")
     ]
@@ -196,7 +204,7 @@ def narrow_configs(config: Any) -> Iterator[Any]:
     """
     values = config.to_dict()
     inside = isinstance(values.get("text_config"), dict) and config.get_text_config() is not config
-    for size, layers in ((16, 3), (32, 3), (64, 3), (None, 3), (None, 1)):
+    for size, layers in ((16, 2), (32, 2), (64, 2), (None, 2), (None, 1)):
         changed = _narrowed(values["text_config"] if inside else values, size, layers)
         changed = {**values, "text_config": changed} if inside else changed
         for part in ("quantization_config", "transformers_version", "architectures", "dtype", "torch_dtype"):

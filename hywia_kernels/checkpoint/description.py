@@ -111,14 +111,14 @@ def family(values: Mapping[str, Any]) -> str:
     if model_type == _ADAPTIVE:
         model_type = values.get("base_model_type")
     known = model_types()
-    if isinstance(model_type, str) and (model_type in known or derivable(model_type)):
-        if values.get("is_encoder_decoder") is not True:
-            return model_type
+    decoder = values.get("is_encoder_decoder") is not True
+    if isinstance(model_type, str) and decoder and (model_type in known or derivable(model_type)):
+        return model_type
     near = difflib.get_close_matches(str(model_type), known, n=1, cutoff=0.85)
     raise HywiaError(
         f"model: could not load a model of model_type {model_type!r} (config.json), which is not supported"
-        f"{f'; did you mean {near[0]!r}?' if near else ''}{_why_not(model_type, values)}; supported: {', '.join(known)}, "
-        "and other decoders of transformers, whose structure is derived and proven first"
+        f"{f'; did you mean {near[0]!r}?' if near else ''}{_why_not(model_type, values)}; "
+        f"supported: {', '.join(known)}, and other decoders of transformers, which are derived and proven first"
     )
 
 

@@ -64,7 +64,9 @@ def load(
     options = {"token": token, "cache_dir": cache_dir}
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
-        network, tokenizer = _loaded(located(model, revision, options), torch_dtype, trust_remote_code is True, quantised, target)
+        network, tokenizer = _loaded(
+            located(model, revision, options), torch_dtype, trust_remote_code is True, quantised, target
+        )
         return (network if quantised and _is_quantised(network) else network.to(target)).eval(), tokenizer
     except (HywiaError, MemoryError, torch.OutOfMemoryError):
         raise

@@ -18,9 +18,7 @@ _STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth")
 
 
-def skeleton(
-    model: str | Path = "smollm2", *, trust_remote_code: bool = False, revision: str | None = None
-) -> Any:
+def skeleton(model: str | Path = "smollm2", *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """The model that `load` would give, in eval mode and the stored dtype, with every tensor on the meta device.
 
     Weights are neither read nor fetched; of a hub model, only the files that describe it are. Headers of weights that

@@ -57,12 +57,14 @@ def located(model: str | Path, revision: str | None = None, options: hub.Options
     Of a hub model the files that describe it are fetched, of this revision.
 
     Raises:
-        UsageError: the name is empty, no name, or none of the hub's and there is a revision. HywiaError: there is no such
-            model.
+        UsageError: the name is empty, no name, or not the hub's though there is a revision. HywiaError: there is no
+            such model.
     """
     source = _located(model, revision, options)
     if revision is not None and not source.from_hub:
-        raise UsageError(f"revision: goes with a hub id, got {revision!r} with {source.name!r}, which is on this machine")
+        raise UsageError(
+            f"revision: goes with a hub id, got {revision!r} with {source.name!r}, which is on this machine"
+        )
     return source
 
 

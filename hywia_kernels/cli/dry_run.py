@@ -26,9 +26,7 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
     Raises:
         UsageError, HywiaError: the model cannot meet the request, as the run would say.
     """
-    model = skeleton(
-        arguments.model, trust_remote_code=arguments.trust_remote_code, revision=arguments.revision
-    )
+    model = skeleton(arguments.model, trust_remote_code=arguments.trust_remote_code, revision=arguments.revision)
     session.proven(model)
     device = arguments.device
     if device == "auto":

@@ -98,7 +98,7 @@ def load_model(arguments: argparse.Namespace, *, quantised: bool = False) -> tup
 
 
 def proven(model: Any) -> Any:
-    """The model; of a type that the table of architectures lacks, its structure is derived, proven and printed first."""
+    """The model; where the table of architectures lacks its type, what is derived of it is proven and printed first."""
     proof = prove(model)
     if proof is not None:
         console.print_proof(proof)

@@ -10,7 +10,7 @@ import torch
 
 from hywia_kernels import HywiaError, arch
 from hywia_kernels.arch import derive, narrow
-from hywia_kernels.method import derivation, proof
+from hywia_kernels.method import derivation, loss_steps, proof
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def _checked(model, entry, alone=()) -> None:
     arch.adopt(model, entry)
     proof.check_covered(model, alone)
     proof.check_cut(model)
-    proof.check_steps(model)
+    loss_steps.check_steps(model)
 
 
 def _attention(entry, **wrong):
@@ -55,7 +55,12 @@ PLANTED = [
     ("sinks that stay", "gpt_oss", lambda e: _attention(e, vectors=()), r"a cut of .*does not run"),
     ("a value head that stays", "helium", lambda e: _attention(e, value=e.attention.key), r"v_proj|a cut of"),
     ("a gate of heads that stays", "afmoe", lambda e: _attention(e, more=()), r"gate_proj"),
-    ("heads of another size", "deepseek_v3", lambda e: _attention(e, size_field="qk_nope_head_dim"), r"whole heads|cut"),
+    (
+        "heads of another size",
+        "deepseek_v3",
+        lambda e: _attention(e, size_field="qk_nope_head_dim"),
+        r"whole heads|cut",
+    ),
     ("slopes of other heads", "bloom", lambda e: _attention(e, alibi=None), r"a cut of .*query_key_value"),
     (
         "a head count that modules keep",

@@ -117,7 +117,7 @@ def test_code_is_fetched_for_trust_only(hub):
 
 
 def test_revision_token_and_cache_reach_the_hub(saved, tmp_path, monkeypatch):
-    """The description comes of the revision, the weights of the commit that it was; the client's options are the same."""
+    """The description comes of the revision, the weights of the commit that it was; the client gets its options."""
     asked = []
     cache = tmp_path / "hub" / "snapshots" / COMMIT
 
