@@ -15,10 +15,10 @@ from typing import Any
 from torch import nn
 
 from .configs import text_config
-from .language import Alibi, Architecture, Attention, Experts, Gated, Mlp
+from .language import Alibi, Attention, Experts, Gated, Mlp
 from .views import is_linear, is_transposed, sizes_of
 
-__all__ = ["NO_ATTENTION", "NO_MLP", "Hypotheses", "assembled", "attributes_of", "hypotheses", "layers_of"]
+__all__ = ["Hypotheses", "hypotheses", "layers_of"]
 
 _QUERY = {"q_proj", "query", "q_b_proj", "wq", "q_lin", "query_proj", "q"}
 _KEY = {"k_proj", "key", "wk", "k_lin", "key_proj", "k"}
@@ -30,12 +30,6 @@ _GATES = {"gate_proj", "g_proj", "gate", "attn_gate"}
 _GATE_OF_MLP = {"gate_proj", "w1", "gate", "linear_1"}
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "num_query_groups")
-_HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads", "num_query_heads")
-_KV_ATTRIBUTES = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
-_WIDTH_ATTRIBUTES = ("embed_dim", "hidden_size", "all_head_size", "attn_dim", "q_size", "split_size", "inner_dim")
-
-NO_ATTENTION = Attention("", "", "", "", heads_field="num_attention_heads", free_head_dim=False)
-NO_MLP = Mlp((), (), "")
 
 
 @dataclass(frozen=True)
@@ -81,10 +75,17 @@ def hypotheses(model: Any) -> Hypotheses | None:
             modules.setdefault(name, module)
     linears = {n: m for n, m in modules.items() if is_linear(m)}
     config = text_config(model)
-    attentions, taken = _attentions(modules, linears, config)
+    attentions: list[Attention] = []
+    taken: set[str] = set()
+    for layer in layers:  # one kind of layer at a time, whose names are plain
+        own = dict(layer.named_modules())
+        attentions, taken = _attentions(own, {n: m for n, m in own.items() if is_linear(m)}, config)
+        if attentions:
+            break
     experts = tuple(_experts(modules, config))
     inside = tuple(e.module for e in experts)
-    rest = {n: m for n, m in linears.items() if n not in taken and not n.startswith(tuple(f"{i}." for i in inside))}
+    others = tuple(f"{name}." for name in (*taken, *inside))
+    rest = {n: m for n, m in linears.items() if not n.startswith(others)}
     return Hypotheses(path, tuple(attentions), tuple(_mlps(modules, rest, config)), experts)
 
 
@@ -105,7 +106,7 @@ def _field(config: Any, names: tuple[str, ...]) -> str:
 def _attentions(
     modules: Mapping[str, Any], linears: Mapping[str, Any], config: Any
 ) -> tuple[list[Attention], set[str]]:
-    """Alternatives for the attention of a layer, and the linear layers that are its own."""
+    """Alternatives for the attention of a layer, and the modules whose linear layers are its own."""
     heads_field, kv_field = _field(config, _HEADS), _field(config, _KV_HEADS)
     owners = dict.fromkeys(n.partition(".")[0] for n in linears if "." in n)
     for owner in owners:
@@ -124,7 +125,7 @@ def _attentions(
         else:
             continue
         found = _of_heads(modules, linears, config, owner, apart, output, heads_field, kv_field)
-        return list(found), set(names)
+        return list(found), {owner}
     return [], set()
 
 
@@ -162,7 +163,7 @@ def _of_heads(
         value,
         output,
         heads_field=heads_field,
-        kv_heads_field=kv_field if kv_heads != heads or key != value else "",
+        kv_heads_field=kv_field if getattr(config, kv_field or "", None) == kv_heads else "",
         free_head_dim=bool(size_field) or config.to_dict().get("head_dim") is not None,
         vectors=vectors,
         size_field=size_field,
@@ -312,80 +313,3 @@ def _experts(modules: Mapping[str, Any], config: Any) -> Iterator[Experts]:
 def _is(config: Any, name: str, value: int | None) -> bool:
     found = getattr(config, name, None)
     return type(found) is int and (value is None or found == value)
-
-
-def attributes_of(
-    model: Any, path: str, attention: Attention, mlp: Mlp, experts: Experts | None
-) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
-    """Numbers that a layer's modules keep of their units, and modules whose forward reads them from the config."""
-    layers: Any = model.get_submodule(path)
-    modules: dict[str, Any] = {}
-    for layer in layers:
-        for name, module in layer.named_modules():
-            modules.setdefault(name, module)
-    found: list[tuple[str, str, str]] = []
-    readers: list[str] = []
-    config = text_config(model)
-    if attention.output:
-        heads, width = getattr(config, attention.heads_field), sizes_of(modules[attention.output])[1]
-        named = ((_HEAD_ATTRIBUTES, "heads", heads), (_WIDTH_ATTRIBUTES, "width", width))
-        named = (*named, (_KV_ATTRIBUTES, "kv_heads", getattr(config, attention.kv_heads_field or "", heads)))
-        fields = [attention.heads_field, attention.kv_heads_field, "head_dim"] if attention.kv_heads_field else []
-        owners = [
-            n for n in modules if n and (attention.output.startswith(f"{n}.") or attention.query.startswith(f"{n}."))
-        ]
-        for name in owners:
-            for attributes, quantity, value in named:
-                for attribute in attributes:
-                    if vars(modules[name]).get(attribute) == value and type(value) is int:
-                        found.append((name, attribute, quantity))
-            if any(f"self.config.{f}" in _forward_text(modules[name]) for f in fields):
-                readers.append(name)
-    for name, module in modules.items():
-        own = (mlp.columns and mlp.columns[0].startswith(f"{name}.")) or (
-            experts is not None and experts.module == name
-        )
-        if own and name:
-            for attribute in ("intermediate_size", "intermediate_dim", "ffn_dim"):
-                if type(vars(module).get(attribute)) is int:
-                    found.append((name, attribute, "channels"))
-    if experts is not None and experts.router:
-        found += [(n, "num_experts", "experts") for n in (experts.module, experts.router)]
-    return tuple(found), tuple(readers)
-
-
-def _forward_text(module: nn.Module) -> str:
-    try:
-        return inspect.getsource(type(module).forward)
-    except (OSError, TypeError):
-        return ""
-
-
-def assembled(
-    model: Any, path: str, attention: Attention | None, mlps: tuple[Mlp, ...], experts: Experts | None
-) -> Architecture:
-    """The entry of these parts, for models of the copy's type."""
-    attention = attention or NO_ATTENTION
-    own = next((m for m in mlps if experts is None or not _beside(m, experts)), NO_MLP)
-    attributes, readers = attributes_of(model, path, attention, own, experts)
-    return Architecture(
-        model_types=(model.config.model_type,),
-        title=model.config.model_type,
-        layers=path,
-        mlp=own,
-        attention=attention,
-        experts=experts,
-        branches=tuple(m for m in mlps if m is not own),
-        partial=True,
-        derived=True,
-        attributes=attributes,
-        whole_attributes=(("", "num_experts", "experts"),) if experts is not None and experts.router else (),
-        config_readers=readers,
-        logits=None,
-    )
-
-
-def _beside(mlp: Mlp, experts: Experts) -> bool:
-    """Whether an MLP lies in a module of its own beside a layer's experts."""
-    owner, of_experts = mlp.columns[0].rpartition(".")[0], experts.module.rpartition(".")[0]
-    return owner != of_experts and (not of_experts or owner.startswith(f"{of_experts}."))

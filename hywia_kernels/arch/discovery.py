@@ -85,9 +85,11 @@ def head_dim(model: nn.Module) -> int:
 
 def decoder(model: Any) -> Any:
     """The part of a model that makes final hidden states of embedded tokens."""
-    found = model.get_decoder()
-    if found is model:  # some families name it otherwise than their class says
-        found = model.get_submodule(architecture(model).layers.partition(".")[0])
+    found, entry = model.get_decoder(), architecture(model)
+    if entry.derived:  # some families have something else under the name by which their class looks for it
+        layers = model.get_submodule(entry.layers)
+        if found is model or not any(m is layers for m in found.modules()):
+            return model.get_submodule(entry.layers.partition(".")[0])
     return found
 
 

@@ -40,6 +40,7 @@ _SMALL = {
         "first_k_dense_replace": 1,
     },
     **{"num_dense_layers": 1, "first_num_dense_layers": 1, "moe_layer_start_index": 1, "embedding_size": 40},
+    **{"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     **{"word_embed_proj_dim": 40, "laurel_rank": 8, "num_kv_shared_layers": 0, "rotary_dim": 4},
 }
 

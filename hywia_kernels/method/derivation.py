@@ -15,6 +15,7 @@ from typing import Any
 
 from .. import arch
 from ..arch import derive, narrow
+from ..arch.assembly import assembled
 from ..errors import HywiaError
 from ..progress import Bar
 from . import loss_steps, proof
@@ -124,7 +125,7 @@ def derived(model: Any, small: Any = None, *, thorough: bool = False) -> tuple[P
     experts = first(experts=found.experts)
     mlps = [first(mlps=alternatives) for alternatives in found.mlps]
     kept = tuple(m for m in mlps if m is not None)
-    entry = derive.assembled(small, found.layers, attention, kept, experts)
+    entry = assembled(small, found.layers, attention, kept, experts)
     if attention is None and not kept and experts is None:
         why = "; ".join(f"{name}: {reason}" for name, reason in alone.items()) or "no part looks like one that is known"
         raise HywiaError(
@@ -147,7 +148,7 @@ def _first(
     for one in several:
         parts = {"attention": None, "mlps": (), "experts": None}
         parts |= {"attentions": {"attention": one}, "mlps": {"mlps": (one,)}, "experts": {"experts": one}}[kind]
-        entry = derive.assembled(small, layers, **parts)
+        entry = assembled(small, layers, **parts)
         reason = _holds(small, entry, real, thorough)
         if reason is None:
             return one

@@ -21,6 +21,7 @@ __all__ = ["check_gradients", "check_steps"]
 # Of the finite differences, of weights that are float64: a router may choose another expert within a long step, and
 # what a model computes in float32 all the same is coarse beside a short one.
 _STEPS = (1e-3, 1e-4, 1e-5)
+_COARSE_STEPS = (1e-2, 3e-3)  # where the model runs in float32 alone
 _STATISTIC = 1e-2  # relative error of a statistic, of the largest one of its matrix
 
 
@@ -63,15 +64,19 @@ def check_steps(model: Any) -> None:
             found.append(calibrate(model, tokens, memory=memory, backend="reference"))
         except ERRORS as error:
             raise failed(f"its pass does not run in memory mode {memory} ({error})", groups, "statistics") from error
-    exact = copy.deepcopy(model).double()
+    exact, steps = copy.deepcopy(model).double(), _STEPS
     if hasattr(exact, "set_experts_implementation"):
         exact.set_experts_implementation("eager")  # the others have no float64
+    try:
+        _moved(exact, [], tokens, 0.1)
+    except ERRORS:  # masks and constants of a few families are float32's
+        exact, steps = copy.deepcopy(model), _COARSE_STEPS
     parts = [(of, i) for of in _together(groups) for i in range(len(of[0].members))]
-    worst = _step_error(exact, found, parts, tokens)
+    worst = _step_error(exact, found, parts, tokens, steps)
     if worst <= _STATISTIC:
         return
     for part in parts:  # which of them it is
-        error = _step_error(exact, found, [part], tokens)
+        error = _step_error(exact, found, [part], tokens, steps)
         if not error <= _STATISTIC:
             of, index = part
             what = f"they differ from finite differences of the loss by {error:.1e} at {of[0].members[index].module}"
@@ -80,7 +85,11 @@ def check_steps(model: Any) -> None:
 
 
 def _step_error(
-    exact: Any, found: Sequence[Statistics], parts: Sequence[tuple[list[Group], int]], tokens: Tensor
+    exact: Any,
+    found: Sequence[Statistics],
+    parts: Sequence[tuple[list[Group], int]],
+    tokens: Tensor,
+    steps: Sequence[float],
 ) -> float:
     """How far the statistics are from the loss's change along random signs of all units of these matrices, of the
     change's usual size; the largest of all samples and passes."""
@@ -91,12 +100,14 @@ def _step_error(
             member = group.members[index]
             signs = torch.randint(0, 2, (group.units,), generator=generator).double() * 2 - 1
             along = signs.repeat_interleave(member.group_size)
-            pieces.append((arch.view(exact, member, group.units).data, along[:, None] if member.axis == 0 else along))
+            part = arch.view(exact, member, group.units).data
+            along = along.to(part.dtype)
+            pieces.append((part, along[:, None] if member.axis == 0 else along))
             for into, statistics in zip(got, found, strict=True):
                 into += statistics.coarse[group.name][index].double() @ signs
             scale += float(found[0].coarse[group.name][index].double().square().sum(1).max())
     least = float("inf")
-    for step in _STEPS:
+    for step in steps:
         slope = _moved(exact, pieces, tokens, step)
         least = min(least, max(float((into - slope).abs().max()) for into in got) / max(scale**0.5, 1e-12))
         if least <= _STATISTIC:
@@ -140,9 +151,11 @@ def check_gradients(model: Any) -> None:
             holder._parameters[member.parameter] = gradient
             moved = arch.view({member.module: holder}, member, group.units).float()
             weight = arch.view(model, member, group.units).detach().float()
-            per_line = (moved * weight).sum(1 - member.axis).view(group.units, -1).sum(1)
-            got = statistics.coarse[group.name][0][0].to(per_line.device)
-            error = float((got - per_line).norm() / per_line.norm().clamp_min(1e-20))
-            limit = 1e-2 if parameter.dtype == torch.float32 else 0.2
-            if not error <= limit:
+            product = moved * weight
+            per_unit = product.sum(1 - member.axis).view(group.units, -1).sum(1)
+            # Behind a norm of the head its sums cancel, so an error counts beside what was summed.
+            summed = product.abs().sum(1 - member.axis).view(group.units, -1).sum(1)
+            got = statistics.coarse[group.name][0][0].to(per_unit.device)
+            error = float((got - per_unit).norm() / summed.norm().clamp_min(1e-20))
+            if not error <= (1e-3 if parameter.dtype == torch.float32 else 3e-2):
                 raise failed(f"statistics and the loss's own gradients differ by {error:.1e}", [group], "statistics")

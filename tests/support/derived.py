@@ -15,9 +15,11 @@ from hywia_kernels.method import derivation
 
 # Fields that published checkpoints state and transformers' defaults lack, or by which they show more of the family.
 FIELDS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
     "deepseek_v2": {"num_experts_per_tok": 2, "head_dim": 64},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 8},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
