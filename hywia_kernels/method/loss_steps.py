@@ -75,7 +75,7 @@ def check_steps(model: Any) -> None:
     worst = _step_error(exact, found, parts, tokens, steps)
     if worst <= _STATISTIC:
         return
-    for part in parts:  # which of them it is
+    for part in reversed(parts):  # which it is: what a wrong one sends back is wrong in all before it
         error = _step_error(exact, found, [part], tokens, steps)
         if not error <= _STATISTIC:
             of, index = part

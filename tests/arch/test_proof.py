@@ -48,7 +48,7 @@ def _swapped_gate(entry):
 
 
 PLANTED = [
-    ("gate and up swapped", "helium", _swapped_gate, r"statistics of .*mlp\.\w+_proj"),
+    ("gate and up swapped", "helium", _swapped_gate, r"statistics of .*mlp"),
     ("a missed shared expert", "qwen2_moe", lambda e: dataclasses.replace(e, branches=()), r"mlp\.shared_expert\."),
     ("q, k and v in three runs", "gpt_neox", lambda e: _attention(e, interleaved=False), r"a cut of .*query_key_value"),
     ("norms of fewer features", "olmoe", lambda e: _attention(e, wide_norms={}), r"a cut of .*self_attn"),
