@@ -28,7 +28,7 @@ import hywia_kernels as hk
 from hywia_kernels import cli
 from hywia_kernels.deploy.cost import Cost, cost_of
 from hywia_kernels.deploy.speed import Case
-from hywia_kernels.deploy.static_driver import StaticDriver, drivable
+from hywia_kernels.engine.static_driver import StaticDriver, drivable
 
 from .bench_pruned import ideal
 from .environment import Environment

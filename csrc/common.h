@@ -39,6 +39,29 @@ HYWIA_INLINE float float16_to_float(uint16_t bits) {
     return bits_to_float(result | uint32_t(bits & 0x8000) << 16);
 }
 
+HYWIA_INLINE uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+// Rounded to nearest, ties to even. NaN stays NaN: its rounding could carry into the exponent, so a bit is set instead.
+HYWIA_INLINE uint16_t float_to_bfloat16(float value) {
+    const uint32_t bits = float_to_bits(value);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
+}
+
+// The same for float16. Below 2^-14 a sum with 0.5 leaves the rounded subnormal in its low bits: 0.5's last is 2^-24.
+HYWIA_INLINE uint16_t float_to_float16(float value) {
+    const uint32_t bits = float_to_bits(value), magnitude = bits & 0x7fffffff;
+    const uint32_t tiny = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000;
+    const uint32_t normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    const uint32_t finite = magnitude < 0x38800000 ? tiny : normal;
+    const uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;  // NaN, or what rounds to infinity
+    return uint16_t((magnitude >= 0x477ff000 ? large : finite) | (bits >> 16 & 0x8000));
+}
+
 constexpr int64_t element_size(DType dtype) { return dtype == DType::Float32 ? 4 : 2; }
 
 // Below this many elements a second thread costs more than it brings.

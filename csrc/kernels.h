@@ -128,6 +128,40 @@ struct CompactArgs {
 void compact_cpu(const CompactArgs& args);
 void compact_cuda(const CompactArgs& args);
 
+// Logits as a head gives them, and what the family makes of them: scale·x, then cap·tanh(scale·x / cap) where cap > 0.
+struct Logits {
+    const void* data = nullptr;
+    int64_t stride = 0;  // from row to row; words follow each other
+    DType dtype = DType::Float32;
+    float scale = 1.0f;
+    float cap = 0.0f;
+};
+
+// A teacher's likeliest words, [tokens, count] both, and the logarithm of what the others have, [tokens].
+struct TopWords {
+    const int32_t* indices = nullptr;
+    const void* log_probabilities = nullptr;
+    DType dtype = DType::Float32;  // or Float16
+    const float* rest = nullptr;
+    int64_t count = 0;
+};
+
+// Distillation loss of every token and its gradient at the student's logits, which may be written over them.
+struct DistillationArgs {
+    Logits student, teacher;  // `teacher` without data: `top` instead
+    TopWords top;
+    const float* weight = nullptr;    // [tokens]; 0: the token is not read
+    const int64_t* labels = nullptr;  // [tokens]; null where hard is 0
+    double hard = 0.0;
+    int64_t tokens = 0, words = 0;
+    float* loss = nullptr;     // [tokens]
+    void* gradient = nullptr;  // [tokens, words] in the student's dtype, or null: the losses alone
+    int64_t gradient_stride = 0;
+    int threads = 1;
+};
+
+void distillation_cpu(const DistillationArgs& args);
+
 struct AttentionFusionArgs {
     const float* fine = nullptr;
     const float* coarse = nullptr;

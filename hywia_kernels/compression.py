@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .checkpoint.run_record import score_summary
 from .deploy import planning
 from .deploy.hardware import threaded_device_name
 from .errors import HywiaError
-from .evaluation import Evaluation
+from .evaluation import Evaluation, speeds
 from .method import selection, surgery
 from .method.calibration_data import calibration
 from .method.criteria import score
@@ -26,6 +27,7 @@ from .method.derivation import prove, proven
 from .method.head_residual import head_residuals, rank_heads
 from .method.mask_learning import learn_masks
 from .method.reconstruction import reconstruct
+from .method.recovery.job import Dense, ask, resolved
 from .method.scores import fuse
 from .method.statistics import calibrate
 from .method.tokens import check_length, digest, prefix
@@ -62,7 +64,8 @@ class Result:
     Attributes:
         recipe: resolved, with the numbers of samples that were really used.
         plan: the units that stayed. scores: that decided.
-        record: JSON-serialisable: recipe, text, plan, quantiles of the scores, seconds, evaluation; `save` writes it.
+        record: JSON-serialisable: recipe, text, plan, quantiles of the scores, seconds, recovery, evaluation; `save`
+            writes it.
         before, after: what `Evaluation.measure` gave, or None.
     """
 
@@ -235,7 +238,22 @@ def check(model: Any, tokenizer: Any, recipe: Recipe, measured: Measured | None 
     if measured is not None:
         recipe = _with_real_samples(recipe, asked, measured.tokens)
         _check_text(recipe, measured.tokens)
-    return recipe
+    return with_resolved_recovery(model, recipe, _device(model))
+
+
+def with_resolved_recovery(model: Any, recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe with nothing left open in the recovery that it may ask for.
+
+    Args:
+        model: the dense model, which may be on the meta device. device: where the run will be.
+
+    Raises:
+        UsageError: samples that are longer than the model's positions.
+    """
+    if recipe.recover is None:
+        return recipe
+    check_length(model, recipe.recover.seq_len, "recover: seq_len")
+    return replace(recipe, recover=resolved(recipe.recover, model, device, seed=recipe.seed))
 
 
 def _with_real_samples(recipe: Recipe, asked: int | None, tokens: Tensor | None) -> Recipe:
@@ -264,6 +282,8 @@ def compress(
     evaluation: Evaluation | None = None,
     when_planned: Callable[[Plan], None] | None = None,
     when_cut: Callable[[Result], None] | None = None,
+    when_recovered: Callable[[Result], None] | None = None,
+    work: str | Path | None = None,
     on_progress: progress.Callback | None = None,
     backend: str | None = None,
     engine: str = "auto",
@@ -277,7 +297,9 @@ def compress(
         tokens: int64 `[samples, seq_len]`, text at hand already, instead of the recipe's.
         evaluation: what to measure before and after; None: nothing.
         when_planned: called with the plan before the model is changed.
-        when_cut: called with the result when the model is cut and before it is measured again: the place to save it.
+        when_cut: called with the result when the model is cut, and before it is recovered or measured again: the place
+            to save it. when_recovered: the same once more after a recovery, where the recipe asks for one.
+        work: folder in which a recovery keeps what it needs to go on after a stop, see `recover`.
         on_progress: called with the name of the work, steps done and their number (None: unknown).
         backend, engine, memory: see `calibrate`.
 
@@ -300,29 +322,56 @@ def compress(
         if when_planned is not None:
             when_planned(plan)
         before = None if evaluation is None else evaluation.measure(model, tokenizer)
-        if recipe.reconstruct:
-            text = _first(measured.tokens, recipe.reconstruct_samples or 1, "the reconstruction")
-            with clock.time("reconstruction"):
-                plan = reconstruct(model, plan, text, ridge=recipe.ridge)
-        with clock.time("cut"):
-            surgery.prune(model, plan, backend=backend)
-        record: dict[str, Any] = {
-            "recipe": recipe.to_dict(),
-            "text": dict(measured.record.get("text", {})),
-            "seconds": clock.seconds,
-            "scores_summary": score_summary(scores, plan),
-        }
-        proof = proven(model)
-        if proof is not None:
-            record["proof"] = proof.to_dict()
-        result = Result(recipe, plan, scores, record, before)
-        if when_cut is not None:
-            when_cut(result)
-        if evaluation is None or before is None:
-            return result
-        after = evaluation.measure(model, tokenizer)
+        with _dense(model, tokenizer, recipe, work, clock) as dense:
+            if recipe.reconstruct:
+                text = _first(measured.tokens, recipe.reconstruct_samples or 1, "the reconstruction")
+                with clock.time("reconstruction"):
+                    plan = reconstruct(model, plan, text, ridge=recipe.ridge)
+            with clock.time("cut"):
+                surgery.prune(model, plan, backend=backend)
+            record: dict[str, Any] = {
+                "recipe": recipe.to_dict(),
+                "text": dict(measured.record.get("text", {})),
+                "seconds": clock.seconds,
+                "scores_summary": score_summary(scores, plan),
+            }
+            proof = proven(model)
+            if proof is not None:
+                record["proof"] = proof.to_dict()
+            result = Result(recipe, plan, scores, record, before)
+            if when_cut is not None:
+                when_cut(result)
+            if dense is not None:
+                with clock.time("recovery"):
+                    recovered = dense.recover(model)
+                result = replace(result, record={**record, "recovery": recovered.record})
+                if when_recovered is not None:
+                    when_recovered(result)
+            if evaluation is None or before is None:
+                return result
+            after = evaluation.measure(model, tokenizer)
+            if dense is not None and dense.model is not None:
+                fast = speeds([dense.model, model])
+                before, after = (
+                    {**side, "tokens_per_second": s} for side, s in zip((before, after), fast, strict=True)
+                )
     sides = {"text": before["text"], "device": threaded_device_name(_device(model)), "before": before, "after": after}
-    return replace(result, record={**record, "evaluation": sides}, after=after)
+    return replace(result, record={**result.record, "evaluation": sides}, before=before, after=after)
+
+
+@contextmanager
+def _dense(
+    model: Any, tokenizer: Any, recipe: Recipe, work: str | Path | None, clock: _Clock
+) -> Iterator[Dense | None]:
+    """The dense model's side of the recovery that the recipe asks for, made before the model is changed."""
+    if recipe.recover is None:
+        yield None
+        return
+    with ExitStack() as stack:
+        with clock.time("recovery"):
+            how = {"bos": recipe.bos, "field": recipe.text_field, "copied": True}
+            dense = stack.enter_context(ask(model, tokenizer, recipe.recover, work=work, **how))
+        yield dense
 
 
 def _decided(model: Any, recipe: Recipe, measured: Measured, clock: _Clock) -> tuple[Scores, Plan]:

@@ -6,6 +6,7 @@ import hashlib
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,16 @@ from .method.tokens import check_length, check_tokens, encode, positions, prefix
 from .method.writing import continuation, evaluating, greedy, prompt_tokens
 from .settings import BLOCK
 
-__all__ = ["Evaluation", "blocks", "continuation", "evaluate", "perplexity", "stored_bytes", "tokens_per_second"]
+__all__ = [
+    "Evaluation",
+    "blocks",
+    "continuation",
+    "evaluate",
+    "perplexity",
+    "speeds",
+    "stored_bytes",
+    "tokens_per_second",
+]
 
 
 def blocks(
@@ -96,7 +106,6 @@ def perplexity(model: Any, tokens: Tensor, *, batch: int = 8) -> float:
     return math.exp(min(mean, 700.0))
 
 
-@torch.no_grad()
 def tokens_per_second(model: Any, *, prompt: int = 16, new: int = 32, repeats: int = 3) -> float:
     """Tokens a second of eager greedy generation, for one sequence with a KV cache: the median of `repeats` runs after
     a warm-up.
@@ -107,23 +116,51 @@ def tokens_per_second(model: Any, *, prompt: int = 16, new: int = 32, repeats: i
     Raises:
         HywiaError: the model does not write as many tokens as it is asked for.
     """
-    model = unwrapped(model)
-    weight = model.get_input_embeddings().weight
-    most = positions(model)
-    if most is not None and prompt + new > most:
-        prompt = min(prompt, most // 2)
-        new = most - prompt
-    ids = torch.arange(prompt, device=weight.device)[None] % weight.shape[0]
-    times = []
-    for _ in range(repeats + 1):
-        _synchronise(weight.device)
+    return speeds([model], prompt=prompt, new=new, repeats=repeats)[0]
+
+
+@torch.no_grad()
+def speeds(models: Sequence[Any], *, prompt: int = 16, new: int = 32, repeats: int = 3) -> list[float]:
+    """`tokens_per_second` of several models, their runs in turns: what else the machine does meanwhile hits all alike,
+    so that their ratio means something.
+
+    Raises:
+        HywiaError: as `tokens_per_second`.
+    """
+    runs = [_Run.of(unwrapped(model), prompt, new) for model in models]
+    for turn in range(repeats + 1):
+        for run in runs if turn % 2 else runs[::-1]:
+            run.take()
+    return [run.new / statistics.median(run.seconds[1:]) for run in runs]
+
+
+@dataclass
+class _Run:
+    """One model's runs: `ids` int64 `[1, prompt]`, `new` tokens to write, seconds so far."""
+
+    model: Any
+    ids: Tensor
+    new: int
+    seconds: list[float]
+
+    @classmethod
+    def of(cls, model: Any, prompt: int, new: int) -> _Run:
+        weight = model.get_input_embeddings().weight
+        most = positions(model)
+        if most is not None and prompt + new > most:
+            prompt = min(prompt, most // 2)
+            new = most - prompt
+        return cls(model, torch.arange(prompt, device=weight.device)[None] % weight.shape[0], new, [])
+
+    def take(self) -> None:
+        _synchronise(self.ids.device)
         start = time.perf_counter()
-        made = greedy(model, ids, new)
-        _synchronise(weight.device)
-        times.append(time.perf_counter() - start)
-        if made.shape[1] != prompt + new:
-            raise HywiaError(f"model: expected it to write {new} tokens, got {made.shape[1] - prompt}")
-    return new / statistics.median(times[1:])
+        made = greedy(self.model, self.ids, self.new)
+        _synchronise(self.ids.device)
+        self.seconds.append(time.perf_counter() - start)
+        written = made.shape[1] - self.ids.shape[1]
+        if written != self.new:
+            raise HywiaError(f"model: expected it to write {self.new} tokens, got {written}")
 
 
 def _synchronise(device: torch.device) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from . import settings
 from .deploy import device_profiles, serving_rules
 from .errors import HywiaError, UsageError
+from .method.recovery.request import Recovery
 from .types.record import parsed
 
 __all__ = ["Recipe"]
@@ -56,6 +57,8 @@ class Recipe:
         reconstruct: solve the surviving output columns by least squares; None: with criterion "hywia".
         reconstruct_samples: of the same text; None: 128 on a CPU and 1,024 on a GPU, or what the text holds of them.
         ridge: of the least squares.
+        recover: train the cut model towards the dense one's predictions: a `Recovery`, or its sources of text ("self":
+            the dense model writes it); None: no recovery.
     """
 
     ratio: float | None = None
@@ -81,8 +84,10 @@ class Recipe:
     reconstruct: bool | None = None
     reconstruct_samples: int | None = None
     ridge: float = settings.RIDGE
+    recover: Recovery | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "recover", Recovery.of(self.recover))
         for name in _TUPLES:
             value = getattr(self, name)
             if isinstance(value, list):
@@ -120,6 +125,8 @@ class Recipe:
                     )
         if scoring_only:
             return
+        if self.recover is not None:
+            self.recover.check()
         self._check_cut()
 
     def _check_cut(self) -> None:
@@ -215,6 +222,7 @@ class Recipe:
         for name in _TUPLES:
             if values[name] is not None:
                 values[name] = list(values[name])
+        values["recover"] = self.recover.to_dict() if self.recover is not None else None
         return values
 
     @classmethod

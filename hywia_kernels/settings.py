@@ -14,6 +14,7 @@ __all__ = [
     "ENGINES",
     "FUSIONS",
     "HEAD_RANKINGS",
+    "HOLDS",
     "KINDS",
     "LAYOUTS",
     "LEARNED",
@@ -22,8 +23,10 @@ __all__ = [
     "ORDERS",
     "RIDGE",
     "SAMPLES",
+    "SELF",
     "SEQ_LEN",
     "STEPS",
+    "TUNES",
 ]
 
 KINDS = ("mlp", "attention", "experts")  # of units
@@ -38,6 +41,9 @@ ENGINES = ("auto", "fused", "autograd")
 MEMORY = ("auto", "fast", "lean", "layerwise")
 BACKENDS = ("reference", "native", "triton", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TUNES = ("scales", "lora", "full")  # what a recovery trains
+HOLDS = ("live", "8bit", "kept")  # how a recovery holds the dense model
+SELF = "self"  # a source of text: the dense model writes it
 
 SAMPLES = 96  # scored: on LLaMA-7B's shapes a pass over them takes less time than LLM-Pruner's over ten
 SEQ_LEN = 128

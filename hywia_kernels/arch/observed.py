@@ -7,6 +7,8 @@ from collections.abc import Mapping
 __all__ = ["DERIVED", "MLP_ONLY", "REFUSED"]
 
 _CHANNELS_AND_HEADS = (
+    "apertus",
+    "exaone4",
     "arcee",
     "biogpt",
     "cohere",

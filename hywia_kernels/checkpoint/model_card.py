@@ -229,7 +229,7 @@ def model_card(
             "command": _fenced(command, "sh") if command is not None else None,
             "versions": ", ".join(f"{k} {v}" for k, v in run_record.versions_of(record).items()),
             "licence": "license" in metadata,
-            "recovered": any(record.get(key) for key in ("recovery", "recover")),
+            "recovered": run_record.recovery_text(record),
         },
         escape=escape_markdown,
     )

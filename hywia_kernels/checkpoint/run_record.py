@@ -30,6 +30,7 @@ __all__ = [
     "mapping",
     "plain",
     "reading",
+    "recovery_text",
     "reduction",
     "score_summary",
     "settings",
@@ -272,6 +273,24 @@ def evaluation_text(record: Mapping[str, Any]) -> str | None:
     if isinstance(text.get("block"), int) and isinstance(text.get("blocks"), int):
         parts.append(f"{text['blocks']:,} blocks of {text['block']:,} tokens")
     return ", ".join(parts)
+
+
+def recovery_text(record: Mapping[str, Any]) -> str | None:
+    """A clause on how the model was trained after the cut; None where it was not, or is as it was before."""
+    done = mapping(record.get("recovery"))
+    checks = done.get("divergences")
+    if not done.get("kept") or not isinstance(checks, list) or not checks:
+        return None
+    values = [pair[1] for pair in checks if isinstance(pair, list) and len(pair) == 2 and _is_number(pair[1])]
+    if len(values) != len(checks):
+        return None
+    sources = mapping(done.get("text_read")).get("sources")
+    names = [mapping(s).get("source") for s in sources] if isinstance(sources, list) else []
+    written = "text that the dense model wrote" if names == ["self"] else "text"
+    return (
+        f"trained ({done.get('tune')}) in {done.get('steps')} steps on {written} to predict what the dense model "
+        f"predicts; its divergence from it on held-out text went from {values[0]:.3f} to {min(values):.3f} nats a token"
+    )
 
 
 def _shown(value: Any) -> str | None:

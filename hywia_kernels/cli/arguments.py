@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import settings
 from ..errors import UsageError
+from ..method.recovery.request import Recovery
 from ..recipe import Recipe
 
 __all__ = [
@@ -22,9 +23,11 @@ __all__ = [
     "add_model",
     "add_output",
     "add_reconstruction",
+    "add_recovery",
     "add_scoring",
     "given_fields",
     "recipe_of",
+    "recovery_of",
 ]
 
 _ABSENT = argparse.SUPPRESS
@@ -158,6 +161,66 @@ def add_reconstruction(command: argparse.ArgumentParser, *, samples_only: bool =
     )
 
 
+def add_recovery(command: argparse.ArgumentParser, *, optional: bool) -> None:
+    """The settings of a recovery; `optional`: which the command does only when it is asked to."""
+    group = command.add_argument_group("recovery" if optional else "training")
+    if optional:
+        group.add_argument(
+            "--recover",
+            action=argparse.BooleanOptionalAction,
+            default=_ABSENT,
+            help="train the cut model towards the dense one's predictions, on text that the dense model writes unless "
+            "--recover-text names others",
+        )
+    for field, options in _RECOVERY.items():
+        flag = "--" + options.get("flag", field).replace("_", "-")
+        settings_of = {k: v for k, v in options.items() if k != "flag"}
+        default = next(f.default for f in dataclasses.fields(Recovery) if f.name == field)
+        shown = "by the model and the device" if default is None else default
+        settings_of["help"] = f"{options['help']}; default: {','.join(default) if field == 'text' else shown}"
+        group.add_argument(flag, dest=f"{_RECOVERY_DEST}{field}", default=_ABSENT, **settings_of)
+
+
+# Settings of a recovery: field -> how its option is declared, and what it is called where that is not the field's name.
+_RECOVERY: dict[str, dict[str, Any]] = {
+    "text": {
+        "flag": "recover_text",
+        "nargs": "+",
+        "metavar": "SOURCE",
+        "help": "'self' (the dense model writes it), or sources as for --calib; several make a mixture",
+    },
+    "shares": {
+        "flag": "recover_shares",
+        "type": float,
+        "nargs": "+",
+        "metavar": "X",
+        "help": "of the mixture's sources",
+    },
+    "tokens": {"flag": "recover_tokens", "type": int, "help": "to train on, repetitions counted"},
+    "text_tokens": {"flag": "recover_text_tokens", "type": int, "help": "of text, without what is held out"},
+    "seq_len": {"flag": "recover_seq_len", "type": int, "help": "tokens of a sample"},
+    "tune": {"choices": settings.TUNES, "help": "train scales of units and norms, low-rank updates, or all weights"},
+    "rank": {"flag": "lora_rank", "type": int, "help": "of --tune lora"},
+    "hard": {"type": float, "metavar": "SHARE", "help": "of the cross-entropy with the text in the loss"},
+    "rate": {"flag": "learning_rate", "type": float, "help": "of AdamW, at its peak"},
+    "batch": {"flag": "recover_batch", "type": int, "help": "samples a step"},
+    "checks": {"type": int, "help": "measurements of the held-out divergence on the way"},
+    "patience": {"type": int, "help": "checks without a lower divergence, after which training ends"},
+    "hold": {"choices": settings.HOLDS, "help": "the dense model beside the cut one, so in 8 bits, or asked once"},
+}
+_RECOVERY_DEST = "recovery_"
+
+
+def recovery_of(arguments: argparse.Namespace, base: Recovery | None = None) -> Recovery:
+    """The recovery that the arguments ask for, on top of another where there is one."""
+    names_and_fields = {f"{_RECOVERY_DEST}{f.name}": f.name for f in dataclasses.fields(Recovery)}
+    given = {field: getattr(arguments, n) for n, field in names_and_fields.items() if hasattr(arguments, n)}
+    base = base or Recovery()
+    if "text" in given and "shares" not in given:
+        base = dataclasses.replace(base, shares=None)
+    return dataclasses.replace(base, **given)
+
+
 def add_cut(command: argparse.ArgumentParser, profiles: tuple[str, ...], servers: tuple[str, ...]) -> None:
     how = command.add_argument_group("what goes")
     how.add_argument("--ratio", type=share, default=_ABSENT, help="share of all parameters to remove: 0.2 or 20%%")
@@ -213,9 +276,23 @@ def _help(name: str, what: str = "") -> str:
     return f"{what + '; ' if what else ''}default: {shown}"
 
 
+def _recovery(arguments: argparse.Namespace, base: Recovery | None) -> Recovery | None:
+    """The recovery of a recipe, where one is asked for.
+
+    Raises:
+        UsageError: settings of a recovery without one.
+    """
+    wanted = getattr(arguments, "recover", base is not None)
+    given = [name for name in vars(arguments) if name.startswith(_RECOVERY_DEST)]
+    if given and not wanted:
+        field = given[0].removeprefix(_RECOVERY_DEST)
+        raise UsageError(f"{_RECOVERY[field].get('flag', field)}: goes with --recover; add it, or leave this out")
+    return recovery_of(arguments, base) if wanted else None
+
+
 def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     """The recipe's fields that were given on the command line."""
-    return {name: getattr(arguments, name) for name in _FIELDS if hasattr(arguments, name)}
+    return {name: getattr(arguments, name) for name in _FIELDS if hasattr(arguments, name) and name != "recover"}
 
 
 def recipe_of(arguments: argparse.Namespace, base: Recipe | None = None) -> Recipe:
@@ -228,7 +305,7 @@ def recipe_of(arguments: argparse.Namespace, base: Recipe | None = None) -> Reci
     start = base or Recipe()
     if "ratio" in given or "group_ratio" in given:  # one protocol replaces the other
         start = dataclasses.replace(start, ratio=None, group_ratio=None, layers=None)
-    recipe = dataclasses.replace(start, **given)
+    recipe = dataclasses.replace(start, **{**given, "recover": _recovery(arguments, start.recover)})
     for name, reason in recipe.unused(given).items():
         raise UsageError(f"{_FLAGS.get(name, name)}: goes with {reason}; leave it out")
     return recipe

@@ -10,8 +10,10 @@ from .. import ops
 from ..checkpoint import atomic_directory
 from ..checkpoint.metrics import compare, figures_of
 from ..checkpoint.run_record import plain, reduction, spans
+from ..deploy.estimate import Estimate
 from ..errors import HywiaError
 from ..method.derivation import Proof
+from ..method.recovery.request import Recovery
 from ..types import Plan
 from ..versions import versions
 
@@ -25,6 +27,8 @@ __all__ = [
     "print_plan",
     "print_proof",
     "print_reconstruction",
+    "print_recovery",
+    "print_recovery_plan",
     "print_text",
     "say",
     "write_json",
@@ -163,6 +167,33 @@ def print_reconstruction(plan: Plan) -> None:
             f"reconstructed {len(errors)} matrices on {done['samples']:,} samples, {done['tokens']:,} tokens, in "
             f"{done['seconds']:.1f} s: mean squared error of their outputs {before:.3f} -> {after:.3f} of the outputs'"
         )
+
+
+def print_recovery_plan(request: Recovery, takes: Estimate, device: str) -> None:
+    """What a resolved recovery will do, and take."""
+    seconds = sum(takes.seconds.get(stage, 0.0) for stage in ("recovery text", "recovery"))
+    held = {"live": "beside it", "8bit": "beside it in 8 bits", "kept": "asked once, its predictions kept"}
+    say(
+        f"recovery: {request.tune}, {request.tokens:,} tokens of {', '.join(request.text)}, the dense model "
+        f"{held[request.hold or 'live']}; about {seconds:,.0f} s and {takes.memory_bytes / 1e9:,.1f} GB on {device}"
+    )
+
+
+def print_recovery(record: Mapping[str, Any]) -> None:
+    """How far a recovery brought the model, or why its training was given up."""
+    done = record.get("recovery")
+    if not done:
+        return
+    text, (_, before), best = done["text_read"], done["divergences"][0], min(v for _, v in done["divergences"])
+    say(
+        f"recovered ({done['tune']}) in {done['steps']:,} steps of {done['batch']} samples, text of "
+        f"{text['samples'] * text['seq_len']:,} tokens, {done['seconds']:.1f} s: divergence from the dense model on "
+        f"held-out text {before:.3f} -> {min(best, before):.3f} nats a token"
+    )
+    if done["stopped"]:
+        say(f"  training was given up: {done['stopped']}; a lower --learning-rate than {done['rate']:g} may do better")
+    if not done["kept"]:
+        say("  no better model came of it: the weights are those of before")
 
 
 def environment() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 
 from ..checkpoint import saving
 from ..checkpoint.skeleton import skeleton
+from ..compression import with_resolved_recovery
 from ..deploy import planning
 from ..deploy.estimate import estimate
 from ..recipe import Recipe
@@ -32,6 +33,7 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     recipe = recipe.resolved(torch.device(device).type)
+    recipe = with_resolved_recovery(model, recipe, torch.device(device))
     plan = planning.check_reachable(model, scores, criterion=recipe.criterion, **recipe.plan_request())
     plan = planning.with_prediction(plan, model, recipe.target)
     heads_go = any(g.kind == "attention" and plan.keep[g.name].numel() < g.units for g in plan.groups)
@@ -42,6 +44,7 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
         writes=scores is None and recipe.calibration is None and recipe.text_samples() > 0,
         ranks_heads=heads_go and recipe.head_ranking == "residual",
         reconstruct_samples=recipe.reconstruct_samples or 0,
+        recover=recipe.recover,
         ratio=plan.ratio,
         device=device,
     )

@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _score(commands.add_parser("score", help="measure a model once; keep statistics, scores and text"))
     _prune(commands.add_parser("prune", help="write a smaller model"))
+    _recover(commands.add_parser("recover", help="train a pruned model towards the dense one's predictions"))
     _evaluate(commands.add_parser("eval", help="perplexity, size and speed"))
     _bench(commands.add_parser("bench", help="prefill and decoding speed, memory and cache of models"))
     _export(commands.add_parser("export", help="for servers whose formats hold layers that differ in width"))
@@ -76,9 +77,24 @@ def _prune(command: argparse.ArgumentParser) -> None:
     shared.add_scoring(command, learned=True)
     shared.add_calibration(command)
     shared.add_reconstruction(command)
+    shared.add_recovery(command, optional=True)
+    _evaluation_beside(command)
+
+
+def _evaluation_beside(command: argparse.ArgumentParser) -> None:
     shared.add_evaluation(command, 40)
     command.add_argument("--no-eval", action="store_true", help="do not evaluate before and after")
     command.add_argument("--prompt", help="show both models' continuation of this text")
+
+
+def _recover(command: argparse.ArgumentParser) -> None:
+    shared.add_model(command)
+    command.add_argument("--teacher", metavar="MODEL", help="the dense model; default: what the record says was cut")
+    command.add_argument("-o", "--output", metavar="DIR", help="directory to write; default: MODEL itself is replaced")
+    command.add_argument("--overwrite", action="store_true", help="replace DIR when it holds a model")
+    command.add_argument("--text-field", metavar="NAME", default="text", help="that holds the text; default: text")
+    shared.add_recovery(command, optional=False)
+    _evaluation_beside(command)
 
 
 def _evaluate(command: argparse.ArgumentParser) -> None:

@@ -9,15 +9,18 @@ from typing import Any
 
 from ..checkpoint import history, originals, saving
 from ..checkpoint.scores_file import load_measured
-from ..compression import Measured, Result, compress, with_text
+from ..compression import Measured, Result, compress, with_resolved_recovery, with_text
+from ..deploy.estimate import estimate
 from ..errors import UsageError
 from ..evaluation import stored_bytes
+from ..method.recovery.work import beside
 from ..recipe import Recipe
 from ..settings import LEARNED
 from ..types import Plan
 from . import arguments as shared
 from . import console, session
 from .dry_run import dry_run
+from .recover import finish
 
 __all__ = ["run"]
 
@@ -47,11 +50,16 @@ def run(arguments: argparse.Namespace) -> None:
         if measured is not None and "calibration" in vars(arguments):
             measured = with_text(measured, model, tokenizer, recipe)
         steps: list[dict[str, Any]] = []
+        device = model.get_input_embeddings().weight.device
+        recipe = with_resolved_recovery(model, recipe, device)
 
         def when_planned(plan: Plan) -> None:
             steps.extend(history.history(arguments.model, plan))
             console.print_plan(plan)
             console.print_history(steps, plan)
+            if recipe.recover is not None:
+                takes = estimate(model, samples=0, recover=recipe.recover, ratio=plan.ratio)
+                console.print_recovery_plan(recipe.recover, takes, device.type)
 
         def when_cut(result: Result) -> None:
             console.print_text(result.record)
@@ -60,6 +68,15 @@ def run(arguments: argparse.Namespace) -> None:
             record = {**result.record, "arguments": given, "history": steps}
             where = {"overwrite": arguments.overwrite, "in_place": arguments.in_place}
             saving.save(model, tokenizer, arguments.output, plan=result.plan, record=record, **where)
+            if recipe.recover is not None:
+                console.say(
+                    f"wrote {arguments.output} without its recovery, which comes now; should it be stopped, "
+                    f"'hywia recover {arguments.output}' goes on with it"
+                )
+
+        def when_recovered(result: Result) -> None:
+            console.print_recovery(result.record)
+            finish(model, tokenizer, arguments.output, result.record["recovery"])
 
         result = compress(
             model,
@@ -69,6 +86,8 @@ def run(arguments: argparse.Namespace) -> None:
             evaluation=evaluation,
             when_planned=when_planned,
             when_cut=when_cut,
+            when_recovered=when_recovered,
+            work=beside(arguments.output),
             backend=arguments.backend,
             engine=arguments.engine,
             memory=arguments.memory,

@@ -39,7 +39,7 @@ def claimed(arguments: argparse.Namespace, *, in_place: bool = False, least: int
     """Hold the output from before the work to its end; refuses what cannot be written at that end."""
     output, given = Path(arguments.output), originals.inputs(arguments)
     check_report("json", arguments.json, outputs=(output,), inputs=given)
-    if arguments.command != "prune":  # only what was pruned may take its own model's place
+    if arguments.command not in ("prune", "recover"):  # only what these make may take its own model's place
         given = tuple(i._replace(what="model that is read") if i.what == "model" else i for i in given)
     with atomic_directory.claim(output, overwrite=arguments.overwrite, in_place=in_place, inputs=given, need=least):
         yield

@@ -23,13 +23,17 @@ from ..arch.facts import weight_bytes
 from ..engine.memory import free_bytes, scoring_bytes
 from ..engine.samples import padded
 from ..errors import UsageError
+from ..method.recovery.job import micro_tokens
+from ..method.recovery.request import Recovery
+from ..method.recovery.tuning import training_bytes
+from ..settings import SELF
 from ..types import Group
 from .cost import Cost, cost_of
 from .rates import Rates, measured_rates
 
 __all__ = ["STAGES", "Estimate", "estimate"]
 
-STAGES = ("writing", "scoring", "head ranking", "reconstruction", "cutting")
+STAGES = ("writing", "scoring", "head ranking", "reconstruction", "cutting", "recovery text", "recovery")
 _WRITERS = 64  # samples that are written at a time
 _CHUNK_TOKENS = 8192  # that head ranking and reconstruction run at a time
 _FORWARD = 0.55  # of the products' rate: a forward pass over some thousand tokens
@@ -37,6 +41,7 @@ _SCORING = 0.5  # the same of a forward and backward pass with its scores
 _RECONSTRUCTION = 0.9  # the same of the passes of full chunks through one layer at a time
 _DECODING = 0.3  # of a step's products, which are narrow
 _MOMENTS = 0.9  # of the moments' rate
+_TRAINING = 0.4  # of the products' rate: passes of some thousand tokens with their gradients
 _CUT_COPIES = 15  # times the weights could be read or written while they are cut
 
 
@@ -67,6 +72,7 @@ def estimate(
     writes: bool = False,
     ranks_heads: bool = False,
     reconstruct_samples: int = 0,
+    recover: Recovery | None = None,
     ratio: float = 0.5,
     device: torch.device | str | None = None,
     rates: Rates | None = None,
@@ -79,6 +85,7 @@ def estimate(
         writes: the model writes the text, as many samples as scoring or reconstruction takes.
         ranks_heads: heads are ranked by a regression, on the samples that are scored.
         reconstruct_samples: 0 for none.
+        recover: the recovery that follows, resolved; None: none.
         ratio: share of the units that goes.
         device: of the run; None: the model's, or the CPU where that is the meta device.
         rates: of the device; None: they are measured, in about 0.3 s.
@@ -106,6 +113,8 @@ def estimate(
         "head ranking": _ranking(work, groups, scored, seq_len, rates),
         "reconstruction": _reconstruction(work, groups, reconstruct_samples, seq_len, 1.0 - ratio, rates),
         "cutting": _CUT_COPIES * work.weight_bytes / rates.copies if ratio else 0.0,
+        "recovery text": _recovery_text(work, recover, rates),
+        "recovery": _recovery(work, recover, 1.0 - ratio, rates),
     }
     size = work.element_size
     removed = sum(int(ratio * g.units) * g.unit_parameters for g in groups if not g.tied_width)
@@ -117,6 +126,7 @@ def estimate(
             _scoring_bytes(model, groups, samples, seq_len, where),
             _ranking_bytes(work, groups, scored, seq_len, where),
             _reconstruction_bytes(work, groups, reconstruct_samples, seq_len, 1.0 - ratio, where),
+            _recovery_bytes(model, work, recover, 1.0 - ratio, where),
         ),
         disk_bytes=max(work.weight_bytes - removed * size, 0),
     )
@@ -162,6 +172,30 @@ def _ranking(work: Cost, groups: Any, samples: int, seq_len: int, rates: Rates) 
         + moments / (rates.moments * _MOMENTS)
         + sum(float(width) ** 3 for width in _head_widths(groups)) / rates.factors
     )
+
+
+def _recovery_text(work: Cost, recover: Recovery | None, rates: Rates) -> float:
+    """The dense model writes its share of the text."""
+    if recover is None or SELF not in recover.text:
+        return 0.0
+    share = dict(zip(recover.text, recover.source_shares, strict=True))[SELF]
+    samples = round(share * ((recover.text_tokens or 0) / recover.seq_len + recover.held_out))
+    return _writing(work, samples, recover.seq_len, len(work.kv), rates)
+
+
+def _recovery(work: Cost, recover: Recovery | None, kept: float, rates: Rates) -> float:
+    """For every token a forward pass of the dense model, unless its predictions are kept, and three of the cut one, or
+    two where few of its weights are trained; and the checks, forward passes of both."""
+    if recover is None:
+        return 0.0
+    length = recover.seq_len
+    a_sample = _forward(work, 1, length, logits=True)
+    passes = (3.0 if recover.tune == "full" else 2.0) * kept
+    trained = (recover.tokens or 0) / length * (passes + (1.0 if recover.hold != "kept" else 0.0))
+    if recover.hold == "kept":
+        trained += (recover.text_tokens or 0) / length
+    judged = (recover.checks + 1) * recover.held_out * (1.0 + kept)
+    return a_sample * (trained / (rates.products * _TRAINING) + judged / (rates.products * _FORWARD))
 
 
 def _head_widths(groups: Any) -> list[int]:
@@ -246,3 +280,14 @@ def _reconstruction_bytes(
     equations = inputs * (inputs + work.hidden) * (_moment_bytes(device) + 3 * 8)
     layer = work.weight_bytes // max(len(work.kv), 1)
     return states + equations + layer + _layer_bytes(work, min(tokens, max(_CHUNK_TOKENS, seq_len)))
+
+
+def _recovery_bytes(model: Any, work: Cost, recover: Recovery | None, kept: float, device: torch.device) -> int:
+    """The dense model beside the cut one, what training holds of the weights, and the activations of the samples that
+    are in memory at a time."""
+    if recover is None or recover.tune is None:
+        return 0
+    dense = {"live": 1.0, "8bit": 0.5, "kept": 0.0}[recover.hold or "live"] * work.weight_bytes
+    widths = sum(n + k for n, k in work.matrices)
+    activations = 4 * micro_tokens(device) * (widths + 4 * work.hidden * len(work.kv))
+    return int(dense + kept * (training_bytes(model, recover.tune, recover.rank) + activations))

@@ -14,10 +14,10 @@ import torch
 
 from .. import progress
 from ..engine.patches import frozen
+from ..engine.static_driver import StaticDriver, capture, drivable, joined_bytes
 from ..errors import UsageError
 from ..versions import cache_keyword
 from .cost import Cost, cost_of
-from .static_driver import StaticDriver, capture, drivable, joined_bytes
 
 __all__ = ["Case", "Measurement", "cases", "measure"]
 

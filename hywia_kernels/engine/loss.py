@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,16 +16,35 @@ from ..errors import HywiaError
 from .patches import forward_replaced
 from .samples import Samples
 
-__all__ = ["LOGIT_BYTES", "Targets", "check_head", "hidden_gradient", "logits_of", "targets"]
+__all__ = [
+    "LOGIT_BYTES",
+    "LogitChange",
+    "Targets",
+    "check_head",
+    "hidden_gradient",
+    "logit_change",
+    "logits_of",
+    "stated_changes",
+    "targets",
+]
 
 LOGIT_BYTES = 64 << 20  # bytes of float32 logits at a time; with what is computed from them, about four times as much
 
-# Config fields by which families change logits after the head, and the change; an entry of the table names its fields.
-_CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,
-    "logits_scaling": lambda logits, scaling: logits / scaling,
+
+class LogitChange(NamedTuple):
+    """What becomes of a head's logits: `cap·tanh(scale·logits / cap)`, or `scale·logits` without a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
+# Config fields by which families change logits after the head: the change as their code computes it, rounding included,
+# and as numbers. An entry of the table names its fields.
+_CHANGES: dict[str, tuple[Callable[[Tensor, float], Tensor], Callable[[float], LogitChange]]] = {
+    "final_logit_softcapping": (lambda logits, cap: torch.tanh(logits / cap) * cap, lambda cap: LogitChange(cap=cap)),
+    "logits_scaling": (lambda logits, scaling: logits / scaling, lambda scaling: LogitChange(scale=1.0 / scaling)),
+    "logit_scale": (lambda logits, scale: logits * scale, lambda scale: LogitChange(scale=scale)),
 }
-_FIELDS = (*_CHANGES, "logit_scale")
 
 
 @dataclass(frozen=True)
@@ -51,7 +70,7 @@ def check_head(model: Any) -> None:
     known = arch.architecture(model).logits
     if known is None:
         return
-    for name in _FIELDS:
+    for name in _CHANGES:
         value = getattr(arch.text_config(model), name, None)
         if name not in known and value not in (None, 1, 1.0):
             raise HywiaError(
@@ -60,17 +79,21 @@ def check_head(model: Any) -> None:
             )
 
 
+def _changes(model: Any) -> list[tuple[str, float]]:
+    """The fields that change this model's logits, in the order in which its code applies them, and their values."""
+    config = arch.text_config(model)
+    values = [(name, getattr(config, name, None)) for name in arch.architecture(model).logits or ()]
+    return [(name, value) for name, value in values if value is not None]
+
+
 def logits_of(model: Any, states: Tensor) -> Tensor:
     """The model's logits of final hidden states: computed in the model's dtype, and converted to float32 at the end."""
     changes = arch.architecture(model).logits
     if changes is None:
         return _by_the_model(model, states)
     logits = model.get_output_embeddings()(states)
-    config = arch.text_config(model)
-    for name in changes:
-        value = getattr(config, name, None)
-        if value is not None:
-            logits = _CHANGES[name](logits, value)
+    for name, value in _changes(model):
+        logits = _CHANGES[name][0](logits, value)
     return logits.float()
 
 
@@ -100,6 +123,41 @@ def _by_the_model(model: Any, states: Tensor) -> Tensor:
     tokens = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
     with forward_replaced([(arch.decoder(model), held)]):
         return model(input_ids=tokens, use_cache=False).logits[0].float()
+
+
+def stated_changes(model: Any) -> tuple[str, ...] | None:
+    """The fields by which a model's config states what becomes of its logits, where they tell all that its own forward
+    does with random hidden states; None where it does something else, or has none of its own."""
+    config = arch.text_config(model)
+    names = tuple(name for name in _CHANGES if getattr(config, name, None) not in (None, 1, 1.0))
+    head = model.get_output_embeddings()
+    generator = torch.Generator().manual_seed(3)
+    states = torch.randn(4, head.weight.shape[1], generator=generator).to(head.weight)
+    with torch.no_grad():
+        logits = head(states)
+        for name in names:
+            logits = _CHANGES[name][0](logits, getattr(config, name))
+        same = torch.allclose(logits.float(), _by_the_model(model, states), rtol=1e-5, atol=1e-6)
+    return names if same else None
+
+
+def logit_change(model: Any) -> LogitChange:
+    """What `logits_of` does after the head, as numbers for a kernel.
+
+    Raises:
+        HywiaError: the family changes logits in two ways, or in one that only its own forward knows, which these
+            numbers do not hold.
+    """
+    if arch.architecture(model).logits is None:
+        raise HywiaError(
+            f"model: what a {model.config.model_type} model does to its logits after the head is in its own forward "
+            "alone, which no kernel knows; leave out what is learned from logits"
+        )
+    changes = _changes(model)
+    if len(changes) > 1:
+        names = " and ".join(name for name, _ in changes)
+        raise HywiaError(f"model: expected one change of the logits after the head, got {names}, which no kernel knows")
+    return _CHANGES[changes[0][0]][1](changes[0][1]) if changes else LogitChange()
 
 
 def targets(samples: Samples, device: torch.device) -> Targets:

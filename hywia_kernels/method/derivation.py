@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import arch
 from ..arch import derive, narrow
 from ..arch.assembly import assembled
+from ..engine import loss
 from ..errors import HywiaError
 from ..progress import Bar
 from . import loss_steps, proof
@@ -132,6 +133,8 @@ def derived(model: Any, small: Any = None, *, thorough: bool = False) -> tuple[P
             f"model: {model.config.model_type} is not in the table of architectures, and nothing of its structure "
             f"could be derived ({why}); CONTRIBUTING.md says how to describe it by hand"
         )
+    arch.adopt(small, entry)
+    entry = replace(entry, logits=loss.stated_changes(small))
     arch.adopt(small, entry)
     groups = arch.groups(small)
     alone |= dict.fromkeys(_undescribed(small, entry, alone), "it stays as it is")

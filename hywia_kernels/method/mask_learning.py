@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .. import arch
 from ..arch.facts import fingerprint
@@ -34,6 +33,7 @@ from ..progress import Bar
 from ..settings import LEARNING_BATCH, STEPS
 from ..types import Group, Plan, Scores
 from .calibration_data import check_tokens, digest
+from .distillation import HeadTargets, distillation_loss
 
 __all__ = ["learn_masks"]
 
@@ -86,39 +86,6 @@ def _standardised(values: Tensor) -> Tensor:
 
 def _hidden_states(model: Any, tokens: Tensor) -> Tensor:
     return arch.decoder(model)(tokens, use_cache=False).last_hidden_state
-
-
-def _divergence(model: Any, dense: Tensor, masked: Tensor, counts: Tensor) -> Tensor:
-    """The mean KL divergence of the masked model's next-token distributions from the dense model's, after running
-    backward from it.
-
-    Logits exist for a part of the tokens at a time: the gradient of each part's hidden states is computed before the
-    logits of the next part, and the model's own backward then runs once for all of them.
-
-    Args:
-        dense, masked: hidden states `[samples, length, width]` behind the last layer.
-        counts: float32 `[samples, length]`, the weight of each token in the mean: 0 for padding.
-    """
-    total = counts.sum()
-    mean = masked.new_zeros((), dtype=torch.float32)
-    dense_states, masked_states = (states.detach().flatten(0, 1) for states in (dense, masked))
-    gradient = torch.empty_like(masked_states)
-    step = max(1, loss.LOGIT_BYTES // (4 * arch.text_config(model).vocab_size))
-    for start in range(0, len(masked_states), step):
-        part = slice(start, start + step)
-        states = masked_states[part].requires_grad_()
-        with torch.no_grad():
-            target = functional.log_softmax(loss.logits_of(model, dense_states[part]), -1)
-        difference = functional.kl_div(
-            functional.log_softmax(loss.logits_of(model, states), -1), target, log_target=True, reduction="none"
-        ).sum(-1)
-        share = (difference * counts.flatten()[part].to(difference.device)).sum() / total.to(difference.device)
-        share.backward()
-        assert states.grad is not None
-        gradient[part] = states.grad
-        mean += share.detach().to(mean.device)
-    torch.autograd.backward(masked, gradient.view_as(masked))
-    return mean
 
 
 def learn_masks(
@@ -207,11 +174,15 @@ def _optimise(model: Any, masks: Sequence[_LearnedMask], samples: Samples, steps
                 settings["lr"] = _RATE * (1.0 - 0.8 * step / steps)
             with torch.no_grad():
                 dense = _hidden_states(model, tokens)
+            targets = HeadTargets(model, dense.flatten(0, 1))
+            weight = (valid / valid.sum()).flatten()
             with _masked(masks), torch.enable_grad():
                 optimiser.zero_grad(set_to_none=True)
-                divergence = _divergence(model, dense, _hidden_states(model, tokens), valid)
+                masked = _hidden_states(model, tokens).flatten(0, 1)
+                divergence = distillation_loss(model, masked, targets, weight)
+                divergence.backward()
             optimiser.step()
-            losses.append(float(divergence))
+            losses.append(float(divergence.detach()))
             if losses[-1] != losses[-1]:
                 raise HywiaError("model: the loss is NaN; load the model in float32 or bfloat16")
             bar.step()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import progress
 from ..errors import HywiaError, UsageError
+from .sampling import Sampler, batch_of, driven, uniforms
 from .tokens import check_length, check_tokens, encode, positions, prefix
 
 __all__ = ["continuation", "evaluating", "greedy", "opening", "prompt_tokens", "self_written"]
@@ -72,24 +73,21 @@ def _ordinary(model: Any, tokenizer: Any) -> list[int]:
     return ordinary
 
 
-def _only_these(ids: list[int]) -> Any:
-    """A logits processor that lets no other ids be drawn, and raises HywiaError for logits that are NaN or infinite."""
+def _drawing(sampler: Sampler, uniform: Tensor) -> Any:
+    """A logits processor after which the likeliest token is the one that `Sampler` draws.
+
+    Args:
+        uniform: float32 `[batch, length]`, on the logits' device; what is at a position draws its token.
+    """
     from transformers import LogitsProcessor
 
-    class Only(LogitsProcessor):
-        barred: Tensor | None = None
-
+    class Drawing(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            if self.barred is None:
-                self.barred = torch.ones(scores.shape[-1], dtype=torch.bool)
-                self.barred[torch.tensor([i for i in ids if i < scores.shape[-1]], device="cpu")] = False
-                self.barred = self.barred.to(scores.device)
-            scores = scores.masked_fill(self.barred, -torch.inf)
-            if not bool(scores.amax(-1).isfinite().all()):
-                raise HywiaError("model: its logits are NaN or infinite; load it in float32 or bfloat16")
-            return scores
+            drawn = sampler.draw(scores, uniform[:, input_ids.shape[1]])
+            sampler.check()
+            return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
 
-    return Only()
+    return Drawing()
 
 
 def _generate(model: Any, ids: Tensor, **settings: Any) -> Tensor:
@@ -111,14 +109,21 @@ def opening(tokenizer: Any, bos: bool | None = None) -> list[int]:
 
 
 def self_written(
-    model: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int, batch: int = 64, bos: bool | None = None
+    model: Any,
+    tokenizer: Any,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    batch: int | None = None,
+    bos: bool | None = None,
 ) -> Tensor:
     """Text the model writes itself, int64 `[samples, seq_len]`, on the CPU: no data is needed.
 
     Each sample starts from the beginning-of-text token (if there is one, whether or not the tokenizer adds it; not with
     `bos=False`) and one random ordinary token, and is then sampled at temperature 1 from the ordinary tokens, without
-    an end. The model's generation config has no influence, but that its end tokens count as special. The idea of
-    data-free calibration from the model's own generations is LLM-QAT's (arXiv 2305.17888).
+    an end (see `sampling`). The model's generation config has no influence, but that its end tokens count as special.
+    The idea of data-free calibration from the model's own generations is LLM-QAT's (arXiv 2305.17888).
 
     Raises:
         UsageError: `bos=True` without such a token, or a `seq_len` that has no room beside it, or beyond the model's
@@ -135,26 +140,12 @@ def self_written(
     check_tokens(starts, model)
     if starts.shape[1] >= seq_len:
         return starts[:, :seq_len]
-    only = _only_these(ordinary)
-    written = []
-    # The seed is set on every device, so every device's state is put back.
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        for chunk in progress.track(starts.split(batch), "writing calibration text"):
-            tokens = _generate(
-                model,
-                chunk.to(device),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_length=seq_len,
-                pad_token_id=0,
-                processors=[only],
-            )
-            written.append(tokens.cpu())
-    result = torch.cat(written)
+    uniform = uniforms(samples, seq_len, seed)
+    batch = batch_of(model, samples, seq_len) if batch is None else min(batch, samples)
+    with evaluating(model):
+        result = driven(model, starts, uniform, ordinary, batch)
+    if result is None:
+        result = _generated(model, starts, uniform.to(device), ordinary, batch)
     rest = result[:, starts.shape[1] :]
     if result.shape != (samples, seq_len) or not bool(torch.isin(rest, torch.tensor(ordinary, device="cpu")).all()):
         raise HywiaError(
@@ -162,6 +153,30 @@ def self_written(
             "tokens that are none; its `generate` is not transformers' own: give calibration text"
         )
     return result
+
+
+def _generated(model: Any, starts: Tensor, uniform: Tensor, ordinary: list[int], batch: int) -> Tensor:
+    """What `sampling.driven` gives, by the model's own `generate`."""
+    written = []
+    sampler: Sampler | None = None
+    for chunk, numbers in zip(progress.track(starts.split(batch), "writing text"), uniform.split(batch), strict=True):
+        if sampler is None:
+            sampler = Sampler(ordinary, _outputs(model), uniform.device)
+        tokens = _generate(
+            model,
+            chunk.to(uniform.device),
+            do_sample=False,
+            max_length=uniform.shape[1],
+            pad_token_id=0,
+            processors=[_drawing(sampler, numbers)],
+        )
+        written.append(tokens.cpu())
+    return torch.cat(written)
+
+
+def _outputs(model: Any) -> int:
+    """How many logits a position has."""
+    return model.get_output_embeddings().weight.shape[0]
 
 
 def greedy(model: Any, ids: Tensor, new: int) -> Tensor:

@@ -25,23 +25,27 @@ from torch import Tensor
 from . import checks, library
 from .both_axes import taylor_importance_both
 from .calls import TaylorCall
+from .distillation import DistillationGradient, distillation_gradient, top_distillation_gradient
 from .registry import BACKENDS, Availability, availability, choose, require
 
 __all__ = [
     "BACKENDS",
     "AttentionFusion",
     "Availability",
+    "DistillationGradient",
     "LinearImportance",
     "TaylorImportance",
     "attention_fusion",
     "availability",
     "choose",
     "compact",
+    "distillation_gradient",
     "linear_importance",
     "require",
     "taylor_importance",
     "taylor_importance_batch",
     "taylor_importance_both",
+    "top_distillation_gradient",
 ]
 
 

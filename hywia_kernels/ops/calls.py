@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["BatchCall", "LinearCall", "Operands", "TaylorCall"]
+__all__ = ["BatchCall", "DistillationCall", "LinearCall", "Operands", "TaylorCall", "TopDistillationCall"]
 
 Operands = tuple[Tensor, Tensor | None, Tensor | None]  # weight, gradient and Fisher information of a matrix
 
@@ -106,3 +106,39 @@ class BatchCall(NamedTuple):
         """Number of units of each result."""
         matrices = self.matrices
         return [matrices[listed[0]].units for listed in self.members]
+
+
+class DistillationCall(NamedTuple):
+    """A call of `distillation_gradient`. Labels that are not read are None."""
+
+    student: Tensor
+    teacher: Tensor
+    weight: Tensor
+    labels: Tensor | None
+    hard: float
+    student_scale: float
+    student_cap: float | None
+    teacher_scale: float
+    teacher_cap: float | None
+
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        return self.student, self.teacher, self.weight, self.labels
+
+
+class TopDistillationCall(NamedTuple):
+    """A call of `top_distillation_gradient`. Labels that are not read are None."""
+
+    student: Tensor
+    indices: Tensor
+    log_probabilities: Tensor
+    rest: Tensor
+    weight: Tensor
+    labels: Tensor | None
+    hard: float
+    student_scale: float
+    student_cap: float | None
+
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        return self.student, self.indices, self.log_probabilities, self.rest, self.weight, self.labels

@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LINEAR_ORDERS = (*ORDERS, "all")
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -44,7 +44,7 @@ def _is_stand_in(kind: type) -> bool:
     return kind.__module__.startswith("torch._subclasses.")
 
 
-def _tensor(name: str, value: object) -> Tensor:
+def expect_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise UsageError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     kind = type(value)
@@ -57,7 +57,7 @@ def _tensor(name: str, value: object) -> Tensor:
     )
 
 
-def _stored(**operands: Tensor | None) -> None:
+def expect_stored(**operands: Tensor | None) -> None:
     """Checks that operands, which have passed all other checks, have memory that a backend may read."""
     if traced(*operands.values()):
         return
@@ -69,10 +69,10 @@ def _stored(**operands: Tensor | None) -> None:
             )
 
 
-def _dtype(name: str, tensor: Tensor) -> None:
+def expect_dtype(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
-        expected = ", ".join(_name(d) for d in DTYPES)
-        raise UsageError(f"{name}: expected dtype {expected}, got {_name(tensor.dtype)}; convert it with .to(...)")
+        expected = ", ".join(dtype_name(d) for d in DTYPES)
+        raise UsageError(f"{name}: expected dtype {expected}, got {dtype_name(tensor.dtype)}; convert it with .to(...)")
 
 
 def _axis(axis: object) -> None:
@@ -81,19 +81,19 @@ def _axis(axis: object) -> None:
 
 
 def _like(name: str, tensor: Tensor, weight: Tensor) -> None:
-    _dtype(name, tensor)
+    expect_dtype(name, tensor)
     if tensor.shape != weight.shape:
         raise UsageError(f"{name}: expected the weight's shape {list(weight.shape)}, got {list(tensor.shape)}")
     if tensor.device != weight.device:
         raise UsageError(f"{name}: expected the weight's device {weight.device}, got {tensor.device}; move it first")
 
 
-def _floats(name: str, value: object, shape: list[int], device: torch.device) -> None:
-    tensor = _tensor(name, value)
+def expect_floats(name: str, value: object, shape: list[int], device: torch.device) -> None:
+    tensor = expect_tensor(name, value)
     if tensor.dtype != torch.float32 or list(tensor.shape) != shape or tensor.device != device:
         raise UsageError(
             f"{name}: expected float32 {shape} on {device}, "
-            f"got {_name(tensor.dtype)} {list(tensor.shape)} on {tensor.device}"
+            f"got {dtype_name(tensor.dtype)} {list(tensor.shape)} on {tensor.device}"
         )
     if not tensor.is_contiguous():
         kind = "vector" if len(shape) == 1 else "matrix"
@@ -104,8 +104,8 @@ def _pair(out: object, names: tuple[str, str], shapes: tuple[list[int], list[int
     if not isinstance(out, tuple) or len(out) != 2:
         raise UsageError(f"out: expected a pair ({names[0]}, {names[1]}) of tensors, got {type(out).__name__}")
     for name, tensor, shape in zip(names, out, shapes, strict=True):
-        _floats(f"out ({name})", tensor, shape, device)
-    _stored(**{f"out ({name})": tensor for name, tensor in zip(names, out, strict=True)})
+        expect_floats(f"out ({name})", tensor, shape, device)
+    expect_stored(**{f"out ({name})": tensor for name, tensor in zip(names, out, strict=True)})
 
 
 def _group_size(group_size: object, size: int, axis: int) -> None:
@@ -125,25 +125,25 @@ def taylor_importance(call: TaylorCall, out: tuple[Tensor, Tensor] | None) -> Ta
     _axis(axis)
     if order not in ORDERS:
         raise UsageError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
-    _tensor("weight", weight)
+    expect_tensor("weight", weight)
     if weight.dim() != 2:
         raise UsageError(f"weight: expected a matrix [rows, columns], got {weight.dim()} dimensions; view it as 2-D")
-    _dtype("weight", weight)
+    expect_dtype("weight", weight)
     if order != "second":
         if grad is None:
             raise UsageError(f"grad: expected a tensor for order={order!r}, got None; only 'second' does without it")
-        _like("grad", _tensor("grad", grad), weight)
+        _like("grad", expect_tensor("grad", grad), weight)
     if order != "first":
         if fisher is None:
             raise UsageError(f"fisher: expected a tensor for order={order!r}, got None; only 'first' does without it")
-        _like("fisher", _tensor("fisher", fisher), weight)
+        _like("fisher", expect_tensor("fisher", fisher), weight)
     size = weight.shape[axis]
     _group_size(group_size, size, axis)
     if out is not None:
         units = [size // group_size]
         _pair(out, ("fine", "signed"), (units, units), weight.device)
     grad, fisher = None if order == "second" else grad, None if order == "first" else fisher
-    _stored(weight=weight, grad=grad, fisher=fisher)
+    expect_stored(weight=weight, grad=grad, fisher=fisher)
     return TaylorCall(weight, grad, fisher, axis, order, group_size)
 
 
@@ -157,7 +157,7 @@ def _offsets(samples: object, tokens: int) -> list[int]:
         if samples.dtype != torch.int64 or samples.dim() != 1 or samples.device.type != "cpu":
             raise UsageError(
                 f"samples: expected int64 offsets [samples + 1] on the CPU, "
-                f"got {_name(samples.dtype)} {list(samples.shape)} on {samples.device}"
+                f"got {dtype_name(samples.dtype)} {list(samples.shape)} on {samples.device}"
             )
         samples = samples.tolist()
     if not isinstance(samples, Sequence) or isinstance(samples, str) or not all(type(o) is int for o in samples):
@@ -191,15 +191,15 @@ def linear_importance(
         raise UsageError(f"order: expected one of {', '.join(LINEAR_ORDERS)}, got {order!r}")
     named = {"grad_output": grad_output, "input": input, "weight": weight}
     for name, tensor in named.items():
-        _tensor(name, tensor)
+        expect_tensor(name, tensor)
     for name, tensor in named.items():
         if tensor.dim() != 2:
             raise UsageError(f"{name}: expected a matrix, got {tensor.dim()} dimensions; pass .flatten(0, -2)")
-        _dtype(name, tensor)
+        expect_dtype(name, tensor)
         if tensor.dtype != weight.dtype or tensor.device != weight.device:
             raise UsageError(
-                f"{name}: expected the weight's {_name(weight.dtype)} on {weight.device}, "
-                f"got {_name(tensor.dtype)} on {tensor.device}; convert it with .to(weight)"
+                f"{name}: expected the weight's {dtype_name(weight.dtype)} on {weight.device}, "
+                f"got {dtype_name(tensor.dtype)} on {tensor.device}; convert it with .to(weight)"
             )
     rows, columns = weight.shape
     tokens = grad_output.shape[0]
@@ -216,59 +216,59 @@ def linear_importance(
     if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale) or scale <= 0:
         raise UsageError(f"scale: expected a positive finite number, got {scale!r}")
     if mapped is not None:
-        _tensor("mapped", mapped)
+        expect_tensor("mapped", mapped)
         shape = [tokens, weight.shape[axis]]
         if list(mapped.shape) != shape or mapped.dtype != weight.dtype or mapped.device != weight.device:
             raise UsageError(
-                f"mapped: expected {_name(weight.dtype)} {shape} on {weight.device}, "
-                f"got {_name(mapped.dtype)} {list(mapped.shape)} on {mapped.device}; leave it out"
+                f"mapped: expected {dtype_name(weight.dtype)} {shape} on {weight.device}, "
+                f"got {dtype_name(mapped.dtype)} {list(mapped.shape)} on {mapped.device}; leave it out"
             )
     call = LinearCall(grad_output, input, weight, offsets, axis, order, group_size, per_sample, float(scale), mapped)
     if out is not None:
         _pair(out, ("fine", "coarse"), call.shapes, weight.device)
-    _stored(grad_output=grad_output, input=input, weight=weight, mapped=mapped)
+    expect_stored(grad_output=grad_output, input=input, weight=weight, mapped=mapped)
     return call
 
 
 def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor | None) -> None:
     _axis(axis)
-    _dtype("weight", _tensor("weight", weight))
+    expect_dtype("weight", expect_tensor("weight", weight))
     if weight.dim() not in (1, 2):
         raise UsageError(f"weight: expected a matrix or a vector, got {weight.dim()} dimensions")
     if weight.dim() == 1 and axis != 0:
         raise UsageError("axis: expected 0 for a vector, got 1")
-    _tensor("keep", keep)
+    expect_tensor("keep", keep)
     if keep.dtype != torch.int64 or keep.dim() != 1:
-        raise UsageError(f"keep: expected int64 [kept], got {_name(keep.dtype)} {list(keep.shape)}")
+        raise UsageError(f"keep: expected int64 [kept], got {dtype_name(keep.dtype)} {list(keep.shape)}")
     if keep.device.type != "cpu" and keep.device != weight.device:
         raise UsageError(f"keep: expected the CPU or the weight's device {weight.device}, got {keep.device}")
     if out is not None:
         shape = list(weight.shape)
         shape[axis] = keep.shape[0]
-        _tensor("out", out)
+        expect_tensor("out", out)
         if list(out.shape) != shape or out.dtype != weight.dtype or out.device != weight.device:
             raise UsageError(
-                f"out: expected {_name(weight.dtype)} {shape} on {weight.device}, "
-                f"got {_name(out.dtype)} {list(out.shape)} on {out.device}"
+                f"out: expected {dtype_name(weight.dtype)} {shape} on {weight.device}, "
+                f"got {dtype_name(out.dtype)} {list(out.shape)} on {out.device}"
             )
         if not out.is_contiguous():
             raise UsageError(f"out: expected a contiguous tensor, got strides {out.stride()}")
-    _stored(weight=weight, keep=keep, out=out)
+    expect_stored(weight=weight, keep=keep, out=out)
 
 
 def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, out: tuple[Tensor, Tensor] | None) -> None:
-    _tensor("fine", fine)
+    expect_tensor("fine", fine)
     if fine.dim() != 1:
         raise UsageError(f"fine: expected a vector [units], got {fine.dim()} dimensions")
     units = [fine.shape[0]]
-    _floats("fine", fine, units, fine.device)
-    _floats("coarse", coarse, units, fine.device)
+    expect_floats("fine", fine, units, fine.device)
+    expect_floats("coarse", coarse, units, fine.device)
     number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
     if not number or not temperature > 0 or temperature == float("inf"):
         raise UsageError(f"temperature: expected a positive finite number, got {temperature!r}")
     if out is not None:
         _pair(out, ("score", "weight"), (units, units), fine.device)
-    _stored(fine=fine, coarse=coarse)
+    expect_stored(fine=fine, coarse=coarse)
 
 
 def keep_values(keep: Tensor, size: int) -> None:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .calls import BatchCall, LinearCall, TaylorCall
+from .calls import BatchCall, DistillationCall, LinearCall, TaylorCall, TopDistillationCall
 from .registry import implementation
 
-Call = TaylorCall | LinearCall | BatchCall
+Call = TaylorCall | LinearCall | BatchCall | DistillationCall | TopDistillationCall
 Sums = tuple[Tensor, Tensor]
 
 
@@ -79,6 +79,18 @@ def taylor_importance_batch_(
     call: BatchCall, fine: list[Tensor], signed: list[Tensor], backend: str | None = None
 ) -> None:
     implementation("taylor_importance_batch", backend, *call.operands)(call, fine, signed, True)
+
+
+def distillation_gradient_(
+    call: DistillationCall, loss: Tensor, gradient: Tensor | None, backend: str | None = None
+) -> None:
+    implementation("distillation_gradient", backend, *call.operands)(call, loss, gradient)
+
+
+def top_distillation_gradient_(
+    call: TopDistillationCall, loss: Tensor, gradient: Tensor | None, backend: str | None = None
+) -> None:
+    implementation("top_distillation_gradient", backend, *call.operands)(call, loss, gradient)
 
 
 def _register(name: str, schema: str, body, fake, mutates: tuple[str, ...] = ()) -> None:
@@ -182,4 +194,22 @@ _register(
     attention_fusion_,
     _fake_inplace,
     ("score", "weight"),
+)
+
+# There is no form that makes its own gradient: one as large as the logits is what these ops are there to avoid.
+_SHARED = "Tensor weight, Tensor? labels, float hard, float student_scale, float? student_cap"
+_WRITTEN = "Tensor(a!) loss, Tensor(b!)? gradient, str? backend=None) -> ()"
+_register(
+    "distillation_gradient_",
+    f"(Tensor student, Tensor teacher, {_SHARED}, float teacher_scale, float? teacher_cap, {_WRITTEN}",
+    _flat(distillation_gradient_, DistillationCall),
+    _fake_inplace,
+    ("loss", "gradient"),
+)
+_register(
+    "top_distillation_gradient_",
+    f"(Tensor student, Tensor indices, Tensor log_probabilities, Tensor rest, {_SHARED}, {_WRITTEN}",
+    _flat(top_distillation_gradient_, TopDistillationCall),
+    _fake_inplace,
+    ("loss", "gradient"),
 )

@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calls import BatchCall, LinearCall, TaylorCall
+from .calls import BatchCall, DistillationCall, LinearCall, TaylorCall, TopDistillationCall
 from .precision import full_float32
 
-OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion", "taylor_importance_batch")
+OPS = (
+    "taylor_importance",
+    "linear_importance",
+    "compact",
+    "attention_fusion",
+    "taylor_importance_batch",
+    "distillation_gradient",
+    "top_distillation_gradient",
+)
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ORDER_CODES = {"first": 0, "second": 1, "mixed": 2}
@@ -209,3 +217,43 @@ def taylor_importance_batch(call: BatchCall, fine: list[Tensor], signed: list[Te
     for matrix, result in zip(call.matrices, call.into, strict=True):
         taylor_importance(matrix, fine[result], signed[result], accumulate or result in begun)
         begun.add(result)
+
+
+def _logits(logits: Tensor, scale: float, cap: float | None) -> tuple[int, int, int, float, float]:
+    return logits.data_ptr(), logits.stride(0), DTYPE_CODES[logits.dtype], scale, cap or 0.0
+
+
+def _distillation(
+    call: DistillationCall | TopDistillationCall, loss: Tensor, gradient: Tensor | None, **teacher: Any
+) -> None:
+    nothing = {"teacher": (0, 0, 0, 1.0, 0.0), "indices": 0, "log_probabilities": 0, "log_probabilities_dtype": 0}
+    _extension().distillation(
+        **{**nothing, "rest": 0, "count": 0, **teacher},
+        student=_logits(call.student, call.student_scale, call.student_cap),
+        weight=call.weight.data_ptr(),
+        labels=0 if call.labels is None else call.labels.data_ptr(),
+        hard=call.hard,
+        tokens=call.student.shape[0],
+        words=call.student.shape[1],
+        loss=loss.data_ptr(),
+        gradient=0 if gradient is None else gradient.data_ptr(),
+        gradient_stride=0 if gradient is None else gradient.stride(0),
+        threads=torch.get_num_threads(),
+    )
+
+
+def distillation_gradient(call: DistillationCall, loss: Tensor, gradient: Tensor | None) -> None:
+    _distillation(call, loss, gradient, teacher=_logits(call.teacher, call.teacher_scale, call.teacher_cap))
+
+
+def top_distillation_gradient(call: TopDistillationCall, loss: Tensor, gradient: Tensor | None) -> None:
+    _distillation(
+        call,
+        loss,
+        gradient,
+        indices=call.indices.data_ptr(),
+        log_probabilities=call.log_probabilities.data_ptr(),
+        log_probabilities_dtype=DTYPE_CODES[call.log_probabilities.dtype],
+        rest=call.rest.data_ptr(),
+        count=call.indices.shape[1],
+    )

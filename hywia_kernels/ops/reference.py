@@ -6,15 +6,28 @@ The `*_fp64` functions return float64 for comparisons; the functions named as th
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .calls import BatchCall, LinearCall, TaylorCall
+from .calls import BatchCall, DistillationCall, LinearCall, TaylorCall, TopDistillationCall
 
-OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion", "taylor_importance_batch")
+OPS = (
+    "taylor_importance",
+    "linear_importance",
+    "compact",
+    "attention_fusion",
+    "taylor_importance_batch",
+    "distillation_gradient",
+    "top_distillation_gradient",
+)
+
+LOGIT_BYTES = 16 << 20  # of float64 logits of one model that are computed at once
 
 Sums = tuple[Tensor, Tensor]
+Distillation = TypeVar("Distillation", DistillationCall, TopDistillationCall)
 
 
 def unavailable() -> str | None:
@@ -142,3 +155,98 @@ def taylor_importance_batch_fp64(call: BatchCall) -> list[Sums]:
 def taylor_importance_batch(call: BatchCall, fine: list[Tensor], signed: list[Tensor], accumulate: bool) -> None:
     for exact, *out in zip(taylor_importance_batch_fp64(call), fine, signed, strict=True):
         _store(exact, (out[0], out[1]), accumulate)
+
+
+def changed_logits(logits: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor]:
+    """A family's logits and their derivative with respect to the head's, float64."""
+    scaled = scale * logits.double()
+    if cap is None:
+        return scaled, torch.full_like(scaled, scale)
+    bent = torch.tanh(scaled / cap)
+    return cap * bent, scale * (1.0 - bent.square())
+
+
+def _divergence(probabilities: Tensor, logarithms: Tensor, student: Tensor) -> Tensor:
+    """`Σ p·(log p − log q)`; an outcome of probability 0 counts 0."""
+    terms = probabilities * (logarithms - student)
+    return torch.where(probabilities > 0, terms, 0.0).sum(1)
+
+
+def _with_labels(
+    loss: Tensor, target: Tensor, student: Tensor, call: DistillationCall | TopDistillationCall
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and target with the labels' share, and which tokens have a label that is no word."""
+    wrong = torch.zeros(len(loss), dtype=torch.bool, device=loss.device)
+    if call.labels is None:
+        return loss, target, wrong
+    wrong = (call.labels < 0) | (call.labels >= target.shape[1])
+    labels = call.labels.masked_fill(wrong, 0)[:, None]
+    loss = (1.0 - call.hard) * loss - call.hard * student.gather(1, labels)[:, 0]
+    target = (1.0 - call.hard) * target
+    return loss, target.scatter_add(1, labels, torch.full_like(loss[:, None], call.hard)), wrong
+
+
+def _by_weight(loss: Tensor, gradient: Tensor, weight: Tensor, wrong: Tensor) -> Sums:
+    """Loss and gradient with the weights, and what the contract says of weight 0 and of words that are none."""
+    nothing = (weight == 0)[:, None]
+    gradient = (weight.double()[:, None] * gradient).masked_fill(wrong[:, None], float("nan"))
+    loss = loss.masked_fill(wrong, float("nan"))
+    return loss.masked_fill(nothing[:, 0], 0.0), gradient.masked_fill(nothing, 0.0)
+
+
+def distillation_gradient_fp64(call: DistillationCall) -> Sums:
+    """Losses `[tokens]` and gradients `[tokens, words]`."""
+    z, slope = changed_logits(call.student, call.student_scale, call.student_cap)
+    student = z.log_softmax(1)
+    teacher = changed_logits(call.teacher, call.teacher_scale, call.teacher_cap)[0].log_softmax(1)
+    target = teacher.exp()
+    loss, target, wrong = _with_labels(_divergence(target, teacher, student), target, student, call)
+    return _by_weight(loss, (student.exp() - target) * slope, call.weight, wrong)
+
+
+def top_distillation_gradient_fp64(call: TopDistillationCall) -> Sums:
+    """The same over the teacher's likeliest words and the rest of them."""
+    z, slope = changed_logits(call.student, call.student_scale, call.student_cap)
+    student = z.log_softmax(1)
+    words = z.shape[1]
+    wrong = ((call.indices < 0) | (call.indices >= words)).any(1)
+    indices = call.indices.long().masked_fill(wrong[:, None], 0)
+    others = torch.ones_like(z, dtype=torch.bool).scatter_(1, indices, False)
+    rest_of_student = z.masked_fill(~others, float("-inf")).logsumexp(1, keepdim=True) - z.logsumexp(1, keepdim=True)
+    logarithms = torch.cat([call.log_probabilities, call.rest[:, None]], 1).double()
+    probabilities = logarithms.exp()
+    known = torch.cat([student.gather(1, indices), rest_of_student], 1)
+    # A word of the rest gets the rest's mass by the student's own proportions.
+    share = (logarithms[:, -1:] + student - rest_of_student).exp()
+    target = torch.where(others, share, 0.0).scatter(1, indices, probabilities[:, :-1])
+    mass = probabilities.sum(1, keepdim=True)
+    loss, target, no_label = _with_labels(_divergence(probabilities, logarithms, known), target, student, call)
+    mass = (1.0 - call.hard) * mass + call.hard if call.labels is not None else mass
+    return _by_weight(loss, (mass * student.exp() - target) * slope, call.weight, wrong | no_label)
+
+
+@torch.no_grad()
+def distillation_gradient(call: DistillationCall, loss: Tensor, gradient: Tensor | None) -> None:
+    for rows, part in _by_rows(call):
+        _store_distillation(distillation_gradient_fp64(part), loss, gradient, rows)
+
+
+@torch.no_grad()
+def top_distillation_gradient(call: TopDistillationCall, loss: Tensor, gradient: Tensor | None) -> None:
+    for rows, part in _by_rows(call):
+        _store_distillation(top_distillation_gradient_fp64(part), loss, gradient, rows)
+
+
+def _by_rows(call: Distillation) -> Iterator[tuple[slice, Distillation]]:
+    """The call in parts of a few tokens, since each computes some ten matrices of float64 logits."""
+    tokens, words = call.student.shape
+    step = max(1, LOGIT_BYTES // (8 * words))
+    for at in range(0, tokens, step):
+        rows = slice(at, at + step)
+        yield rows, call._replace(**{n: x[rows] for n, x in call._asdict().items() if isinstance(x, Tensor)})
+
+
+def _store_distillation(exact: Sums, loss: Tensor, gradient: Tensor | None, rows: slice) -> None:
+    loss[rows] = exact[0]
+    if gradient is not None:
+        gradient[rows] = exact[1]

@@ -35,6 +35,8 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "compact": ("native", "reference"),
         "attention_fusion": ("native", "reference"),
         "taylor_importance_batch": ("native", "reference"),
+        "distillation_gradient": ("native", "reference"),
+        "top_distillation_gradient": ("native", "reference"),
     },
     "cuda": {
         "taylor_importance": ("cuda", "triton", "reference"),
@@ -42,6 +44,8 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "compact": ("cuda", "triton", "reference"),
         "attention_fusion": ("triton", "reference"),
         "taylor_importance_batch": ("cuda", "triton", "reference"),
+        "distillation_gradient": ("triton", "reference"),
+        "top_distillation_gradient": ("triton", "reference"),
     },
 }
 _ELSEWHERE = ("reference",)  # mps, xpu, ...: plain torch runs there

@@ -7,21 +7,29 @@ import os
 import torch
 from torch import Tensor
 
-from .calls import BatchCall, LinearCall, TaylorCall
+from .calls import BatchCall, DistillationCall, LinearCall, TaylorCall, TopDistillationCall
 from .devices import on
 
 try:
     import triton
 
     from . import kernels_triton as kernels
-    from . import triton_batch, triton_linear
+    from . import triton_batch, triton_distillation, triton_linear
     from .triton_tiles import LONGEST_CHAIN, TILE, power_of_two
 
     _import_error: str | None = None
 except ImportError as error:
     _import_error = f"triton cannot be imported ({error}); pip install 'hywia_kernels[triton]'"
 
-OPS = ("taylor_importance", "linear_importance", "compact", "attention_fusion", "taylor_importance_batch")
+OPS = (
+    "taylor_importance",
+    "linear_importance",
+    "compact",
+    "attention_fusion",
+    "taylor_importance_batch",
+    "distillation_gradient",
+    "top_distillation_gradient",
+)
 
 # Eight programs on each of 132 multiprocessors. It is a constant so that the cut of the work, and with it the bits of
 # the result, depends on the shape alone.
@@ -175,3 +183,11 @@ def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, score: Te
 
 def taylor_importance_batch(call: BatchCall, fine: list[Tensor], signed: list[Tensor], accumulate: bool) -> None:
     triton_batch.taylor_importance_batch(call, fine, signed, accumulate)
+
+
+def distillation_gradient(call: DistillationCall, loss: Tensor, gradient: Tensor | None) -> None:
+    triton_distillation.distillation_gradient(call, loss, gradient)
+
+
+def top_distillation_gradient(call: TopDistillationCall, loss: Tensor, gradient: Tensor | None) -> None:
+    triton_distillation.top_distillation_gradient(call, loss, gradient)

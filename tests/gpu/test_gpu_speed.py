@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hywia_kernels.deploy.speed import Case, measure
-from hywia_kernels.deploy.static_driver import StaticDriver, capture, drivable
+from hywia_kernels.engine.static_driver import StaticDriver, capture, drivable
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hywia_kernels.deploy import static_driver
 from hywia_kernels.deploy.speed import Case, measure
-from hywia_kernels.deploy.static_driver import StaticDriver, drivable
+from hywia_kernels.engine import static_driver
+from hywia_kernels.engine.static_driver import StaticDriver, drivable
 from tests.support.tiny import TINY, fresh
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError, UsageError
-from hywia_kernels.evaluation import blocks, continuation, stored_bytes, tokens_per_second
+from hywia_kernels import HywiaError, UsageError, evaluation
+from hywia_kernels.evaluation import blocks, continuation, speeds, stored_bytes, tokens_per_second
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss(gqa, tokens):
@@ -56,3 +57,19 @@ def test_generation_helpers(gqa, tokenizer):
     one, two = continuation(gqa, tokenizer, "hello", new=6), continuation(gqa, tokenizer, "hello", new=6)
     assert one == two
     assert not one.startswith("hello")
+
+
+def test_speeds_are_measured_in_turns(gqa, monkeypatch):
+    """A machine that slows down evenly hits both alike: the ratio stays near one."""
+    other, clock, order = copy.deepcopy(gqa), [0.0], []
+
+    def greedy(model, ids, new):
+        order.append("a" if model is gqa else "b")
+        clock[0] += 1.0 + len(order)
+        return torch.zeros(1, ids.shape[1] + new, dtype=torch.int64)
+
+    monkeypatch.setattr(evaluation, "greedy", greedy)
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: clock[0])
+    a, b = speeds([gqa, other], new=4)
+    assert "".join(order) == "baabbaab"
+    assert a / b == pytest.approx(1.0, abs=0.25)

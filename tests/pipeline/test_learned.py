@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -75,3 +76,12 @@ def test_bad_requests(gqa, text):
         gqa.model.layers[0].mlp.down_proj.weight.mul_(2.0)
     with pytest.raises(HywiaError, match="made for another model"):
         hk.learn_masks(gqa, scores, plan, text)
+
+
+def test_a_plan_that_removes_nothing(gqa, tokens):
+    scores = hk.score(gqa, criterion="random")
+    plan = hk.plan(scores, group_ratio=0.4, align=4)
+    keep = {g.name: torch.arange(g.units) for g in plan.groups}
+    plan = dataclasses.replace(plan, keep=keep, parameters_after=plan.parameters_before)
+    with pytest.raises(UsageError, match="^plan: expected one that removes units, got one that keeps all"):
+        hk.learn_masks(gqa, scores, plan, tokens, steps=1)

@@ -14,7 +14,7 @@ from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.checkpoint import run_record
 from hywia_kernels.cli import html_report, main
 from hywia_kernels.deploy.speed import Case, cases, measure
-from hywia_kernels.deploy.static_driver import StaticDriver, drivable
+from hywia_kernels.engine.static_driver import StaticDriver, drivable
 from tests.support.tiny import TINY, fresh, make_plan
 
 
@@ -82,7 +82,7 @@ def test_bad_requests(gqa, call, message):
 
 
 def test_decode_attention_is_attention():
-    triton_kernel = pytest.importorskip("hywia_kernels.deploy.decode_attention")
+    triton_kernel = pytest.importorskip("hywia_kernels.engine.decode_attention")
     if not torch.cuda.is_available() and not triton_kernel.triton.knobs.runtime.interpret:
         pytest.skip("Triton's interpreter is off")
     place = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.evaluation import continuation, tokens_per_second
+from hywia_kernels.method import writing
 from hywia_kernels.method.calibration_data import self_written
+from hywia_kernels.method.sampling import Sampler, uniforms
 from tests.support.families import fresh_named
 from tests.support.tiny import TINY, fresh
 
@@ -92,22 +92,39 @@ def test_greedy_is_greedy(tokenizer, settings):
     assert tokens_per_second(model, new=6, repeats=1) > 0
 
 
-def test_an_ordinary_model_writes_what_generate_samples(gqa, tokenizer):
-    """The same bits as transformers' own sampling with the special tokens suppressed."""
-    from transformers import GenerationConfig
+def test_driver_and_generate_write_the_same(gqa, tokenizer, monkeypatch):
+    """With one cache or another, in batches of any size; and fewer samples are a prefix of more."""
+    want = self_written(gqa, tokenizer, samples=7, seq_len=32, seed=5, batch=3)
+    assert torch.equal(self_written(gqa, tokenizer, samples=5, seq_len=32, seed=5), want[:5])
+    ran = []
+    monkeypatch.setattr(writing, "driven", lambda *_: ran.append(1))
+    assert torch.equal(self_written(gqa, tokenizer, samples=7, seq_len=32, seed=5, batch=4), want)
+    assert ran == [1]
+    assert not torch.equal(self_written(gqa, tokenizer, samples=7, seq_len=32, seed=6), want)
 
-    rng = random.Random(5)
-    starts = torch.tensor([[256, rng.choice(range(256))] for _ in range(5)])
-    config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=32, suppress_tokens=[256, 257, 258]
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        want = [
-            gqa.generate(part, attention_mask=torch.ones_like(part), generation_config=config)
-            for part in starts.split(2)
-        ]
-    assert torch.equal(self_written(gqa, tokenizer, samples=5, seq_len=32, seed=5, batch=2), torch.cat(want))
+
+def test_tokens_are_drawn_by_their_probabilities():
+    """A hundred thousand evenly spaced numbers hit every token as often as its probability says, to within one."""
+    logits = torch.tensor([2.0, -1.0, 5.0, 0.5, 3.0, -30.0])
+    numbers = (torch.arange(100_000) + 0.5) / 100_000
+    drawn = Sampler([0, 1, 3, 4, 5], 6, torch.device("cpu")).draw(logits.expand(len(numbers), 6), numbers)
+    kept = logits.double().clone()
+    kept[2] = -torch.inf
+    want = 100_000 * torch.softmax(kept, 0)
+    torch.testing.assert_close(torch.bincount(drawn, minlength=6).double(), want, rtol=0, atol=1.5)
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5, 1.0 - 2.0**-24])
+def test_no_number_draws_a_barred_token(number):
+    sampler = Sampler([3, 4], 8, torch.device("cpu"))
+    assert sampler.draw(torch.zeros(1, 8), torch.tensor([number])).item() in (3, 4)
+
+
+def test_numbers_belong_to_sample_and_position():
+    assert torch.equal(uniforms(9, 40, 3)[:4], uniforms(4, 40, 3))
+    before = torch.get_rng_state()
+    uniforms(2, 2, 0)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_written(tokenizer):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..engine.memory import free_bytes
-from ..engine.patches import frozen
+from .memory import free_bytes
+from .patches import frozen
 
 __all__ = ["StaticDriver", "capture", "drivable", "joined_bytes"]
 

@@ -1,0 +1,276 @@
+"""`recover`: a cut model trained to predict what the dense model predicts, or left as it was."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...arch.facts import fingerprint, weight_bytes
+from ...arch.holding import plain_model
+from ...engine.memory import free_bytes
+from ...errors import HywiaError, UsageError
+from ..tokens import check_length, check_tokens
+from .distilled import Distilled, divergence
+from .hooks import Outcome
+from .request import Recovery
+from .teacher import Kept, Live, Teacher, eight_bit
+from .text import Text, drawn, given
+from .training import trained
+from .tuning import prepared, training_bytes
+from .work import Work, opened
+
+__all__ = ["Dense", "Recovered", "ask", "micro_tokens", "recover", "resolved"]
+
+_FULL_PARAMETERS = 3e9  # up to which all weights are trained where memory allows
+_SHARE = 0.8  # of the free memory that training may plan with: activations and libraries take the rest
+_MICRO_TOKENS = {"cpu": 1024, "gpu": 8192}  # in memory at a time
+# Tokens to train on, tokens of text, samples a step; on a GPU 90 s of SmolLM2, on two cores ten minutes.
+_EFFORT = {"cpu": (98_304, 32_768, 8), "gpu": (8_388_608, 2_097_152, 64)}
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovery did.
+
+    Attributes:
+        kept: whether the trained weights are in the model; otherwise it is as it was, since training did not bring it
+            nearer to the dense model.
+        before, after: held-out divergence from the dense model in nats a token; the same where nothing was kept.
+        record: JSON-serialisable: the resolved request, text, steps, divergences, seconds.
+    """
+
+    kept: bool
+    before: float
+    after: float
+    record: Mapping[str, Any]
+
+
+def resolved(request: Recovery, dense: Any, device: torch.device, *, seed: int = 0, more: bool = True) -> Recovery:
+    """The request with nothing left open, by the dense model's size and the device's free memory.
+
+    Args:
+        dense: may be on the meta device. seed: of the calibration. more: a second model is still to come beside it.
+    """
+    parameters = sum(p.numel() for p in dense.parameters())
+    tokens, text_tokens, batch = _EFFORT[_kind(device)]
+    on_meta = next(dense.parameters()).is_meta
+    free = _SHARE * free_bytes(device) - (weight_bytes(dense) if on_meta else 0)
+    tune, hold = request.tune, request.hold
+    if tune is None:
+        fits = training_bytes(dense, "full", request.rank) < free and parameters <= _FULL_PARAMETERS
+        tune = "full" if fits else "lora"
+    if hold is None:
+        left = free - training_bytes(dense, tune, request.rank)
+        hold = "live" if not more or weight_bytes(dense) <= left else "kept"
+    return replace(
+        request,
+        tokens=request.tokens or tokens,
+        text_tokens=request.text_tokens or min(text_tokens, request.tokens or tokens),
+        seed=seed + 1 if request.seed is None else request.seed,
+        tune=tune,
+        rate=request.rate or usual_rate(tune, parameters),
+        batch=request.batch or batch,
+        hold=hold,
+    )
+
+
+def _kind(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else "gpu"
+
+
+def micro_tokens(device: torch.device) -> int:
+    """Tokens that are trained on at a time; several such passes make a step where its samples have more."""
+    return _MICRO_TOKENS[_kind(device)]
+
+
+def usual_rate(tune: str, parameters: int) -> float:
+    """Peak learning rate of AdamW by what is trained and the dense model's size: measured on SmolLM2 (135 M), and for
+    larger models along those usual at 7 B (2e-5 for all weights, 2e-4 for low-rank updates)."""
+    size = max(parameters, 1) / 1.35e8
+    if tune == "full":
+        return min(8e-4, 8e-4 * size**-0.94)
+    return min(1e-3, 1e-3 * size**-0.41) if tune == "lora" else 5e-3
+
+
+class Dense:
+    """The dense model's side of a recovery: text, and what it predicts there.
+
+    Attributes:
+        request: resolved. text: to train on and to judge by.
+    """
+
+    def __init__(self, request: Recovery, text: Text, teacher: Teacher, place: Work, began: float) -> None:
+        self.request, self.text = request, text
+        self._teacher, self._place, self._began = teacher, place, began
+
+    @property
+    def model(self) -> Any | None:
+        """The dense model in its own weights, where it is held so."""
+        return self._teacher.model if isinstance(self._teacher, Live) and self.request.hold == "live" else None
+
+    def recover(self, student: Any) -> Recovered:
+        """Train a cut model, in place; see the function `recover`."""
+        student = plain_model(student, changing=True)
+        check_length(student, self.text.train.shape[1], "seq_len")
+        for tokens in (self.text.train, self.text.held_out):
+            check_tokens(tokens, student)
+        if isinstance(self._teacher, Live):
+            _check_pair(student, self._teacher.model)
+        outcome = _distilled(student, self._teacher, self.request, self.text, self._place)
+        before, after = outcome.divergences[0][1], outcome.best
+        record = {
+            **self.request.to_dict(),
+            "text_read": self.text.record,
+            "steps": outcome.steps,
+            "divergences": [[step, round(value, 6)] for step, value in outcome.divergences],
+            "stopped": outcome.stopped,
+            "resumed": outcome.resumed,
+            "kept": after < before,
+            "seconds": round(time.monotonic() - self._began, 3),
+        }
+        return Recovered(after < before, before, min(before, after), record)
+
+
+@contextmanager
+def ask(
+    dense: Any,
+    tokenizer: Any,
+    request: Recovery,
+    *,
+    tokens: Tensor | None = None,
+    work: str | Path | None = None,
+    bos: bool | None = None,
+    field: str = "text",
+    copied: bool = False,
+) -> Iterator[Dense]:
+    """The dense model's side of a recovery, made before a cut model is there.
+
+    Args:
+        request: resolved. tokens, work, bos, field: as for `recover`.
+        copied: the model is about to be changed, so a copy stands for it.
+
+    Raises:
+        HywiaError, UsageError: as `recover`.
+    """
+    began = time.monotonic()
+    dense = plain_model(dense)
+    known = {
+        "request": request.to_dict(),
+        "dense": fingerprint(dense),
+        "text": None if tokens is None else given(tokens, request).record,
+    }
+    with opened(None if work is None else Path(work), known) as place:
+        text = given(tokens, request) if tokens is not None else place.text()
+        if text is None:
+            text = drawn(dense, tokenizer, request, bos=bos, field=field)
+            place.keep_text(text)
+        check_length(dense, text.train.shape[1], "seq_len")
+        for part in (text.train, text.held_out):
+            check_tokens(part, dense)
+        if request.hold == "kept":
+            teacher: Teacher = Kept.made(dense, text, place.predictions)
+        elif request.hold == "8bit":
+            teacher = Live(eight_bit(dense))
+        else:
+            teacher = Live(copy.deepcopy(dense) if copied else dense)
+        yield Dense(request, text, teacher, place, began)
+
+
+def recover(
+    student: Any,
+    teacher: Any,
+    tokenizer: Any = None,
+    request: Recovery | None = None,
+    *,
+    tokens: Tensor | None = None,
+    work: str | Path | None = None,
+    bos: bool | None = None,
+    field: str = "text",
+) -> Recovered:
+    """Train a cut model, in place, to predict what the dense model predicts: the mean over positions of
+
+        (1 − hard) · KL(dense ‖ cut) + hard · cross-entropy with the text,
+
+    both at temperature 1. The held-out divergence is measured before, on the way and after; the weights of its lowest
+    value are kept, those of the beginning included, so that the model is never farther from the dense one than before.
+
+    Args:
+        student: the cut model. teacher: the dense one, of the same vocabulary; it is not changed.
+        tokenizer: for sources of text and for writing; None where `tokens` are given.
+        request: None: the defaults.
+        tokens: int64 `[samples, length]`, text at hand, instead of the request's sources.
+        work: folder for what is needed to go on after a stop: the same call goes on there, and removes it when done.
+            None: nothing outlives the call.
+        bos, field: as `calibration` takes them.
+
+    Raises:
+        UsageError: a request that contradicts itself. HywiaError: models of different vocabularies, text that is too
+            short, a missing package. After an error or an interrupt the model's weights are those of the beginning.
+    """
+    request = request or Recovery()
+    request.check()
+    _check_pair(plain_model(student, changing=True), plain_model(teacher))
+    request = resolved(request, teacher, student.get_input_embeddings().weight.device, more=False)
+    with ask(teacher, tokenizer, request, tokens=tokens, work=work, bos=bos, field=field) as dense:
+        return dense.recover(student)
+
+
+def _check_pair(student: Any, teacher: Any) -> None:
+    if student is teacher:
+        raise UsageError("teacher: expected the dense model, got the cut model itself; load the dense one beside it")
+    theirs, ours = (m.get_output_embeddings().weight.shape[0] for m in (teacher, student))
+    if theirs != ours:
+        raise HywiaError(
+            f"teacher: expected a model of the cut model's vocabulary of {ours:,} tokens, got one of {theirs:,}; give "
+            "the model that was cut"
+        )
+
+
+def _distilled(student: Any, teacher: Teacher, request: Recovery, text: Text, place: Work) -> Outcome:
+    assert request.tune
+    assert request.tokens
+    assert request.batch
+    assert request.rate
+    assert request.seed is not None
+    device = student.get_input_embeddings().weight.device
+    length = text.train.shape[1]
+    batch = min(request.batch, len(text.train))
+    micro = max(1, min(batch, micro_tokens(device) // length))
+    checkpoints = place.checkpoints(fingerprint(student))
+    with prepared(student, request.tune, request.rank) as tuned:
+        # Norms in float32 between 16-bit matrices work by autocast alone.
+        mixed = any(p.dtype != torch.float32 for p in student.parameters())
+        autocast = mixed or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+        distilled = Distilled(student, tuned, teacher, request.hard, autocast=autocast)
+        start = divergence(distilled, text.held_out, device)
+        if not math.isfinite(start):
+            raise HywiaError(
+                f"recover: expected finite predictions of both models, the held-out divergence is {start}; load them "
+                "in float32 or bfloat16, and look for damaged weights"
+            )
+        outcome = trained(
+            distilled,
+            tuned,
+            text,
+            work=checkpoints,
+            start=start,
+            steps=max(1, request.tokens // (batch * length)),
+            batch=batch,
+            micro=micro,
+            rate=request.rate,
+            checks=request.checks,
+            patience=request.patience,
+            seed=request.seed,
+            device=device,
+        )
+        tuned.finish()
+    return outcome
