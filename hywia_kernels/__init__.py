@@ -39,6 +39,7 @@ _HOMES = {  # public name -> module it is in
     "load": "checkpoint.loading",
     "plan": "method.selection",
     "plan_for": "deploy.planning",
+    "prove": "method.derivation",
     "reconstruct": "method.reconstruction",
     "save": "checkpoint.saving",
     "score": "method.criteria",

@@ -13,7 +13,7 @@ add one.
 """
 
 from .configs import text_config
-from .discovery import architecture, config_widths, groups, head_dim, left_alone
+from .discovery import adopt, architecture, config_widths, decoder, groups, head_dim, is_known, left_alone
 from .language import Alibi, Architecture, Attention, Experts, Gated, Mlp
 from .table import TABLE
 from .views import Matrix, linears, matrices, view
@@ -27,10 +27,13 @@ __all__ = [
     "Gated",
     "Matrix",
     "Mlp",
+    "adopt",
     "architecture",
     "config_widths",
+    "decoder",
     "groups",
     "head_dim",
+    "is_known",
     "left_alone",
     "linears",
     "matrices",

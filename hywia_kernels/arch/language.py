@@ -41,8 +41,13 @@ class Experts:
 
     Attributes:
         module: holds the stacked parameters. A layer without it has a plain MLP (the entry's `mlp`).
-        router: module whose `weight` is `[experts, hidden]` and whose forward returns `(logits, weights, indices)`.
+        router: module whose `weight` is `[experts, hidden]` and whose forward returns `(logits, weights, indices)`; ""
+            where only channels of experts can go.
         rows, columns: parameters of `module`; one named k times holds k matrices one after the other.
+        transposed: parameters are `[experts, in, out]`.
+        alternating: how many outputs of a matrix in `rows` belong to one channel, lying together (2: a gate's and the
+            one that it multiplies).
+        biased: each parameter has a bias `[experts, out]` under its name with `_bias`.
         width_field, count_field, chosen_field: config fields of a channel count, of the experts' count, and of how
             many experts a token goes to, which is the least that can stay.
     """
@@ -54,6 +59,9 @@ class Experts:
     width_field: str
     count_field: str
     chosen_field: str
+    transposed: bool = False
+    alternating: int = 1
+    biased: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,8 @@ class Attention:
     head serves one query head.
 
     `query`, `key` and `value` name one module where it holds all three: one after the other, or, when `interleaved`,
-    head by head (head 0's q, k and v rows, then head 1's; every head has its own k and v).
+    group by group (the q rows of group 0's heads, its k and v rows, then group 1's). `key` and `value` name one module
+    beside another `query` where it holds, head by head, what a head's key and value are made of (MLA's `kv_b_proj`).
 
     Attributes:
         heads_field, kv_heads_field: config fields of the two head counts; the latter "" where every head has its own
@@ -89,6 +98,10 @@ class Attention:
         alibi: how a bias of ALiBi reaches the module; None where the family has none.
         rotary: the function, in the Python module that defines the attention, that returns queries and keys
             `[batch, heads, tokens, head_dim]` rotated by `(cos, sin)`, the halves of a head paired.
+        size_field: config field of the features that a head gives to the output's matrix; "" for the usual `head_dim`.
+        wide_query: how many times the size of a head the query's matrix holds for each query head (2 where each
+            head's gate lies behind its query).
+        more: further matrices with as many rows for every KV group (gates of heads).
         plain: full names of attention classes that do no more than `o(attend(rotate(q), rotate(k), v))`, by `scaling`
             and causally: calibration writes that out.
     """
@@ -106,6 +119,9 @@ class Attention:
     alibi: Alibi | None = None
     rotary: str = ""
     plain: tuple[str, ...] = ()
+    size_field: str = ""
+    wide_query: int = 1
+    more: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
@@ -122,6 +138,10 @@ class Architecture:
         title: the models, as README names them.
         layers: path of the decoder's list of layers.
         mlp, attention, experts: the units' structure inside one layer.
+        branches: further MLPs of a layer, beside its experts or its `mlp` (shared experts), where a layer has them.
+        partial: layers may lack the attention or the MLP that is named (and have convolutions, a state space, or
+            attention of another kind), which is left alone.
+        derived: made from a model's structure, not written by hand.
         attributes: `(module, attribute, quantity)`: numbers that a layer's modules keep for themselves; the quantity is
             "heads", "kv_heads", "width" (of all query heads), "channels" or "experts" of that layer. They are set where
             the layer's module has them.
@@ -132,7 +152,8 @@ class Architecture:
         norms, final_norm: modules of a layer, and of the whole model, that compute `weight · x / rms(x)`, rounding
             `x / rms(x)` to `x`'s dtype, with `variance_epsilon` or `eps` under the root: calibration does not keep
             their outputs.
-        logits: config fields by which the logits change after the head; `engine/loss.py` must know each of them.
+        logits: config fields by which the logits change after the head; `engine/loss.py` must know each of them. None:
+            the model's own forward makes logits of hidden states.
         residual: matrix of `mlp.columns` whose output is only added to what leaves the layer, so that calibration need
             not multiply by it when it runs a layer again for backward (None: there is none).
         blocks: full names of layer classes that compute `h = x + attention(norms[0](x))`, `y = h + mlp(norms[1](h))`
@@ -150,13 +171,16 @@ class Architecture:
     mlp: Mlp
     attention: Attention
     experts: Experts | None = None
+    branches: tuple[Mlp, ...] = ()
+    partial: bool = False
+    derived: bool = False
     attributes: tuple[tuple[str, str, str], ...] = ()
     whole_attributes: tuple[tuple[str, str, str], ...] = ()
     config_readers: tuple[str, ...] = ()
     requires: Mapping[str, Any] = field(default_factory=dict)
     norms: tuple[str, ...] = ()
     final_norm: str | None = None
-    logits: tuple[str, ...] = ()
+    logits: tuple[str, ...] | None = ()
     residual: str | None = None
     blocks: tuple[str, ...] = ()
     stand_in: str | None = None

@@ -1,17 +1,24 @@
-"""The table as README shows it: `python -m hywia_kernels.arch.support` prints it, and writes it with a file's name."""
+"""The table as README shows it, and the families beside it as docs/models.md does.
+
+`python -m hywia_kernels.arch.support` prints both, and writes those that a named file has marks for.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+from . import observed
 from .configs import checks_of
 from .language import Architecture
 from .table import TABLE
 
-__all__ = ["BEGIN", "END", "markdown", "written"]
+__all__ = ["BEGIN", "END", "derived_markdown", "markdown", "written"]
 
 BEGIN, END = "<!-- support table: python -m hywia_kernels.arch.support README.md -->", "<!-- end of support table -->"
+DERIVED_BEGIN = "<!-- derived families: python -m hywia_kernels.arch.support docs/models.md -->"
+DERIVED_END = "<!-- end of derived families -->"
 
 
 def _config_class(entry: Architecture):
@@ -63,17 +70,50 @@ def markdown() -> str:
     return "\n".join(rows)
 
 
+def derived_markdown() -> str:
+    """The families that the table lacks, by what the tests saw of them: derived, MLP only, refused."""
+    rows = ["| state | `model_type` |", "| --- | --- |"]
+    by_kinds: dict[str, list[str]] = {}
+    for name, kinds in observed.DERIVED.items():
+        by_kinds.setdefault(f"derived: {_KINDS[tuple(kinds)]}", []).append(name)
+    for kinds, names in by_kinds.items():
+        rows.append(f"| {kinds} | {_names(names)} |")
+    rows.append(f"| MLP only (`--units mlp`) | {_names(observed.MLP_ONLY)} |")
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in observed.REFUSED.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        rows.append(f"| refused: {reason} | {_names(names)} |")
+    return "\n".join(rows)
+
+
+_KINDS = {
+    ("mlp", "attention"): "heads, channels",
+    ("mlp", "attention", "experts"): "heads, channels, experts",
+    ("mlp", "experts"): "channels, experts",
+    ("attention",): "heads",
+}
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
+
+
 def written(text: str) -> str:
-    """A text in which the table between BEGIN and END has been replaced by that of the present entries.
+    """A text in which the tables between marks have been replaced by those of the present entries.
 
     Raises:
-        ValueError: the marks are missing.
+        ValueError: there are no marks.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
+    found = False
+    for begin, end, table in ((BEGIN, END, markdown), (DERIVED_BEGIN, DERIVED_END, derived_markdown)):
+        before, first, rest = text.partition(begin)
+        _, last, after = rest.partition(end)
+        if first and last:
+            text, found = f"{before}{begin}\n{table()}\n{end}{after}", True
+    if not found:
         raise ValueError(f"expected a text with {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{markdown()}\n{END}{after}"
+    return text
 
 
 if __name__ == "__main__":
@@ -81,4 +121,4 @@ if __name__ == "__main__":
         path = Path(sys.argv[1])
         path.write_text(written(path.read_text()))
     else:
-        print(markdown())
+        print(markdown(), derived_markdown(), sep="\n\n")

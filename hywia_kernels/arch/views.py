@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..types import Group, Member
 
-__all__ = ["Matrix", "Modules", "is_transposed", "linears", "matrices", "parameter_of", "sizes_of", "view"]
+__all__ = ["Matrix", "Modules", "is_linear", "is_transposed", "linears", "matrices", "parameter_of", "sizes_of", "view"]
 
 Modules = Mapping[str, nn.Module]
 
@@ -23,6 +23,12 @@ def parameter_of(module: nn.Module, name: str) -> Any:
 def is_transposed(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D: a linear layer that stores `[in, out]`."""
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer with its weight as it is: torch's, a family's own subclass of it, or Conv1D."""
+    own = isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
+    return type(module) is nn.Linear or own or is_transposed(module)
 
 
 def sizes_of(module: Any) -> tuple[int, int]:
@@ -73,7 +79,16 @@ def matrices(model: nn.Module | Modules, found: Sequence[Group]) -> list[Matrix]
             if member.index is None and parameter_of(modules[member.module], member.parameter).dim() > 2:
                 continue
             members.setdefault((member.module, member.parameter, member.index), []).append((group, i))
-    return [Matrix(*key, is_transposed(modules[key[0]]), tuple(on)) for key, on in members.items()]
+    return [Matrix(*key, _stored_transposed(modules[key[0]], key[2], on), tuple(on)) for key, on in members.items()]
+
+
+def _stored_transposed(module: nn.Module, index: int | None, on: Sequence[tuple[Group, int]]) -> bool:
+    """Whether a matrix is stored `[in, out]`: of a stack, units enter the last matrix of a group by its inputs."""
+    if index is None:
+        return is_transposed(module)
+    group, i = on[0]
+    inputs = i == len(group.members) - 1
+    return (group.members[i].axis == 0) == inputs
 
 
 def linears(model: nn.Module | Modules, found: Sequence[Group]) -> dict[str, Any]:

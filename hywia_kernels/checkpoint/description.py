@@ -21,6 +21,7 @@ __all__ = [
     "MOST_LAYERS",
     "check_code",
     "check_directory",
+    "derivable",
     "family",
     "model_types",
     "needs_code",
@@ -62,6 +63,33 @@ def model_types() -> tuple[str, ...]:
     return tuple(sorted(t for entry in TABLE for t in entry.model_types))
 
 
+def derivable(model_type: Any) -> bool:
+    """Whether the table lacks a type of which transformers has a decoder: an entry is derived from its structure, and
+    proven before it is used."""
+    from transformers.models.auto import modeling_auto as auto
+
+    return (
+        isinstance(model_type, str)
+        and model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and model_type not in model_types()
+        and model_type not in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+        and model_type not in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        and model_type not in auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+    )
+
+
+def _why_not(model_type: Any, values: Mapping[str, Any]) -> str:
+    """What a type is that is refused, and the way out; "" where there is no more to say than that it is unknown."""
+    from transformers.models.auto import modeling_auto as auto
+
+    both = {**auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, **auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES}
+    if values.get("is_encoder_decoder") is True or (isinstance(model_type, str) and model_type in both):
+        return "; it is an encoder with a decoder, and only models that are a decoder alone are scored and cut"
+    if isinstance(model_type, str) and model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return "; it is a model of images and text, of which only Gemma 3's are taken: give its text model by itself"
+    return ""
+
+
 def needs_code(model_type: str) -> bool:
     """Whether models of a supported type are Python code of their checkpoint, which transformers does not have."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -83,12 +111,14 @@ def family(values: Mapping[str, Any]) -> str:
     if model_type == _ADAPTIVE:
         model_type = values.get("base_model_type")
     known = model_types()
-    if isinstance(model_type, str) and model_type in known:
+    decoder = values.get("is_encoder_decoder") is not True
+    if isinstance(model_type, str) and decoder and (model_type in known or derivable(model_type)):
         return model_type
     near = difflib.get_close_matches(str(model_type), known, n=1, cutoff=0.85)
     raise HywiaError(
         f"model: could not load a model of model_type {model_type!r} (config.json), which is not supported"
-        f"{f'; did you mean {near[0]!r}?' if near else ''}; supported: {', '.join(known)}"
+        f"{f'; did you mean {near[0]!r}?' if near else ''}{_why_not(model_type, values)}; "
+        f"supported: {', '.join(known)}, and other decoders of transformers, which are derived and proven first"
     )
 
 
@@ -148,7 +178,9 @@ def _parts(values: dict[str, Any], where: str = "", depth: int = 0) -> Iterator[
 
 def _size_fields(base: str) -> set[str]:
     """Config fields of a family that must hold whole numbers above 0."""
-    entry = next(entry for entry in TABLE if base in entry.model_types)
+    entry = next((entry for entry in TABLE if base in entry.model_types), None)
+    if entry is None:
+        return set(_SIZES)
     fields = {entry.mlp.width_field, entry.attention.heads_field, entry.attention.kv_heads_field, *_SIZES}
     if entry.experts is not None:
         fields |= {entry.experts.width_field, entry.experts.count_field, entry.experts.chosen_field}

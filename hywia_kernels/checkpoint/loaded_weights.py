@@ -129,17 +129,19 @@ def read(source: str | None, family: Any, *, device: Any = None, **options: Any)
         logger.removeFilter(quiet)
 
 
-def check_types(model: Any, name: str) -> None:
+def check_types(model: Any, name: str, asked: str | None = None) -> None:
     """Make sure that transformers built a model of a supported family: some fields of a config make it choose another.
 
     Args:
         model: the model. name: what the user called it.
+        asked: the type that its config names; a type that the table lacks must be this one.
 
     Raises:
         HywiaError: the family is not supported.
     """
     model_type = getattr(model.config, "model_type", None)
-    if model_type not in (*description.model_types(), "hywia_adaptive"):
+    derived = model_type == asked and description.derivable(model_type)
+    if not derived and model_type not in (*description.model_types(), "hywia_adaptive"):
         raise HywiaError(
             f"model: transformers takes {name} for a {model_type} model, which is not supported; "
             f"supported: {', '.join(description.model_types())}"

@@ -27,10 +27,14 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
     quantised: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
 ) -> tuple[Any, Any]:
     """Load `(model, tokenizer)`, the model in eval mode, from safetensors or GGUF files only.
 
-    The families are those of the table of architectures; others are refused by their config.json. A weight that the
+    The families are those of the table of architectures, and other decoders of transformers, whose structure `prove`
+    derives before they are scored; all else is refused by its config.json. A weight that the
     checkpoint lacks, or that the model has no place for, is an error; buffers that models make themselves are not.
     Where the config says that head and embedding are one and the checkpoint holds two, the model keeps both, and its
     config says so.
@@ -44,6 +48,8 @@ def load(
             (Baichuan-13B, and Baichuan's tokenizer). Nothing of a checkpoint is imported or executed otherwise, nor
             ever from another repository that it names.
         quantised: take a checkpoint that its config calls quantised. It can be evaluated, not scored or pruned.
+        revision: a branch, tag or commit of a hub model; None: its main branch.
+        token, cache_dir: of the hub's client; None: what it takes itself (HF_TOKEN or a login, HF_HOME).
 
     Raises:
         UsageError: the dtype or device is unknown. HywiaError: the model is not there, cannot be loaded, is of an
@@ -55,9 +61,12 @@ def load(
     if dtype not in DTYPES:
         raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     target = _device(device)
+    options = {"token": token, "cache_dir": cache_dir}
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
-        network, tokenizer = _loaded(located(model), torch_dtype, trust_remote_code is True, quantised, target)
+        network, tokenizer = _loaded(
+            located(model, revision, options), torch_dtype, trust_remote_code is True, quantised, target
+        )
         return (network if quantised and _is_quantised(network) else network.to(target)).eval(), tokenizer
     except (HywiaError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -102,7 +111,7 @@ def _directory(source: Source, dtype: Any, trusted: bool, quantised: bool, devic
     judgement = judged(source, trusted=trusted, quantised=quantised)
     folder, name = source.path, source.name
     if source.from_hub:
-        folder = hub.complete(name, folder, code=judgement.code)
+        folder = hub.complete(name, folder, code=judgement.code, options=source.hub)
     loaded_weights.check_stored(folder, judgement.values, quantised)
     tokenizer = _tokenizer(folder, name, judgement)
     if judgement.rotary:
@@ -111,7 +120,7 @@ def _directory(source: Source, dtype: Any, trusted: bool, quantised: bool, devic
         network = remote.load(str(folder), dtype, judgement.values, trusted=judgement.code, device=device)
     else:
         network = loaded_weights.stock(folder, dtype, quantised, device)
-    loaded_weights.check_types(network, name)
+    loaded_weights.check_types(network, name, judgement.values.get("model_type"))
     settle_tying(network)
     return network, tokenizer
 
@@ -142,6 +151,6 @@ def _gguf(path: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
     loaded_weights.check_gguf(path)
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
     network = loaded_weights.gguf(path, dtype, device)
-    loaded_weights.check_types(network, str(path))
+    loaded_weights.check_types(network, str(path), network.config.model_type)
     settle_tying(network)
     return network, tokenizer

@@ -53,7 +53,7 @@ def stock_config(model: Any) -> Any:
     values = config.to_dict()
     values.pop("module_changes", None)
     inner = values if arch.text_config(model) is model.config else values["text_config"]
-    if entry.attention.free_head_dim:
+    if entry.attention.free_head_dim and not entry.attention.size_field:
         inner["head_dim"] = arch.head_dim(model)
     for field, widths in arch.config_widths(model, arch.groups(model)).items():
         inner[field] = widths[0]

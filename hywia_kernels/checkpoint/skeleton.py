@@ -18,7 +18,7 @@ _STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth")
 
 
-def skeleton(model: str | Path = "smollm2", *, trust_remote_code: bool = False) -> Any:
+def skeleton(model: str | Path = "smollm2", *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """The model that `load` would give, in eval mode and the stored dtype, with every tensor on the meta device.
 
     Weights are neither read nor fetched; of a hub model, only the files that describe it are. Headers of weights that
@@ -29,11 +29,12 @@ def skeleton(model: str | Path = "smollm2", *, trust_remote_code: bool = False) 
     Args:
         model: a hub id, a local directory, a `.gguf` file, or "smollm2", as `load` takes them.
         trust_remote_code: True runs the Python files of a checkpoint whose family transformers does not have.
+        revision: a branch, tag or commit of a hub model.
 
     Raises:
         UsageError, HywiaError: what `load` raises before it reads weights.
     """
-    source = located(model)
+    source = located(model, revision)
     try:
         network = _gguf(source.path) if source.is_gguf else _directory(source, trust_remote_code is True)
     except (HywiaError, MemoryError):
@@ -48,7 +49,7 @@ def _directory(source: Source, trusted: bool) -> Any:
     judgement = judged(source, trusted=trusted, quantised=False)
     folder = source.path
     if source.from_hub and judgement.code:
-        folder = hub.with_code(source.name, folder)
+        folder = hub.with_code(source.name, folder, source.hub)
     stored: dict[str, Stored] = {}
     if source.from_hub:
         check_tokenizer(folder, source.name, judgement)
@@ -56,7 +57,7 @@ def _directory(source: Source, trusted: bool) -> Any:
         stored = loaded_weights.check_stored(folder, judgement.values, quantised=False)
         check_tokenizer(folder, source.name, judgement)
     network = _built(folder, judgement, stored)
-    loaded_weights.check_types(network, source.name)
+    loaded_weights.check_types(network, source.name, judgement.values.get("model_type"))
     settle_tying(network)
     return network
 
@@ -119,6 +120,6 @@ def _gguf(path: Path) -> Any:
     need_gguf()
     config = loaded_weights.check_gguf(path)
     network = loaded_weights.described(config, _loaded_dtype(config.dtype, {}))
-    loaded_weights.check_types(network, str(path))
+    loaded_weights.check_types(network, str(path), network.config.model_type)
     settle_tying(network)
     return network

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ class Source:
         name: what the user called it.
         is_gguf: the path is a `.gguf` file.
         from_hub: the path is the copy of a hub model, whose weights are not fetched yet.
+        hub: options of the hub's client, by which it was fetched.
     """
 
     path: Path
     name: str
     is_gguf: bool = False
     from_hub: bool = False
+    hub: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,24 @@ class Judged:
     code: bool
 
 
-def located(model: str | Path) -> Source:
+def located(model: str | Path, revision: str | None = None, options: hub.Options = hub.NO_OPTIONS) -> Source:
     """What a hub id, a directory, a `.gguf` file or a bundled name stands for.
 
-    Of a hub model the files that describe it are fetched.
+    Of a hub model the files that describe it are fetched, of this revision.
 
     Raises:
-        UsageError: the name is empty, or no name. HywiaError: there is no such model.
+        UsageError: the name is empty, no name, or not the hub's though there is a revision. HywiaError: there is no
+            such model.
     """
+    source = _located(model, revision, options)
+    if revision is not None and not source.from_hub:
+        raise UsageError(
+            f"revision: goes with a hub id, got {revision!r} with {source.name!r}, which is on this machine"
+        )
+    return source
+
+
+def _located(model: str | Path, revision: str | None, options: hub.Options) -> Source:
     if not isinstance(model, (str, Path)) or not str(model).strip():
         raise UsageError(f"model: expected a hub id, a directory or a .gguf file, got {model!r}")
     name = str(model)
@@ -75,7 +88,7 @@ def located(model: str | Path) -> Source:
         return Source(path, name)
     if path.exists() or path.is_symlink() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise HywiaError(f"model: no such directory: {name}")
-    return Source(hub.described(name), name, from_hub=True)
+    return Source(hub.described(name, revision, options), name, from_hub=True, hub=options)
 
 
 def judged(source: Source, *, trusted: bool, quantised: bool) -> Judged:

@@ -89,6 +89,7 @@ def add_loading(command: argparse.ArgumentParser) -> None:
         "--dtype", choices=settings.DTYPES, default="auto", help="load in this dtype (auto: as stored)"
     )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    command.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
     command.add_argument("--trust-remote-code", action="store_true", help="let the checkpoint's own code run")
     command.add_argument("--json", metavar="FILE", help="write the report to FILE for machines")
 

@@ -34,8 +34,13 @@ def run(arguments: argparse.Namespace) -> None:
     for name in arguments.models:
         console.say(f"loading {name}")
         model, _ = load(
-            name, dtype=arguments.dtype, device=arguments.device, trust_remote_code=arguments.trust_remote_code
+            name,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            trust_remote_code=arguments.trust_remote_code,
+            revision=arguments.revision,
         )
+        session.proven(model)
         work = cost_of(model)
         readings, reason = measure(model, wanted, modes=arguments.modes, runs=arguments.runs, what=name)
         if reason is not None:

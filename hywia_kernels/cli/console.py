@@ -12,6 +12,7 @@ from ..checkpoint.metrics import compare, figures_of
 from ..checkpoint.run_record import plain, reduction, spans
 from ..deploy.estimate import Estimate
 from ..errors import HywiaError
+from ..method.derivation import Proof
 from ..method.recovery.request import Recovery
 from ..types import Plan
 from ..versions import versions
@@ -24,6 +25,7 @@ __all__ = [
     "print_evaluation",
     "print_history",
     "print_plan",
+    "print_proof",
     "print_reconstruction",
     "print_recovery",
     "print_recovery_plan",
@@ -165,6 +167,18 @@ def print_text(record: Mapping[str, Any]) -> None:
     text = record.get("text")
     if text:
         say(f"calibration text: {text['samples']:,} samples, {text['tokens']:,} tokens, {text['calib']}")
+
+
+def print_proof(proof: Proof) -> None:
+    """What was derived of a model that the table of architectures lacks, what is left alone, and what was checked."""
+    say(f"{proof.entry.title} is not in the table of architectures; its structure was derived:")
+    for part, words in proof.parts.items():
+        say(f"  {part}: {words}")
+    for name, reason in proof.alone.items():
+        say(f"  left alone: {name} ({reason.removeprefix('proof: ')})")
+    if proof.kinds != ("mlp", "attention"):
+        say(f"  units that can go: --units {' or '.join(proof.kinds)}")
+    say(f"  proven in {proof.seconds:.1f} s: {'; '.join(proof.checks)}")
 
 
 def print_reconstruction(plan: Plan) -> None:

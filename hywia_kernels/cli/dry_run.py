@@ -14,7 +14,7 @@ from ..deploy.estimate import estimate
 from ..method.search import EFFORTS
 from ..recipe import Recipe
 from ..types import Scores
-from . import console
+from . import console, session
 
 __all__ = ["dry_run"]
 
@@ -28,7 +28,8 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
     Raises:
         UsageError, HywiaError: the model cannot meet the request, as the run would say.
     """
-    model = skeleton(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    model = skeleton(arguments.model, trust_remote_code=arguments.trust_remote_code, revision=arguments.revision)
+    session.proven(model)
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     with session.claimed(arguments, in_place=arguments.in_place, least=_least_bytes(arguments, recipe)):
         model, tokenizer = session.load_model(arguments)
+        session.proven(model)
         if measured is not None and "calibration" in vars(arguments):
             measured = with_text(measured, model, tokenizer, recipe)
         steps: list[dict[str, Any]] = []

@@ -22,6 +22,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     with session.claimed(arguments):
         model, tokenizer = session.load_model(arguments)
+        session.proven(model)
         measured = measure(
             model, tokenizer, recipe, backend=arguments.backend, engine=arguments.engine, memory=arguments.memory
         )

@@ -15,11 +15,12 @@ from ..checkpoint.loading import load
 from ..checkpoint.replaceable import check_report
 from ..errors import UsageError
 from ..evaluation import Evaluation
+from ..method.derivation import prove
 from ..method.reading import documents, is_local
 from ..recipe import Recipe
 from . import console
 
-__all__ = ["begin", "check_scoring", "claimed", "evaluation_of", "load_model"]
+__all__ = ["begin", "check_scoring", "claimed", "evaluation_of", "load_model", "proven"]
 
 
 def begin(arguments: argparse.Namespace) -> None:
@@ -88,8 +89,17 @@ def load_model(arguments: argparse.Namespace, *, quantised: bool = False) -> tup
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,
         quantised=quantised,
+        revision=arguments.revision,
     )
-    others = [] if quantised else arch.left_alone(model)
+    others = [] if quantised or not arch.is_known(model) else arch.left_alone(model)
     if others:
         console.say(f"left alone, being no part of the language decoder: {', '.join(others)}")
     return model, tokenizer
+
+
+def proven(model: Any) -> Any:
+    """The model; where the table of architectures lacks its type, what is derived of it is proven and printed first."""
+    proof = prove(model)
+    if proof is not None:
+        console.print_proof(proof)
+    return model

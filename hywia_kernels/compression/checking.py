@@ -12,6 +12,7 @@ from ..arch import groups
 from ..arch.facts import fingerprint
 from ..deploy import planning
 from ..errors import HywiaError
+from ..method.derivation import prove
 from ..method.recovery.job import resolved
 from ..method.tokens import check_length, prefix
 from ..recipe import Recipe
@@ -24,11 +25,14 @@ __all__ = ["check", "check_text", "with_real_samples", "with_resolved_recovery"]
 def check(model: Any, tokenizer: Any, recipe: Recipe, measured: Measured | None = None) -> Recipe:
     """The resolved recipe, once it is sure that the model can meet it; no text is read.
 
+    A model of a type that the table of architectures lacks has to prove what is derived of it first (`prove`).
+
     Raises:
         UsageError: the recipe contradicts itself, or the model cannot meet it: ratio, kinds, layers, servers' rules,
             positions. HywiaError: `measured` is another model's, or lacks text that the recipe needs.
     """
     recipe.check()
+    prove(model)
     asked, searched = recipe.reconstruct_samples, recipe.search
     recipe = recipe.resolved(device_of(model).type)
     if searched is None and measured is not None and measured.tokens is None:

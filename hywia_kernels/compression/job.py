@@ -16,6 +16,7 @@ from ..deploy import planning
 from ..deploy.hardware import threaded_device_name
 from ..evaluation import Evaluation, speeds
 from ..method import surgery
+from ..method.derivation import proven
 from ..method.reconstruction import reconstruct
 from ..method.recovery.job import Dense, ask
 from ..recipe import Recipe
@@ -104,12 +105,15 @@ def compress(
                     plan = reconstruct(model, plan, text, ridge=recipe.ridge)
             with clock.time("cut"):
                 surgery.prune(model, plan, backend=backend)
-            record = {
+            record: dict[str, Any] = {
                 "recipe": recipe.to_dict(),
                 "text": dict(measured.record.get("text", {})),
                 "seconds": clock.seconds,
                 "scores_summary": score_summary(scores, plan),
             }
+            proof = proven(model)
+            if proof is not None:
+                record["proof"] = proof.to_dict()
             result = Result(recipe, plan, scores, record, before)
             if when_cut is not None:
                 when_cut(result)

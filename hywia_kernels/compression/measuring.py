@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import HywiaError
 from ..method.calibration_data import calibration
 from ..method.criteria import score
+from ..method.derivation import prove
 from ..method.scores import fuse
 from ..method.statistics import calibrate
 from ..method.tokens import digest, prefix
@@ -117,6 +118,7 @@ def measure(
         UsageError: the recipe contradicts itself. HywiaError: the text is too short, or as `calibrate`.
     """
     recipe.check(scoring_only=True)
+    prove(model)
     asked, recipe = recipe.reconstruct_samples, recipe.resolved(device_of(model).type)
     return measured_with(model, tokenizer, recipe, asked, tokens, Clock(device_of(model)), backend, engine, memory)
 

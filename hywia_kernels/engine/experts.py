@@ -26,12 +26,27 @@ def experts_forward(
     """`forward` of stacked experts: expert by expert, with each one's tokens in the samples' order.
 
     Args:
-        module: computes, for an expert's tokens, `columns[0](act_fn(gate) · up)`, gate and up being `rows`.
+        module: computes, for an expert's tokens, `columns[0](act_fn(gate) · up)`, gate and up being `rows`; where it
+            has an `_apply_gate` of its own, that of what `rows` give, and where it has no gate, `act_fn` of it.
         names: of the module's parameters.
         scored: `(parameter, expert)` -> the function that computes the product with that matrix and scores it.
         samples: how many samples the rows are of; with their padding they are equally long.
     """
     rows, columns = tuple(dict.fromkeys(names.rows)), names.columns[0]
+
+    def product(name: str, expert: int, states: Tensor, offsets: Tensor) -> Tensor:
+        out = scored[name, expert](states, getattr(module, name)[expert], offsets)
+        return out + getattr(module, f"{name}_bias")[expert] if names.biased else out
+
+    def gated(made: list[Tensor]) -> Tensor:
+        if len(made) > 1:
+            return module.act_fn(made[0]) * made[1]
+        if not getattr(module, "has_gate", True):
+            return module.act_fn(made[0])
+        if hasattr(module, "_apply_gate"):
+            return module._apply_gate(made[0])
+        gate, up = made[0].chunk(2, dim=-1)
+        return module.act_fn(gate) * up
 
     def forward(hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         total = torch.zeros_like(hidden)
@@ -42,9 +57,8 @@ def experts_forward(
                 continue
             offsets = torch.searchsorted(token, boundaries)
             states = hidden[token]
-            made = [scored[name, expert](states, getattr(module, name)[expert], offsets) for name in rows]
-            gate, up = made if len(made) > 1 else made[0].chunk(2, dim=-1)
-            out = scored[columns, expert](module.act_fn(gate) * up, getattr(module, columns)[expert], offsets)
+            made = [product(name, expert, states, offsets) for name in rows]
+            out = product(columns, expert, gated(made), offsets)
             out = out * shares[token, rank, None]
             total.index_add_(0, token, out.to(total.dtype))
         return total
@@ -83,7 +97,7 @@ def whole_experts(results: Results, groups: tuple[Group, ...]) -> None:
         if group.kind != "experts":
             continue
         fine, coarse = results.fine[group.name], results.coarse[group.name]
-        channels = [g for g in groups if g.kind == "mlp" and g.layer == group.layer]
+        channels = [g for g in groups if g.tied_width and g.layer == group.layer]
         for e, expert in enumerate(channels):
             fine[:, e] += results.fine[expert.name].sum(1)
             for m, member in enumerate(group.members):

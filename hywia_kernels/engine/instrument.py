@@ -89,6 +89,11 @@ class _Parts:
         names = self.entry.attention
         return self.several((names.query, names.key, names.value, names.output))
 
+    def scored(self, targets: Targets) -> list[nn.Module]:
+        """All linear layers that are scored, of an entry by which a layer may lack some and have others."""
+        router = self.entry.experts.router if self.entry.experts is not None else ""
+        return [m for m in targets if not router or m is not self.modules.get(self.prefix + router)]
+
     def mlp(self) -> tuple[Any, ...]:
         """Gate, up and down of a gated MLP."""
         return (*self.several(self.entry.mlp.rows), *self.several(self.entry.mlp.columns))
@@ -178,7 +183,10 @@ def _with(targets: tuple[Target, ...], new: Target) -> tuple[Target, ...]:
 
 def _in_layer(parts: _Parts, targets: Targets) -> Replacements:
     """Replacements for a layer that runs module by module; a gated MLP that nobody watches still runs as one node."""
-    entry, scorer, residual = parts.entry, parts.scorer, parts.residual()
+    entry, scorer = parts.entry, parts.scorer
+    if entry.partial:
+        return _partial(parts, targets)
+    residual = parts.residual()
     single, rows, columns = parts.projections(), parts.several(entry.mlp.rows), parts.several(entry.mlp.columns)
     weight: Any = columns[0].weight
     replacements: Replacements = []
@@ -198,16 +206,30 @@ def _in_layer(parts: _Parts, targets: Targets) -> Replacements:
     return replacements
 
 
+def _partial(parts: _Parts, targets: Targets) -> Replacements:
+    """Replacements for a layer of which only some parts are described; a gated MLP that nobody watches is one node."""
+    entry, scorer = parts.entry, parts.scorer
+    replacements: Replacements = []
+    rest = parts.scored(targets)
+    if entry.mlp.gated is not None and parts.prefix + entry.mlp.columns[0] in parts.modules:
+        module, activation = parts.gated()
+        mlp = parts.mlp()
+        if all(m in targets for m in mlp) and not watched(module, activation, *mlp):
+            replacements.append((module, gated_forward(parts.gated_mlp(targets))))
+            rest = [m for m in rest if m not in mlp]
+    return replacements + [(m, scored_forward(m, targets[m], scorer, False)) for m in rest]
+
+
 def _with_experts(parts: _Parts, targets: Targets, stacks: Stacks) -> Replacements:
     """Replacements for a layer whose MLP consists of experts and their router."""
     names: Any = parts.entry.experts
-    scorer, single = parts.scorer, parts.projections()
+    scorer, single = parts.scorer, parts.scored(targets) if parts.entry.partial else parts.projections()
     replacements: Replacements = []
     for name in parts.entry.norms:
         replacements += _norm(parts[name], single[0].weight.dtype, scorer.backend)
     for linear in single:
         replacements.append((linear, scored_forward(linear, targets[linear], scorer, False)))
-    router = parts[names.router]
+    router = parts[names.router] if names.router else None
     if router in targets:
         product = SimpleNamespace(weight=router.weight, bias=None)
         replacements.append((router, router_forward(router, scored_forward(product, targets[router], scorer, False))))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import arch
 from ..errors import HywiaError
 from .block import BlockForward, Kept
 from .linear import Collected, Scorer
@@ -87,7 +88,7 @@ def _forward(
     tokens = samples.tokens.to(model.get_input_embeddings().weight.device)
     with forward_replaced(replacements), torch.enable_grad():
         embedded = model.get_input_embeddings()(tokens).detach()
-        hidden = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        hidden = arch.decoder(model)(inputs_embeds=embedded, use_cache=False).last_hidden_state
         gradient, loss = hidden_gradient(model, hidden, wanted, scale)
         assert tape.last is not None
         (gradient,) = torch.autograd.grad(hidden, tape.last, gradient)

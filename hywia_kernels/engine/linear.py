@@ -133,6 +133,8 @@ class Scorer:
         """
         samples = len(offsets) - 1
         present = [s for s in range(samples) if offsets[s] < offsets[s + 1]]
+        if target.transposed:
+            grad_output, inputs = inputs, grad_output
         fine, coarse = ops.linear_importance(
             grad_output,
             inputs,
@@ -257,6 +259,7 @@ class _ScoredRows(torch.autograd.Function):
     def forward(
         ctx: Any, inputs: Tensor, weight: Tensor, scorer: Scorer, targets: tuple[Target, ...], offsets: Tensor
     ) -> Tensor:
+        weight = weight.t() if targets[0].transposed else weight
         ctx.save_for_backward(inputs, weight)
         ctx.scorer, ctx.targets, ctx.offsets = scorer, targets, offsets
         return functional.linear(inputs, weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from .. import arch
 from ..errors import HywiaError
+from .patches import forward_replaced
 from .samples import Samples
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "hidden_gradient",
     "logit_change",
     "logits_of",
+    "stated_changes",
     "targets",
 ]
 
@@ -65,6 +68,8 @@ def check_head(model: Any) -> None:
             "AutoModelForCausalLM"
         )
     known = arch.architecture(model).logits
+    if known is None:
+        return
     for name in _CHANGES:
         value = getattr(arch.text_config(model), name, None)
         if name not in known and value not in (None, 1, 1.0):
@@ -77,24 +82,77 @@ def check_head(model: Any) -> None:
 def _changes(model: Any) -> list[tuple[str, float]]:
     """The fields that change this model's logits, in the order in which its code applies them, and their values."""
     config = arch.text_config(model)
-    values = [(name, getattr(config, name, None)) for name in arch.architecture(model).logits]
+    values = [(name, getattr(config, name, None)) for name in arch.architecture(model).logits or ()]
     return [(name, value) for name, value in values if value is not None]
 
 
 def logits_of(model: Any, states: Tensor) -> Tensor:
     """The model's logits of final hidden states: computed in the model's dtype, and converted to float32 at the end."""
+    changes = arch.architecture(model).logits
+    if changes is None:
+        return _by_the_model(model, states)
     logits = model.get_output_embeddings()(states)
     for name, value in _changes(model):
         logits = _CHANGES[name][0](logits, value)
     return logits.float()
 
 
+@functools.cache
+def _output_class() -> Any:
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    class Held(BaseModelOutputWithPast):
+        """What a decoder gives; whatever else a model asks it for is None."""
+
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return None
+
+    return Held
+
+
+def _by_the_model(model: Any, states: Tensor) -> Tensor:
+    """The logits `[tokens, vocabulary]` of final hidden states `[tokens, features]`, by the model's own forward with
+    its decoder held still: whatever it does to the states before the head, and to the logits after it."""
+    output = _output_class()(last_hidden_state=states[None])
+
+    def held(*_: Any, **__: Any) -> Any:
+        return output
+
+    tokens = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
+    with forward_replaced([(arch.decoder(model), held)]):
+        return model(input_ids=tokens, use_cache=False).logits[0].float()
+
+
+def stated_changes(model: Any) -> tuple[str, ...] | None:
+    """The fields by which a model's config states what becomes of its logits, where they tell all that its own forward
+    does with random hidden states; None where it does something else, or has none of its own."""
+    config = arch.text_config(model)
+    names = tuple(name for name in _CHANGES if getattr(config, name, None) not in (None, 1, 1.0))
+    head = model.get_output_embeddings()
+    generator = torch.Generator().manual_seed(3)
+    states = torch.randn(4, head.weight.shape[1], generator=generator).to(head.weight)
+    with torch.no_grad():
+        logits = head(states)
+        for name in names:
+            logits = _CHANGES[name][0](logits, getattr(config, name))
+        same = torch.allclose(logits.float(), _by_the_model(model, states), rtol=1e-5, atol=1e-6)
+    return names if same else None
+
+
 def logit_change(model: Any) -> LogitChange:
     """What `logits_of` does after the head, as numbers for a kernel.
 
     Raises:
-        HywiaError: the family changes logits in two ways, which these numbers do not hold.
+        HywiaError: the family changes logits in two ways, or in one that only its own forward knows, which these
+            numbers do not hold.
     """
+    if arch.architecture(model).logits is None:
+        raise HywiaError(
+            f"model: what a {model.config.model_type} model does to its logits after the head is in its own forward "
+            "alone, which no kernel knows; leave out what is learned from logits"
+        )
     changes = _changes(model)
     if len(changes) > 1:
         names = " and ".join(name for name, _ in changes)

@@ -136,10 +136,11 @@ def _sizes(
         hidden = max(outside)
         largest = max(largest, max(s.numel() for s in shapes))
         # A token goes to a few of the experts, and each of those is a group.
-        share = experts[group.layer].min_units / experts[group.layer].units if group.tied_width else 1.0
+        whole = experts.get(group.layer)
+        share = whole.min_units / whole.units if group.tied_width and whole is not None else 1.0
         kept = element * (hidden + sum(inside))
         if group.kind == "mlp":
-            if entry.mlp.gated is not None:
+            if entry.mlp.gated is not None and not entry.partial:
                 kept -= element * inside[-1]  # the product is computed again
             work = max(work, element * (3 * hidden + (2 if kernels else 6) * max(inside)))
         else:

@@ -119,6 +119,9 @@ def rotary_replaced(model: Any, backend: str | None) -> Iterator[bool]:
     replacement meanwhile. It computes what the original does.
     """
     entry = arch.architecture(model)
+    if not entry.attention.rotary:
+        yield False
+        return
     layer = model.get_submodule(entry.layers)[0]
     query = layer.get_submodule(entry.attention.query)
     attention = layer.get_submodule(entry.attention.module)

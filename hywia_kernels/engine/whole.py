@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import arch
 from .loss import hidden_gradient, targets
 from .samples import Samples
 
@@ -21,7 +22,7 @@ def run(model: Any, samples: Samples, scale: float) -> Tensor:
     tokens = samples.tokens.to(device)
     with torch.enable_grad():
         embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
-        hidden = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        hidden = arch.decoder(model)(inputs_embeds=embedded, use_cache=False).last_hidden_state
         gradient, loss = hidden_gradient(model, hidden, wanted, scale)
         torch.autograd.grad(hidden, embedded, gradient)
     return loss

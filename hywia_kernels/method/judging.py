@@ -124,7 +124,7 @@ class Judge:
     def _states(self) -> Tensor:
         """The final hidden states of the model as it is, `[tokens, hidden]` without padding."""
         with apart(dict(self.model.named_modules())):
-            decoder, device = self.model.get_decoder(), self.model.get_input_embeddings().weight.device
+            decoder, device = arch.decoder(self.model), self.model.get_input_embeddings().weight.device
             return self._flat(
                 [decoder(chunk.tokens.to(device), use_cache=False).last_hidden_state for chunk in self.chunks]
             )

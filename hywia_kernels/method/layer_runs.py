@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import arch
 from ..engine.layered import hidden_of
 from ..engine.patches import forward_replaced, hooked
 from ..engine.samples import Samples
@@ -64,7 +65,7 @@ def entrance(model: Any, layers: nn.ModuleList, samples: Samples) -> Entrance:
 
     tokens = samples.tokens.to(model.get_input_embeddings().weight.device)
     with forward_replaced([(layer, passing) for layer in layers]):
-        model.get_decoder()(tokens, use_cache=False)
+        arch.decoder(model)(tokens, use_cache=False)
     return Entrance(calls, entered[0], samples.rows() if samples.ragged else None, rest[0])
 
 
@@ -76,7 +77,7 @@ def leaving(model: Any, layers: nn.ModuleList, samples: Samples, begin: Entrance
     """
     tokens = samples.tokens.to(model.get_input_embeddings().weight.device)
     with forward_replaced([(layer, lambda *_, **__: begin.passed_on(hidden)) for layer in layers]):
-        return model.get_decoder()(tokens, use_cache=False).last_hidden_state
+        return arch.decoder(model)(tokens, use_cache=False).last_hidden_state
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import arch
 from ..arch.facts import fingerprint
 from ..arch.holding import check_held, unwrapped
 from ..engine import loss
@@ -84,7 +85,7 @@ def _standardised(values: Tensor) -> Tensor:
 
 
 def _hidden_states(model: Any, tokens: Tensor) -> Tensor:
-    return model.get_decoder()(tokens, use_cache=False).last_hidden_state
+    return arch.decoder(model)(tokens, use_cache=False).last_hidden_state
 
 
 def learn_masks(

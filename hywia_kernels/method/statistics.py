@@ -258,7 +258,7 @@ def _measured(
     check_tokens(samples.tokens, model)
     loss.check_head(model)
     linears = arch.linears(modules, groups)
-    weight = linears[groups[0].members[0].module].weight
+    weight: Any = arch.view(modules, groups[0].members[0], groups[0].units)
     engine, ran_on, reason = _chosen_engine(engine, backend, weight.detach())
     experts = next((g.members[0].module for g in groups if g.tied_width), None)
     modes = MODES if engine == "fused" and experts is None else MODES[:-1]

@@ -131,7 +131,7 @@ def _follow(model: Any, entry: arch.Architecture, groups: Sequence[Group]) -> No
             if group.kind == "attention":
                 width = group.units * group.members[-1].group_size
                 quantities |= {"kv_heads": group.units, "heads": width // size, "width": width}
-            else:
+            elif group.kind == "experts" or group.tied_width or group.name == f"{prefix}.mlp":
                 quantities["experts" if group.kind == "experts" else "channels"] = group.units
         by_layer.append(quantities)
         for name, attribute, quantity in entry.attributes:
@@ -178,16 +178,19 @@ def _follow_config(model: Any, entry: arch.Architecture) -> None:
     for field, layers in same.items():
         if getattr(config, field, None) != layers[0]:
             setattr(config, field, layers[0])
-    if names.free_head_dim:
+    if names.free_head_dim and not names.size_field:
         config.head_dim = size  # or it would be read off the hidden size, by copies of the config too
+    attentions = [g.layer for g in groups if g.kind == "attention"]
     for reader in entry.config_readers:
-        for layer in range(len(model.get_submodule(entry.layers))):
+        for at, layer in enumerate(attentions):
             own = config
             if len(same) < len(widths):
                 own = copy.copy(config)
                 for field, layers in widths.items():
-                    setattr(own, field, layers[layer])
-                own.head_dim = size
+                    if len(layers) == len(attentions):
+                        setattr(own, field, layers[at])
+                if names.free_head_dim and not names.size_field:
+                    own.head_dim = size
             model.get_submodule(f"{entry.layers}.{layer}.{reader}").config = own
     _follow_changes(model, widths)
 
@@ -268,7 +271,7 @@ def prune(model: Any, plan: Plan, *, backend: str | None = None) -> None:
 def _cut(model: Any, plan: Plan, backend: str | None, undo: Undo) -> None:
     entry = arch.architecture(model)
     groups = checked_groups(model, plan)
-    heads = getattr(arch.text_config(model), entry.attention.heads_field)
+    heads = getattr(arch.text_config(model), entry.attention.heads_field, 0)
     cut = {g.name for g in groups if plan.keep[g.name].numel() < g.units}
     for (name, leaf), parts in progress.track(list(_by_parameter(groups).items()), "cutting"):
         if not any(group.name in cut for _, group in parts):

@@ -150,7 +150,7 @@ def test_an_adaptive_checkpoint_is_loaded_by_the_package(hostile, tmp_path, gqa,
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(base_model_type="cohere"), "model_type 'cohere'"),
+        (dict(base_model_type="t5"), "model_type 't5'"),
         (dict(base_model_type="baichuan"), "pass --trust-remote-code"),
         (dict(base_model_type="hywia_adaptive"), "model_type 'hywia_adaptive'"),
         (dict(base_model_type=["llama"]), "not supported"),

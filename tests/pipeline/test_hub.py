@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import hywia_kernels as hk
-from hywia_kernels import HywiaError
+from hywia_kernels import HywiaError, UsageError
 from tests.support.tiny import TINY, fresh
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -74,7 +74,7 @@ def test_shards_are_those_of_the_index(hub):
 @pytest.mark.parametrize(
     ("file", "fields", "message"),
     [
-        ("config.json", dict(model_type="cohere"), "model_type 'cohere'"),
+        ("config.json", dict(model_type="t5"), "model_type 't5'"),
         ("config.json", dict(model_type="lama"), "did you mean 'llama'"),
         ("config.json", dict(vocab_size="abc"), "expected vocab_size to be a whole number above 0, got 'abc'"),
         ("config.json", dict(quantization_config={"quant_method": "awq"}), r"quantised \(awq\)"),
@@ -114,3 +114,22 @@ def test_code_is_fetched_for_trust_only(hub):
     with pytest.raises(HywiaError, match="could not load 'someone/model'"):  # evil.py holds no such class
         hk.load("someone/model", trust_remote_code=True)
     assert "evil.py" in fetched
+
+
+def test_revision_token_and_cache_reach_the_hub(saved, tmp_path, monkeypatch):
+    """The description comes of the revision, the weights of the commit that it was; the client gets its options."""
+    asked = []
+    cache = tmp_path / "hub" / "snapshots" / COMMIT
+
+    def snapshot_download(name, **options):
+        asked.append({k: options.get(k) for k in ("revision", "token", "cache_dir")})
+        shutil.copytree(saved, cache, dirs_exist_ok=True)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    hk.load("someone/model", revision="v2", token="secret", cache_dir=tmp_path / "cache")
+    theirs = {"token": "secret", "cache_dir": tmp_path / "cache"}
+    assert asked == [{"revision": "v2", **theirs}, {"revision": COMMIT, **theirs}]
+    with pytest.raises(UsageError, match=r"revision: goes with a hub id, got 'v2'"):
+        hk.load(saved, revision="v2")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ... import arch
 from ..distillation import distillation_loss
 from .teacher import Teacher
 from .tuning import Tuned
@@ -37,7 +38,7 @@ class Distilled(nn.Module):
     def loss(self, tokens: Tensor, index: Tensor, hard: float, *, held_out: bool) -> Tensor:
         """Mean over all positions but the last, which has no next token."""
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast):
-            hidden = self.student.get_decoder()(tokens, use_cache=False).last_hidden_state[:, :-1]
+            hidden = arch.decoder(self.student)(tokens, use_cache=False).last_hidden_state[:, :-1]
             hidden = hidden.reshape(-1, hidden.shape[-1])
             targets = self._teacher[0].targets(tokens, index, held_out=held_out)
             weight = torch.full((len(hidden),), 1.0 / len(hidden), dtype=torch.float32, device=hidden.device)

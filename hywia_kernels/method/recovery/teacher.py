@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from ... import progress
+from ... import arch, progress
 from ...arch.views import is_transposed
 from ..distillation import HeadTargets, TopTargets, top_targets
 from .text import Text
@@ -39,7 +39,7 @@ class Live:
     @torch.no_grad()
     def targets(self, tokens: Tensor, index: Tensor, *, held_out: bool) -> HeadTargets:
         device = self.model.get_input_embeddings().weight.device
-        hidden = self.model.get_decoder()(tokens.to(device), use_cache=False).last_hidden_state[:, :-1]
+        hidden = arch.decoder(self.model)(tokens.to(device), use_cache=False).last_hidden_state[:, :-1]
         return HeadTargets(self.model, hidden.reshape(-1, hidden.shape[-1]))
 
 
@@ -132,6 +132,6 @@ def eight_bit(model: Any) -> Any:
 
 
 def _decoder_linears(model: Any) -> Iterator[tuple[str, Any]]:
-    for name, module in model.get_decoder().named_modules():
+    for name, module in arch.decoder(model).named_modules():
         if type(module) is nn.Linear or is_transposed(module):
             yield name, module

@@ -86,7 +86,7 @@ def _full(model: Any) -> Iterator[Tuned]:
 def norm_weights(model: Any) -> dict[str, nn.Parameter]:
     """Weights and biases of the decoder's norms, by name: vectors of modules that are called norms."""
     found = {}
-    for name, parameter in model.get_decoder().named_parameters():
+    for name, parameter in arch.decoder(model).named_parameters():
         module = name.rpartition(".")[0].rpartition(".")[2].lower()
         if parameter.dim() == 1 and ("norm" in module or module.startswith("ln")):
             found[f"decoder.{name}"] = parameter
@@ -144,7 +144,7 @@ def _low_rank(model: Any, rank: int) -> Iterator[Tuned]:
             "recover: tune: 'lora' needs the package peft: pip install 'hywia_kernels[recover]', or use 'full' or "
             "'scales'"
         ) from None
-    decoder = model.get_decoder()
+    decoder = arch.decoder(model)
     targets = [n for n, m in decoder.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)]
     if not targets:
         raise HywiaError("recover: tune: 'lora' finds no linear layer in this model; use 'full' or 'scales'")
@@ -178,6 +178,6 @@ def training_bytes(model: Any, tune: str, rank: int) -> int:
     if tune == "full":
         return 16 * weights - weight_bytes(model)
     if tune == "lora":
-        linears = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
+        linears = [m for m in arch.decoder(model).modules() if isinstance(m, nn.Linear)]
         return 16 * sum(rank * (m.in_features + m.out_features) for m in linears)
     return 16 * sum(g.units for g in arch.groups(model)) + 16 * sum(p.numel() for p in norm_weights(model).values())
