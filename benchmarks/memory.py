@@ -1,10 +1,14 @@
-"""Peak memory of a stretch of code, and a clean start for the next one."""
+"""Time and peak memory of a stretch of code, and a clean start for the next one."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -59,3 +63,26 @@ class Peak:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return _status("VmHWM") - self.base
+
+
+@dataclass
+class Spent:
+    """What a stretch of code took: seconds, the device's work included, and its `Peak`."""
+
+    seconds: float = 0.0
+    peak_bytes: int | None = None
+
+    def __add__(self, other: Spent) -> Spent:
+        """Of one stretch after another."""
+        peaks = [s.peak_bytes for s in (self, other) if s.peak_bytes is not None]
+        return Spent(self.seconds + other.seconds, max(peaks, default=None))
+
+
+@contextmanager
+def spending(device: torch.device) -> Iterator[Spent]:
+    """What the block takes; filled in at its end. Such blocks do not lie in one another."""
+    spent, peak, began = Spent(), Peak(device), time.monotonic()
+    yield spent
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    spent.seconds, spent.peak_bytes = time.monotonic() - began, peak.bytes()

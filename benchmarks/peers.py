@@ -8,7 +8,7 @@ the columns' squared norms (WIFV), standardised in each layer, one ranking over 
 removed as a bias.
 
 Where a method removes heads, a KV group stands for a head here; where it decides how much of heads and of channels to
-remove, the setting's shares do.
+remove, the setting's shares do. A plan is of the model as it was, which `hywia_kernels.prune` cuts by it.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def wanda_sp(model: Any, tokens: Tensor, shares: Shares, layers: range) -> hk.Pl
             zero_units(model, group, keep[group.name])
     final = {g.name: keep.get(g.name, torch.arange(g.units)) for g in groups}
     removed = sum((g.units - final[g.name].numel()) * g.unit_parameters for g in groups)
-    return hk.Plan(plan.groups, final, plan.parameters_before, plan.parameters_before - removed, "adaptive", "")
+    left = plan.parameters_before - removed
+    return hk.Plan(plan.groups, final, plan.parameters_before, left, "adaptive", plan.fingerprint)
 
 
 @dataclass

@@ -1,14 +1,16 @@
-"""The seven zero-shot tasks of the LLM-Pruner and HyWIA papers, from files or through lm-eval.
+"""The seven zero-shot tasks of the LLM-Pruner and HyWIA papers, from files; `lm_eval_tasks` has them through lm-eval.
 
 Each task is a file `NAME.jsonl` with an object a line: `context` (a string, or a list of one per choice), `choices`
 (each begins with a space) and `gold` (the index of the right choice). A choice's score is the log-likelihood of its
 tokens after the context, divided by its number of characters (the leading space not counted) where the task's usual
-measure is acc_norm.
+measure is acc_norm. The context begins with what the tokenizer puts before a text by itself, as lm-eval's does.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,13 @@ from torch.nn import functional
 
 from hywia_kernels import progress
 from hywia_kernels.method.reading import json_lines
-from hywia_kernels.method.tokens import encode
+from hywia_kernels.method.tokens import encode, prefix
 
 NAMES = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 NOT_NORMALISED = ("boolq", "winogrande")
+# Columns of rows, as two stretches, since the second came later: percents and their mean; standard errors.
+PERCENTS = dict.fromkeys((*NAMES, "mean"), float)
+ERRORS = dict.fromkeys((f"{name}_se" for name in PERCENTS), float)
 
 
 @dataclass(frozen=True)
@@ -42,35 +47,56 @@ class Task:
     gold: list[int]
 
 
+def files(folder: Path) -> list[Path]:
+    """The files of the tasks that a directory holds.
+
+    Raises:
+        SystemExit: it holds none.
+    """
+    found = [folder / f"{name}.jsonl" for name in NAMES if (folder / f"{name}.jsonl").is_file()]
+    if not found:
+        raise SystemExit(f"--tasks: {folder} holds none of {', '.join(f'{n}.jsonl' for n in NAMES)}")
+    return found
+
+
+def rows(file: Path, limit: int | None = None) -> list[tuple[str, Mapping[str, Any]]]:
+    """The first `limit` questions of a file, each with what messages call it.
+
+    Raises:
+        SystemExit: the file is not as described above, or holds no question.
+    """
+    numbered = itertools.islice(json_lines(file, "--tasks"), limit)
+    found = [(f"--tasks: {file}, line {number}", row) for number, row in numbered]
+    for where, row in found:
+        _check(row, where)
+    if not found:
+        raise SystemExit(f"--tasks: {file} holds no question")
+    return found
+
+
 def read(folder: Path, tokenizer: Any, limit: int | None = None) -> list[Task]:
     """The tasks of a directory, with at most `limit` questions of each.
 
     Raises:
-        SystemExit: the directory has no task, or a file is not as described above.
+        SystemExit: as `files` and `rows`.
     """
-    files = [folder / f"{name}.jsonl" for name in NAMES if (folder / f"{name}.jsonl").is_file()]
-    if not files:
-        raise SystemExit(f"--tasks: {folder} holds none of {', '.join(f'{n}.jsonl' for n in NAMES)}")
-    return [_task(file, tokenizer, limit) for file in files]
+    return [_task(file, tokenizer, limit) for file in files(folder)]
 
 
 def _task(file: Path, tokenizer: Any, limit: int | None) -> Task:
+    begin = prefix(tokenizer)
     choices, gold = [], []
-    for question, (number, row) in enumerate(itertools.islice(json_lines(file, "--tasks"), limit)):
-        where = f"--tasks: {file}, line {number}"
-        gold.append(_checked(row, where))
+    for question, (where, row) in enumerate(rows(file, limit)):
+        gold.append(row["gold"])
         for i, text in enumerate(row["choices"]):
             context = row["context"] if isinstance(row["context"], str) else row["context"][i]
             before = len(encode(tokenizer, context, where))
             tokens = encode(tokenizer, context + text, where)
-            choices.append(Choice(question, tokens, max(1, len(tokens) - before), len(text) - 1))
-    if not gold:
-        raise SystemExit(f"--tasks: {file} holds no question")
+            choices.append(Choice(question, [*begin, *tokens], max(1, len(tokens) - before), len(text) - 1))
     return Task(file.stem, choices, gold)
 
 
-def _checked(row: Any, where: str) -> int:
-    """Checks a row, and returns the index of the right choice."""
+def _check(row: Any, where: str) -> None:
     if not isinstance(row, dict) or not {"context", "choices", "gold"} <= row.keys():
         raise SystemExit(f"{where}: expected an object with 'context', 'choices' and 'gold'")
     context, choices, gold = row["context"], row["choices"], row["gold"]
@@ -82,7 +108,6 @@ def _checked(row: Any, where: str) -> int:
         raise SystemExit(f"{where}: expected 'choices' to be texts, and 'context' to be one, or one for each choice")
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
         raise SystemExit(f"{where}: expected 'gold' to be the index of a choice, got {gold!r}")
-    return gold
 
 
 @torch.no_grad()
@@ -132,22 +157,20 @@ def accuracy(task: Task, scores: Tensor) -> float:
 
 
 def evaluate(model: Any, tasks: list[Task], batch_tokens: int = 16384) -> dict[str, float]:
-    """Task -> percent of questions answered rightly, and their `mean`."""
+    """The `figures` of a model."""
     percent = {
         task.name: accuracy(task, likelihoods(model, task.choices, batch_tokens))
         for task in progress.track(tasks, "tasks")
     }
-    return {**percent, "mean": sum(percent.values()) / len(percent)}
+    return figures(percent, {task.name: len(task.gold) for task in tasks})
 
 
-def through_lm_eval(model: Any, tokenizer: Any) -> dict[str, float]:
-    """The same tasks as lm-eval has them on the hub, by the model in memory: acc_norm, or acc where there is none."""
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError:
-        raise SystemExit("--lm-eval: needs the package lm_eval: pip install lm_eval; or give --tasks DIR") from None
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
-    results = lm_eval.simple_evaluate(model=wrapped, tasks=list(NAMES))["results"]
-    percent = {name: 100.0 * results[name]["acc,none" if name in NOT_NORMALISED else "acc_norm,none"] for name in NAMES}
-    return {**percent, "mean": sum(percent.values()) / len(percent)}
+def figures(percent: Mapping[str, float], questions: Mapping[str, int]) -> dict[str, float]:
+    """Columns of a row: task -> percent of questions answered rightly, their `mean`, and with `_se` behind the name
+    each one's standard error over questions, `sqrt(p (1 - p) / (n - 1))`; left out where a task has one question."""
+    mean = sum(percent.values()) / len(percent)
+    if min(questions.values()) < 2:
+        return {**percent, "mean": mean}
+    errors = {name: math.sqrt(p * (100.0 - p) / (questions[name] - 1)) for name, p in percent.items()}
+    overall = math.sqrt(sum(error * error for error in errors.values())) / len(errors)
+    return {**percent, "mean": mean, **{f"{name}_se": error for name, error in errors.items()}, "mean_se": overall}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import hywia_kernels as hk
 from hywia_kernels.method.surgery import zero_units
 from tests.support.tokenizers import byte_tokenizer
 
-from . import bench_recipe, llm_pruner, models, peers, quality, tasks
+from . import bench_recipe, cuts, llm_pruner, models, peers, quality, tasks
 from .environment import Environment
 from .rows import Row, read
 
@@ -156,29 +157,64 @@ def test_tasks_are_scored_as_a_plain_loop_scores_them(model, tokenizer, folder):
     assert evaluated["mean"] == pytest.approx(sum(evaluated[t.name] for t in read_tasks) / 3)
 
 
+def test_standard_errors_are_those_of_means_over_questions():
+    answers = {"piqa": [1, 0, 0, 1, 1], "boolq": [1, 1, 0, 0]}  # right or not
+    percent = {name: 100.0 * statistics.mean(told) for name, told in answers.items()}
+    got = tasks.figures(percent, {name: len(told) for name, told in answers.items()})
+    errors = {name: 100.0 * statistics.stdev(told) / math.sqrt(len(told)) for name, told in answers.items()}
+    assert {name: got[f"{name}_se"] for name in answers} == pytest.approx(errors)
+    assert got["mean"] == pytest.approx((60.0 + 50.0) / 2)
+    assert got["mean_se"] == pytest.approx(math.hypot(*errors.values()) / 2)
+    assert set(got) <= tasks.PERCENTS.keys() | tasks.ERRORS.keys()
+    assert tasks.figures({"piqa": 100.0}, {"piqa": 1}) == {"piqa": 100.0, "mean": 100.0}
+
+
+def test_a_context_begins_with_what_the_tokenizer_puts_before_a_text(folder):
+    class Beginning:
+        bos_token_id = 256
+
+        def __init__(self):
+            self.inner = byte_tokenizer(special=False)
+
+        def __call__(self, text, add_special_tokens=True, **options):
+            ids = list(self.inner(text, **options)["input_ids"])
+            return {"input_ids": [256, *ids] if add_special_tokens else ids}
+
+    plain, begun = (tasks.read(folder, t) for t in (byte_tokenizer(special=False), Beginning()))
+    for one, other in zip(plain, begun, strict=True):
+        assert [[256, *c.tokens] for c in one.choices] == [c.tokens for c in other.choices]
+        assert [c.scored for c in one.choices] == [c.scored for c in other.choices]
+
+
 def test_the_command_measures_and_leaves_the_model_whole(model, tokenizer, folder, capsys):
     text = folder / "text.txt"
     text.write_text("a quick brown fox jumps over the lazy dog, and then it sleeps. " * 60)
     criteria = ["random", "magnitude", "lp:param_second", "wanda-sp@4", "flap@4", "attention", "recipe@4", "fine:first"]
-    options = ["--calib", str(text), "--text", str(text), "--block", "16", "--max-blocks", "6", "--layers", "0:2"]
+    other = folder / "other.txt"
+    other.write_text("no fox is here, and no dog sleeps; but the cat sat. " * 20)
+    options = ["--calib", str(text), "--text", str(text), str(other), "--block", "16", "--max-blocks", "6"]
+    options += ["--layers", "0:2"]
     options += ["--seeds", "0", "1", "--settings", "A50", "--csv", str(folder / "q.csv"), "--tasks", str(folder)]
     options += ["--figure", str(folder / "q.html"), "--only", *criteria]
     arguments = quality._arguments(["--device", "cpu", *options])
     before = {k: v.clone() for k, v in model.state_dict().items()}
     rows = quality.run(arguments, model, tokenizer, options)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert [r.criterion for r in rows[:8]] == [c.partition("@")[0] for c in criteria]
-    assert len(rows) == 16
+    assert [r.criterion for r in rows[:16:2]] == [c.partition("@")[0] for c in criteria]
+    assert len(rows) == 32
+    assert [r.text for r in rows] == ["text.txt", "other.txt"] * 16
+    assert all(r.recovery == "none" and r.tokens_trained is None and r.divergence is None for r in rows)
+    assert all(a.mean == b.mean and a.seconds == b.seconds > 0 for a, b in zip(rows[::2], rows[1::2], strict=True))
     written = read(folder / "q.csv")
-    assert written[0]["criterion"] == "dense"
-    assert [float(r["perplexity"]) for r in written[1:]] == pytest.approx([r.perplexity for r in rows], rel=1e-3)
+    assert [r["criterion"] for r in written[:2]] == ["dense", "dense"]
+    assert [float(r["perplexity"]) for r in written[2:]] == pytest.approx([r.perplexity for r in rows], rel=1e-3)
     share = 80 / 176  # of 176 channels 96 stay, a multiple of 16
     group = next(g for g in hk.groups(model) if g.kind == "mlp")
     total = sum(p.numel() for p in model.parameters())
     uniform = [r for r in rows if r.criterion in ("random", "attention", "recipe")]
     assert all(r.removed == pytest.approx(2 * 80 * group.unit_parameters / total) for r in uniform), share
     printed = capsys.readouterr().out
-    assert "| recipe@4 |" in printed
+    assert printed.count("| recipe@4 |") == 2  # a table each text
     page = (folder / "q.html").read_text()
     assert page.count("<svg") == 2
     assert "hybrid" in page
@@ -191,12 +227,16 @@ def test_the_table_is_the_geometric_mean_over_seeds_and_settings():
         for s, p, m in (("A25", 10.0, 40.0), ("A25", 40.0, 41.0), ("A50", 80.0, None))
     ]
     assert quality.table(made).splitlines()[-1] == f"| x@10 | 20 | 80 | {math.sqrt(1600):.4g} | 40.50 |"
+    told = {"criterion": "x", "samples": 10, "setting": "P50", "recovery": "self", "perplexity": 9.0, "mean": 41.0}
+    recovered = [Row(run, {**told, "text": text, "mean_se": 0.5}) for text in ("a.txt", "b.txt")]
+    line = "| x@10 + self | 9 | 9 | 41.00 ± 0.50 |"
+    assert [part for part in quality.table(recovered).splitlines() if part.startswith("| x")] == [line, line]
 
 
 @pytest.mark.parametrize("name", ["lp:third", "fine:fourth", "wanda", "recipe:first"])
 def test_unknown_criteria_are_refused(name):
     with pytest.raises(ValueError, match="expected criteria out of random, magnitude"):
-        quality.split(name)
+        cuts.split(name)
 
 
 def test_the_recipe_is_timed_step_by_step(capsys):
