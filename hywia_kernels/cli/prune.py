@@ -52,15 +52,15 @@ def run(arguments: argparse.Namespace) -> None:
         steps: list[dict[str, Any]] = []
         device = model.get_input_embeddings().weight.device
         recipe = with_resolved_recovery(model, recipe, device)
+        if recipe.recover is not None:
+            takes = estimate(model, samples=0, recover=recipe.recover, ratio=recipe.ratio or 0.0)
+            console.print_recovery_plan(recipe.recover, takes, device.type)
 
         def when_planned(plan: Plan) -> None:
             steps.extend(history.history(arguments.model, plan))
             console.print_search(plan)
             console.print_plan(plan)
             console.print_history(steps, plan)
-            if recipe.recover is not None:
-                takes = estimate(model, samples=0, recover=recipe.recover, ratio=plan.ratio)
-                console.print_recovery_plan(recipe.recover, takes, device.type)
 
         def when_cut(result: Result) -> None:
             console.print_text(result.record)

@@ -8,6 +8,7 @@ from ..deploy import planning
 from ..method import selection
 from ..method.head_residual import head_residuals, rank_heads
 from ..method.mask_learning import learn_masks
+from ..method.recovery.job import Dense
 from ..method.search import best_plan
 from ..recipe import Recipe
 from ..settings import LEARNED
@@ -17,8 +18,14 @@ from .measuring import Clock, Measured, first_samples, fused
 __all__ = ["decided"]
 
 
-def decided(model: Any, recipe: Recipe, measured: Measured, clock: Clock) -> tuple[Scores, Plan]:
-    """The scores that decide, heads ranked and masks learned where the recipe says so, and the plan they make."""
+def decided(
+    model: Any, recipe: Recipe, measured: Measured, clock: Clock, dense: Dense | None = None
+) -> tuple[Scores, Plan]:
+    """The scores that decide, heads ranked and masks learned where the recipe says so, and the plan they make.
+
+    Args:
+        dense: the dense model's side of the recovery that follows; a search tries its best plans after a short one.
+    """
     with clock.time("fusion"):
         scores = measured.scores if measured.statistics is None else fused(measured.statistics, recipe)
     if recipe.head_ranking == "residual" and "attention" in recipe.kinds:
@@ -30,7 +37,7 @@ def decided(model: Any, recipe: Recipe, measured: Measured, clock: Clock) -> tup
         plan = planning.plan_for(scores, **recipe.plan_request())
     if recipe.search != "none":
         with clock.time("search"):
-            plan = _searched(model, recipe, measured, scores)
+            plan = _searched(model, recipe, measured, scores, dense)
     if recipe.fusion == LEARNED:
         assert measured.tokens is not None
         with clock.time("mask learning"):
@@ -39,7 +46,7 @@ def decided(model: Any, recipe: Recipe, measured: Measured, clock: Clock) -> tup
     return scores, plan
 
 
-def _searched(model: Any, recipe: Recipe, measured: Measured, scores: Scores) -> Plan:
+def _searched(model: Any, recipe: Recipe, measured: Measured, scores: Scores, dense: Dense | None) -> Plan:
     """The plan that leaves most of the model's predictions, of those that meet the recipe."""
     assert recipe.search is not None
     assert measured.tokens is not None
@@ -51,4 +58,5 @@ def _searched(model: Any, recipe: Recipe, measured: Measured, scores: Scores) ->
         effort=recipe.search,
         scored=recipe.samples,
         ridge=recipe.ridge if recipe.reconstruct else None,
+        follow=None if dense is None or not dense.brief_steps else lambda masked, _: dense.briefly(masked),
     )

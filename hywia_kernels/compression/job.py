@@ -93,12 +93,12 @@ def compress(
             measured = measured_with(model, tokenizer, recipe, asked, tokens, clock, backend, engine, memory)
             recipe = with_real_samples(recipe, asked, measured.tokens)
             check_text(recipe, measured.tokens)
-        scores, plan = decided(model, recipe, measured, clock)
-        plan = planning.with_prediction(plan, model, recipe.target)
-        if when_planned is not None:
-            when_planned(plan)
-        before = None if evaluation is None else evaluation.measure(model, tokenizer)
         with _dense(model, tokenizer, recipe, work, clock) as dense:
+            scores, plan = decided(model, recipe, measured, clock, dense)
+            plan = planning.with_prediction(plan, model, recipe.target)
+            if when_planned is not None:
+                when_planned(plan)
+            before = None if evaluation is None else evaluation.measure(model, tokenizer)
             if recipe.reconstruct:
                 text = first_samples(measured.tokens, recipe.reconstruct_samples or 1, "the reconstruction")
                 with clock.time("reconstruction"):

@@ -19,7 +19,7 @@ from torch.nn import functional
 import hywia_kernels as hk
 from hywia_kernels.cli import main
 from hywia_kernels.errors import HywiaError, UsageError
-from hywia_kernels.method.recovery import distilled, training
+from hywia_kernels.method.recovery import distilled, job, training
 from hywia_kernels.method.recovery.work import beside
 from tests.support.families import FAMILIES
 from tests.support.tiny import TINY, fresh, make_plan
@@ -406,3 +406,34 @@ def test_what_a_recovery_takes_is_said_before_it_begins(here, capsys):
     assert plan < printed.index("wrote out without its recovery") < done
     assert main([*words, *RECOVERY, "--dry-run"]) == 0
     assert "recovery " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tune", ["full", "lora", "scales"])
+def test_removed_units_stay_zero_while_a_plan_is_tried(pair, tune):
+    dense, _ = pair
+    masked = copy.deepcopy(dense)
+    plan = make_plan(masked, "both")
+    hk.mask(masked, plan)
+    zeros = {name: p == 0 for name, p in masked.named_parameters() if "proj" in name}
+    request = job.resolved(small(tune, tokens=400 * 8 * 16), dense, torch.device("cpu"))
+    before = kl(dense, masked, IDS[-12:])
+    with job.ask(dense, None, request, tokens=IDS) as side:
+        assert side.brief_steps == 20
+        side.briefly(masked)
+    assert sum(int(z.sum()) for z in zeros.values()) > 1000
+    assert all((p[zeros[name]] == 0).all() for name, p in masked.named_parameters() if name in zeros)
+    assert kl(dense, masked, IDS[-12:]) < before
+
+
+def test_a_search_tries_its_best_plans_after_a_short_recovery(gqa, tokenizer):
+    """Where the recovery is long enough for a twentieth of it to tell something."""
+    text = torch.randint(0, 256, (80, 16), generator=torch.Generator().manual_seed(1))
+    request = small(tokens=400 * 8 * 16, text=("self",), text_tokens=1000, checks=2, seq_len=16)
+    recipe = hk.Recipe(ratio=0.3, samples=4, seq_len=16, align=4, reconstruct_samples=8, recover=request)
+    result = hk.compress(gqa, tokenizer, recipe, tokens=text)
+    searched = result.record["plan"]["search"] if "plan" in result.record else result.plan.record["search"]
+    followed = [c["followed"] for c in searched["candidates"] if "followed" in c]
+    assert len(followed) == 2
+    chosen = next(c for c in searched["candidates"] if c["chosen"])
+    assert chosen["followed"] == min(followed)
+    assert result.record["recovery"]["kept"]

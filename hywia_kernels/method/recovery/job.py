@@ -25,13 +25,15 @@ from .request import Recovery
 from .teacher import Kept, Live, Teacher, eight_bit
 from .text import Text, drawn, given
 from .training import trained
-from .tuning import prepared, training_bytes
+from .tuning import has_peft, prepared, training_bytes
 from .work import Work, opened
 
 __all__ = ["Dense", "Recovered", "ask", "micro_tokens", "recover", "resolved"]
 
+_MANY = 1_000_000  # tokens from which all weights are worth training: on fewer, low-rank updates came nearer
 _FULL_PARAMETERS = 3e9  # up to which all weights are trained where memory allows
 _SHARE = 0.8  # of the free memory that training may plan with: activations and libraries take the rest
+_BRIEF, _LEAST_BRIEF = 0.05, 20  # share of the steps that a plan is tried with, and the fewest that tell something
 _MICRO_TOKENS = {"cpu": 1024, "gpu": 8192}  # in memory at a time
 # Tokens to train on, tokens of text, samples a step; on a GPU 90 s of SmolLM2, on two cores ten minutes.
 _EFFORT = {"cpu": (98_304, 32_768, 8), "gpu": (8_388_608, 2_097_152, 64)}
@@ -67,17 +69,17 @@ def resolved(request: Recovery, dense: Any, device: torch.device, *, seed: int =
     tune, hold = request.tune, request.hold
     if tune is None:
         fits = training_bytes(dense, "full", request.rank) < free and parameters <= _FULL_PARAMETERS
-        tune = "full" if fits else "lora"
+        tune = "full" if fits and (tokens >= _MANY or not has_peft()) else "lora"
     if hold is None:
         left = free - training_bytes(dense, tune, request.rank)
         hold = "live" if not more or weight_bytes(dense) <= left else "kept"
     return replace(
         request,
-        tokens=request.tokens or tokens,
-        text_tokens=request.text_tokens or min(text_tokens, request.tokens or tokens),
+        tokens=tokens,
+        text_tokens=request.text_tokens or min(text_tokens, tokens),
         seed=seed + 1 if request.seed is None else request.seed,
         tune=tune,
-        rate=request.rate or usual_rate(tune, parameters),
+        rate=request.rate or usual_rate(tune, parameters, tokens),
         batch=request.batch or batch,
         hold=hold,
     )
@@ -92,13 +94,13 @@ def micro_tokens(device: torch.device) -> int:
     return _MICRO_TOKENS[_kind(device)]
 
 
-def usual_rate(tune: str, parameters: int) -> float:
-    """Peak learning rate of AdamW by what is trained and the dense model's size: measured on SmolLM2 (135 M), and for
-    larger models along those usual at 7 B (2e-5 for all weights, 2e-4 for low-rank updates)."""
-    size = max(parameters, 1) / 1.35e8
+def usual_rate(tune: str, parameters: int, tokens: int) -> float:
+    """Peak learning rate of AdamW by what is trained, the dense model's size and the tokens: measured on SmolLM2 (135 M),
+    and for larger models along those usual at 7 B (2e-5 for all weights, 2e-4 for low-rank updates)."""
+    size = max(parameters / 1.35e8, 1.0)
     if tune == "full":
-        return min(8e-4, 8e-4 * size**-0.94)
-    return min(1e-3, 1e-3 * size**-0.41) if tune == "lora" else 5e-3
+        return (8e-4 if tokens >= _MANY else 4e-4) * size**-0.94
+    return (1e-3 if tokens >= _MANY else 2e-3) * size**-0.5 if tune == "lora" else 5e-3
 
 
 class Dense:
@@ -116,6 +118,25 @@ class Dense:
     def model(self) -> Any | None:
         """The dense model in its own weights, where it is held so."""
         return self._teacher.model if isinstance(self._teacher, Live) and self.request.hold == "live" else None
+
+    @property
+    def brief_steps(self) -> int:
+        """Steps of `briefly`; 0 where so few would tell nothing."""
+        steps = int(_BRIEF * _steps(self.request, self.text))
+        return steps if steps >= _LEAST_BRIEF else 0
+
+    def briefly(self, masked: Any) -> None:
+        """Train a model whose removed units are zeros for a short while, in place, to tell how well it recovers.
+
+        Zeroed units stay so where all weights or scales are trained: their rows and columns multiply each other's
+        gradients. Low-rank updates would bring them back, so scales stand in for those.
+        """
+        tune = "scales" if self.request.tune == "lora" else self.request.tune
+        tokens = self.brief_steps * (self.request.batch or 1) * self.text.train.shape[1]
+        rate = self.request.rate if tune == self.request.tune else usual_rate("scales", 1, tokens)
+        request = replace(self.request, tune=tune, tokens=tokens, rate=rate, checks=1)
+        with opened(None, {}) as place:
+            _distilled(masked, self._teacher, request, self.text, place)
 
     def recover(self, student: Any) -> Recovered:
         """Train a cut model, in place; see the function `recover`."""
@@ -235,6 +256,11 @@ def _check_pair(student: Any, teacher: Any) -> None:
         )
 
 
+def _steps(request: Recovery, text: Text) -> int:
+    batch = min(request.batch or 1, len(text.train))
+    return max(1, (request.tokens or 0) // (batch * text.train.shape[1]))
+
+
 def _distilled(student: Any, teacher: Teacher, request: Recovery, text: Text, place: Work) -> Outcome:
     assert request.tune
     assert request.tokens
@@ -263,7 +289,7 @@ def _distilled(student: Any, teacher: Teacher, request: Recovery, text: Text, pl
             text,
             work=checkpoints,
             start=start,
-            steps=max(1, request.tokens // (batch * length)),
+            steps=_steps(request, text),
             batch=batch,
             micro=micro,
             rate=request.rate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ...engine.patches import hooked
 from ...errors import HywiaError
 from ...types import Group
 
-__all__ = ["Tuned", "norm_weights", "prepared"]
+__all__ = ["Tuned", "has_peft", "norm_weights", "prepared", "training_bytes"]
 
 
 @dataclass
@@ -169,6 +170,11 @@ def _low_rank(model: Any, rank: int) -> Iterator[Tuned]:
         for name, layer in layers:
             parent, _, leaf = name.rpartition(".")
             setattr(decoder.get_submodule(parent), leaf, layer.get_base_layer())
+
+
+def has_peft() -> bool:
+    """Whether low-rank updates can be had."""
+    return importlib.util.find_spec("peft") is not None
 
 
 def training_bytes(model: Any, tune: str, rank: int) -> int:
