@@ -63,7 +63,8 @@ def resolved(request: Recovery, dense: Any, device: torch.device, *, seed: int =
         dense: may be on the meta device. seed: of the calibration. more: a second model is still to come beside it.
     """
     parameters = sum(p.numel() for p in dense.parameters())
-    tokens, text_tokens, batch = _EFFORT[_kind(device)]
+    usual, text_tokens, batch = _EFFORT[_kind(device)]
+    tokens = request.tokens or usual
     on_meta = next(dense.parameters()).is_meta
     free = _SHARE * free_bytes(device) - (weight_bytes(dense) if on_meta else 0)
     tune, hold = request.tune, request.hold
@@ -95,8 +96,8 @@ def micro_tokens(device: torch.device) -> int:
 
 
 def usual_rate(tune: str, parameters: int, tokens: int) -> float:
-    """Peak learning rate of AdamW by what is trained, the dense model's size and the tokens: measured on SmolLM2 (135 M),
-    and for larger models along those usual at 7 B (2e-5 for all weights, 2e-4 for low-rank updates)."""
+    """Peak learning rate of AdamW by what is trained, the dense model's size and the tokens: measured on SmolLM2, of
+    135 M, and for larger models along those usual at 7 B (2e-5 for all weights, 2e-4 for low-rank updates)."""
     size = max(parameters / 1.35e8, 1.0)
     if tune == "full":
         return (8e-4 if tokens >= _MANY else 4e-4) * size**-0.94
