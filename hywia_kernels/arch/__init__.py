@@ -5,6 +5,7 @@
     configs    what a model's config says, and which head counts its family takes
     views      the matrices that units lie on
     discovery  from a model and its entry to groups and config fields
+    depth      whole layers: what leaves with them, and what follows their number and places
     support    the table as README shows it
 
 An architecture is an entry, not a class. Module names are relative to the decoder layer; widths are read from the
@@ -13,7 +14,8 @@ add one.
 """
 
 from .configs import text_config
-from .discovery import architecture, config_widths, groups, head_dim, left_alone
+from .depth import check_depth, keep_layers, layer_parameters
+from .discovery import architecture, config_widths, groups, head_dim, layers_of, left_alone
 from .language import Alibi, Architecture, Attention, Experts, Gated, Mlp
 from .table import TABLE
 from .views import Matrix, linears, matrices, view
@@ -28,9 +30,13 @@ __all__ = [
     "Matrix",
     "Mlp",
     "architecture",
+    "check_depth",
     "config_widths",
     "groups",
     "head_dim",
+    "keep_layers",
+    "layer_parameters",
+    "layers_of",
     "left_alone",
     "linears",
     "matrices",

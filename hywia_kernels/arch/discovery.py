@@ -16,7 +16,7 @@ from .language import Architecture, Experts
 from .table import TABLE
 from .views import Modules, is_transposed, parameter_of, sizes_of
 
-__all__ = ["architecture", "config_widths", "groups", "head_dim", "left_alone"]
+__all__ = ["architecture", "config_widths", "groups", "head_dim", "layers_of", "left_alone"]
 
 
 def architecture(model: nn.Module) -> Architecture:
@@ -227,7 +227,13 @@ def _vector(modules: Modules, name: str, units: int) -> Member:
     return Member(module, 0, found.numel() // units, parameter=parameter)
 
 
-def _layers(model: nn.Module, entry: Architecture) -> nn.ModuleList:
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers.
+
+    Raises:
+        HywiaError: an unknown architecture, or no list of layers where the table says.
+    """
+    entry = architecture(model)
     try:
         layers = model.get_submodule(entry.layers)
     except AttributeError:
@@ -251,7 +257,7 @@ def groups(model: nn.Module, modules: Modules | None = None) -> tuple[Group, ...
     size = head_dim(model)
     stock: dict[tuple[int, int], tuple[int, ...]] = {}
     found: list[Group] = []
-    for i in range(len(_layers(model, entry))):
+    for i in range(len(layers_of(model))):
         prefix = f"{entry.layers}.{i}"
         attention, rep = _attention_group(modules, entry, prefix, i, size)
         counts = (attention.units, rep)

@@ -13,7 +13,7 @@ from ..engine.layered import hidden_of
 from ..engine.patches import forward_replaced, hooked
 from ..engine.samples import Samples
 
-__all__ = ["CHUNK_TOKENS", "Call", "Entrance", "entering", "entrance", "seen"]
+__all__ = ["CHUNK_TOKENS", "Call", "Entrance", "entering", "entrance", "leaving", "seen"]
 
 CHUNK_TOKENS = 8192  # that go through a layer together
 
@@ -40,6 +40,7 @@ class Entrance:
     calls: list[Call]
     hidden: Tensor
     rows: Tensor | None  # positions without padding; None: all
+    rest: tuple | None  # what a layer returns beside the hidden states, if it returns a tuple
 
 
 def entrance(model: Any, layers: nn.ModuleList, samples: Samples) -> Entrance:
@@ -60,7 +61,22 @@ def entrance(model: Any, layers: nn.ModuleList, samples: Samples) -> Entrance:
     tokens = samples.tokens.to(model.get_input_embeddings().weight.device)
     with forward_replaced([(layer, passing) for layer in layers]):
         model.get_decoder()(tokens, use_cache=False)
-    return Entrance(calls, entered[0], samples.rows() if samples.ragged else None)
+    return Entrance(calls, entered[0], samples.rows() if samples.ragged else None, rest[0])
+
+
+def leaving(model: Any, layers: nn.ModuleList, samples: Samples, begin: Entrance, hidden: Tensor) -> Tensor:
+    """What the decoder makes of the hidden states behind its last layer: its last norm, and what else stands there.
+
+    Args:
+        begin: of these samples.
+    """
+
+    def passing(_: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        return hidden if begin.rest is None else (hidden, *begin.rest)
+
+    tokens = samples.tokens.to(model.get_input_embeddings().weight.device)
+    with forward_replaced([(layer, passing) for layer in layers]):
+        return model.get_decoder()(tokens, use_cache=False).last_hidden_state
 
 
 @contextmanager

@@ -179,7 +179,7 @@ def learn_masks(
 def _initial_masks(model: Any, scores: Scores, plan: Plan) -> list[_LearnedMask]:
     """A mask for every group that the plan cuts."""
     masks = []
-    for group in scores.groups:
+    for group in plan.staying:
         member, count = group.members[-1], plan.keep[group.name].numel()
         if count == group.units:
             continue
