@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import progress
-from .arch import groups
+from .arch import groups, layer_parameters
 from .arch.facts import fingerprint
 from .checkpoint.run_record import score_summary
 from .deploy import planning
@@ -21,8 +21,10 @@ from .errors import HywiaError
 from .evaluation import Evaluation
 from .method import selection, surgery
 from .method.calibration_data import calibration
-from .method.criteria import score
+from .method.criteria import score, unscored
+from .method.depth import most_gone, rank_layers
 from .method.head_residual import head_residuals, rank_heads
+from .method.layer_divergence import layer_divergences
 from .method.mask_learning import learn_masks
 from .method.reconstruction import reconstruct
 from .method.scores import fuse
@@ -41,8 +43,8 @@ class Measured:
     """What is known of a model before anything is decided; `hywia score` keeps it on disk.
 
     Attributes:
-        scores: of every unit.
-        statistics: that the scores were made from; None for a criterion that needs no text.
+        scores: of every unit; zeros where only whole layers may go, which are scored once the request is known.
+        statistics: that the scores were made from; None for a criterion that needs no text, or where only layers go.
         tokens: int64 `[samples, seq_len]`, as much of the text as the recipe may read; the first ones were scored. None
             where no text was needed.
         record: the resolved recipe that asked for it, and what the text is.
@@ -112,7 +114,7 @@ def _read(model: Any, tokenizer: Any, recipe: Recipe, asked: int | None) -> tupl
         bos=recipe.bos,
         field=recipe.text_field,
     )
-    scored = recipe.samples if recipe.criterion == "hywia" else 1
+    scored = max(recipe.scored_samples(), recipe.layer_samples(), 1)
     solved = asked or 1 if recipe.reconstruct else 1
     for needed, option in ((scored, "--samples"), (solved, "--reconstruct-samples")):
         if len(tokens) < needed:
@@ -172,6 +174,8 @@ def _measure(
             scores = score(model, criterion=recipe.criterion, seed=recipe.seed, backend=backend)
             return Measured(scores, None, tokens, record)
         assert tokens is not None
+        if not recipe.scored_samples():
+            return Measured(unscored(model), None, tokens, record)
         scored = _first(tokens, recipe.samples, "scoring")
         statistics = calibrate(model, scored, backend=backend, engine=engine, memory=memory)
     origin = {k: text[k] for k in ("calib", "seed", "bos") if k in text} | {"tokens": scored.numel()}
@@ -243,6 +247,8 @@ def _with_real_samples(recipe: Recipe, asked: int | None, tokens: Tensor | None)
 def _check_text(recipe: Recipe, tokens: Tensor | None) -> None:
     if recipe.head_ranking == "residual" and "attention" in recipe.kinds:
         _first(tokens, recipe.samples, "ranking heads by what the others leave of them")
+    if recipe.layer_samples():
+        _first(tokens, recipe.layer_samples(), "leaving layers out")
     if recipe.fusion == LEARNED:
         _first(tokens, 1, "mask learning")
     if recipe.reconstruct:
@@ -326,6 +332,11 @@ def _decided(model: Any, recipe: Recipe, measured: Measured, clock: _Clock) -> t
         with clock.time("head ranking"):
             layers = None if recipe.layers is None else range(*recipe.layers)
             scores = rank_heads(scores, head_residuals(model, text, layers=layers))
+    if recipe.layer_samples() and scores.layers is None:
+        text = _first(measured.tokens, recipe.layer_samples(), "leaving layers out")
+        most = most_gone(layer_parameters(model), scores.parameters, **recipe.plan_request())
+        with clock.time("layer ranking"):
+            scores = rank_layers(scores, layer_divergences(model, text, most=most, layers=recipe.layers))
     with clock.time("planning"):
         plan = planning.plan_for(scores, **recipe.plan_request())
     if recipe.fusion == LEARNED:

@@ -37,7 +37,8 @@ class Recipe:
         ratio: share of all parameters to remove, in (0, 1); every layer keeps the same width.
         group_ratio: instead of `ratio`, the papers' protocol: this share of the layers' units, or kind -> share.
         layers: half-open range of layers for `group_ratio`; None: all.
-        units: kinds that may go, of "mlp", "attention", "experts"; ignored where `group_ratio` names them.
+        units: kinds that may go, of "mlp", "attention", "experts" and whole "layers"; ignored where `group_ratio` names
+            them.
         layout: "uniform" (layers alike) or "adaptive" (channels shared out among layers). None: adaptive for
             `group_ratio` under criterion "hywia", uniform otherwise.
         align: channel widths are multiples of it; None: what the target likes.
@@ -141,6 +142,11 @@ class Recipe:
             _one_of(name, kind, settings.KINDS, "some")
         if not self.kinds:
             raise UsageError(f"units: expected some of {', '.join(settings.KINDS)}, got none")
+        if set(self.kinds) == {"layers"} and self.fusion == settings.LEARNED:
+            raise UsageError(
+                f"fusion: {settings.LEARNED} goes with units inside layers, got layers alone, whose order is measured; "
+                "leave it out, or let other kinds of units go as well"
+            )
         if self.layers is not None:
             if self.group_ratio is None:
                 raise UsageError("layers: goes with group_ratio; ratio prunes every layer to the same width")
@@ -161,12 +167,21 @@ class Recipe:
 
     def text_samples(self) -> int:
         """How many samples of text the resolved recipe reads at the most."""
-        wanted = [self.samples if self.criterion == "hywia" else 0]
+        wanted = [self.scored_samples(), self.layer_samples()]
         if self.reconstruct:
             wanted.append(self.reconstruct_samples or 0)
         if self.fusion == settings.LEARNED:
             wanted.append(self.learning_samples())
         return max(wanted)
+
+    def scored_samples(self) -> int:
+        """How many samples units are scored on: none where the criterion needs no text, or layers alone may go."""
+        return self.samples if self.criterion == "hywia" and set(self.kinds) != {"layers"} else 0
+
+    def layer_samples(self) -> int:
+        """How many samples layers are left out on."""
+        measures = self.criterion == "hywia" and "layers" in self.kinds
+        return min(self.samples, settings.LAYER_SAMPLES) if measures else 0
 
     def learning_samples(self) -> int:
         """How many samples mask learning can read."""

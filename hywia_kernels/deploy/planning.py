@@ -13,6 +13,7 @@ from .. import arch
 from ..arch.facts import count_parameters
 from ..errors import UsageError
 from ..method import selection
+from ..method.depth import unmeasured
 from ..types import Group, Plan, Scores
 from . import device_profiles, serving_rules
 from .cost import cost_of
@@ -79,7 +80,7 @@ def check_reachable(
     model: Any, scores: Scores | None = None, *, criterion: str | None = "hywia", **request: Any
 ) -> Plan:
     """Make sure that a request can be planned before anything is measured. Reachable widths, servers' rules, layers and
-    kinds depend on the model alone.
+    kinds depend on the model alone, and so does whether its config can describe fewer layers.
 
     Args:
         model: the model to prune. scores: its scores, where there are some already. criterion: what it is to be scored
@@ -101,6 +102,12 @@ def check_reachable(
         alike = {g.name: torch.zeros(g.units) for g in groups}
         loss = alike if criterion == "hywia" else {}
         scores = Scores(groups, alike, loss, count_parameters(model), "", {"criterion": criterion})
+    if "layers" in selection.requested_kinds(**request):
+        depth = len(arch.layers_of(model))
+        if depth > 1:  # without the first one, every other layer changes its place
+            arch.check_depth(model, range(1, depth))
+        if scores.layers is None:
+            scores = dataclasses.replace(scores, layers=unmeasured(arch.layer_parameters(model)))
     return plan_for(scores, **request)
 
 

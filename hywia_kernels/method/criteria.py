@@ -16,7 +16,7 @@ from ..versions import versions
 from .scores import fuse
 from .statistics import calibrate
 
-__all__ = ["magnitude", "random", "score"]
+__all__ = ["magnitude", "random", "score", "unscored"]
 
 
 def magnitude(model: Any, *, backend: str | None = None) -> Scores:
@@ -61,6 +61,14 @@ def random(model: Any, seed: int = 0) -> Scores:
     values = {g.name: torch.rand(g.units, generator=generator) for g in groups}
     by_layer = torch.rand(len(arch.layers_of(model)), generator=generator)
     return _without_data(model, groups, values, by_layer, {"criterion": "random", "seed": seed})
+
+
+def unscored(model: Any) -> Scores:
+    """Zeros for every unit: what goes with whole layers, where no unit inside them may go."""
+    groups = arch.groups(model)
+    values = {g.name: torch.zeros(g.units) for g in groups}
+    fingerprint, parameters = fingerprint_and_count(model)
+    return Scores(groups, values, values, parameters, fingerprint, {"criterion": "hywia", "versions": versions()})
 
 
 def _without_data(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from .. import arch
@@ -26,14 +26,13 @@ from ..engine.passes import apart
 from ..engine.samples import Samples, padded
 from ..errors import HywiaError, UsageError
 from ..progress import Bar
-from ..settings import LAYER_SAMPLES
 from ..types import LayerScores
 from .calibration_data import check_tokens, digest
 from .layer_runs import CHUNK_TOKENS, Entrance, entrance, leaving
 
-__all__ = ["layer_divergences"]
+__all__ = ["HELD_BYTES", "layer_divergences"]
 
-_HELD_BYTES = 1 << 30  # of the dense model's log-probabilities; what is beyond is computed anew each time
+HELD_BYTES = 1 << 30  # of the dense model's log-probabilities; what is beyond is computed anew each time
 
 
 @dataclass
@@ -56,7 +55,7 @@ class _Model:
         self.tokens = samples.total
         vocabulary = getattr(model.get_output_embeddings(), "out_features", None) or arch.text_config(model).vocab_size
         self.step = max(1, loss.LOGIT_BYTES // (4 * vocabulary))
-        held = _HELD_BYTES // (4 * vocabulary * self.step)  # parts
+        held = HELD_BYTES // (4 * vocabulary * self.step)  # parts
         self.runs: list[_Run] = []
         for chunk in samples.sorted().chunks(CHUNK_TOKENS):
             begin = entrance(model, self.layers, chunk)

@@ -30,6 +30,7 @@ from ..errors import HywiaError, UsageError
 from ..settings import RIDGE
 from ..types import Group, Plan
 from .calibration_data import check_tokens, digest
+from .layer_masks import check_transparent, zero_layers
 from .layer_runs import CHUNK_TOKENS, Call, entrance, seen
 from .moments import TINY, cholesky_factor, exact_products, moment_dtype
 from .surgery import checked_groups, unit_entries, zero_units
@@ -104,7 +105,12 @@ class _NormalEquations:
         return change, float(self.energy / scale), float(after / scale)
 
 
-def _matrices(model: Any, plan: Plan, groups: Sequence[Group]) -> list[_Matrix]:
+import os
+
+_GAP = os.environ.get("GAP", "before").split("+")
+
+
+def _matrices(model: Any, plan: Plan, groups: Sequence[Group], also: tuple = ()) -> list[_Matrix]:
     """The matrices through which the removed units sent their output on, in the order of the forward pass.
 
     Matrices of stacked experts are left as they are: each sees only the tokens that are sent to it.
@@ -114,7 +120,12 @@ def _matrices(model: Any, plan: Plan, groups: Sequence[Group]) -> list[_Matrix]:
     chosen = []
     for group in groups:
         member, keep = group.members[-1], plan.keep[group.name]
-        if keep.numel() == group.units or group.kind == "experts" or member.index is not None:
+        if group.kind == "experts" or member.index is not None:
+            continue
+        whole = keep.numel() == group.units
+        if whole and not (
+            (member.module == residual and "down" in also) or (group.kind == "attention" and "o" in also and residual)
+        ):
             continue
         module = model.get_submodule(member.module)
         weight = arch.view(model, member, group.units)
@@ -169,10 +180,12 @@ def _equations(
 
 
 def _layer_target(
-    layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, include_drift: bool
+    layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, include_drift: bool, gap=()
 ) -> _LayerTarget:
     with seen([m.module for m in matrices]) as at:
         out = run.calls[index](layer, run.dense)
+    for i, l in gap:
+        out = run.calls[i](l, out)
     # The next norm divides by a token's rms, so errors count relative to it; tokens with huge activations (the first of
     # a text, usually) would decide the regression otherwise.
     weight = 1.0 / run.flat(out).float().square().mean(1).clamp(min=TINY)
@@ -245,6 +258,8 @@ def _write(model: Any, plan: Plan, groups: Sequence[Group], solved: Sequence[tup
     interrupted: KeyboardInterrupt | None = None
     while True:
         try:
+            if plan.depth is not None:
+                zero_layers(model, plan.depth)
             for group in groups:
                 zero_units(model, group, plan.keep[group.name])  # a router's forward ends with the pass
             for matrix, values in solved:
@@ -320,6 +335,8 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
 def _refitted(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[str, list[float]]:
     """`reconstruct`; the relative errors of its matrices."""
     groups = checked_groups(model, plan)
+    if plan.depth is not None:
+        check_transparent(model)
     check_tokens(samples.tokens, model)
     entry = arch.architecture(model)
     layers: Any = model.get_submodule(entry.layers)
@@ -330,12 +347,37 @@ def _refitted(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[st
         runs = [_run(model, layers, chunk) for chunk in samples.sorted().chunks(CHUNK_TOKENS)]
         same = True  # both models have the same hidden states so far
         for index, layer in enumerate(progress.track(layers, "reconstructing")):
+            gone = plan.depth.gone if plan.depth else ()
+            if index in gone:
+                before_any = not any(i not in gone for i in range(index))
+                if "before" not in _GAP or before_any:
+                    for run in runs:
+                        run.dense = run.calls[index](layer, run.dense)
+                    same = False
+                continue
+            gap = []
+            if "before" in _GAP:
+                i = index + 1
+                while i in gone:
+                    gap.append((i, layers[i]))
+                    i += 1
+            also = []
+            if gap and entry.residual:
+                also += ["down"]
+            if gap and "o" in _GAP:
+                also += ["o"]
+            if not same and ("all" in _GAP or ("after" in _GAP and index - 1 in gone)):
+                also += ["down"]
+            if not same and "allo" in _GAP:
+                also += ["down", "o"]
             here = [g for g in groups if g.layer == index]
             cut = [g for g in here if plan.keep[g.name].numel() < g.units]
             targets: list[_LayerTarget] = []
-            matrices = _matrices(model, plan, here)
-            if cut or not same:
-                targets = [_layer_target(layer, index, matrices, run, entry.residual is not None) for run in runs]
+            matrices = _matrices(model, plan, here, tuple(also))
+            if cut or not same or gap:
+                targets = [_layer_target(layer, index, matrices, run, entry.residual is not None, gap) for run in runs]
+            if also:
+                cut = here
             with _tried(model, cut):
                 for group in here:
                     zero_units(model, group, plan.keep[group.name])
@@ -348,7 +390,7 @@ def _refitted(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[st
                     solved.append((matrix, _solved(matrix, change)))
                     _apply(*solved[-1])
                     errors[matrix.name] = [before, after]
-                same = same and not cut
+                same = same and not cut and not gap
                 for i, run in enumerate(runs):
                     run.pruned = run.calls[index](layer, run.pruned)
                     run.dense = run.pruned if same else targets[i].out

@@ -19,7 +19,7 @@ from ..types import Depth, Group, Plan, Scores
 from .allocation import allocate
 from .depth import check_layers_gone, chosen, depths_of, loss_by_count, shared_out, staying_groups
 
-__all__ = ["check_kinds", "may_go", "plan", "ranked_again", "top_units"]
+__all__ = ["check_kinds", "may_go", "plan", "ranked_again", "requested_kinds", "top_units"]
 
 Limits = Callable[[Group, list[int]], list[int]]  # of a group's widths, ascending, those that may be chosen
 
@@ -59,7 +59,8 @@ def plan(
         group_ratio: in (0, 1), instead of `ratio`; or kind -> such a number, for the kinds that may go.
         layers: half-open range of layers for `group_ratio`; None: all.
         units: which kinds may go: "mlp", "attention" or both; or, in models that have them, whole "experts", with
-            or without "attention"; and whole "layers", alone or with others, where the scores have them (`rank_layers`).
+            or without "attention"; and whole "layers", alone or with others, where the scores have them
+            (`rank_layers`).
         align: widths of channels are multiples of it, or untouched; None: what suits the device at hand
             (`device_profiles.at_hand`).
         layout: "uniform" or "adaptive".
@@ -71,7 +72,7 @@ def plan(
         UsageError: arguments outside the above, or a ratio that these units cannot reach.
     """
     scores.check()
-    kinds = _kinds(tuple(group_ratio) if isinstance(group_ratio, Mapping) else units, scores.groups)
+    kinds = _kinds(requested_kinds(group_ratio=group_ratio, units=units), scores.groups)
     if "layers" in kinds and scores.layers is None:
         raise UsageError("scores: expected some of whole layers, got none; add them (rank_layers) or leave layers out")
     if layout not in LAYOUTS:
@@ -107,6 +108,8 @@ def plan(
         _some_width(free, widths)
         counts |= allocate(scores, counts, free, widths)
     request |= {"units": list(kinds), "align": align, "layout": layout}
+    if depth is not None and scores.layers is not None:
+        request["layers_by"] = scores.layers.record.get("by")
     keep = {g.name: top_units(scores.values[g.name], counts[g.name]) for g in scores.groups}
     removed = sum((g.units - counts[g.name]) * g.unit_parameters for g in staying_groups(scores.groups, depth))
     removed += 0 if depth is None else depth.removed
@@ -131,9 +134,16 @@ def may_go(
     **_: Any,
 ) -> Callable[[Group], bool]:
     """Whether a request, in the arguments of `plan`, may cut a group: a test of the group's kind and layer."""
-    kinds = _kinds(tuple(group_ratio) if isinstance(group_ratio, Mapping) else units, groups)
+    kinds = _kinds(requested_kinds(group_ratio=group_ratio, units=units), groups)
     first, end = _span(groups, layers)
     return lambda group: group.kind in kinds and first <= group.layer < end
+
+
+def requested_kinds(
+    *, group_ratio: float | Mapping[str, float] | None = None, units: Sequence[str] = DEFAULT_KINDS, **_: Any
+) -> tuple[str, ...]:
+    """The kinds of units that a request, in the arguments of `plan`, names."""
+    return tuple(group_ratio) if isinstance(group_ratio, Mapping) else tuple(units)
 
 
 def top_units(values: Tensor, count: int) -> Tensor:

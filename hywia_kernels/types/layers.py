@@ -90,7 +90,7 @@ class Depth:
             raise HywiaError(f"layers: expected indices of layers, ascending and each once, got {short(keep)}")
         if not keep or keep[-1] >= len(self.parameters):
             raise HywiaError(
-                f"layers: expected at least one of the layers 0 to {len(self.parameters) - 1} to stay, got {short(keep)}"
+                f"layers: expected one of layers 0 to {len(self.parameters) - 1} to stay, or more, got {short(keep)}"
             )
 
     @property
