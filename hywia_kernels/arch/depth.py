@@ -143,7 +143,6 @@ class _Follower:
                     setattr(module, attribute, then[attribute])
             for buffer in [b for b in was._buffers if b not in will._buffers and b in module._buffers]:
                 del module._buffers[buffer]
-                module._non_persistent_buffers_set.discard(buffer)
 
 
 def _fields(config: Any, keep: Sequence[int]) -> dict[str, Any]:
