@@ -25,6 +25,7 @@ from .method.criteria import score, unscored
 from .method.depth import most_gone, rank_layers
 from .method.head_residual import head_residuals, rank_heads
 from .method.layer_divergence import layer_divergences
+from .method.layer_masks import check_transparent
 from .method.mask_learning import learn_masks
 from .method.reconstruction import reconstruct
 from .method.scores import fuse
@@ -227,6 +228,8 @@ def check(model: Any, tokenizer: Any, recipe: Recipe, measured: Measured | None 
         raise HywiaError("scores: expected the groups of units that this model has, got others; score it again")
     scores = None if measured is None else measured.scores
     planning.check_reachable(model, scores, criterion=recipe.criterion, **recipe.plan_request())
+    if "layers" in recipe.kinds and recipe.reconstruct:
+        check_transparent(model)
     if recipe.text_samples() and measured is None:
         check_length(model, recipe.seq_len, "seq_len")
         if tokenizer is not None:

@@ -167,7 +167,7 @@ class Recipe:
 
     def text_samples(self) -> int:
         """How many samples of text the resolved recipe reads at the most."""
-        wanted = [self.scored_samples(), self.layer_samples()]
+        wanted = [self.samples if self.criterion == "hywia" else 0]
         if self.reconstruct:
             wanted.append(self.reconstruct_samples or 0)
         if self.fusion == settings.LEARNED:
