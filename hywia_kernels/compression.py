@@ -300,7 +300,7 @@ def compress(
             recipe = _with_real_samples(recipe, asked, measured.tokens)
             _check_text(recipe, measured.tokens)
         scores, plan = _decided(model, recipe, measured, clock)
-        plan = planning.with_prediction(plan, model, recipe.target)
+        plan = planning.with_prediction(plan, model, recipe.target, recipe.serve)
         if when_planned is not None:
             when_planned(plan)
         before = None if evaluation is None else evaluation.measure(model, tokenizer)

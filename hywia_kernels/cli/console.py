@@ -126,6 +126,8 @@ def _say_planning(record: Mapping[str, Any]) -> None:
     if record.get("binding"):
         rules = [c for c in record["constraints"] if c.partition(":")[0] in record["binding"]]
         say(f"  bound by {'; '.join(rules)}")
+    if record.get("note"):
+        say(f"  note: {record['note']}")
     if "prediction" in record:
         prediction = record["prediction"]
         prefill = ", ".join(f"{s:.2f} at {t} tokens" for t, s in prediction["prefill"].items())

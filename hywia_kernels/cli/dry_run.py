@@ -34,7 +34,7 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
         device = "cuda" if torch.cuda.is_available() else "cpu"
     recipe = recipe.resolved(torch.device(device).type)
     plan = planning.check_reachable(model, scores, criterion=recipe.criterion, **recipe.plan_request())
-    plan = planning.with_prediction(plan, model, recipe.target)
+    plan = planning.with_prediction(plan, model, recipe.target, recipe.serve)
     heads_go = any(g.kind == "attention" and plan.keep[g.name].numel() < g.units for g in plan.staying)
     most = 0
     if recipe.layer_samples() and (scores is None or scores.layers is None):

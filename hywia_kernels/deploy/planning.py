@@ -151,8 +151,14 @@ def _plan(
     return selection.plan(scores, align=align, limits=admitted, **request)
 
 
-def with_prediction(plan: Plan, model: Any, target: str | Path | device_profiles.Target | None = None) -> Plan:
-    """The plan, with what it should gain on the target in its record as "prediction": times before over times after."""
+def with_prediction(
+    plan: Plan,
+    model: Any,
+    target: str | Path | device_profiles.Target | None = None,
+    serve: Sequence[str] = serving_rules.DEFAULT,
+) -> Plan:
+    """The plan, with what it should gain on the target in its record as "prediction": times before over times after;
+    and as "note" what the servers may make of layers that have moved up."""
     device = target if isinstance(target, device_profiles.Target) else device_profiles.resolve(target)
     speedups = device_profiles.predict(cost_of(model), cost_of(model, plan), device)
     prediction = {
@@ -161,4 +167,7 @@ def with_prediction(plan: Plan, model: Any, target: str | Path | device_profiles
         "decode": round(speedups.decode, 4),
         "size": round(speedups.size, 4),
     }
-    return dataclasses.replace(plan, record={**plan.record, "prediction": prediction})
+    types = getattr(arch.text_config(model), "layer_types", None)
+    note = None if plan.depth is None else serving_rules.pattern_note(serve, types, plan.depth.keep)
+    noted = {} if note is None else {"note": note}
+    return dataclasses.replace(plan, record={**plan.record, **noted, "prediction": prediction})

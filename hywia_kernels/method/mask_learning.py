@@ -32,7 +32,7 @@ from ..errors import HywiaError, UsageError
 from ..ops.reference import standardised_log
 from ..progress import Bar
 from ..settings import LEARNING_BATCH, STEPS
-from ..types import Group, Plan, Scores
+from ..types import Depth, Group, Plan, Scores
 from .calibration_data import check_tokens, digest
 
 __all__ = ["learn_masks"]
@@ -72,6 +72,18 @@ def _masked(masks: Sequence[_LearnedMask]) -> Iterator[None]:
         return multiply
 
     with hooked([(mask.module, hook(mask)) for mask in masks], before=True):
+        yield
+
+
+@contextmanager
+def _skipped(model: Any, depth: Depth | None) -> Iterator[None]:
+    """Within the context the layers that go hand on what enters them."""
+
+    def hand_on(module: nn.Module, entered: tuple, out: Any) -> Any:
+        return (entered[0], *out[1:]) if isinstance(out, tuple) else entered[0]
+
+    layers = arch.layers_of(model)
+    with hooked([(layers[i], hand_on) for i in (() if depth is None else depth.gone)]):
         yield
 
 
@@ -163,7 +175,7 @@ def learn_masks(
         check_tokens(samples.tokens, model)
         loss.check_head(model)
         masks = _initial_masks(model, scores, plan)
-        losses = _optimise(model, masks, samples, steps, batch)
+        losses = _optimise(model, masks, plan.depth, samples, steps, batch)
     values = dict(scores.values) | {mask.group.name: mask.scores.detach().cpu() for mask in masks}
     record = {
         "steps": steps,
@@ -193,8 +205,10 @@ def _initial_masks(model: Any, scores: Scores, plan: Plan) -> list[_LearnedMask]
     return masks
 
 
-def _optimise(model: Any, masks: Sequence[_LearnedMask], samples: Samples, steps: int, batch: int) -> list[float]:
-    """Move the masks' scores; return the divergence at every step."""
+def _optimise(
+    model: Any, masks: Sequence[_LearnedMask], depth: Depth | None, samples: Samples, steps: int, batch: int
+) -> list[float]:
+    """Move the masks' scores, in the model without the layers that go; return the divergence at every step."""
     device = model.get_input_embeddings().weight.device
     optimiser = torch.optim.Adam([mask.scores for mask in masks], lr=_RATE, betas=_BETAS)
     losses = []
@@ -207,7 +221,7 @@ def _optimise(model: Any, masks: Sequence[_LearnedMask], samples: Samples, steps
                 settings["lr"] = _RATE * (1.0 - 0.8 * step / steps)
             with torch.no_grad():
                 dense = _hidden_states(model, tokens)
-            with _masked(masks), torch.enable_grad():
+            with _masked(masks), _skipped(model, depth), torch.enable_grad():
                 optimiser.zero_grad(set_to_none=True)
                 divergence = _divergence(model, dense, _hidden_states(model, tokens), valid)
             optimiser.step()
