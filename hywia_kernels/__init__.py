@@ -21,7 +21,7 @@ __version__ = "0.2.0"
 
 _HOMES = {  # public name -> module it is in
     **dict.fromkeys(("BackendError", "HywiaError", "UsageError"), "errors"),
-    **dict.fromkeys(("Group", "Member", "Plan", "Scores", "Statistics"), "types"),
+    **dict.fromkeys(("Depth", "Group", "LayerScores", "Member", "Plan", "Scores", "Statistics"), "types"),
     **dict.fromkeys(("HyWIAScorer", "MagnitudeScorer", "Scorer", "TaylorScorer"), "integrations.protocol"),
     **dict.fromkeys(("Measured", "Result", "compress", "measure"), "compression"),
     **dict.fromkeys(("Evaluation", "evaluate", "perplexity"), "evaluation"),
@@ -35,11 +35,13 @@ _HOMES = {  # public name -> module it is in
     "calibration": "method.calibration_data",
     "fuse": "method.scores",
     "groups": "arch",
+    "layer_divergences": "method.layer_divergence",
     "learn_masks": "method.mask_learning",
     "load": "checkpoint.loading",
     "plan": "method.selection",
     "plan_for": "deploy.planning",
     "prove": "method.derivation",
+    "rank_layers": "method.depth",
     "reconstruct": "method.reconstruction",
     "save": "checkpoint.saving",
     "score": "method.criteria",

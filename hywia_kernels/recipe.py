@@ -38,7 +38,8 @@ class Recipe:
         ratio: share of all parameters to remove, in (0, 1); every layer keeps the same width.
         group_ratio: instead of `ratio`, the papers' protocol: this share of the layers' units, or kind -> share.
         layers: half-open range of layers for `group_ratio`; None: all.
-        units: kinds that may go, of "mlp", "attention", "experts"; ignored where `group_ratio` names them.
+        units: kinds that may go, of "mlp", "attention", "experts" and whole "layers"; ignored where `group_ratio` names
+            them.
         layout: "uniform" (layers alike) or "adaptive" (channels shared out among layers). None: adaptive for
             `group_ratio` under criterion "hywia", uniform otherwise.
         search: how the shares of kinds and of layers are found, where the request leaves them open: by the scores'
@@ -159,6 +160,11 @@ class Recipe:
             _one_of(name, kind, settings.KINDS, "some")
         if not self.kinds:
             raise UsageError(f"units: expected some of {', '.join(settings.KINDS)}, got none")
+        if set(self.kinds) == {"layers"} and self.fusion == settings.LEARNED:
+            raise UsageError(
+                f"fusion: {settings.LEARNED} goes with units inside layers, got layers alone, whose order is measured; "
+                "leave it out, or let other kinds of units go as well"
+            )
         if self.layers is not None:
             if self.group_ratio is None:
                 raise UsageError("layers: goes with group_ratio; ratio prunes every layer to the same width")
@@ -182,12 +188,22 @@ class Recipe:
         # What `hywia score` keeps is to be enough for the usual search, which it is not asked about.
         scoring_only = self.ratio is None and self.group_ratio is None
         effort = "fast" if scoring_only and self.criterion == "hywia" else self.search or "none"
-        wanted = [self.samples + settings.JUDGED_SAMPLES[effort] if self.criterion == "hywia" else 0]
+        scored = max(self.scored_samples(), self.layer_samples())
+        wanted = [scored + settings.JUDGED_SAMPLES[effort] if self.criterion == "hywia" else 0]
         if self.reconstruct:
             wanted.append(self.reconstruct_samples or 0)
         if self.fusion == settings.LEARNED:
             wanted.append(self.learning_samples())
         return max(wanted)
+
+    def scored_samples(self) -> int:
+        """How many samples units are scored on: none where the criterion needs no text, or layers alone may go."""
+        return self.samples if self.criterion == "hywia" and set(self.kinds) != {"layers"} else 0
+
+    def layer_samples(self) -> int:
+        """How many samples layers are left out on."""
+        measures = self.criterion == "hywia" and "layers" in self.kinds
+        return min(self.samples, settings.LAYER_SAMPLES) if measures else 0
 
     def learning_samples(self) -> int:
         """How many samples mask learning can read."""

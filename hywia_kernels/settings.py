@@ -13,10 +13,12 @@ __all__ = [
     "DTYPES",
     "ENGINES",
     "FUSIONS",
+    "GROUP_KINDS",
     "HEAD_RANKINGS",
     "HOLDS",
     "JUDGED_SAMPLES",
     "KINDS",
+    "LAYER_SAMPLES",
     "LAYOUTS",
     "LEARNED",
     "LEARNING_BATCH",
@@ -31,7 +33,8 @@ __all__ = [
     "TUNES",
 ]
 
-KINDS = ("mlp", "attention", "experts")  # of units
+GROUP_KINDS = ("mlp", "attention", "experts")  # of units that lie on a layer's matrices
+KINDS = (*GROUP_KINDS, "layers")  # of units
 DEFAULT_KINDS = ("mlp", "attention")
 LAYOUTS = ("uniform", "adaptive")
 CRITERIA = ("hywia", "magnitude", "random")
@@ -51,6 +54,7 @@ SELF = "self"  # a source of text: the dense model writes it
 SAMPLES = 96  # scored: on LLaMA-7B's shapes a pass over them takes less time than LLM-Pruner's over ten
 SEQ_LEN = 128
 BLOCK = 128  # tokens, of the text that perplexity is measured on: the papers' protocol
+LAYER_SAMPLES = 16  # on which whole layers are left out: the divergence is a mean over their tokens
 STEPS = 50  # of mask learning
 LEARNING_BATCH = 16  # samples that a step of mask learning reads
 JUDGED_SAMPLES = {"none": 0, "fast": 32, "thorough": 64}  # that a search judges on, read behind those that are scored

@@ -5,6 +5,7 @@
     configs    what a model's config says, and which head counts its family takes
     views      the matrices that units lie on
     discovery  from a model and its entry to groups and config fields
+    depth      whole layers: what leaves with them, and what follows their number and places
     support    the table as README shows it
 
 An architecture is an entry, not a class. Module names are relative to the decoder layer; widths are read from the
@@ -13,7 +14,8 @@ add one.
 """
 
 from .configs import text_config
-from .discovery import adopt, architecture, config_widths, decoder, groups, head_dim, is_known, left_alone
+from .depth import check_depth, keep_layers, layer_parameters
+from .discovery import adopt, architecture, config_widths, decoder, groups, head_dim, is_known, layers_of, left_alone
 from .language import Alibi, Architecture, Attention, Experts, Gated, Mlp
 from .table import TABLE
 from .views import Matrix, linears, matrices, view
@@ -29,11 +31,15 @@ __all__ = [
     "Mlp",
     "adopt",
     "architecture",
+    "check_depth",
     "config_widths",
     "decoder",
     "groups",
     "head_dim",
     "is_known",
+    "keep_layers",
+    "layer_parameters",
+    "layers_of",
     "left_alone",
     "linears",
     "matrices",

@@ -17,7 +17,17 @@ from .parts import expert_groups, headwise_group
 from .table import TABLE
 from .views import Modules, sizes_of
 
-__all__ = ["adopt", "architecture", "config_widths", "decoder", "groups", "head_dim", "is_known", "left_alone"]
+__all__ = [
+    "adopt",
+    "architecture",
+    "config_widths",
+    "decoder",
+    "groups",
+    "head_dim",
+    "is_known",
+    "layers_of",
+    "left_alone",
+]
 
 
 _ADOPTED = "_hywia_entry"  # attribute of a model: the entry that was derived for it, and has proven itself
@@ -168,7 +178,13 @@ def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: 
     return group, rep
 
 
-def _layers(model: nn.Module, entry: Architecture) -> nn.ModuleList:
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers.
+
+    Raises:
+        HywiaError: an unknown architecture, or no list of layers where the table says.
+    """
+    entry = architecture(model)
     try:
         layers = model.get_submodule(entry.layers)
     except AttributeError:
@@ -192,7 +208,7 @@ def groups(model: nn.Module, modules: Modules | None = None) -> tuple[Group, ...
     size = head_dim(model)
     stock: dict[tuple[int, int], tuple[int, ...]] = {}
     found: list[Group] = []
-    for i in range(len(_layers(model, entry))):
+    for i in range(len(layers_of(model))):
         prefix = f"{entry.layers}.{i}"
         if not entry.partial or (entry.attention.output and f"{prefix}.{entry.attention.output}" in modules):
             attention, rep = _attention_group(modules, entry, prefix, i, size)

@@ -163,6 +163,10 @@ class Architecture:
             width (None: there is none).
         stand_in_needs: config fields that must have these values for the stand-in to be exact.
         stand_in_sets: config fields the stand-in needs besides those both share.
+        placeless: config fields that must have these values for whole layers to go: with another, a layer's place
+            among the others enters what it computes.
+        transparent: config fields that must have these values for a layer whose parameters are all zero to hand on
+            what it gets.
     """
 
     model_types: tuple[str, ...]
@@ -186,3 +190,5 @@ class Architecture:
     stand_in: str | None = None
     stand_in_needs: Mapping[str, Any] = field(default_factory=dict)
     stand_in_sets: Mapping[str, Any] = field(default_factory=dict)
+    placeless: Mapping[str, Any] = field(default_factory=dict)
+    transparent: Mapping[str, Any] = field(default_factory=dict)

@@ -183,6 +183,7 @@ TABLE: tuple[Architecture, ...] = (
             free_head_dim=False,
         ),
         attributes=(("self_attn", "num_heads", "heads"),),
+        transparent={"do_layer_norm_before": True},
     ),
     Architecture(
         model_types=("gpt2",),
@@ -199,6 +200,7 @@ TABLE: tuple[Architecture, ...] = (
         ),
         attributes=(("attn", "num_heads", "heads"), ("attn", "split_size", "width")),
         requires={"add_cross_attention": False},
+        placeless={"scale_attn_by_inverse_layer_idx": False},
     ),
     Architecture(
         model_types=("bloom",),

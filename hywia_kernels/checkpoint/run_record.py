@@ -54,6 +54,7 @@ _REQUEST = (
     ("plan.scores.fusion", "fusion of fine and coarse importance"),
     ("plan.scores.order", "Taylor order"),
     ("plan.scores.heads", "heads are ranked by"),
+    ("plan.layers_by", "layers are ranked by"),
     ("plan.scores.statistics.calib", "calibration text"),
     ("plan.scores.statistics.samples", "calibration samples"),
     ("plan.scores.statistics.seq_len", "tokens a sample"),
@@ -66,6 +67,7 @@ _OUTCOME = (
     ("plan.binding", "serving rules that bind"),
     ("plan.search.tried", "plans that were tried"),
     ("plan.search.divergence", "divergence of the best of them, nats a token"),
+    ("plan.depth.gone", "layers that went"),
     ("plan.scores.statistics.calibration_sha256", "SHA-256 of the calibration tokens"),
     ("plan.scores.statistics.dtype", "calibrated in"),
     ("plan.scores.statistics.device", "calibrated on"),
@@ -81,9 +83,9 @@ class KindWidths:
     """Units of one kind by layer.
 
     Attributes:
-        kind: "mlp", "attention" or "experts".
+        kind: "mlp", "attention" or "experts"; "layers" of whole layers, whose one entry is their number.
         before: units in each layer before the cut; None where the record does not say.
-        after: units kept in each layer.
+        after: units kept in each layer; 0 in those that went.
     """
 
     kind: str
@@ -113,15 +115,17 @@ class Reduction:
 
 
 def score_summary(scores: Scores, plan: Plan) -> list[dict[str, Any]]:
-    """What a record keeps of the scores: one mapping per group.
+    """What a record keeps of the scores: one mapping per group of a layer that stays, where units may go.
 
     Its keys are "group", "kind", "layer", "units" and "kept"; "quantiles", which are the least score, the lower
     quartile, the median, the upper quartile and the largest score; "least_kept" and "largest_removed", which are scores
     (the latter None where nothing goes); and "loss_removed", the estimated loss of the units that go as a share of the
     group's (None where the criterion estimates none).
     """
-    rows = []
-    for group in scores.groups:
+    rows: list[dict[str, Any]] = []
+    if plan.record.get("units") == ["layers"]:
+        return rows
+    for group in plan.staying:
         values = scores.values[group.name].double()
         kept = torch.zeros(group.units, dtype=torch.bool)
         kept[plan.keep[group.name]] = True
@@ -174,9 +178,10 @@ def plain(value: Any) -> str:
 
 
 def spans(widths: Sequence[int]) -> str:
-    """Widths by layer as text: `1,536` when all are equal, `1,536 x4, 768 x24, 1,536 x2` otherwise."""
+    """Widths by layer as text: `1,536` when all are equal, `1,536 x4, 768 x24, 1,536 x2` otherwise. Layers that went,
+    whose width is 0, are left out."""
     runs: list[list[int]] = []
-    for width in widths:
+    for width in (w for w in widths if w):
         if runs and runs[-1][0] == width:
             runs[-1][1] += 1
         else:

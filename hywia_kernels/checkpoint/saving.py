@@ -154,17 +154,23 @@ def _sharding(model: Any) -> dict[str, int]:
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
-    """A plan without the indices of the kept units, as records and reports hold it."""
+    """A plan without the indices of the kept units, as records and reports hold it. Of whole layers, "depth" says which
+    stay, and "widths" how many."""
     groups = sorted(plan.groups, key=lambda g: g.layer)
     kinds = sorted({g.kind for g in groups})
+    depth = plan.depth
+    gone = {} if depth is None else {"depth": {"kept": list(depth.keep), "gone": list(depth.gone)}}
+    layers = {} if depth is None else {"layers": [len(depth.keep)]}
+    layers_before = {} if depth is None else {"layers": [len(depth.parameters)]}
     return {
         **plan.record,
+        **gone,
         "layout": plan.layout,
         "parameters_before": plan.parameters_before,
         "parameters_after": plan.parameters_after,
         "removed_ratio": plan.ratio,
-        "widths": {kind: plan.widths(kind) for kind in kinds},
-        "widths_before": {kind: [g.units for g in groups if g.kind == kind] for kind in kinds},
+        "widths": layers | {kind: plan.widths(kind) for kind in kinds},
+        "widths_before": layers_before | {kind: [g.units for g in groups if g.kind == kind] for kind in kinds},
         "fingerprint": plan.fingerprint,
     }
 
@@ -173,7 +179,9 @@ def _record(plan: Plan | None, record: Mapping[str, Any] | None) -> dict[str, An
     content: dict[str, Any] = {"versions": versions(), **(record or {})}
     if plan is not None:
         content["plan"] = plan_record(plan)
-        content["kept_units"] = {name: keep.tolist() for name, keep in plan.keep.items()}
+        content["kept_units"] = {g.name: plan.keep[g.name].tolist() for g in plan.staying}
+        if plan.depth is not None:
+            content["kept_units"]["layers"] = list(plan.depth.keep)
     return content
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import HywiaError
-from ..types import Group, Member, Scores, Statistics
+from ..types import Group, LayerScores, Member, Scores, Statistics
 from ..types.record import DIGEST, parsed, sealed
 from . import atomic_directory
 from .verify import check_file
@@ -61,6 +61,10 @@ def save_scores(
         tensors[f"values/{name}"] = value
     for name, value in scores.loss.items():
         tensors[f"loss/{name}"] = value
+    if scores.layers is not None:
+        tensors["layers/values"] = scores.layers.values
+        if scores.layers.loss is not None:
+            tensors["layers/loss"] = scores.layers.loss
     index: dict[str, Any] = {
         "format": _FORMAT,
         "groups": [dataclasses.asdict(g) for g in scores.groups],
@@ -68,6 +72,8 @@ def save_scores(
         "fingerprint": scores.fingerprint,
         "scores": dict(scores.record),
     }
+    if scores.layers is not None:
+        index["layers"] = {"parameters": list(scores.layers.parameters), "record": dict(scores.layers.record)}
     if statistics is not None:
         index["statistics"] = dict(statistics.record)
         for name, orders in statistics.fine.items():
@@ -127,8 +133,9 @@ def load_measured(path: str | Path) -> tuple[Scores, Statistics | None, Tensor |
         tokens = tensors.pop(_TOKENS, None)
         if tokens is not None and (tokens.dim() != 2 or tokens.is_floating_point() or not tokens.numel()):
             raise HywiaError(f"{_TENSORS}: expected token ids [samples, length], got {list(tokens.shape)}")
+        layers = _layers(index, tensors)
         values, loss, fine, coarse = _by_kind(tensors)
-        scores = Scores(values=values, loss=loss, record=_entry(index, "scores", dict), **common)
+        scores = Scores(values=values, loss=loss, record=_entry(index, "scores", dict), layers=layers, **common)
         statistics = None
         if "statistics" in index:
             statistics = Statistics(fine=fine, coarse=coarse, record=_entry(index, "statistics", dict), **common)
@@ -204,6 +211,20 @@ def _by_kind(
         else:
             raise HywiaError(f"{_TENSORS}: expected values, loss, fine and coarse, got a tensor {key!r}")
     return plain["values"], plain["loss"], fine, plain["coarse"]
+
+
+def _layers(index: Mapping[str, Any], tensors: dict[str, Tensor]) -> LayerScores | None:
+    """The scores of whole layers, taken out of the tensors; None where there are none."""
+    values, loss = tensors.pop("layers/values", None), tensors.pop("layers/loss", None)
+    if "layers" not in index:
+        if values is not None or loss is not None:
+            raise HywiaError("holds scores of layers that its index does not tell of")
+        return None
+    described = _entry(index, "layers", dict)
+    parameters = tuple(_entry(described, "parameters", list))
+    if values is None:
+        raise HywiaError(f"{_TENSORS}: expected scores of {len(parameters)} layers, got none")
+    return LayerScores(parameters, values, loss, _entry(described, "record", dict))
 
 
 def _entry(index: Mapping[str, Any], name: str, kind: type) -> Any:

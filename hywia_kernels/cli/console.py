@@ -77,8 +77,11 @@ def print_plan(plan: Plan) -> None:
     removed = plan.parameters_before - plan.parameters_after
     share = f"{100 * plan.ratio:.3f} %"
     say(f"removing {removed:,} of {plan.parameters_before:,} parameters: {share}, {plan.layout} layout")
-    for kind in sorted({g.kind for g in plan.groups}):
-        groups = sorted((g for g in plan.groups if g.kind == kind), key=lambda g: g.layer)
+    if plan.depth is not None:
+        which = f" (without {', '.join(map(str, plan.depth.gone))})" if plan.record.get("layers_by") else ""
+        say(f"  layers: {len(plan.depth.parameters)} -> {len(plan.depth.keep)}{which}")
+    for kind in sorted({g.kind for g in plan.staying}):
+        groups = sorted((g for g in plan.staying if g.kind == kind), key=lambda g: g.layer)
         was, now = [g.units for g in groups], plan.widths(kind)
         say(f"  {kind}: {spans(was)} -> {spans(now)} {groups[0].unit}s a layer")
 
@@ -90,8 +93,8 @@ def print_plan(plan: Plan) -> None:
 def extreme_cuts(plan: Plan) -> list[str]:
     """A sentence for each kind of which any layer loses more than 75 % of its units; none for a moderate plan."""
     sentences = []
-    for kind in sorted({g.kind for g in plan.groups}):
-        groups = [g for g in plan.groups if g.kind == kind]
+    for kind in sorted({g.kind for g in plan.staying}):
+        groups = [g for g in plan.staying if g.kind == kind]
         shares = [1.0 - plan.keep[g.name].numel() / g.units for g in groups]
         extreme = [share for share in shares if share > EXTREME]
         if extreme:
@@ -153,6 +156,8 @@ def _say_planning(record: Mapping[str, Any]) -> None:
     if record.get("binding"):
         rules = [c for c in record["constraints"] if c.partition(":")[0] in record["binding"]]
         say(f"  bound by {'; '.join(rules)}")
+    if record.get("note"):
+        say(f"  note: {record['note']}")
     if "prediction" in record:
         prediction = record["prediction"]
         prefill = ", ".join(f"{s:.2f} at {t} tokens" for t, s in prediction["prefill"].items())

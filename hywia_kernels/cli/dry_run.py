@@ -6,11 +6,13 @@ import argparse
 
 import torch
 
+from .. import arch
 from ..checkpoint import saving
 from ..checkpoint.skeleton import skeleton
 from ..compression import with_resolved_recovery
 from ..deploy import planning
 from ..deploy.estimate import estimate
+from ..method.depth import most_gone
 from ..method.search import EFFORTS
 from ..recipe import Recipe
 from ..types import Scores
@@ -36,12 +38,17 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
     recipe = recipe.resolved(torch.device(device).type)
     recipe = with_resolved_recovery(model, recipe, torch.device(device))
     plan = planning.check_reachable(model, scores, criterion=recipe.criterion, **recipe.plan_request())
-    plan = planning.with_prediction(plan, model, recipe.target)
-    heads_go = any(g.kind == "attention" and plan.keep[g.name].numel() < g.units for g in plan.groups)
     trials, samples = _trials(recipe, planning.alike(model) if scores is None else scores)
+    plan = planning.with_prediction(plan, model, recipe.target, recipe.serve)
+    heads_go = any(g.kind == "attention" and plan.keep[g.name].numel() < g.units for g in plan.staying)
+    most = 0
+    if recipe.layer_samples() and (scores is None or scores.layers is None):
+        most = most_gone(arch.layer_parameters(model), plan.parameters_before, **recipe.plan_request())
     takes = estimate(
         model,
-        samples=recipe.samples if scores is None and recipe.criterion == "hywia" else 0,
+        samples=recipe.scored_samples() if scores is None else 0,
+        layer_samples=recipe.layer_samples() if most else 0,
+        layers_gone=most,
         seq_len=recipe.seq_len,
         writes=scores is None and recipe.calibration is None and recipe.text_samples() > 0,
         ranks_heads=heads_go and recipe.head_ranking == "residual",

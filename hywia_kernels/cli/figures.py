@@ -13,9 +13,9 @@ __all__ = ["score_figures", "speed_figures", "width_figures"]
 
 
 def width_figures(kinds: Sequence[KindWidths]) -> list[str]:
-    """Units in each layer, before and after where both are known; one figure for each kind of unit."""
+    """Units in each layer, before and after where both are known; one figure for each kind of unit inside layers."""
     figures = []
-    for kind in kinds:
+    for kind in (k for k in kinds if k.kind != "layers"):
         before = {"before": kind.before} if kind.before is not None else {}
         figures.append(
             charts.bars(

@@ -13,6 +13,7 @@ from ..arch.facts import fingerprint
 from ..deploy import planning
 from ..errors import HywiaError
 from ..method.derivation import prove
+from ..method.layer_masks import check_transparent
 from ..method.recovery.job import resolved
 from ..method.tokens import check_length, prefix
 from ..recipe import Recipe
@@ -46,6 +47,8 @@ def check(model: Any, tokenizer: Any, recipe: Recipe, measured: Measured | None 
         raise HywiaError("scores: expected the groups of units that this model has, got others; score it again")
     scores = None if measured is None else measured.scores
     planning.check_reachable(model, scores, criterion=recipe.criterion, **recipe.plan_request())
+    if "layers" in recipe.kinds and (recipe.reconstruct or recipe.search != "none"):
+        check_transparent(model)
     if recipe.text_samples() and measured is None:
         check_length(model, recipe.seq_len, "seq_len")
         if tokenizer is not None:
@@ -83,6 +86,8 @@ def check_text(recipe: Recipe, tokens: Tensor | None) -> None:
         first_samples(tokens, recipe.samples, "ranking heads by what the others leave of them")
     if recipe.search != "none":
         first_samples(tokens, 1, "the search")
+    if recipe.layer_samples():
+        first_samples(tokens, recipe.layer_samples(), "leaving layers out")
     if recipe.fusion == LEARNED:
         first_samples(tokens, 1, "mask learning")
     if recipe.reconstruct:

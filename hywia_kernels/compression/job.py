@@ -95,7 +95,7 @@ def compress(
             check_text(recipe, measured.tokens)
         with _dense(model, tokenizer, recipe, work, clock) as dense:
             scores, plan = decided(model, recipe, measured, clock, dense)
-            plan = planning.with_prediction(plan, model, recipe.target)
+            plan = planning.with_prediction(plan, model, recipe.target, recipe.serve)
             if when_planned is not None:
                 when_planned(plan)
             before = None if evaluation is None else evaluation.measure(model, tokenizer)

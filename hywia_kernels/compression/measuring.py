@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import HywiaError
 from ..method.calibration_data import calibration
-from ..method.criteria import score
+from ..method.criteria import score, unscored
 from ..method.derivation import prove
 from ..method.scores import fuse
 from ..method.statistics import calibrate
@@ -31,8 +31,8 @@ class Measured:
     """What is known of a model before anything is decided; `hywia score` keeps it on disk.
 
     Attributes:
-        scores: of every unit.
-        statistics: that the scores were made from; None for a criterion that needs no text.
+        scores: of every unit; zeros where only whole layers may go, which are scored once the request is known.
+        statistics: that the scores were made from; None for a criterion that needs no text, or where only layers go.
         tokens: int64 `[samples, seq_len]`, as much of the text as the recipe may read; the first ones were scored. None
             where no text was needed.
         record: the resolved recipe that asked for it, and what the text is.
@@ -83,7 +83,7 @@ def _read(model: Any, tokenizer: Any, recipe: Recipe, asked: int | None) -> tupl
         bos=recipe.bos,
         field=recipe.text_field,
     )
-    scored = recipe.samples if recipe.criterion == "hywia" else 1
+    scored = max(recipe.scored_samples(), recipe.layer_samples(), 1)
     solved = asked or 1 if recipe.reconstruct else 1
     for needed, option in ((scored, "--samples"), (solved, "--reconstruct-samples")):
         if len(tokens) < needed:
@@ -144,6 +144,8 @@ def measured_with(
             scores = score(model, criterion=recipe.criterion, seed=recipe.seed, backend=backend)
             return Measured(scores, None, tokens, record)
         assert tokens is not None
+        if not recipe.scored_samples():
+            return Measured(unscored(model), None, tokens, record)
         scored = first_samples(tokens, recipe.samples, "scoring")
         statistics = calibrate(model, scored, backend=backend, engine=engine, memory=memory)
     origin = {k: text[k] for k in ("calib", "seed", "bos") if k in text} | {"tokens": scored.numel()}

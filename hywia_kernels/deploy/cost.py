@@ -61,6 +61,11 @@ def cost_of(model: Any, plan: Plan | None = None) -> Cost:
     kept = {g.name: plan.keep[g.name].numel() if plan is not None else g.units for g in groups}
     shapes = _shapes(model)
     attention, kv, removed = [], [], 0
+    if plan is not None and plan.depth is not None:
+        path = arch.architecture(model).layers
+        gone = tuple(f"{path}.{i}." for i in plan.depth.gone)
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(gone)}
+        removed, groups = plan.depth.removed, plan.staying
     for group in groups:
         removed += (group.units - kept[group.name]) * group.unit_parameters
         for member in group.members:

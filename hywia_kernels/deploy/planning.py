@@ -13,6 +13,7 @@ from .. import arch
 from ..arch.facts import count_parameters
 from ..errors import UsageError
 from ..method import selection
+from ..method.depth import unmeasured
 from ..method.search import Choices
 from ..types import Group, Plan, Scores
 from . import device_profiles, serving_rules
@@ -115,7 +116,7 @@ def check_reachable(
     model: Any, scores: Scores | None = None, *, criterion: str | None = "hywia", **request: Any
 ) -> Plan:
     """Make sure that a request can be planned before anything is measured. Reachable widths, servers' rules, layers and
-    kinds depend on the model alone.
+    kinds depend on the model alone, and so does whether its config can describe fewer layers.
 
     Args:
         model: the model to prune. scores: its scores, where there are some already. criterion: what it is to be scored
@@ -132,7 +133,14 @@ def check_reachable(
     serving_rules.check_vocabulary(
         request.get("serve", serving_rules.DEFAULT), request.get("tensor_parallel", 1), vocabulary
     )
-    return plan_for(alike(model, criterion) if scores is None else scores, **request)
+    scores = alike(model, criterion) if scores is None else scores
+    if "layers" in selection.requested_kinds(**request):
+        depth = len(arch.layers_of(model))
+        if depth > 1:  # without the first one, every other layer changes its place
+            arch.check_depth(model, range(1, depth))
+        if scores.layers is None:
+            scores = dataclasses.replace(scores, layers=unmeasured(arch.layer_parameters(model)))
+    return plan_for(scores, **request)
 
 
 def alike(model: Any, criterion: str | None = "hywia") -> Scores:
@@ -196,8 +204,14 @@ def _limited(
     return make(admitted)
 
 
-def with_prediction(plan: Plan, model: Any, target: str | Path | device_profiles.Target | None = None) -> Plan:
-    """The plan, with what it should gain on the target in its record as "prediction": times before over times after."""
+def with_prediction(
+    plan: Plan,
+    model: Any,
+    target: str | Path | device_profiles.Target | None = None,
+    serve: Sequence[str] = serving_rules.DEFAULT,
+) -> Plan:
+    """The plan, with what it should gain on the target in its record as "prediction": times before over times after;
+    and as "note" what the servers may make of layers that have moved up."""
     device = target if isinstance(target, device_profiles.Target) else device_profiles.resolve(target)
     speedups = device_profiles.predict(cost_of(model), cost_of(model, plan), device)
     prediction = {
@@ -206,4 +220,7 @@ def with_prediction(plan: Plan, model: Any, target: str | Path | device_profiles
         "decode": round(speedups.decode, 4),
         "size": round(speedups.size, 4),
     }
-    return dataclasses.replace(plan, record={**plan.record, "prediction": prediction})
+    types = getattr(arch.text_config(model), "layer_types", None)
+    note = None if plan.depth is None else serving_rules.pattern_note(serve, types, plan.depth.keep)
+    noted = {} if note is None else {"note": note}
+    return dataclasses.replace(plan, record={**plan.record, **noted, "prediction": prediction})

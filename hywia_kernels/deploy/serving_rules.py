@@ -24,7 +24,16 @@ from dataclasses import dataclass
 from ..errors import HywiaError, UsageError
 from ..types import Group
 
-__all__ = ["DEFAULT", "SERVERS", "Constraint", "allowed", "check_untouched", "check_vocabulary", "constraints"]
+__all__ = [
+    "DEFAULT",
+    "SERVERS",
+    "Constraint",
+    "allowed",
+    "check_untouched",
+    "check_vocabulary",
+    "constraints",
+    "pattern_note",
+]
 
 SERVERS = ("vllm", "tgi", "llama.cpp")
 DEFAULT = SERVERS
@@ -163,6 +172,24 @@ def check_vocabulary(serve: Sequence[str], tensor_parallel: int, vocabulary: int
             f"serve: vllm pads the vocabulary of {vocabulary} to {padded}, which is no multiple of {tensor_parallel} "
             "GPUs; pass another --tensor-parallel, or leave vllm out of --serve"
         )
+
+
+def pattern_note(serve: Sequence[str], types: Sequence[str] | None, keep: Sequence[int]) -> str | None:
+    """What to know of a model whose layers differ in their attention once some have gone; None where it is nothing.
+
+    llama.cpp has no list of such types for most families (Gemma 2 and 3): it counts, every second or sixth layer.
+
+    Args:
+        serve: as `constraints` takes it. types: of each layer before the cut, as the config lists them; None: no list.
+        keep: indices of the layers that stay.
+    """
+    named = any(name.partition(".")[0] == "llama" for name in serve)
+    if types is None or not named or [types[i] for i in keep] == list(types[: len(keep)]):
+        return None
+    return (
+        "the attention's types no longer come in the family's order, which llama.cpp counts by instead of reading "
+        "config.layer_types: check there what the converted model says; transformers goes by the list"
+    )
 
 
 def _told(rules: Sequence[Constraint]) -> str:

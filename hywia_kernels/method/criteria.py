@@ -11,16 +11,17 @@ from .. import arch, ops
 from ..arch.facts import check_finite, fingerprint_and_count
 from ..errors import UsageError
 from ..settings import CRITERIA, FUSIONS
-from ..types import Group, Scores
+from ..types import Group, LayerScores, Scores
 from ..versions import versions
 from .scores import fuse
 from .statistics import calibrate
 
-__all__ = ["magnitude", "random", "score"]
+__all__ = ["magnitude", "random", "score", "unscored"]
 
 
 def magnitude(model: Any, *, backend: str | None = None) -> Scores:
-    """Score each unit by the squared l2 norm of its weights, which ranks as the norm does; no data is needed.
+    """Score each unit by the squared l2 norm of its weights, which ranks as the norm does; no data is needed. A layer
+    is scored by that of its units together.
 
     Raises:
         HywiaError: an unknown architecture, or NaN or Inf in weights.
@@ -46,7 +47,11 @@ def magnitude(model: Any, *, backend: str | None = None) -> Scores:
             )
         assert pair is not None
         values[group.name] = pair.fine.cpu()
-    return _without_data(model, groups, values, {"criterion": "magnitude"})
+    by_layer = [0.0] * len(arch.layers_of(model))
+    for group in groups:
+        if group.kind != "experts":  # whose weights are those of their channels
+            by_layer[group.layer] += float(values[group.name].sum(dtype=torch.float64))
+    return _without_data(model, groups, values, torch.tensor(by_layer), {"criterion": "magnitude"})
 
 
 def random(model: Any, seed: int = 0) -> Scores:
@@ -54,13 +59,25 @@ def random(model: Any, seed: int = 0) -> Scores:
     groups = arch.groups(model)
     generator = torch.Generator().manual_seed(seed)
     values = {g.name: torch.rand(g.units, generator=generator) for g in groups}
-    return _without_data(model, groups, values, {"criterion": "random", "seed": seed})
+    by_layer = torch.rand(len(arch.layers_of(model)), generator=generator)
+    return _without_data(model, groups, values, by_layer, {"criterion": "random", "seed": seed})
 
 
-def _without_data(model: Any, groups: tuple[Group, ...], values: dict[str, Tensor], record: dict[str, Any]) -> Scores:
+def unscored(model: Any) -> Scores:
+    """Zeros for every unit: what goes with whole layers, where no unit inside them may go."""
+    groups = arch.groups(model)
+    values = {g.name: torch.zeros(g.units) for g in groups}
+    fingerprint, parameters = fingerprint_and_count(model)
+    return Scores(groups, values, values, parameters, fingerprint, {"criterion": "hywia", "versions": versions()})
+
+
+def _without_data(
+    model: Any, groups: tuple[Group, ...], values: dict[str, Tensor], by_layer: Tensor, record: dict[str, Any]
+) -> Scores:
+    layers = LayerScores(arch.layer_parameters(model), by_layer, record={"by": record["criterion"]})
     record["versions"] = versions()
     fingerprint, parameters = fingerprint_and_count(model)
-    return Scores(groups, values, {}, parameters, fingerprint, record)
+    return Scores(groups, values, {}, parameters, fingerprint, record, layers)
 
 
 def score(

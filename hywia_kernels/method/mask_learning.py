@@ -31,7 +31,7 @@ from ..errors import HywiaError, UsageError
 from ..ops.reference import standardised_log
 from ..progress import Bar
 from ..settings import LEARNING_BATCH, STEPS
-from ..types import Group, Plan, Scores
+from ..types import Depth, Group, Plan, Scores
 from .calibration_data import check_tokens, digest
 from .distillation import HeadTargets, distillation_loss
 
@@ -72,6 +72,18 @@ def _masked(masks: Sequence[_LearnedMask]) -> Iterator[None]:
         return multiply
 
     with hooked([(mask.module, hook(mask)) for mask in masks], before=True):
+        yield
+
+
+@contextmanager
+def _skipped(model: Any, depth: Depth | None) -> Iterator[None]:
+    """Within the context the layers that go hand on what enters them."""
+
+    def hand_on(module: nn.Module, entered: tuple, out: Any) -> Any:
+        return (entered[0], *out[1:]) if isinstance(out, tuple) else entered[0]
+
+    layers = arch.layers_of(model)
+    with hooked([(layers[i], hand_on) for i in (() if depth is None else depth.gone)]):
         yield
 
 
@@ -130,7 +142,7 @@ def learn_masks(
         check_tokens(samples.tokens, model)
         loss.check_head(model)
         masks = _initial_masks(model, scores, plan)
-        losses = _optimise(model, masks, samples, steps, batch)
+        losses = _optimise(model, masks, plan.depth, samples, steps, batch)
     values = dict(scores.values) | {mask.group.name: mask.scores.detach().cpu() for mask in masks}
     record = {
         "steps": steps,
@@ -146,7 +158,7 @@ def learn_masks(
 def _initial_masks(model: Any, scores: Scores, plan: Plan) -> list[_LearnedMask]:
     """A mask for every group that the plan cuts."""
     masks = []
-    for group in scores.groups:
+    for group in plan.staying:
         member, count = group.members[-1], plan.keep[group.name].numel()
         if count == group.units:
             continue
@@ -160,8 +172,10 @@ def _initial_masks(model: Any, scores: Scores, plan: Plan) -> list[_LearnedMask]
     return masks
 
 
-def _optimise(model: Any, masks: Sequence[_LearnedMask], samples: Samples, steps: int, batch: int) -> list[float]:
-    """Move the masks' scores; return the divergence at every step."""
+def _optimise(
+    model: Any, masks: Sequence[_LearnedMask], depth: Depth | None, samples: Samples, steps: int, batch: int
+) -> list[float]:
+    """Move the masks' scores, in the model without the layers that go; return the divergence at every step."""
     device = model.get_input_embeddings().weight.device
     optimiser = torch.optim.Adam([mask.scores for mask in masks], lr=_RATE, betas=_BETAS)
     losses = []
@@ -176,7 +190,7 @@ def _optimise(model: Any, masks: Sequence[_LearnedMask], samples: Samples, steps
                 dense = _hidden_states(model, tokens)
             targets = HeadTargets(model, dense.flatten(0, 1))
             weight = (valid / valid.sum()).flatten()
-            with _masked(masks), torch.enable_grad():
+            with _masked(masks), _skipped(model, depth), torch.enable_grad():
                 optimiser.zero_grad(set_to_none=True)
                 masked = _hidden_states(model, tokens).flatten(0, 1)
                 divergence = distillation_loss(model, masked, targets, weight)

@@ -30,30 +30,13 @@ from ..errors import HywiaError, UsageError
 from ..settings import RIDGE
 from ..types import Group, Plan
 from .calibration_data import check_tokens, digest
-from .layer_runs import CHUNK_TOKENS, Call, entrance, seen
+from .layer_masks import check_transparent, zero_layers
+from .layer_runs import CHUNK_TOKENS, seen
+from .layer_targets import LayerTarget, Run, gap_behind, layer_target, run_of
 from .moments import TINY, cholesky_factor, exact_products, moment_dtype
 from .surgery import checked_groups, unit_entries, zero_units
 
 __all__ = ["check_ridge", "reconstruct", "through_layers"]
-
-
-@dataclass
-class _Run:
-    """One run of samples on its way through the layers: hidden states of the dense and of the pruned model."""
-
-    calls: list[Call]
-    dense: Tensor
-    pruned: Tensor
-    rows: Tensor | None  # positions without padding; None: all
-
-    def flat(self, tensor: Tensor) -> Tensor:
-        flat = tensor.reshape(-1, tensor.shape[-1])
-        return flat if self.rows is None else flat.index_select(0, self.rows.to(flat.device))
-
-
-def _run(model: Any, layers: nn.ModuleList, samples: Samples) -> _Run:
-    begin = entrance(model, layers, samples)
-    return _Run(begin.calls, begin.hidden, begin.hidden, begin.rows)
 
 
 @dataclass
@@ -104,8 +87,9 @@ class _NormalEquations:
         return change, float(self.energy / scale), float(after / scale)
 
 
-def _matrices(model: Any, plan: Plan, groups: Sequence[Group]) -> list[_Matrix]:
-    """The matrices through which the removed units sent their output on, in the order of the forward pass.
+def _matrices(model: Any, plan: Plan, groups: Sequence[Group], *, before_gap: bool) -> list[_Matrix]:
+    """The matrices through which the removed units sent their output on, in the order of the forward pass; and the one
+    that sends on what leaves the layer, where layers behind it go, whose part it can take over (`before_gap`).
 
     Matrices of stacked experts are left as they are: each sees only the tokens that are sent to it.
     """
@@ -114,7 +98,9 @@ def _matrices(model: Any, plan: Plan, groups: Sequence[Group]) -> list[_Matrix]:
     chosen = []
     for group in groups:
         member, keep = group.members[-1], plan.keep[group.name]
-        if keep.numel() == group.units or group.kind == "experts" or member.index is not None:
+        if group.kind == "experts" or member.index is not None:
+            continue
+        if keep.numel() == group.units and not (before_gap and member.module == residual):
             continue
         module = model.get_submodule(member.module)
         weight = arch.view(model, member, group.units)
@@ -124,23 +110,8 @@ def _matrices(model: Any, plan: Plan, groups: Sequence[Group]) -> list[_Matrix]:
     return chosen
 
 
-@dataclass
-class _LayerTarget:
-    """What the dense layer does with one run of samples.
-
-    Of the matrix that sends on, whose equations are about what leaves the layer, its own output counts only by its
-    energy; those of the others are held until their equations are there.
-    """
-
-    out: Tensor
-    outputs: dict[nn.Module, Tensor]
-    energies: dict[nn.Module, Tensor]  # weighted sums of squares, float64
-    weight: Tensor  # [tokens without padding]
-    include_drift: bool
-
-
 def _equations(
-    layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[_Run], targets: Sequence[_LayerTarget]
+    layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[Run], targets: Sequence[LayerTarget]
 ) -> _NormalEquations:
     """Normal equations of one matrix: the pruned model's inputs against what the dense one has and it lacks.
 
@@ -166,24 +137,6 @@ def _equations(
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
         normal.add(x, run.flat(missing), goal.energies[matrix.module], goal.weight)
     return normal
-
-
-def _layer_target(
-    layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, include_drift: bool
-) -> _LayerTarget:
-    with seen([m.module for m in matrices]) as at:
-        out = run.calls[index](layer, run.dense)
-    # The next norm divides by a token's rms, so errors count relative to it; tokens with huge activations (the first of
-    # a text, usually) would decide the regression otherwise.
-    weight = 1.0 / run.flat(out).float().square().mean(1).clamp(min=TINY)
-    energies = {m.module: _energy(run.flat(at[m.module][1].float()), weight) for m in matrices}
-    outputs = {m.module: at[m.module][1] for m in matrices if not (include_drift and m.additive)}
-    return _LayerTarget(out, outputs, energies, weight, include_drift)
-
-
-def _energy(target: Tensor, weight: Tensor) -> Tensor:
-    dtype = moment_dtype(target.device)
-    return (target.to(dtype).square() * weight.to(dtype)[:, None]).sum(dtype=torch.float64)
 
 
 @dataclass
@@ -245,6 +198,8 @@ def _write(model: Any, plan: Plan, groups: Sequence[Group], solved: Sequence[tup
     interrupted: KeyboardInterrupt | None = None
     while True:
         try:
+            if plan.depth is not None:
+                zero_layers(model, plan.depth)
             for group in groups:
                 zero_units(model, group, plan.keep[group.name])  # a router's forward ends with the pass
             for matrix, values in solved:
@@ -256,7 +211,7 @@ def _write(model: Any, plan: Plan, groups: Sequence[Group], solved: Sequence[tup
         raise interrupted
 
 
-def _give_up_dense(runs: Sequence[_Run]) -> None:
+def _give_up_dense(runs: Sequence[Run]) -> None:
     """The dense model's hidden states before the layer, in whose place those behind it are about to come."""
     for run in runs:
         run.dense = run.pruned
@@ -348,21 +303,32 @@ def through_layers(
     entry = arch.architecture(model)
     layers: Any = model.get_submodule(entry.layers)
     devices = dict.fromkeys(p.device for p in layers.parameters())
+    gone = () if plan.depth is None else plan.depth.gone
+    if gone:
+        check_transparent(model)
     errors: dict[str, list[float]] = {}
     if samples is not None:
         check_tokens(samples.tokens, model)
     with exact_products(*devices):
         chunks = [] if samples is None else samples.sorted().chunks(CHUNK_TOKENS)
-        runs = [_run(model, layers, chunk) for chunk in chunks]
+        runs = [run_of(model, layers, chunk) for chunk in chunks]
         same = True  # both models have the same hidden states so far
         what = "reconstructing" if solved is not None else "judging"
         for index, layer in enumerate(progress.track(layers, what)):
+            if index in gone:
+                if not any(i not in gone for i in range(index)):  # no layer is before it that could take its part over
+                    for run in runs:
+                        run.dense = run.calls[index](layer, run.dense)
+                    same = False
+                continue
+            gap = gap_behind(layers, index, gone)
             here = [g for g in groups if g.layer == index]
-            cut = [g for g in here if plan.keep[g.name].numel() < g.units]
-            targets: list[_LayerTarget] = []
-            matrices = [] if samples is None else _matrices(model, plan, here)
+            cut = [g for g in here if gap or plan.keep[g.name].numel() < g.units]
+            targets: list[LayerTarget] = []
+            matrices = [] if samples is None else _matrices(model, plan, here, before_gap=bool(gap))
             if cut or not same:
-                targets = [_layer_target(layer, index, matrices, run, entry.residual is not None) for run in runs]
+                additive = {m.module: m.additive for m in matrices}
+                targets = [layer_target(layer, index, additive, run, entry.residual is not None, gap) for run in runs]
             with _tried(model, cut):
                 for group in here:
                     zero_units(model, group, plan.keep[group.name])

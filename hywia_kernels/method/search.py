@@ -129,7 +129,7 @@ def best_plan(
     how = EFFORTS[effort]
     texts = shared_out(tokens, scored, how.refit, how.judged)
     judge = Judge(model, texts, ridge)
-    ordered = sorted(choices.splits, key=lambda split: 0 if split is None else split.get("attention", 0))
+    ordered = sorted(choices.splits, key=lambda s: (0, 0) if s is None else (s.get("layers", 0), s.get("attention", 0)))
     tried: dict[tuple[int, float], _Trial] = {}
 
     def divergence(split: int, spread: float) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,14 +11,23 @@ import torch
 from torch import Tensor
 
 from ..deploy import device_profiles
-from ..errors import HywiaError, UsageError
+from ..errors import UsageError
 from ..settings import DEFAULT_KINDS, KINDS, LAYOUTS
-from ..types import Group, Plan, Scores
+from ..types import Depth, Group, Plan, Scores
 from .allocation import allocate
+from .depth import check_layers_gone, chosen, loss_by_count, shared_out, staying_groups
+from .ratio import Limits, candidates, some_width, too_wide, uniform, widths_of
 
-__all__ = ["check_kinds", "estimated_loss", "may_go", "plan", "ranked_again", "splits", "top_units"]
-
-Limits = Callable[[Group, list[int]], list[int]]  # of a group's widths, ascending, those that may be chosen
+__all__ = [
+    "check_kinds",
+    "estimated_loss",
+    "may_go",
+    "plan",
+    "ranked_again",
+    "requested_kinds",
+    "splits",
+    "top_units",
+]
 
 
 def plan(
@@ -34,6 +42,7 @@ def plan(
     limits: Limits | None = None,
     split: Mapping[str, int] | None = None,
     spread: float = 1.0,
+    layers_gone: int | None = None,
 ) -> Plan:
     """Choose the units to keep.
 
@@ -43,8 +52,10 @@ def plan(
       describes the result; widths are multiples of `align`, heads are whole. Of the width pairs that meet the ratio
       to within one alignment step, the one whose removed units add least to the loss by the scores' estimate is
       taken; scores without an estimate (magnitude, random) remove the same share of both kinds, as nearly as whole
-      heads allow.
-    * `group_ratio` with `layers=(first, end)`: the papers' protocol, that share of every listed layer's units.
+      heads allow. Where whole layers may go too, each number of them is a further dimension of that choice; where they
+      alone may go, as many go as come nearest to the ratio.
+    * `group_ratio` with `layers=(first, end)`: the papers' protocol, that share of every listed layer's units, or of
+      the listed layers.
 
     In both, units are ranked within their group, and of equals the lower index stays. With `layout="adaptive"` the
     layers share the same number of channels out among them by what their removal is estimated to add to the loss
@@ -56,7 +67,8 @@ def plan(
         group_ratio: in (0, 1), instead of `ratio`; or kind -> such a number, for the kinds that may go.
         layers: half-open range of layers for `group_ratio`; None: all.
         units: which kinds may go: "mlp", "attention" or both; or, in models that have them, whole "experts", with
-            or without "attention".
+            or without "attention"; and whole "layers", alone or with others, where the scores have them
+            (`rank_layers`).
         align: widths of channels are multiples of it, or untouched; None: what suits the device at hand
             (`device_profiles.at_hand`).
         layout: "uniform" or "adaptive".
@@ -64,12 +76,15 @@ def plan(
             None: all.
         split: with `ratio`, the widths by kind to take instead of those of the least estimated loss: one of `splits`.
         spread: with `layout="adaptive"`, how far the estimates set layers apart, in [0, 1]; see `allocation.allocate`.
+        layers_gone: with `ratio` and "layers" among the units, how many layers go; None: it is chosen.
 
     Raises:
         UsageError: arguments outside the above, or a ratio that these units cannot reach.
     """
     scores.check()
-    kinds = _kinds(tuple(group_ratio) if isinstance(group_ratio, Mapping) else units, scores.groups)
+    kinds = _kinds(requested_kinds(group_ratio=group_ratio, units=units), scores.groups)
+    if "layers" in kinds and scores.layers is None:
+        raise UsageError("scores: expected some of whole layers, got none; add them (rank_layers) or leave layers out")
     if layout not in LAYOUTS:
         raise UsageError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     if not 0.0 <= spread <= 1.0:
@@ -81,35 +96,43 @@ def plan(
         _in_unit_interval("ratio", ratio)
         if layers is not None:
             raise UsageError("layers: goes with group_ratio; ratio prunes every layer to the same width")
-        counts = _uniform(scores, ratio, kinds, align, limits, split)
+        check_layers_gone(scores, kinds, layers_gone)
+        counts, depth = uniform(scores, ratio, kinds, align, limits, layers_gone, split)
         request: dict[str, Any] = {"protocol": "ratio", "ratio": ratio}
     else:
         assert group_ratio is not None
         if split is not None:
             raise UsageError("split: goes with ratio; group_ratio says the widths itself")
+        if layers_gone is not None:
+            raise UsageError("layers_gone: goes with ratio; group_ratio says the share of layers itself")
         shares = dict(group_ratio) if isinstance(group_ratio, Mapping) else dict.fromkeys(kinds, group_ratio)
         for share in shares.values():
             _in_unit_interval("group_ratio", share)
-        counts = _per_group(scores, shares, layers, align, limits, isinstance(group_ratio, Mapping))
+        counts, depth = _per_group(scores, shares, layers, align, limits, isinstance(group_ratio, Mapping))
         given = dict(group_ratio) if isinstance(group_ratio, Mapping) else group_ratio
         request = {"protocol": "group_ratio", "group_ratio": given, "layers": layers and list(layers)}
     if layout == "adaptive":
         first, end = layers or (0, 1 + max(g.layer for g in scores.groups))
-        free = [g for g in scores.groups if g.kind == "mlp" and "mlp" in kinds and first <= g.layer < end]
-        widths = {g.name: _widths(g, align, limits) for g in free}
-        _some_width(free, widths)
+        staying = staying_groups(scores.groups, depth)
+        free = [g for g in staying if g.kind == "mlp" and "mlp" in kinds and first <= g.layer < end]
+        widths = {g.name: widths_of(g, align, limits) for g in free}
+        some_width(free, widths)
         counts |= allocate(scores, counts, free, widths, spread)
     request |= {"units": list(kinds), "align": align, "layout": layout}
+    if depth is not None and scores.layers is not None:
+        request["layers_by"] = scores.layers.record.get("by")
     keep = {g.name: top_units(scores.values[g.name], counts[g.name]) for g in scores.groups}
-    removed = sum((g.units - counts[g.name]) * g.unit_parameters for g in scores.groups)
+    removed = sum((g.units - counts[g.name]) * g.unit_parameters for g in staying_groups(scores.groups, depth))
+    removed += 0 if depth is None else depth.removed
     return Plan(
         groups=scores.groups,
         keep=keep,
         parameters_before=scores.parameters,
         parameters_after=scores.parameters - removed,
-        layout=_layout(scores.groups, counts),
+        layout=_layout(staying_groups(scores.groups, depth), counts),
         fingerprint=scores.fingerprint,
         record={**request, "scores": dict(scores.record)},
+        depth=depth,
     )
 
 
@@ -122,25 +145,28 @@ def splits(
     limits: Limits | None = None,
     **_: Any,
 ) -> list[dict[str, int]]:
-    """Every way to share a ratio out among the kinds of units, in the arguments of `plan`: kind -> width of all layers.
+    """Every way to share a ratio out among the kinds of units, in the arguments of `plan`: kind -> width of all layers,
+    and "layers" -> how many stay, where these may go.
 
-    There is one for each count of heads, with the other kind's width that comes nearest. The first one is what `plan`
-    chooses, and the others follow in the order in which it would.
+    There is one for each count of layers and heads, with the other kind's width that comes nearest. The first one is
+    what `plan` chooses, and the others follow in the order in which it would.
 
     Raises:
         UsageError: as `plan`.
     """
     scores.check()
     _in_unit_interval("ratio", ratio)
-    return _splits(scores, ratio, _kinds(units, scores.groups), _checked_align(align), limits)
+    found = candidates(scores, ratio, _kinds(units, scores.groups), _checked_align(align), limits)
+    return [candidate.split for candidate in found]
 
 
 def estimated_loss(scores: Scores, plan: Plan) -> float | None:
     """The sum of the loss estimates of the units that go, in nats; None for scores that estimate none."""
     if not scores.loss:
         return None
-    total = 0.0
-    for group in scores.groups:
+    by_count = None if scores.layers is None else loss_by_count(scores.layers)
+    total = 0.0 if plan.depth is None or by_count is None else by_count[len(plan.depth.gone)]
+    for group in plan.staying:
         loss = scores.loss[group.name].double()
         total += float(loss.sum() - loss[plan.keep[group.name]].sum())
     return total
@@ -155,9 +181,16 @@ def may_go(
     **_: Any,
 ) -> Callable[[Group], bool]:
     """Whether a request, in the arguments of `plan`, may cut a group: a test of the group's kind and layer."""
-    kinds = _kinds(tuple(group_ratio) if isinstance(group_ratio, Mapping) else units, groups)
+    kinds = _kinds(requested_kinds(group_ratio=group_ratio, units=units), groups)
     first, end = _span(groups, layers)
     return lambda group: group.kind in kinds and first <= group.layer < end
+
+
+def requested_kinds(
+    *, group_ratio: float | Mapping[str, float] | None = None, units: Sequence[str] = DEFAULT_KINDS, **_: Any
+) -> tuple[str, ...]:
+    """The kinds of units that a request, in the arguments of `plan`, names."""
+    return tuple(group_ratio) if isinstance(group_ratio, Mapping) else tuple(units)
 
 
 def top_units(values: Tensor, count: int) -> Tensor:
@@ -187,9 +220,9 @@ def check_kinds(units: Sequence[str]) -> None:
 def _kinds(units: Sequence[str], groups: Sequence[Group]) -> tuple[str, ...]:
     check_kinds(units)
     chosen = tuple(k for k in KINDS if k in units)
-    missing = set(chosen) - {g.kind for g in groups}
+    missing = set(chosen) - {g.kind for g in groups} - {"layers"}
     if missing:
-        has = ", ".join(k for k in KINDS if any(g.kind == k for g in groups))
+        has = ", ".join(k for k in KINDS if k == "layers" or any(g.kind == k for g in groups))
         raise UsageError(f"units: the model has no {', '.join(sorted(missing))} to cut, only {has}; leave it out")
     empty = next((g.name for g in groups if g.kind in chosen and not g.unit_parameters), None)
     if empty is not None:
@@ -221,14 +254,6 @@ def _layout(groups: Iterable[Group], counts: dict[str, int]) -> str:
     return "uniform" if all(len(widths) == 1 for widths in by_kind.values()) else "adaptive"
 
 
-def _widths(group: Group, align: int, limits: Limits | None) -> list[int]:
-    """Counts a group may be cut to, ascending, the present one included."""
-    counts = list(range(group.min_units, group.units + 1))
-    if group.kind == "mlp":
-        counts = [*range(align, group.units, align), group.units]
-    return counts if limits is None else limits(group, counts)
-
-
 def _per_group(
     scores: Scores,
     shares: Mapping[str, float],
@@ -236,26 +261,32 @@ def _per_group(
     align: int,
     limits: Limits | None,
     named: bool,
-) -> dict[str, int]:
+) -> tuple[dict[str, int], Depth | None]:
+    """`(units that each group keeps, which layers stay)`."""
     first, end = _span(scores.groups, layers)
-    counts = {g.name: g.units for g in scores.groups}
-    cut = [g for g in scores.groups if g.kind in shares and first <= g.layer < end]
-    widths = {g.name: _widths(g, align, limits) for g in cut}
-    _some_width(cut, widths)
+    depth = None
+    if "layers" in shares and scores.layers is not None:
+        depth = chosen(scores.layers, shared_out(scores.layers, shares["layers"], (first, end)), (first, end))
+    staying = staying_groups(scores.groups, depth)
+    counts = dict.fromkeys((g.name for g in scores.groups), 0) | {g.name: g.units for g in staying}
+    cut = [g for g in staying if g.kind in shares and first <= g.layer < end]
+    widths = {g.name: widths_of(g, align, limits) for g in cut}
+    some_width(cut, widths)
     for group in cut:
         target = group.units * (1.0 - shares[group.kind])
         # Nearest allowed width; of two equally near the wider, which removes less.
         counts[group.name] = min(widths[group.name], key=lambda w: (abs(w - target), -w))
-    whole = [k for k in shares if all(counts[g.name] == g.units for g in cut if g.kind == k)]
+    whole = [k for k in shares if k != "layers" and all(counts[g.name] == g.units for g in cut if g.kind == k)]
+    whole += ["layers"] if "layers" in shares and depth is None else []
     # One share for all kinds may leave one of them whole; a share of its own must do something.
     if whole and (named or len(whole) == len(shares)):
         given = ", ".join(str(s) for s in dict.fromkeys(shares[k] for k in whole))
         raise UsageError(
             f"group_ratio: {given} rounds to nothing with align={align} and whole heads"
             + (f" for {' and '.join(whole)}" if named else "")
-            + f"; ask for more, or a smaller align{_too_wide(cut, align)}"
+            + f"; ask for more, or a smaller align{too_wide(cut, align)}"
         )
-    return counts
+    return counts, depth
 
 
 def _span(groups: Sequence[Group], layers: tuple[int, int] | None) -> tuple[int, int]:
@@ -265,111 +296,3 @@ def _span(groups: Sequence[Group], layers: tuple[int, int] | None) -> tuple[int,
     if not 0 <= first < end <= depth:
         raise UsageError(f"layers: expected FIRST:END with 0 <= FIRST < END <= {depth}, got {first}:{end}")
     return first, end
-
-
-def _some_width(groups: Sequence[Group], widths: Mapping[str, Sequence[int]]) -> None:
-    for group in groups:
-        if not widths[group.name]:
-            raise UsageError(f"limits: expected some width that {group.name} of {group.units} may have, got none")
-
-
-def _too_wide(groups: Iterable[Group], align: int) -> str:
-    """What to add to a message where the alignment leaves no width to cut to."""
-    narrow = max((g.units for g in groups if g.kind == "mlp"), default=align + 1)
-    return f" (the widest MLP has {narrow} channels, so none can be cut)" if narrow <= align else ""
-
-
-def _uniform(
-    scores: Scores,
-    ratio: float,
-    kinds: tuple[str, ...],
-    align: int,
-    limits: Limits | None,
-    split: Mapping[str, int] | None,
-) -> dict[str, int]:
-    found = _splits(scores, ratio, kinds, align, limits)
-    if split is not None and dict(split) not in found:
-        raise UsageError(f"split: expected one of {found}, got {dict(split)}")
-    chosen = found[0] if split is None else split
-    return {g.name: chosen.get(g.kind, g.units) for g in scores.groups}
-
-
-def _splits(
-    scores: Scores, ratio: float, kinds: tuple[str, ...], align: int, limits: Limits | None
-) -> list[dict[str, int]]:
-    """`splits`."""
-    options = {kind: _uniform_widths(scores, kind, align, limits) for kind in kinds}
-    base = {kind: [g for g in scores.groups if g.kind == kind] for kind in kinds}
-    cost = {kind: sum(g.unit_parameters for g in base[kind]) for kind in kinds}
-    present = {kind: base[kind][0].units for kind in kinds}
-    target = ratio * scores.parameters
-
-    candidates: list[tuple[float, dict[str, int]]] = []  # (parameters removed, width by kind)
-    for widths in itertools.product(*options.values()):
-        choice = dict(zip(options, widths, strict=True))
-        removed = sum((present[k] - v) * cost[k] for k, v in choice.items())
-        if removed > 0:
-            candidates.append((removed, choice))
-    # One alignment step: of the channels when they may go, of experts or heads otherwise.
-    fine = kinds[0] if "experts" not in kinds else "experts"
-    step = (min(align, present[fine]) if fine == "mlp" else 1) * cost[fine]
-    near = [c for c in candidates if abs(c[0] - target) <= step]
-    if not near:
-        reach = sorted(c[0] / scores.parameters for c in candidates)
-        span = f"[{reach[0]:.4f}, {reach[-1]:.4f}]; the largest is {reach[-1]:.4f}" if reach else "nothing"
-        raise UsageError(
-            f"ratio: {ratio} cannot be reached to within one step of {step / scores.parameters:.4f}; "
-            f"{' and '.join(kinds)} with align={align} reach {span}{_too_wide(scores.groups, align)}"
-        )
-    return _by_loss(scores, near, target, present, step)
-
-
-def _uniform_widths(scores: Scores, kind: str, align: int, limits: Limits | None) -> list[int]:
-    members = [g for g in scores.groups if g.kind == kind]
-    if len({g.units for g in members}) != 1:
-        raise HywiaError(
-            f"ratio: the layers' {kind} widths differ already, so one width for all cannot be cut; use group_ratio"
-        )
-    stock = members[0].stock_counts
-    return [w for w in _widths(members[0], align, limits) if kind != "attention" or not stock or w in stock]
-
-
-def _by_loss(
-    scores: Scores,
-    near: list[tuple[float, dict[str, int]]],
-    target: float,
-    present: dict[str, int],
-    step: float,
-) -> list[dict[str, int]]:
-    """The width pairs that come nearest to the target, one for each count of heads, in ascending order of the loss."""
-    by_heads: dict[int | None, tuple[float, dict[str, int]]] = {}
-    for removed, choice in near:
-        key = choice.get("attention")
-        best = by_heads.get(key)
-        if best is None or abs(removed - target) < abs(best[0] - target):
-            by_heads[key] = (removed, choice)
-    # A pair on the far side of half a step is kept only when nothing nearer exists.
-    within = [c for c in by_heads.values() if abs(c[0] - target) <= step / 2] or list(by_heads.values())
-    if scores.loss:
-        loss = _loss_by_width(scores, within[0][1])
-        within.sort(key=lambda c: (sum(loss[k][w] for k, w in c[1].items()), abs(c[0] - target)))
-    else:
-        within.sort(key=lambda c: (_unevenness(c[1], present), abs(c[0] - target)))
-    return [choice for _, choice in within]
-
-
-def _loss_by_width(scores: Scores, kinds: Iterable[str]) -> dict[str, list[float]]:
-    """Kind -> list whose entry `n` is the estimated loss of all units that go when each group keeps `n`."""
-    lost: dict[str, Tensor] = {}
-    for group in scores.groups:
-        if group.kind in kinds:
-            order = torch.sort(scores.values[group.name], descending=True, stable=True).indices
-            loss = scores.loss[group.name].double()[order]
-            gone = loss.sum() - torch.cat([loss.new_zeros(1), loss.cumsum(0)])
-            lost[group.kind] = lost[group.kind] + gone if group.kind in lost else gone
-    return {kind: by_count.tolist() for kind, by_count in lost.items()}
-
-
-def _unevenness(choice: dict[str, int], present: dict[str, int]) -> float:
-    shares = [1.0 - width / present[kind] for kind, width in choice.items()]
-    return max(shares) - min(shares)

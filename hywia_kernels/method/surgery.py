@@ -16,6 +16,7 @@ from ..checkpoint.adaptive.alibi_hywia_adaptive import SURVIVORS, keep_heads
 from ..engine.passes import plain_modes, put_back
 from ..errors import HywiaError
 from ..types import Group, Member, Plan, check_together
+from .layer_masks import zero_layers
 from .undo import Removed, Undo, complement
 
 __all__ = ["mask", "prune", "resize", "unit_entries", "zero_units"]
@@ -42,11 +43,11 @@ def _kept_entries(size: int, parts: Sequence[tuple[Member, Group]], keep: Mappin
 
 
 def checked_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
-    """The plan's groups, which are the model's; nothing is changed.
+    """The plan's groups that stay, all of whose groups are the model's; nothing is changed.
 
     Raises:
-        HywiaError: the groups or weights are not those that the plan was made for, a group would keep too few units, or
-            groups that must stay equal would not.
+        HywiaError: the groups or weights are not those that the plan was made for, a group would keep too few units,
+            groups that must stay equal would not, or the family's config cannot describe the layers that stay.
     """
     groups = arch.groups(model)
     if groups != plan.groups:
@@ -60,6 +61,9 @@ def checked_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
         raise HywiaError(
             "plan: made from the scores of another model (the weights differ); score this model, in this dtype"
         )
+    if plan.depth is not None:
+        arch.check_depth(model, plan.depth.keep)
+    groups = plan.staying
     for group in groups:
         keep = plan.keep.get(group.name)
         if keep is None or keep.numel() < group.min_units:
@@ -242,7 +246,7 @@ def _keep_slopes(model: Any, entry: arch.Architecture, group: Group, keep: Tenso
 
 @torch.no_grad()
 def prune(model: Any, plan: Plan, *, backend: str | None = None) -> None:
-    """Remove a plan's units from a model, in place.
+    """Remove a plan's units, and the layers that go whole, from a model, in place.
 
     One parameter is cut at a time and its old memory released, so the peak is the model plus one parameter: what was
     removed is held until all is cut (and where a norm is over all heads, so are its matrices). The config's widths
@@ -289,6 +293,8 @@ def _cut(model: Any, plan: Plan, backend: str | None, undo: Undo) -> None:
         if group.kind == "attention" and group.name in cut:
             _rescale(model, entry, group, plan.keep[group.name].numel(), undo)
             _keep_slopes(model, entry, group, plan.keep[group.name], heads)
+    if plan.depth is not None:
+        arch.keep_layers(model, plan.depth.keep)  # what `undo` holds puts them back
     _follow(model, entry, arch.groups(model))
     _follow_config(model, entry)
 
@@ -358,14 +364,19 @@ def mask(model: Any, plan: Plan) -> None:
     """Zero a plan's removed units in place and keep the shapes; the pruned model must give the same outputs.
 
     Rows, their biases and columns are all zeroed, so every member of a removed unit is without effect by itself. A
-    router's zero row would still draw tokens, so routers are made to choose among the experts that stay.
+    router's zero row would still draw tokens, so routers are made to choose among the experts that stay. Layers that go
+    become zero altogether, norms and biases too: then they hand on what they get.
 
     Raises:
-        HywiaError: the plan is not this model's.
+        HywiaError: the plan is not this model's, or the family's layers do not hand on what they get when they are
+            zero.
     """
     model = plain_model(model, changing=True)
     with plain_modes():
-        for group in checked_groups(model, plan):
+        groups = checked_groups(model, plan)
+        if plan.depth is not None:
+            zero_layers(model, plan.depth)
+        for group in groups:
             zero_units(model, group, plan.keep[group.name])
 
 

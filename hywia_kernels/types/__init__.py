@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from .groups import Group, Member, check_together
 
 if TYPE_CHECKING:
+    from .layers import Depth, LayerScores
     from .results import Plan, Scores, Statistics
 
-__all__ = ["Group", "Member", "Plan", "Scores", "Statistics", "check_together"]
+__all__ = ["Depth", "Group", "LayerScores", "Member", "Plan", "Scores", "Statistics", "check_together"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from . import results
 
         return getattr(results, name)
+    if name in ("Depth", "LayerScores"):
+        from . import layers
+
+        return getattr(layers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import HywiaError
-from ..settings import KINDS
+from ..settings import GROUP_KINDS
 
 __all__ = ["Group", "Member", "by_name", "check_together", "is_count", "is_name", "short"]
 
@@ -109,8 +109,8 @@ class Group:
         """The first field that is wrong, and what it should be; None where all are right."""
         if not is_name(self.name):
             return "name", "a name"
-        if self.kind not in KINDS:
-            return "kind", f"one of {', '.join(KINDS)}"
+        if self.kind not in GROUP_KINDS:
+            return "kind", f"one of {', '.join(GROUP_KINDS)}"
         if not is_count(self.layer, 0):
             return "layer", "a layer's index"
         if not is_count(self.units, 1):

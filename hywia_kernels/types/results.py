@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import HywiaError
 from ..settings import LAYOUTS, ORDERS
 from .groups import Group, by_name, check_together, is_count, short
+from .layers import Depth, LayerScores
 from .record import Record, frozen_record
 
 __all__ = ["Plan", "Scores", "Statistics"]
@@ -127,6 +128,7 @@ class Scores:
         parameters: parameters of the whole model (tied ones once).
         fingerprint: of the weights that were scored.
         record: criterion, fusion, order and the statistics' record. Read-only, and JSON.
+        layers: of whole decoder layers; None where they were not scored.
 
     Raises:
         HywiaError: a field is not as described here, or holds NaN or Inf; the message names the group.
@@ -138,10 +140,13 @@ class Scores:
     parameters: int
     fingerprint: str
     record: Mapping[str, Any] = field(default_factory=Record)
+    layers: LayerScores | None = None
 
     def __post_init__(self) -> None:
         self.check()
         _check_model_and_freeze_record(self, parameters=self.parameters)
+        if self.layers is not None:
+            _check_layers(self.groups, self.layers.parameters, self.parameters)
 
     def check(self) -> None:
         """Check the tensors against the groups once more, before a later use: they may have been written to meanwhile.
@@ -166,11 +171,13 @@ class Plan:
 
     Attributes:
         groups: the groups as they are before the cut.
-        keep: group name -> int64 `[kept]`, ascending; every group of the model has an entry.
+        keep: group name -> int64 `[kept]`, ascending; every group of the model has an entry, which is empty for those
+            of a layer that goes.
         parameters_before, parameters_after: of the whole model.
         layout: "uniform" (every layer of a kind equally wide: a stock config describes it) or "adaptive".
         fingerprint: of the weights the scores came from.
         record: the request (ratio, protocol, alignment, ...) and the scores' record. Read-only, and JSON.
+        depth: which decoder layers stay; None: all.
 
     Raises:
         HywiaError: a field is not as described here: a group has no entry or too few units, indices are not ascending
@@ -185,18 +192,23 @@ class Plan:
     layout: str
     fingerprint: str
     record: Mapping[str, Any] = field(default_factory=Record)
+    depth: Depth | None = None
 
     def __post_init__(self) -> None:
-        groups = by_name(self.groups)
-        _check_entries("keep", self.keep, groups)
-        counts = {name: _checked_count(group, self.keep[name]) for name, group in groups.items()}
-        check_together(self.groups, counts)
+        _check_entries("keep", self.keep, by_name(self.groups))
+        if self.depth is not None:
+            _check_layers(self.groups, self.depth.parameters, self.parameters_before)
+            _check_gone(self.groups, self.depth, self.keep)
+        staying = self.staying
+        counts = {g.name: _checked_count(g, self.keep[g.name]) for g in staying}
+        check_together(staying, counts)
         if self.layout not in LAYOUTS:
             raise HywiaError(f"layout: expected one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         _check_model_and_freeze_record(
             self, parameters_before=self.parameters_before, parameters_after=self.parameters_after
         )
-        removed = sum((g.units - counts[g.name]) * g.unit_parameters for g in self.groups)
+        removed = sum((g.units - counts[g.name]) * g.unit_parameters for g in staying)
+        removed += 0 if self.depth is None else self.depth.removed
         if self.parameters_before - removed != self.parameters_after:
             raise HywiaError(
                 f"parameters_after: expected {self.parameters_before - removed:,}, which is what the kept units leave "
@@ -208,10 +220,33 @@ class Plan:
         """The exact share of all parameters that is removed, in [0, 1)."""
         return 1.0 - self.parameters_after / self.parameters_before
 
+    @property
+    def staying(self) -> tuple[Group, ...]:
+        """The groups of the layers that stay."""
+        gone = () if self.depth is None else self.depth.gone
+        return tuple(g for g in self.groups if g.layer not in gone)
+
     def widths(self, kind: str) -> list[int]:
-        """Units kept in each layer's group of `kind`, by layer."""
+        """Units kept in each layer's group of `kind`, by layer; 0 in those of layers that go."""
         groups = sorted((g for g in self.groups if g.kind == kind), key=lambda g: g.layer)
         return [self.keep[g.name].numel() for g in groups]
+
+
+def _check_layers(groups: tuple[Group, ...], parameters: tuple[int, ...], total: int) -> None:
+    """Refuse numbers of parameters by layer that are not of the model whose groups these are."""
+    last = max(g.layer for g in groups)
+    if last >= len(parameters) or sum(parameters) > total:
+        raise HywiaError(
+            f"layers: expected the parameters of at least {last + 1} layers, at most {total:,} together, got "
+            f"{len(parameters)} of {sum(parameters):,}"
+        )
+
+
+def _check_gone(groups: tuple[Group, ...], depth: Depth, keep: Mapping[str, Tensor]) -> None:
+    for group in groups:
+        kept = keep[group.name]
+        if group.layer in depth.gone and (not isinstance(kept, Tensor) or kept.numel()):
+            raise HywiaError(f"plan: {group.name} keeps {short(kept)}, but its layer {group.layer} goes")
 
 
 def _checked_count(group: Group, keep: Any) -> int:

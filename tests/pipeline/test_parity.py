@@ -31,9 +31,19 @@ REQUESTS = {  # settings of a recipe, and how the command line says them
         ["--ratio", "0.25", "--order", "first", "--no-refit"],
     ),
     "heads by scores": ({"ratio": 0.3, "head_ranking": "scores"}, ["--ratio", "0.3", "--head-ranking", "scores"]),
+    "layers": ({"ratio": 0.3, "units": ("layers",)}, ["--ratio", "0.3", "--units", "layers"]),
+    "layers and more": (
+        {"ratio": 0.4, "units": ("mlp", "attention", "layers")},
+        ["--ratio", "0.4", "--units", "mlp,attention,layers"],
+    ),
+    "a share of the layers": ({"group_ratio": {"layers": 0.34, "mlp": 0.5}}, ["--group-ratio", "layers=0.34,mlp=0.5"]),
     "learned": ({"ratio": 0.25, "fusion": "learned", "steps": 3}, ["--ratio", "0.25", "--fusion=learned", "--steps=3"]),
 }
 WITHOUT_TEXT = {
+    "layers at random": (
+        {"group_ratio": {"layers": 0.34}, "criterion": "random"},
+        ["--group-ratio", "layers=0.34", "--criterion", "random"],
+    ),
     "magnitude": ({"group_ratio": 0.5, "criterion": "magnitude"}, ["--group-ratio", "0.5", "--criterion", "magnitude"]),
     "random": ({"ratio": 0.3, "criterion": "random", "seed": 3}, ["--ratio", "0.3", "--criterion=random", "--seed=3"]),
 }
@@ -82,8 +92,9 @@ def test_command_and_python_without_text(here, name):
     assert command == python
 
 
-def test_stored_scores_and_a_recorded_recipe(here):
-    settings, flags = REQUESTS["shares by kind"]
+@pytest.mark.parametrize("name", ["shares by kind", "layers", "a share of the layers"])
+def test_stored_scores_and_a_recorded_recipe(here, name):
+    settings, flags = REQUESTS[name]
     python = by_python(here, hk.Recipe(**settings, **COMMON))
     assert main(["score", "model", "-o", "scores", *FLAGS[:-2]]) == 0
     stored = ["prune", "model", "-o", "stored", *flags, "--scores", "scores", "--align", "4", "--refit-samples", "20"]

@@ -57,7 +57,7 @@ def test_refused_before_anything_is_measured(here, capsys, request_, message, cr
     ("share", "message"),
     [
         ("mpl=0.5", "got 'mpl'; did you mean 'mlp'?"),
-        ("MLP=0.5", "group_ratio: expected some of mlp, attention, experts, got 'MLP'"),
+        ("MLP=0.5", "group_ratio: expected some of mlp, attention, experts, layers, got 'MLP'"),
         ("atention=0.5,mlp=0.5", "did you mean 'attention'?"),
         ("expert=0.5", "did you mean 'experts'?"),
         ("mlp=0.5,mlp=0.6", "expected each kind once, got mlp twice"),

@@ -99,8 +99,11 @@ def test_group_ratio_is_the_papers_protocol(scores):
         (dict(ratio=0.2, group_ratio=0.2), "exactly one of ratio and group_ratio"),
         (dict(ratio=0.2, layers=(0, 1)), "layers: goes with group_ratio"),
         (dict(group_ratio=0.5, layers=(1, 9)), "layers: expected FIRST:END with 0 <= FIRST < END <= 3, got 1:9"),
-        (dict(ratio=0.2, units=("mlp", "norm")), "units: expected some of mlp, attention, experts, got mlp, norm"),
-        (dict(ratio=0.2, units=()), "units: expected some of mlp, attention, experts, got none"),
+        (
+            dict(ratio=0.2, units=("mlp", "norm")),
+            "units: expected some of mlp, attention, experts, layers, got mlp, norm",
+        ),
+        (dict(ratio=0.2, units=()), "units: expected some of mlp, attention, experts, layers, got none"),
         (dict(ratio=0.2, align=0), "align: expected at least 1, got 0"),
     ],
 )

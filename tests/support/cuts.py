@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 
+import torch
+
 import hywia_kernels as hk
 
 from .comparison import logits
@@ -29,3 +31,25 @@ def masked_logits(model, plan, tokens):
     masked = copy.deepcopy(model)
     hk.mask(masked, plan)
     return logits(masked, tokens)
+
+
+def layer_plan(model, keep, *, units=(), only: int | None = None) -> hk.Plan:
+    """A plan that keeps the layers `keep`, and of these the first units.
+
+    Args:
+        units: kinds that lose four in ten units as well, to a multiple of four channels. only: of this layer alone.
+    """
+    scores = hk.score(model, criterion="random", seed=5)
+    parameters = scores.layers.parameters
+    kept = {}
+    for group in scores.groups:
+        count = group.units if group.layer in keep else 0
+        if group.layer in keep and group.kind in units and only in (None, group.layer):
+            count = max(group.min_units, round(0.6 * group.units) // (4 if group.kind == "mlp" else 1))
+            count *= 4 if group.kind == "mlp" else 1
+        kept[group.name] = torch.arange(count)
+    depth = hk.Depth(parameters, tuple(keep)) if len(keep) < len(parameters) else None
+    removed = 0 if depth is None else depth.removed
+    removed += sum((g.units - kept[g.name].numel()) * g.unit_parameters for g in scores.groups if g.layer in keep)
+    after = scores.parameters - removed
+    return hk.Plan(scores.groups, kept, scores.parameters, after, "uniform", scores.fingerprint, depth=depth)
