@@ -151,6 +151,8 @@ def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: 
             f"{prefix}: expected q, k, v rows and o columns of whole heads of {size}, "
             f"the same number of query heads for every KV head; got {shapes}"
         )
+    if names.interleaved and rep != 1 and not entry.derived:
+        raise HywiaError(f"{query}: expected as many key heads as query heads where they lie interleaved, got {shapes}")
     members: tuple[Member, ...]
     # A KV group's query heads are consecutive, so its q rows and o columns are one run of rep·head_dim.
     if names.interleaved:

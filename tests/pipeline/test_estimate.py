@@ -16,7 +16,18 @@ from hywia_kernels.deploy.rates import H100, Rates, measured_rates
 from tests.support.models import random_model, sizes
 from tests.support.tiny import TINY, fresh
 
-ALL = dict(writes=True, ranks_heads=True, reconstruct_samples=96, trials=3, trial_samples=(32, 32), rates=H100)
+RECOVERY = hk.Recovery(tokens=98_304, text_tokens=32_768, tune="full", batch=8, hold="live")
+ALL = dict(
+    writes=True,
+    ranks_heads=True,
+    layer_samples=32,
+    layers_gone=1,
+    reconstruct_samples=96,
+    recover=RECOVERY,
+    trials=3,
+    trial_samples=(32, 32),
+    rates=H100,
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +75,10 @@ def test_a_model_without_weights_is_estimated_like_the_model():
     assert dataclasses.asdict(estimate(bare, **ALL)) == dataclasses.asdict(estimate(model, **ALL))
 
 
-@pytest.mark.parametrize("stage", STAGES[:5])
+@pytest.mark.parametrize("stage", STAGES[:6])
 def test_more_samples_take_longer(seven, stage):
     counts = (64, 100, 200, 1000)
-    sizes = [{"samples": n, "reconstruct_samples": n, "trial_samples": (n, n)} for n in counts]
+    sizes = [{"samples": n, "reconstruct_samples": n, "trial_samples": (n, n), "layer_samples": n} for n in counts]
     many = [estimate(seven, **{**ALL, **size}).seconds[stage] for size in sizes]
     assert many == sorted(set(many))
     longer = estimate(seven, **{**ALL, "seq_len": 256}).seconds[stage]
@@ -152,3 +163,19 @@ def test_an_estimate_cannot_be_changed(gqa):
     assert isinstance(got, Estimate)
     with pytest.raises(dataclasses.FrozenInstanceError):
         got.memory_bytes = 0
+
+
+def test_a_recovery_takes_longer_with_more_tokens_and_more_weights(seven):
+    def seconds(**change):
+        return estimate(seven, samples=0, recover=dataclasses.replace(RECOVERY, **change), rates=H100).seconds
+
+    once, twice = seconds(), seconds(tokens=2 * 98_304)
+    assert 1.7 * once["recovery"] < twice["recovery"] < 2.0 * once["recovery"], "the checks come once"
+    assert seconds(tune="lora")["recovery"] < once["recovery"]
+    assert seconds(text_tokens=2 * 32_768)["recovery text"] > 1.5 * once["recovery text"]
+    assert "recovery text" not in seconds(text=("a.txt",))
+    live, kept = (
+        estimate(seven, samples=0, recover=dataclasses.replace(RECOVERY, hold=hold), rates=H100).memory_bytes
+        for hold in ("live", "kept")
+    )
+    assert live - kept == pytest.approx(weight_bytes(seven), rel=1e-6)

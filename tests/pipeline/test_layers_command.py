@@ -202,7 +202,7 @@ def test_what_cannot_be_masked_is_refused_before_anything_is_scored(tmp_path, mo
     fresh_named("opt-350m").save_pretrained(tmp_path / "model")
     write_tokenizer(tmp_path / "model")
     model, tokenizer = hk.load(tmp_path / "model")
-    monkeypatch.setattr("hywia_kernels.compression._measure", lambda *a: pytest.fail("the model was measured"))
+    monkeypatch.setattr("hywia_kernels.compression.job.measured_with", lambda *a: pytest.fail("the model was measured"))
     recipe = hk.Recipe(ratio=0.2, units=("layers",))
     with pytest.raises(HywiaError, match="do_layer_norm_before=False"):
         hk.compress(model, tokenizer, recipe)

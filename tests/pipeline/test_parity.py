@@ -9,6 +9,7 @@ import pytest
 
 import hywia_kernels as hk
 from benchmarks import quality
+from benchmarks.settings import Setting
 from hywia_kernels.cli import main
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 90
@@ -112,11 +113,12 @@ def test_the_benchmark_measures_what_the_command_writes(here, criterion):
         return hk.calibration(model, tokenizer, "text.txt", samples=count, seq_len=16, seed=seed, fewer=True)
 
     bench = quality.Bench(model, samples, range(1, 3), align=4)
-    shares = {"mlp": 0.5, "attention": 0.34}
+    shares = Setting({"mlp": 0.5, "attention": 0.34})
     recipe = bench.recipe(criterion, 6, shares, seed=0)
     text = {} if criterion == "magnitude" else {"calibration": "text.txt", "seq_len": 16}
-    with bench.pruned(criterion, 6, shares, seed=0) as (smaller, plan):
-        hk.save(smaller, tokenizer, "benchmark", plan=plan)
+    with bench.pruned(criterion, 6, shares, seed=0) as cut:
+        plan = cut.plan
+        hk.save(cut.model, tokenizer, "benchmark", plan=plan)
     python = by_python(here, dataclasses.replace(recipe, **text))
     assert {name: kept.tolist() for name, kept in plan.keep.items()} == python[0]
     assert (here / "benchmark" / "model.safetensors").read_bytes() == python[2]
