@@ -59,6 +59,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.bench_taylor_batch --csv $(BENCH)/results.csv
 	$(BIN)/python -m benchmarks.bench_linear --csv $(BENCH)/results.csv
 	$(BIN)/python -m benchmarks.bench_compact --csv $(BENCH)/results.csv
+	$(BIN)/python -m benchmarks.bench_distillation --csv $(BENCH)/distillation.csv
 	$(BIN)/python -m benchmarks.bench_width --csv $(BENCH)/width.csv --figure $(BENCH)/width.svg
 	$(BIN)/python -m benchmarks.bench_cut --csv $(BENCH)/cut.csv
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

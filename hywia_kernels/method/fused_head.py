@@ -156,11 +156,12 @@ class _FusedLoss(torch.autograd.Function):
                 "loss again"
             )
         scale = grad_output * made.scale
+        of_hidden = None if made.hidden is None else _scaled(made.hidden, scale)
         of_parameters = [
             None if gradient is None else gradient.mul_(scale).to(dtype)
             for gradient, dtype in zip((made.weight, made.bias), ctx.dtypes, strict=True)
         ]
-        return None if made.hidden is None else _scaled(made.hidden, scale), *of_parameters, None, None, None
+        return of_hidden, *of_parameters, None, None, None
 
 
 def _compute(
