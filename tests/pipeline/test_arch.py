@@ -9,7 +9,7 @@ import torch
 from transformers import BertConfig, BertLMHeadModel
 
 from hywia_kernels import HywiaError, arch, groups
-from hywia_kernels.arch import support
+from hywia_kernels.arch import observed, support
 from hywia_kernels.types import Member
 from tests.support.tiny import Tiny
 
@@ -95,3 +95,14 @@ def test_the_readme_lists_what_the_table_holds():
     rows = support.markdown().splitlines()[2:]
     assert len(rows) == len(arch.TABLE)
     assert all(f"`{name}`" in row for row, entry in zip(rows, arch.TABLE, strict=True) for name in entry.model_types)
+
+
+def test_the_documents_list_what_was_derived():
+    """If it fails: python -m hywia_kernels.arch.support docs/models.md."""
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    assert support.written(text) == text
+    listed = {**observed.DERIVED, **observed.MLP_ONLY, **observed.REFUSED}
+    assert all(f"`{name}`" in text for name in listed)
+    assert {t for entry in arch.TABLE for t in entry.model_types}.isdisjoint(listed)
+    with pytest.raises(ValueError, match="expected a text with"):
+        support.written("no marks")
