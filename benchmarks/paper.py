@@ -24,7 +24,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from .session import Session, argv_of, at_least, common_arguments, make_parser, 
 from .settings import Setting
 
 MODULE = "benchmarks.paper"
+_NEVER = 1_000_000  # checks without a lower divergence: more than a run has
 # `layers` is A:B or "all"; seconds and peak bytes of everything from scores to cut, then of the recovery; a share, a
 # mean and standard errors as in `quality`; perplexities of both texts at 128 and 2,048 tokens.
 COLUMNS = {
@@ -239,14 +240,13 @@ def _bench(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Bench:
 def _recoveries(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Recoveries:
     if not arguments.random:
         return recoveries_of(arguments, model, tokenizer)
+
+    def written(request: hk.Recovery) -> Tensor:
+        samples = math.ceil((request.text_tokens or 0) / request.seq_len) + request.held_out
+        return models.token_ids(model, samples, request.seq_len, torch.device("cpu"))
+
     # Random tokens teach nothing, and training would end for it: it goes on to the end, since its time is asked.
-    never = 1_000_000
-    recoveries = recoveries_of(arguments, model, tokenizer, tokens=torch.zeros(0, SEQ_LEN, dtype=torch.int64))
-    recoveries.change(lambda request: replace(request, patience=never))
-    wanted = [math.ceil((r.text_tokens or 0) / r.seq_len) + r.held_out for r in recoveries.requests]
-    if wanted:
-        recoveries.tokens = models.token_ids(model, max(wanted), SEQ_LEN, torch.device("cpu"))
-    return recoveries
+    return recoveries_of(arguments, model, tokenizer, written, patience=_NEVER)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

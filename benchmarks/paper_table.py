@@ -32,8 +32,8 @@ def render(rows: Sequence[Row], published: Sequence[Published], names: Sequence[
     lines += [_line(_published(row)) for row in sorted(published, key=lambda r: (r.removed, r.block))]
     notes = [
         "",
-        "Published perplexities are of WikiText-2 and Penn Treebank and of the model that their rows name, whatever "
-        "was measured above them. 'from' says where they were read; sources and notes are in benchmarks/published.csv.",
+        "Published perplexities are of WikiText-2 and Penn Treebank, and of the model that their rows name, whatever "
+        "was measured above them. 'from' says where they were read; benchmarks/published.csv has sources and notes.",
     ]
     return "\n".join(lines + notes)
 

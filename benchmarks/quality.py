@@ -35,7 +35,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +130,17 @@ def model_arguments(parser: argparse.ArgumentParser, model: str, dtype: str = "a
 
 
 def recoveries_of(
-    arguments: argparse.Namespace, model: Any, tokenizer: Any, tokens: Tensor | None = None
+    arguments: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    written: Callable[[hk.Recovery], Tensor] | None = None,
+    **settings: Any,
 ) -> Recoveries:
-    """What `--recover` and its companions ask for."""
-    request = hk.Recovery(tokens=arguments.recover_tokens, tune=arguments.tune)
+    """What `--recover` and its companions ask for; `settings` are of the package's request beside theirs, `written` as
+    `Recoveries` takes it."""
+    request = hk.Recovery(tokens=arguments.recover_tokens, tune=arguments.tune, **settings)
     rows = alpaca.read(arguments.alpaca) if arguments.alpaca else ()
-    return Recoveries(model, tokenizer, arguments.recover, request, rows=rows, tokens=tokens)
+    return Recoveries(model, tokenizer, arguments.recover, request, rows=rows, written=written)
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -55,9 +55,10 @@ class Recoveries:
     """The recoveries of one dense model.
 
     Args:
-        dense: the model that was cut. tokenizer: None where `tokens` are given.
-        names: which are wanted. request: of this package's, its text left out.
-        rows: Alpaca's, for `lp-own`. tokens: int64 `[samples, length]` in place of every source's text.
+        dense: the model that was cut. tokenizer: None where text is `written`.
+        names: which are wanted. request: for this package's, its sources left out.
+        rows: Alpaca's, for `lp-own`.
+        written: gives text of a resolved request, int64 `[samples, length]`, in place of its sources.
 
     Raises:
         SystemExit: `lp-own` without rows or tokenizer.
@@ -71,12 +72,12 @@ class Recoveries:
         request: hk.Recovery,
         *,
         rows: Sequence[Any] = (),
-        tokens: Tensor | None = None,
+        written: Callable[[hk.Recovery], Tensor] | None = None,
     ) -> None:
         if LP_OWN in names and (not rows or tokenizer is None):
             raise SystemExit(f"--recover: {LP_OWN} needs a tokenizer and --alpaca FILE")
         self.dense, self.tokenizer, self.names, self.rows = dense, tokenizer, list(names), rows
-        self.tokens = tokens
+        self._written = written
         self.device: torch.device = dense.get_input_embeddings().weight.device
         self._texts: dict[tuple[str, int], tuple[Text, float]] = {}
         self._requests: dict[str, hk.Recovery] = {}
@@ -85,23 +86,14 @@ class Recoveries:
             asked.check()
             self._requests[name] = resolved(asked, dense, self.device)  # once: it looks at the memory that is free
 
-    @property
-    def requests(self) -> list[hk.Recovery]:
-        """This package's requests, with nothing left open."""
-        return list(self._requests.values())
-
-    def change(self, by: Callable[[hk.Recovery], hk.Recovery]) -> None:
-        """Put other requests in their place."""
-        self._requests = {name: by(request) for name, request in self._requests.items()}
-
     def text(self, name: str, seed: int) -> tuple[Text, float]:
         """The text of a source for a calibration seed, and the seconds that it took."""
         key = (name, seed)
         if key not in self._texts:
             request = self.resolved(name, seed)
             with spending(self.device) as spent:
-                if self.tokens is not None:
-                    text = given(self.tokens, request)
+                if self._written is not None:
+                    text = given(self._written(request), request)
                 else:
                     text = drawn(self.dense, self.tokenizer, request)
             self._texts[key] = (text, spent.seconds)

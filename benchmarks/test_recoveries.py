@@ -81,7 +81,7 @@ def test_each_recovery_starts_from_the_cut_and_reads_the_text_of_its_seed(pair, 
 def test_text_at_hand_takes_the_place_of_every_source(pair):
     dense, cut = pair
     ids = torch.randint(0, 256, (40, 16), generator=torch.Generator().manual_seed(4))
-    recoveries = Recoveries(dense, None, ["self"], SMALL, tokens=ids)
+    recoveries = Recoveries(dense, None, ["self"], SMALL, written=lambda request: ids)
     (done,) = recoveries.each(cut, 0)
     assert torch.equal(recoveries.held_out(0), ids[-8:])
     assert done.figures["divergence"] == pytest.approx(apart(cut, dense, ids[-8:]))

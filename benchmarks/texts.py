@@ -46,8 +46,8 @@ def _of_hub(name: str, data: str, config: str | None, revision: str | None, spli
 
 
 def perplexities(model: Any, tokenizer: Any, text: str, batch: int, most: int | None) -> dict[int, float]:
-    """Tokens of a block -> perplexity, by the papers' protocol: the whole text is tokenised and cut, and no block
-    begins with a beginning-of-text token. Blocks longer than the model's positions are left out.
+    """Tokens of a block -> perplexity, by the papers' protocol: the whole text is tokenised and cut, without a
+    beginning-of-text token before each block. Blocks longer than the model's positions are left out.
 
     Args:
         batch: blocks of 128 tokens at a time, fewer of longer ones. most: blocks of each length; None: all.
