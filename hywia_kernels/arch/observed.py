@@ -79,7 +79,6 @@ MLP_ONLY: Mapping[str, tuple[str, ...]] = {
     "diffllama": ("mlp",),
     "gpt_bigcode": ("mlp",),
     "laguna": ("mlp",),
-    "minimax": ("mlp", "experts"),
 }
 
 # Family -> why it is refused.
