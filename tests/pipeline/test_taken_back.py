@@ -34,7 +34,7 @@ def assert_as_it_was(model, before):
 
 
 STEPS = [(step, at) for step in ("_equations", "_solved", "_apply", "zero_units") for at in (1, 2, 4, 6)]
-STEPS.append(("_layer_target", 3))
+STEPS.append(("layer_target", 3))
 
 
 @pytest.mark.parametrize(("step", "at"), STEPS)
