@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -36,8 +37,11 @@ def attributes_of(
     config = text_config(model)
     if attention.output:
         heads, width = getattr(config, attention.heads_field), sizes_of(modules[attention.output])[1]
-        named = ((_HEAD_ATTRIBUTES, "heads", heads), (_WIDTH_ATTRIBUTES, "width", width))
-        named = (*named, (_KV_ATTRIBUTES, "kv_heads", getattr(config, attention.kv_heads_field or "", heads)))
+        named: list[tuple[Sequence[str], str, int]] = [
+            (_HEAD_ATTRIBUTES, "heads", heads),
+            (_WIDTH_ATTRIBUTES, "width", width),
+            (_KV_ATTRIBUTES, "kv_heads", getattr(config, attention.kv_heads_field or "", heads)),
+        ]
         fields = [attention.heads_field, attention.kv_heads_field, "head_dim"] if attention.kv_heads_field else []
         owners = [
             n for n in modules if n and (attention.output.startswith(f"{n}.") or attention.query.startswith(f"{n}."))

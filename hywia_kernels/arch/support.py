@@ -76,8 +76,8 @@ def derived_markdown() -> str:
     by_kinds: dict[str, list[str]] = {}
     for name, kinds in observed.DERIVED.items():
         by_kinds.setdefault(f"derived: {_KINDS[tuple(kinds)]}", []).append(name)
-    for kinds, names in by_kinds.items():
-        rows.append(f"| {kinds} | {_names(names)} |")
+    for state, names in by_kinds.items():
+        rows.append(f"| {state} | {_names(names)} |")
     rows.append(f"| MLP only (`--units mlp`) | {_names(observed.MLP_ONLY)} |")
     by_reason: dict[str, list[str]] = {}
     for name, reason in observed.REFUSED.items():

@@ -175,7 +175,7 @@ def add_recovery(command: argparse.ArgumentParser, *, optional: bool) -> None:
     for field, options in _RECOVERY.items():
         flag = "--" + options.get("flag", field).replace("_", "-")
         settings_of = {k: v for k, v in options.items() if k != "flag"}
-        default = next(f.default for f in dataclasses.fields(Recovery) if f.name == field)
+        default: Any = next(f.default for f in dataclasses.fields(Recovery) if f.name == field)
         shown = "by the model and the device" if default is None else default
         settings_of["help"] = f"{options['help']}; default: {','.join(default) if field == 'text' else shown}"
         group.add_argument(flag, dest=f"{_RECOVERY_DEST}{field}", default=_ABSENT, **settings_of)

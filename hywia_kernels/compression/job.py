@@ -143,6 +143,6 @@ def _dense(model: Any, tokenizer: Any, recipe: Recipe, work: str | Path | None, 
         return
     with ExitStack() as stack:
         with clock.time("recovery"):
-            how = {"bos": recipe.bos, "field": recipe.text_field, "copied": True}
+            how: dict[str, Any] = {"bos": recipe.bos, "field": recipe.text_field, "copied": True}
             dense = stack.enter_context(ask(model, tokenizer, recipe.recover, work=work, **how))
         yield dense

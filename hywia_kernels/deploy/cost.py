@@ -63,8 +63,8 @@ def cost_of(model: Any, plan: Plan | None = None) -> Cost:
     attention, kv, removed = [], [], 0
     if plan is not None and plan.depth is not None:
         path = arch.architecture(model).layers
-        gone = tuple(f"{path}.{i}." for i in plan.depth.gone)
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(gone)}
+        without = tuple(f"{path}.{i}." for i in plan.depth.gone)
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(without)}
         removed, groups = plan.depth.removed, plan.staying
     for group in groups:
         removed += (group.units - kept[group.name]) * group.unit_parameters

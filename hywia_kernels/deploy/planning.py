@@ -104,7 +104,13 @@ def choices(
         found = _limited(
             lambda limits: selection.splits(scores, align=step, limits=limits, **request), rules, preferred
         )
-    common = {"target": device, "serve": serve, "tensor_parallel": tensor_parallel, "align": align, "layout": layout}
+    common: dict[str, Any] = {
+        "target": device,
+        "serve": serve,
+        "tensor_parallel": tensor_parallel,
+        "align": align,
+        "layout": layout,
+    }
     return Choices(
         splits=found,
         spreads=_SPREADS if layout == "adaptive" else _SPREADS[-1:],

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import arch
+from ..arch.views import parameter_of
 from ..types import Group
 from . import recompute
 from .block import Block, BlockForward, handed_out, no_cache
@@ -226,7 +227,7 @@ def _with_experts(parts: _Parts, targets: Targets, stacks: Stacks) -> Replacemen
     scorer, single = parts.scorer, parts.scored(targets) if parts.entry.partial else parts.projections()
     replacements: Replacements = []
     for name in parts.entry.norms:
-        replacements += _norm(parts[name], single[0].weight.dtype, scorer.backend)
+        replacements += _norm(parts[name], parameter_of(single[0], "weight").dtype, scorer.backend)
     for linear in single:
         replacements.append((linear, scored_forward(linear, targets[linear], scorer, False)))
     router = parts[names.router] if names.router else None

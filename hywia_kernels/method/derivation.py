@@ -149,7 +149,7 @@ def _first(
     ((kind, several),) = alternatives.items()
     reason = None
     for one in several:
-        parts = {"attention": None, "mlps": (), "experts": None}
+        parts: dict[str, Any] = {"attention": None, "mlps": (), "experts": None}
         parts |= {"attentions": {"attention": one}, "mlps": {"mlps": (one,)}, "experts": {"experts": one}}[kind]
         entry = assembled(small, layers, **parts)
         reason = _holds(small, entry, real, thorough)

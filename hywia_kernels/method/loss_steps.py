@@ -64,7 +64,7 @@ def check_steps(model: Any) -> None:
             found.append(calibrate(model, tokens, memory=memory, backend="reference"))
         except ERRORS as error:
             raise failed(f"its pass does not run in memory mode {memory} ({error})", groups, "statistics") from error
-    exact, steps = copy.deepcopy(model).double(), _STEPS
+    exact, steps = copy.deepcopy(model).double(), tuple[float, ...](_STEPS)
     if hasattr(exact, "set_experts_implementation"):
         exact.set_experts_implementation("eager")  # the others have no float64
     try:
@@ -76,10 +76,10 @@ def check_steps(model: Any) -> None:
     if worst <= _STATISTIC:
         return
     for part in reversed(parts):  # which it is: what a wrong one sends back is wrong in all before it
-        error = _step_error(exact, found, [part], tokens, steps)
-        if not error <= _STATISTIC:
+        apart = _step_error(exact, found, [part], tokens, steps)
+        if not apart <= _STATISTIC:
             of, index = part
-            what = f"they differ from finite differences of the loss by {error:.1e} at {of[0].members[index].module}"
+            what = f"they differ from finite differences of the loss by {apart:.1e} at {of[0].members[index].module}"
             raise failed(what, of, "statistics")
     raise failed(f"together they differ from finite differences of the loss by {worst:.1e}", groups, "statistics")
 

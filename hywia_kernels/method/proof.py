@@ -82,9 +82,9 @@ def check_cut(model: Any, kinds: tuple[str, ...] | None = None) -> None:
                 got = logits_of(pruned, tokens)
             except ERRORS as error:
                 raise failed(f"the cut model does not run ({error})", cut, "a cut") from error
-            error, effect = error_of(got, want), error_of(want, dense)
-            if not error <= CLOSE[torch.float32]:
-                raise failed(f"cut and masked differ by {error:.1e} of the logits", cut, "a cut")
+            apart, effect = error_of(got, want), error_of(want, dense)
+            if not apart <= CLOSE[torch.float32]:
+                raise failed(f"cut and masked differ by {apart:.1e} of the logits", cut, "a cut")
             if effect < MATTERS * CLOSE[torch.float32]:
                 raise failed(f"a mask changes the logits by no more than {effect:.1e}", cut, "a mask")
 
@@ -104,9 +104,9 @@ def check_refit(model: Any) -> None:
         raise failed(f"its layers do not run one at a time ({error})", cuts_of(plan), "the reconstruction") from error
     want = logits_of(refitted, tokens)
     surgery.prune(refitted, after)
-    error = error_of(logits_of(refitted, tokens), want)
-    if not error <= CLOSE[torch.float32]:
-        raise failed(f"cut and refitted differ by {error:.1e} of the logits", cuts_of(plan), "the reconstruction")
+    apart = error_of(logits_of(refitted, tokens), want)
+    if not apart <= CLOSE[torch.float32]:
+        raise failed(f"cut and refitted differ by {apart:.1e} of the logits", cuts_of(plan), "the reconstruction")
 
 
 def check_saved(model: Any) -> None:
@@ -159,9 +159,9 @@ def _check_cache(model: Any, tokens: Tensor, want: Tensor, plan: Plan) -> None:
         got = _by_cache(model, tokens)
     except ERRORS as error:
         raise failed(f"the cut model does not run with a cache ({error})", cuts_of(plan), "a cut") from error
-    error = float("inf") if got is None else error_of(got, want[:, -2:])
-    if not error <= _CACHED:
-        raise failed(f"with a cache the logits differ by {error:.1e}", cuts_of(plan), "a cut")
+    apart = float("inf") if got is None else error_of(got, want[:, -2:])
+    if not apart <= _CACHED:
+        raise failed(f"with a cache the logits differ by {apart:.1e}", cuts_of(plan), "a cut")
 
 
 @torch.no_grad()
@@ -251,7 +251,7 @@ def check_layers(model: Any) -> list[int]:
     model = plain_model(model, changing=True)
     tokens = sample_tokens(model, 2, 12)
     groups = arch.groups(model)
-    kinds = {}
+    kinds: dict[Any, int] = {}
     for layer in sorted({g.layer for g in groups}):
         here = tuple((g.kind, g.units, len(g.members)) for g in groups if g.layer == layer)
         kinds.setdefault(here, layer)

@@ -333,6 +333,7 @@ def through_layers(
                 for group in here:
                     zero_units(model, group, plan.keep[group.name])
                 for at, matrix in enumerate(matrices):
+                    assert samples is not None
                     if entry.residual is None or all(m.additive for m in matrices[at:]):
                         _give_up_dense(runs)  # no equations to come are about what entered the dense layer
                     change, before, after = _equations(layer, index, matrix, runs, targets).solve(

@@ -67,7 +67,7 @@ def distiller() -> Any:
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             if self.args.should_save:
-                folder = Path(output_dir or self.args.output_dir)
+                folder = Path(output_dir or self.args.output_dir or ".")
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file(tuned_state(self.tuned), folder / WEIGHTS)
 

@@ -117,7 +117,8 @@ class _EightBit(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.values.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+        buffers: Any = self._buffers
+        return nn.functional.linear(x, buffers["values"].to(x.dtype) * buffers["scale"].to(x.dtype), buffers["bias"])
 
 
 def eight_bit(model: Any) -> Any:

@@ -128,7 +128,7 @@ def trained(
         trainer.remove_callback(PrinterCallback)
         trainer.tuned = tuned
         trainer.judge = lambda: divergence(distilled, text.held_out, device)
-        last = _last_checkpoint(Path(arguments.output_dir))
+        last = _last_checkpoint(Path(str(arguments.output_dir)))
         outcome.resumed = last is not None
         with suppress(Lost):
             trainer.train(resume_from_checkpoint=last)

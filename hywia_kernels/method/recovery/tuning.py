@@ -75,7 +75,8 @@ def _train(parameter: nn.Parameter) -> nn.Parameter:
     """In float32, since updates of 16-bit weights are lost in their rounding."""
     if parameter.dtype != torch.float32:
         parameter.data = parameter.data.float()
-    return parameter.requires_grad_(True)
+    parameter.requires_grad_(True)
+    return parameter
 
 
 @contextmanager
