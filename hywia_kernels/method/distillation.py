@@ -161,8 +161,10 @@ class _Kept:
         return 0
 
     def losses(self, logits: Tensor, rows: Rows, weight: Tensor, **options: Any) -> Tensor:
-        chosen = [x[rows if isinstance(rows, slice) else rows.to(x.device)].to(logits.device) for x in self.kept]
-        return ops.top_distillation_gradient(logits, *chosen, weight, **options).loss
+        indices, log_probabilities, rest = (
+            x[rows if isinstance(rows, slice) else rows.to(x.device)].to(logits.device) for x in self.kept
+        )
+        return ops.top_distillation_gradient(logits, indices, log_probabilities, rest, weight, **options).loss
 
 
 @dataclass(frozen=True)

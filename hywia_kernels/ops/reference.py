@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -243,7 +243,8 @@ def _by_rows(call: Distillation) -> Iterator[tuple[slice, Distillation]]:
     step = max(1, LOGIT_BYTES // (8 * words))
     for at in range(0, tokens, step):
         rows = slice(at, at + step)
-        yield rows, call._replace(**{n: x[rows] for n, x in call._asdict().items() if isinstance(x, Tensor)})
+        cut: dict[str, Any] = {n: x[rows] for n, x in call._asdict().items() if isinstance(x, Tensor)}
+        yield rows, call._replace(**cut)
 
 
 def _store_distillation(exact: Sums, loss: Tensor, gradient: Tensor | None, rows: slice) -> None:
