@@ -23,6 +23,7 @@ from ..checkpoint.saving import save
 from ..engine.passes import plain_modes
 from ..errors import HywiaError
 from ..types import Plan
+from ..versions import cache_keyword
 from . import surgery
 from .reconstruction import reconstruct
 from .trials import CLOSE, ERRORS, MATTERS, cuts_of, error_of, failed, kinds_of, logits_of, sample_tokens, trial
@@ -168,12 +169,12 @@ def _check_cache(model: Any, tokens: Tensor, want: Tensor, plan: Plan) -> None:
 def _by_cache(model: Any, tokens: Tensor) -> Tensor | None:
     """The logits of the last two tokens, one at a time, after all others; None where no cache is given."""
     first = model(input_ids=tokens[:, :-2], use_cache=True)
-    cache = getattr(first, "past_key_values", None)
+    keyword, cache = cache_keyword(type(model).forward), getattr(first, "past_key_values", None)
     if cache is None:
         return None
     got = []
     for at in (tokens.shape[1] - 2, tokens.shape[1] - 1):
-        step = model(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True)
+        step = model(input_ids=tokens[:, at : at + 1], use_cache=True, **{keyword: cache})
         cache = step.past_key_values
         got.append(step.logits[:, -1])
     return torch.stack(got, 1)

@@ -321,7 +321,7 @@ def test_groups_of_another_model_are_refused_when_used(saved, tmp_path, monkeypa
     model = hk.load("model")[0]
     scores = hk.score(model, criterion="random")
     groups = tuple(dataclasses.replace(g, layer=g.layer + 1) for g in scores.groups)
-    hk.save_scores("other", dataclasses.replace(scores, groups=groups))
+    hk.save_scores("other", dataclasses.replace(scores, groups=groups, layers=None))
     assert main(["prune", "model", "-o", "out", "--ratio", "0.2", "--scores", "other", "--no-eval"]) == 1
     out, err = capsys.readouterr()
     assert "scores: expected the groups of units that this model has, got others" in err
