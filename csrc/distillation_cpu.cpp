@@ -38,8 +38,7 @@ HYWIA_INLINE float exponential(float x) {
     return x < smallest ? 0.0f : p * power;
 }
 
-// By exponentials, and near 0, where those cancel, by a continued fraction (Lambert's, cut after y^5: 4e-11 off at
-// 0.5).
+// By exponentials, and near 0, where those cancel, by a continued fraction (Lambert's to y^5: 4e-11 off at 0.5).
 HYWIA_INLINE float hyperbolic_tangent(float y) {
     const float e = exponential(-2.0f * std::fabs(y)), far = std::copysign((1.0f - e) / (1.0f + e), y);
     const float z = y * y, near = y * ((z + 105.0f) * z + 945.0f) / ((15.0f * z + 420.0f) * z + 945.0f);
