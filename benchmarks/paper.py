@@ -108,7 +108,8 @@ PROTOCOLS = {
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(MODULE, __doc__)
     common_arguments(parser)
-    model_arguments(parser, "smollm2", "auto")
+    parser.set_defaults(seed=0)
+    model_arguments(parser, "smollm2")
     parser.add_argument("--random", choices=tuple(models.SHAPES), metavar="SHAPE", help="random weights instead")
     parser.add_argument("--depth", type=at_least(1), metavar="N", help="the first N layers of a random shape")
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=tuple(PROTOCOLS))

@@ -112,10 +112,10 @@ def _of_text(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def model_arguments(parser: argparse.ArgumentParser, model: str, dtype: str = "auto") -> None:
+def model_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     """What `quality` and `paper` take alike: the model, its texts and tasks, the criteria and the recoveries."""
     parser.add_argument("--model", default=model, help="as `hywia prune` takes it; default: %(default)s")
-    parser.add_argument("--dtype", default=dtype)
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-blocks", type=at_least(1), help="of each text; default: all")
     parser.add_argument("--tasks", type=Path, metavar="DIR", help="zero-shot tasks, see benchmarks/tasks.py")
     parser.add_argument("--questions", type=at_least(1), help="of each task; default: all")
