@@ -135,6 +135,8 @@ def trained(
         outcome.steps = trainer.state.global_step
         _settle(trainer, tuned, begun, outcome)
         settled = True
+    if _ranks() > 1:
+        torch.distributed.barrier()  # the first one removes its folder, from which all have read
     return outcome
 
 
