@@ -24,7 +24,7 @@ from .method.calibration_data import calibration
 from .method.criteria import score, unscored
 from .method.depth import most_gone, rank_layers
 from .method.head_residual import head_residuals, rank_heads
-from .method.layer_divergence import layer_divergences
+from .method.layer_influence import layer_influence
 from .method.layer_masks import check_transparent
 from .method.mask_learning import learn_masks
 from .method.reconstruction import reconstruct
@@ -251,7 +251,7 @@ def _check_text(recipe: Recipe, tokens: Tensor | None) -> None:
     if recipe.head_ranking == "residual" and "attention" in recipe.kinds:
         _first(tokens, recipe.samples, "ranking heads by what the others leave of them")
     if recipe.layer_samples():
-        _first(tokens, recipe.layer_samples(), "leaving layers out")
+        _first(tokens, recipe.layer_samples(), "ranking layers")
     if recipe.fusion == LEARNED:
         _first(tokens, 1, "mask learning")
     if recipe.reconstruct:
@@ -336,10 +336,12 @@ def _decided(model: Any, recipe: Recipe, measured: Measured, clock: _Clock) -> t
             layers = None if recipe.layers is None else range(*recipe.layers)
             scores = rank_heads(scores, head_residuals(model, text, layers=layers))
     if recipe.layer_samples() and scores.layers is None:
-        text = _first(measured.tokens, recipe.layer_samples(), "leaving layers out")
-        most = most_gone(layer_parameters(model), scores.parameters, **recipe.plan_request())
+        text = _first(measured.tokens, recipe.layer_samples(), "ranking layers")
+        priced = 0
+        if set(recipe.kinds) != {"layers"}:  # they compete with other units
+            priced = most_gone(layer_parameters(model), scores.parameters, **recipe.plan_request())
         with clock.time("layer ranking"):
-            scores = rank_layers(scores, layer_divergences(model, text, most=most, layers=recipe.layers))
+            scores = rank_layers(scores, layer_influence(model, text, priced=priced, layers=recipe.layers))
     with clock.time("planning"):
         plan = planning.plan_for(scores, **recipe.plan_request())
     if recipe.fusion == LEARNED:

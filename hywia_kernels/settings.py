@@ -16,12 +16,12 @@ __all__ = [
     "GROUP_KINDS",
     "HEAD_RANKINGS",
     "KINDS",
-    "LAYER_SAMPLES",
     "LAYOUTS",
     "LEARNED",
     "LEARNING_BATCH",
     "MEMORY",
     "ORDERS",
+    "PRICE_SAMPLES",
     "RIDGE",
     "SAMPLES",
     "SEQ_LEN",
@@ -45,7 +45,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 SAMPLES = 96  # scored: on LLaMA-7B's shapes a pass over them takes less time than LLM-Pruner's over ten
 SEQ_LEN = 128
 BLOCK = 128  # tokens, of the text that perplexity is measured on: the papers' protocol
-LAYER_SAMPLES = 16  # on which whole layers are left out: the divergence is a mean over their tokens
+PRICE_SAMPLES = 16  # on which whole layers are left out, for their price: a mean over all of their tokens
 STEPS = 50  # of mask learning
 LEARNING_BATCH = 16  # samples that a step of mask learning reads
 RIDGE = 4.0  # of the reconstruction; chosen on SmolLM2

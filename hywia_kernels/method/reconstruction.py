@@ -105,13 +105,9 @@ class _NormalEquations:
         return change, float(self.energy / scale), float(after / scale)
 
 
-import os
-
-_GAP = os.environ.get("GAP", "before").split("+")
-
-
-def _matrices(model: Any, plan: Plan, groups: Sequence[Group], also: tuple = ()) -> list[_Matrix]:
-    """The matrices through which the removed units sent their output on, in the order of the forward pass.
+def _matrices(model: Any, plan: Plan, groups: Sequence[Group], before_gap: bool) -> list[_Matrix]:
+    """The matrices through which the removed units sent their output on, in the order of the forward pass; where the
+    layers behind go, also the one that sends on what the layer adds.
 
     Matrices of stacked experts are left as they are: each sees only the tokens that are sent to it.
     """
@@ -122,10 +118,7 @@ def _matrices(model: Any, plan: Plan, groups: Sequence[Group], also: tuple = ())
         member, keep = group.members[-1], plan.keep[group.name]
         if group.kind == "experts" or member.index is not None:
             continue
-        whole = keep.numel() == group.units
-        if whole and not (
-            (member.module == residual and "down" in also) or (group.kind == "attention" and "o" in also and residual)
-        ):
+        if keep.numel() == group.units and not (before_gap and member.module == residual):
             continue
         module = model.get_submodule(member.module)
         weight = arch.view(model, member, group.units)
@@ -137,7 +130,7 @@ def _matrices(model: Any, plan: Plan, groups: Sequence[Group], also: tuple = ())
 
 @dataclass
 class _LayerTarget:
-    """What the dense layer does with one run of samples.
+    """What the dense layer does with one run of samples, or the layer and those behind it that go.
 
     Of the matrix that sends on, whose equations are about what leaves the layer, its own output counts only by its
     energy; those of the others are held until their equations are there.
@@ -180,12 +173,13 @@ def _equations(
 
 
 def _layer_target(
-    layer: nn.Module, index: int, matrices: Sequence[_Matrix], run: _Run, include_drift: bool, gap=()
+    layers: nn.ModuleList, indices: Sequence[int], matrices: Sequence[_Matrix], run: _Run, include_drift: bool
 ) -> _LayerTarget:
+    """`indices`: of the layer, and of those right behind it that go."""
     with seen([m.module for m in matrices]) as at:
-        out = run.calls[index](layer, run.dense)
-    for i, l in gap:
-        out = run.calls[i](l, out)
+        out = run.calls[indices[0]](layers[indices[0]], run.dense)
+    for index in indices[1:]:
+        out = run.calls[index](layers[index], out)
     # The next norm divides by a token's rms, so errors count relative to it; tokens with huge activations (the first of
     # a text, usually) would decide the regression otherwise.
     weight = 1.0 / run.flat(out).float().square().mean(1).clamp(min=TINY)
@@ -288,8 +282,10 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
 
     with `x̃` the surviving inputs of the matrix in the pruned and so far refitted model, `r` what its output lacks of
     the dense model's, and `w_t` one over the mean square of the dense layer's output. Where the architecture only adds
-    the output to the hidden states (`Architecture.residual`), `r` includes what these lack already. Biases are solved
-    too. Stacked experts are cut without a refit: each sees only the tokens that are sent to it.
+    the output to the hidden states (`Architecture.residual`), `r` includes what these lack already. There, before whole
+    layers that go, the matrix that sends on what the layer adds is refitted too, to what leaves the last of them in the
+    dense model. Biases are solved too. Stacked experts are cut without a refit: each sees only the tokens that are sent
+    to it.
 
     The hidden states of the text between two layers are held, in the model's dtype, for both models, and inside a layer
     what leaves the dense one and what its attention adds, until the attention's equations are there; wide activations
@@ -346,38 +342,25 @@ def _refitted(model: Any, plan: Plan, samples: Samples, ridge: float) -> dict[st
     with exact_products(*devices):
         runs = [_run(model, layers, chunk) for chunk in samples.sorted().chunks(CHUNK_TOKENS)]
         same = True  # both models have the same hidden states so far
+        gone = set(() if plan.depth is None else plan.depth.gone)
+        stay = [i for i in range(len(layers)) if i not in gone]
         for index, layer in enumerate(progress.track(layers, "reconstructing")):
-            gone = plan.depth.gone if plan.depth else ()
             if index in gone:
-                before_any = not any(i not in gone for i in range(index))
-                if "before" not in _GAP or before_any:
+                if not any(i < index for i in stay):  # no layer before it has taken its part
+                    same = False
                     for run in runs:
                         run.dense = run.calls[index](layer, run.dense)
-                    same = False
                 continue
-            gap = []
-            if "before" in _GAP:
-                i = index + 1
-                while i in gone:
-                    gap.append((i, layers[i]))
-                    i += 1
-            also = []
-            if gap and entry.residual:
-                also += ["down"]
-            if gap and "o" in _GAP:
-                also += ["o"]
-            if not same and ("all" in _GAP or ("after" in _GAP and index - 1 in gone)):
-                also += ["down"]
-            if not same and "allo" in _GAP:
-                also += ["down", "o"]
+            behind = next((i for i in stay if i > index), len(layers))
+            gap = behind > index + 1
             here = [g for g in groups if g.layer == index]
-            cut = [g for g in here if plan.keep[g.name].numel() < g.units]
+            matrices = _matrices(model, plan, here, gap)
+            refitted = {matrix.name for matrix in matrices}
+            cut = [g for g in here if plan.keep[g.name].numel() < g.units or g.members[-1].module in refitted]
             targets: list[_LayerTarget] = []
-            matrices = _matrices(model, plan, here, tuple(also))
-            if cut or not same or gap:
-                targets = [_layer_target(layer, index, matrices, run, entry.residual is not None, gap) for run in runs]
-            if also:
-                cut = here
+            if cut or gap or not same:
+                indices = range(index, behind)
+                targets = [_layer_target(layers, indices, matrices, run, entry.residual is not None) for run in runs]
             with _tried(model, cut):
                 for group in here:
                     zero_units(model, group, plan.keep[group.name])
