@@ -35,7 +35,7 @@ _HOMES = {  # public name -> module it is in
     "calibration": "method.calibration_data",
     "fuse": "method.scores",
     "groups": "arch",
-    "layer_divergences": "method.layer_divergence",
+    "layer_influence": "method.layer_influence",
     "learn_masks": "method.mask_learning",
     "load": "checkpoint.loading",
     "plan": "method.selection",

@@ -162,7 +162,7 @@ class Recipe:
             raise UsageError(f"units: expected some of {', '.join(settings.KINDS)}, got none")
         if set(self.kinds) == {"layers"} and self.fusion == settings.LEARNED:
             raise UsageError(
-                f"fusion: {settings.LEARNED} goes with units inside layers, got layers alone, whose order is measured; "
+                f"fusion: {settings.LEARNED} goes with units inside layers, got layers alone; "
                 "leave it out, or let other kinds of units go as well"
             )
         if self.layers is not None:
@@ -201,9 +201,8 @@ class Recipe:
         return self.samples if self.criterion == "hywia" and set(self.kinds) != {"layers"} else 0
 
     def layer_samples(self) -> int:
-        """How many samples layers are left out on."""
-        measures = self.criterion == "hywia" and "layers" in self.kinds
-        return min(self.samples, settings.LAYER_SAMPLES) if measures else 0
+        """How many samples whole layers are scored on."""
+        return self.samples if self.criterion == "hywia" and "layers" in self.kinds else 0
 
     def learning_samples(self) -> int:
         """How many samples mask learning can read."""

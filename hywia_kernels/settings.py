@@ -18,12 +18,12 @@ __all__ = [
     "HOLDS",
     "JUDGED_SAMPLES",
     "KINDS",
-    "LAYER_SAMPLES",
     "LAYOUTS",
     "LEARNED",
     "LEARNING_BATCH",
     "MEMORY",
     "ORDERS",
+    "PRICE_SAMPLES",
     "RIDGE",
     "SAMPLES",
     "SEARCHES",
@@ -54,7 +54,7 @@ SELF = "self"  # a source of text: the dense model writes it
 SAMPLES = 96  # scored: on LLaMA-7B's shapes a pass over them takes less time than LLM-Pruner's over ten
 SEQ_LEN = 128
 BLOCK = 128  # tokens, of the text that perplexity is measured on: the papers' protocol
-LAYER_SAMPLES = 16  # on which whole layers are left out: the divergence is a mean over their tokens
+PRICE_SAMPLES = 16  # on which whole layers are left out, for their price: a mean over all of their tokens
 STEPS = 50  # of mask learning
 LEARNING_BATCH = 16  # samples that a step of mask learning reads
 JUDGED_SAMPLES = {"none": 0, "fast": 32, "thorough": 64}  # that a search judges on, read behind those that are scored

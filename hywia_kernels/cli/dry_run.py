@@ -41,14 +41,14 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
     trials, samples = _trials(recipe, planning.alike(model) if scores is None else scores)
     plan = planning.with_prediction(plan, model, recipe.target, recipe.serve)
     heads_go = any(g.kind == "attention" and plan.keep[g.name].numel() < g.units for g in plan.staying)
-    most = 0
-    if recipe.layer_samples() and (scores is None or scores.layers is None):
-        most = most_gone(arch.layer_parameters(model), plan.parameters_before, **recipe.plan_request())
+    ranks, priced = scores is None or scores.layers is None, 0
+    if recipe.layer_samples() and ranks and set(recipe.kinds) != {"layers"}:
+        priced = most_gone(arch.layer_parameters(model), plan.parameters_before, **recipe.plan_request())
     takes = estimate(
         model,
         samples=recipe.scored_samples() if scores is None else 0,
-        layer_samples=recipe.layer_samples() if most else 0,
-        layers_gone=most,
+        layer_samples=recipe.layer_samples() if ranks else 0,
+        layers_priced=priced,
         seq_len=recipe.seq_len,
         writes=scores is None and recipe.calibration is None and recipe.text_samples() > 0,
         ranks_heads=heads_go and recipe.head_ranking == "residual",

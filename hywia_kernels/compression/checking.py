@@ -87,7 +87,7 @@ def check_text(recipe: Recipe, tokens: Tensor | None) -> None:
     if recipe.search != "none":
         first_samples(tokens, 1, "the search")
     if recipe.layer_samples():
-        first_samples(tokens, recipe.layer_samples(), "leaving layers out")
+        first_samples(tokens, recipe.layer_samples(), "ranking layers")
     if recipe.fusion == LEARNED:
         first_samples(tokens, 1, "mask learning")
     if recipe.reconstruct:

@@ -9,7 +9,7 @@ from ..deploy import planning
 from ..method import selection
 from ..method.depth import most_gone, rank_layers
 from ..method.head_residual import head_residuals, rank_heads
-from ..method.layer_divergence import layer_divergences
+from ..method.layer_influence import layer_influence
 from ..method.mask_learning import learn_masks
 from ..method.recovery.job import Dense
 from ..method.search import best_plan
@@ -37,10 +37,12 @@ def decided(
             layers = None if recipe.layers is None else range(*recipe.layers)
             scores = rank_heads(scores, head_residuals(model, text, layers=layers))
     if recipe.layer_samples() and scores.layers is None:
-        text = first_samples(measured.tokens, recipe.layer_samples(), "leaving layers out")
-        most = most_gone(layer_parameters(model), scores.parameters, **recipe.plan_request())
+        text = first_samples(measured.tokens, recipe.layer_samples(), "ranking layers")
+        priced = 0
+        if set(recipe.kinds) != {"layers"}:  # they compete with other units
+            priced = most_gone(layer_parameters(model), scores.parameters, **recipe.plan_request())
         with clock.time("layer ranking"):
-            scores = rank_layers(scores, layer_divergences(model, text, most=most, layers=recipe.layers))
+            scores = rank_layers(scores, layer_influence(model, text, priced=priced, layers=recipe.layers))
     with clock.time("planning"):
         plan = planning.plan_for(scores, **recipe.plan_request())
     if recipe.search != "none":

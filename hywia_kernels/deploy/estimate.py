@@ -24,11 +24,10 @@ from ..engine.loss import LOGIT_BYTES
 from ..engine.memory import free_bytes, scoring_bytes
 from ..engine.samples import padded
 from ..errors import UsageError
-from ..method.layer_divergence import HELD_BYTES
 from ..method.recovery.job import micro_tokens
 from ..method.recovery.request import Recovery
 from ..method.recovery.tuning import training_bytes
-from ..settings import SELF
+from ..settings import PRICE_SAMPLES, SELF
 from ..types import Group
 from .cost import Cost, cost_of
 from .rates import Rates, measured_rates
@@ -54,7 +53,6 @@ _RECONSTRUCTION = 0.9  # the same of the passes of full chunks through one layer
 _DECODING = 0.3  # of a step's products, which are narrow
 _MOMENTS = 0.9  # of the moments' rate
 _TRAINING = 0.4  # of the products' rate: passes of some thousand tokens with their gradients
-_ASKED_AGAIN = 4  # layers that are left out once more before one goes
 _CUT_COPIES = 15  # times the weights could be read or written while they are cut
 
 
@@ -85,7 +83,7 @@ def estimate(
     writes: bool = False,
     ranks_heads: bool = False,
     layer_samples: int = 0,
-    layers_gone: int = 0,
+    layers_priced: int = 0,
     reconstruct_samples: int = 0,
     recover: Recovery | None = None,
     trials: int = 0,
@@ -101,7 +99,7 @@ def estimate(
         samples: scored, 0 for a run that scores nothing on text. seq_len: tokens of a sample.
         writes: the model writes the text, as many samples as scoring or reconstruction takes.
         ranks_heads: heads are ranked by a regression, on the samples that are scored.
-        layer_samples: on which whole layers are left out, of which `layers_gone` go at the most; 0 for none.
+        layer_samples: on which whole layers are scored, 0 for none. layers_priced: how many of them get a price.
         reconstruct_samples: 0 for none.
         recover: the recovery that follows, resolved; None: none.
         trials: plans that a search tries. trial_samples: that each is refitted and judged on.
@@ -117,7 +115,7 @@ def estimate(
         ("samples", samples, 0),
         ("seq_len", seq_len, 2),
         ("layer_samples", layer_samples, 0),
-        ("layers_gone", layers_gone, 0),
+        ("layers_priced", layers_priced, 0),
         ("reconstruct_samples", reconstruct_samples, 0),
         ("trials", trials, 0),
         *(("trial_samples", count, 0) for count in trial_samples),
@@ -134,8 +132,8 @@ def estimate(
         "writing": _writing(work, max(samples, reconstruct_samples) if writes else 0, seq_len, len(work.kv), rates),
         "scoring": _scoring(work, samples, seq_len, rates),
         "head ranking": _ranking(work, groups, scored, seq_len, rates),
+        "layer ranking": _layer_ranking(work, layer_samples, seq_len, layers_priced, rates),
         "searching": _searching(work, groups, trials, trial_samples, seq_len, 1.0 - ratio, rates),
-        "layer ranking": _leaving_out(work, layer_samples, seq_len, layers_gone, rates),
         "reconstruction": _reconstruction(work, groups, reconstruct_samples, seq_len, 1.0 - ratio, rates),
         "cutting": _CUT_COPIES * work.weight_bytes / rates.copies if ratio else 0.0,
         "recovery text": _recovery_text(work, recover, rates),
@@ -150,7 +148,7 @@ def estimate(
             _writing_bytes(work, min(max(samples, reconstruct_samples), _WRITERS) if writes else 0, seq_len),
             _scoring_bytes(model, groups, samples, seq_len, where),
             _ranking_bytes(work, groups, scored, seq_len, where),
-            _leaving_out_bytes(work, layer_samples, seq_len),
+            _layer_ranking_bytes(work, layer_samples, seq_len),
             _reconstruction_bytes(work, groups, reconstruct_samples, seq_len, 1.0 - ratio, where),
             _recovery_bytes(model, work, recover, 1.0 - ratio, where),
             _searching_bytes(work, groups, trials, trial_samples, seq_len, 1.0 - ratio, where),
@@ -225,13 +223,14 @@ def _recovery(work: Cost, recover: Recovery | None, kept: float, rates: Rates) -
     return a_sample * (trained / (rates.products * _TRAINING) + judged / (rates.products * _FORWARD))
 
 
-def _leaving_out(work: Cost, samples: int, seq_len: int, gone: int, rates: Rates) -> float:
-    """Each layer is left out once, and later some again; each time half of the layers run, and the head."""
-    if not samples or not gone:
+def _layer_ranking(work: Cost, samples: int, seq_len: int, priced: int, rates: Rates) -> float:
+    """A forward pass; and for the price of each layer that may go one over a few samples, with both models' logits."""
+    if not samples:
         return 0.0
-    layers = _forward(work, samples, seq_len, logits=False)
-    head = _forward(work, samples, seq_len, logits=True) - layers
-    return (len(work.kv) + _ASKED_AGAIN * gone) * (0.5 * layers + head) / (rates.products * _FORWARD)
+    few = min(samples, PRICE_SAMPLES)
+    layers = _forward(work, few, seq_len, logits=False)
+    price = 2 * _forward(work, few, seq_len, logits=True) - layers
+    return (_forward(work, samples, seq_len, logits=False) + priced * price) / (rates.products * _FORWARD)
 
 
 def _head_widths(groups: Any) -> list[int]:
@@ -306,12 +305,12 @@ def _layer_bytes(work: Cost, tokens: int) -> int:
     return work.element_size * tokens * (4 * work.hidden + 3 * widest)
 
 
-def _leaving_out_bytes(work: Cost, samples: int, seq_len: int) -> int:
-    """Hidden states that enter each layer, the dense model's log-probabilities, and logits of a part of the tokens."""
-    tokens, vocabulary = samples * seq_len, work.head // work.hidden
-    states = (len(work.kv) + 3) * tokens * work.hidden * work.element_size
-    held = min(4 * tokens * vocabulary, HELD_BYTES) + 4 * min(4 * tokens * vocabulary, LOGIT_BYTES)
-    return states + held + _layer_bytes(work, min(tokens, _CHUNK_TOKENS)) if samples else 0
+def _layer_ranking_bytes(work: Cost, samples: int, seq_len: int) -> int:
+    """Hidden states of a chunk, of the dense model too, and logits of a part of the tokens."""
+    if not samples:
+        return 0
+    tokens = min(samples * seq_len, max(_CHUNK_TOKENS, seq_len))
+    return 4 * tokens * work.hidden * work.element_size + 4 * LOGIT_BYTES + _layer_bytes(work, tokens)
 
 
 def _ranking_bytes(work: Cost, groups: Any, samples: int, seq_len: int, device: torch.device) -> int:

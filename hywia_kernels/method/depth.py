@@ -97,7 +97,7 @@ def most_gone(
 
 
 def rank_layers(scores: Scores, layers: LayerScores) -> Scores:
-    """Scores with those of whole layers (`layer_divergence.layer_divergences`)."""
+    """Scores with those of whole layers (`layer_influence`)."""
     return replace(scores, layers=layers, record={**scores.record, "layers": dict(layers.record)})
 
 

@@ -326,7 +326,7 @@ def through_layers(
             cut = [g for g in here if gap or plan.keep[g.name].numel() < g.units]
             targets: list[LayerTarget] = []
             matrices = [] if samples is None else _matrices(model, plan, here, before_gap=bool(gap))
-            if cut or not same:
+            if cut or gap or not same:
                 additive = {m.module: m.additive for m in matrices}
                 targets = [layer_target(layer, index, additive, run, entry.residual is not None, gap) for run in runs]
             with _tried(model, cut):
@@ -344,7 +344,7 @@ def through_layers(
                     if solved is not None:
                         solved.append((matrix, values))
                     errors[matrix.name] = [before, after]
-                same = same and not cut
+                same = same and not cut and not gap
                 for i, run in enumerate(runs):
                     run.pruned = run.calls[index](layer, run.pruned)
                     run.dense = run.pruned if same else targets[i].out

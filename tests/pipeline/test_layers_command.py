@@ -47,7 +47,8 @@ def test_layers_go_by_command(here, capsys):
     assert f"  layers: 5 -> 3 (without {gone[0]}, {gone[1]})\n" in out
     assert "  mlp: 56 -> 56 channels a layer\n" in out
     assert record["kept_units"]["layers"] == record["plan"]["depth"]["kept"] == [i for i in range(5) if i not in gone]
-    assert sorted(record["plan"]["scores"]["layers"]["order"][:2]) == gone
+    influence = record["plan"]["scores"]["layers"]["influence"]
+    assert sorted(sorted(range(5), key=influence.__getitem__)[:2]) == gone
     assert record["plan"]["scores"]["layers"]["samples"] == 4
     assert (record["plan"]["widths"]["layers"], record["plan"]["widths_before"]["layers"]) == ([3], [5])
     assert [w == 0 for w in record["plan"]["widths"]["mlp"]] == [i in gone for i in range(5)]
@@ -215,7 +216,7 @@ def test_servers_that_count_types_are_named():
     assert pattern_note(("llama.cpp",), None, (0, 2)) is None
     assert "which llama.cpp counts by" in pattern_note(("llama.cpp.blocks",), types, (0, 2, 3))
     model = fresh_named("gemma2")
-    scores = hk.rank_layers(hk.score(model, criterion="random"), hk.layer_divergences(model, token_ids(), most=1))
+    scores = hk.rank_layers(hk.score(model, criterion="random"), hk.layer_influence(model, token_ids()))
     plan = hk.plan_for(scores, ratio=0.2, units=("layers",))
     told = hk.deploy.planning.with_prediction(plan, model, "cpu").record
     moved = model.config.layer_types != [model.config.layer_types[i] for i in plan.depth.keep] + ["sliding_attention"]
