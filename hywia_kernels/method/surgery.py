@@ -62,6 +62,8 @@ def checked_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
             "plan: made from the scores of another model (the weights differ); score this model, in this dtype"
         )
     if plan.depth is not None:
+        if plan.depth.parameters != arch.layer_parameters(model):
+            raise HywiaError("plan: made for a model with other layers; plan again from this model's scores")
         arch.check_depth(model, plan.depth.keep)
     groups = plan.staying
     for group in groups:

@@ -106,6 +106,16 @@ def test_seconds_go_with_size(stage):
     assert 6.0 < ratio < 8.5
 
 
+def test_layers_that_compete_are_priced(seven):
+    """One forward pass ranks layers; each price is two more over sixteen samples, less a layer or two."""
+    alone = estimate(seven, samples=0, layer_samples=96, rates=H100).seconds["layer ranking"]
+    priced = [estimate(seven, samples=0, layer_samples=96, layers_priced=n, rates=H100) for n in (1, 7)]
+    steps = [p.seconds["layer ranking"] - alone for p in priced]
+    assert steps[1] == pytest.approx(7 * steps[0])
+    assert alone / 6 < steps[0] < alone / 2
+    assert "layer ranking" not in estimate(seven, samples=0, rates=H100).seconds
+
+
 def test_seconds_go_with_the_rates(seven):
     slow = Rates(*(value / 10 for value in dataclasses.astuple(H100)[:4]), launch=10 * H100.launch)
     once, again = estimate(seven, **ALL).seconds, estimate(seven, **{**ALL, "rates": slow}).seconds
