@@ -17,7 +17,7 @@ from hywia_kernels.checkpoint.adaptive.alibi_hywia_adaptive import SURVIVORS
 from hywia_kernels.checkpoint.skeleton import skeleton
 from hywia_kernels.cli import main
 from tests.support.comparison import logits, relative
-from tests.support.cuts import CUTS, make_plan
+from tests.support.cuts import CUTS, layer_plan, make_plan
 from tests.support.families import fresh_named, randomised, token_ids
 from tests.support.structure import check_alike
 from tests.support.tokenizers import text, write_tokenizer
@@ -158,11 +158,11 @@ def test_thirteen_needs_trust(thirteen):
         hk.load(thirteen)
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", [*CUTS, "layers"])
 def test_thirteen_pruned_equals_masked_and_reloads(thirteen, tmp_path, cut):
     tokens = token_ids()
     model, tokenizer = hk.load(thirteen, trust_remote_code=True)
-    plan = make_plan(model, cut)
+    plan = layer_plan(model, (0, 2), units=("attention",)) if cut == "layers" else make_plan(model, cut)
     masked = copy.deepcopy(model)
     hk.mask(masked, plan)
     want = logits(masked, tokens)
