@@ -22,11 +22,11 @@ from .loss import hidden_gradient, targets
 from .patches import forward_replaced
 from .samples import Samples
 
-__all__ = ["hidden_of", "run"]
+__all__ = ["Step", "backward", "hidden_of", "kept_on", "run"]
 
 
 @dataclass
-class _Step:
+class Step:
     """One call of a layer: the hidden states that entered it, the device they were on, and the other arguments."""
 
     hidden: Tensor
@@ -40,11 +40,12 @@ class _Step:
 class _Tape:
     """The steps of one run of samples, and what left the last layer."""
 
-    steps: list[_Step] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     last: Tensor | None = None
 
 
-def _kept(hidden: Tensor, offload: bool) -> Tensor:
+def kept_on(hidden: Tensor, offload: bool) -> Tensor:
+    """Hidden states as they are kept for backward: where they are, or, with `offload`, in the host's pinned memory."""
     if not offload or hidden.device.type != "cuda":
         return hidden.detach()
     host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
@@ -59,7 +60,7 @@ def hidden_of(out: Any) -> Tensor:
 
 def _recording(forward: Callable, tape: _Tape, last: bool, offload: bool, keep: bool) -> Callable:
     def record(hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
-        step = _Step(_kept(hidden, offload), hidden.device, arguments, keywords)
+        step = Step(kept_on(hidden, offload), hidden.device, arguments, keywords)
         tape.steps.append(step)
         out: Any
         if keep and isinstance(forward, BlockForward):
@@ -96,7 +97,8 @@ def _forward(
     return tape, gradient, loss
 
 
-def _backward(layer: nn.Module, step: _Step, gradient: Tensor, scorer: Scorer) -> Tensor:
+def backward(layer: nn.Module, step: Step, gradient: Tensor, scorer: Scorer) -> Tensor:
+    """Runs an instrumented layer again, and back; returns the gradient at what entered it."""
     hidden = step.hidden.to(step.device, non_blocking=True)
     forward: Any = layer.forward
     scorer.replaying = True
@@ -153,7 +155,7 @@ def run(
             if scorer.collected is not None:
                 scorer.select(chunk)
                 scorer.collected.begin(chunk.total)
-            gradients[c] = _backward(layer, tapes[c].steps.pop(), gradients[c], scorer)
+            gradients[c] = backward(layer, tapes[c].steps.pop(), gradients[c], scorer)
         collected, scorer.collected = scorer.collected, None
         if collected is not None:
             collected.score(scorer)
