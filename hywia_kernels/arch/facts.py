@@ -25,6 +25,7 @@ __all__ = [
     "fingerprint",
     "fingerprint_and_count",
     "fingerprint_and_count_after",
+    "mathematics",
     "queued",
     "weight_bytes",
 ]
@@ -149,7 +150,7 @@ class FingerprintReading:
     def digest(self, model: nn.Module, names: Iterable[str]) -> str:
         """The fingerprint of a model, all of whose modules were added; `names` are theirs, in the model's order."""
         lines = self.lines()
-        digest = hashlib.sha256(_mathematics(model))
+        digest = hashlib.sha256(mathematics(model))
         for name in names:
             for line in lines[name]:
                 digest.update(line.encode())
@@ -257,7 +258,7 @@ def _forward_writes(module: nn.Module, name: str) -> bool:
     return name.endswith("inv_freq") and "original" not in name and ("dynamic" in kind or "longrope" in kind)
 
 
-def _mathematics(model: nn.Module) -> bytes:
+def mathematics(model: nn.Module) -> bytes:
     """What a config says about the function that the weights are part of, whichever class holds it."""
     config: Any = getattr(model, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else config

@@ -17,7 +17,7 @@ from .adaptive import remote
 from .sources import Judged, Source, check_tokenizer, judged, located, need_gguf, refusal
 from .ties import settle_tying
 
-__all__ = ["load"]
+__all__ = ["load", "tokenizer_of"]
 
 
 def load(
@@ -113,7 +113,7 @@ def _directory(source: Source, dtype: Any, trusted: bool, quantised: bool, devic
     if source.from_hub:
         folder = hub.complete(name, folder, code=judgement.code, options=source.hub)
     loaded_weights.check_stored(folder, judgement.values, quantised)
-    tokenizer = _tokenizer(folder, name, judgement)
+    tokenizer = tokenizer_of(folder, name, judgement)
     if judgement.rotary:
         network = baichuan.load(folder, dtype)
     elif judgement.code:
@@ -129,7 +129,8 @@ def _is_quantised(network: Any) -> bool:
     return getattr(network.config, "quantization_config", None) is not None
 
 
-def _tokenizer(folder: Path, name: str, judgement: Judged) -> Any:
+def tokenizer_of(folder: Path, name: str, judgement: Judged) -> Any:
+    """The tokenizer of a directory that has been judged; `name` is what the user called it."""
     from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     if check_tokenizer(folder, name, judgement):

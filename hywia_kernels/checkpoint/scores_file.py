@@ -200,9 +200,7 @@ def _file_digest(path: Path) -> str:
 
 def _by_kind(
     tensors: Mapping[str, Tensor],
-) -> tuple[
-    dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]
-]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
     """The tensors as `(values, loss, fine, coarse, moments)`, which their names tell apart."""
     fine: dict[str, dict[str, Tensor]] = {}
     plain: dict[str, dict[str, Tensor]] = {"values": {}, "loss": {}, "coarse": {}, "moments": {}}

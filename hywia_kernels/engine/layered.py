@@ -22,7 +22,7 @@ from .loss import hidden_gradient, targets
 from .patches import forward_replaced
 from .samples import Samples
 
-__all__ = ["Step", "backward", "hidden_of", "kept_on", "run"]
+__all__ = ["Step", "backward", "hidden_of", "kept_on", "refuse_hooks", "run"]
 
 
 @dataclass
@@ -114,6 +114,17 @@ def backward(layer: nn.Module, step: Step, gradient: Tensor, scorer: Scorer) -> 
     return torch.autograd.grad(out, hidden, gradient.to(out.device))[0]
 
 
+def refuse_hooks(layers: nn.ModuleList) -> None:
+    """Raise HywiaError where a decoder layer has hooks. Backward runs its `forward` alone again, so they would not be
+    called."""
+    for i, layer in enumerate(layers):
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            raise HywiaError(
+                f"model: expected no hooks on decoder layers, got some on layer {i}, which passes that run layers one "
+                "by one ('lean', 'layerwise', 'streamed') cannot follow; remove them, or pass memory='fast'"
+            )
+
+
 def run(
     model: Any,
     layers: nn.ModuleList,
@@ -133,14 +144,9 @@ def run(
         kept_layers: how many of the last layers, where they run as one node, keep all that backward needs.
 
     Raises:
-        HywiaError: a decoder layer has hooks. Backward runs its `forward` alone again, so they would not be called.
+        HywiaError: a decoder layer has hooks.
     """
-    for i, layer in enumerate(layers):
-        if layer._forward_hooks or layer._forward_pre_hooks:
-            raise HywiaError(
-                f"model: expected no hooks on decoder layers, got some on layer {i}, which memory modes 'lean' and "
-                "'layerwise' cannot follow; remove them, or pass memory='fast'"
-            )
+    refuse_hooks(layers)
     tapes, gradients, losses = [], [], []
     for chunk in chunks:
         tape, gradient, loss = _forward(model, layers, chunk, scale, offload, kept_layers)

@@ -55,11 +55,18 @@ class Results:
     """The sums of every group: `fine[name]` float32 `[orders, units]` and `coarse[name]` float32 `[members, samples,
     units]`, zero at first. Those of one device share one allocation.
 
-    `orders` are all of ORDERS, or one of them, which takes less time where the backend can do with less.
+    `orders` are all of ORDERS, or one of them, which takes less time where the backend can do with less. `downloaded`
+    says that `download` will be asked for.
     """
 
     def __init__(
-        self, modules: Mapping[str, Any], groups: Sequence[Group], samples: int, orders: Sequence[str] = ORDERS
+        self,
+        modules: Mapping[str, Any],
+        groups: Sequence[Group],
+        samples: int,
+        orders: Sequence[str] = ORDERS,
+        *,
+        downloaded: bool = True,
     ) -> None:
         self.groups, self.samples, self.orders = groups, samples, tuple(orders)
         self.fine: dict[str, Tensor] = {}
@@ -77,7 +84,7 @@ class Results:
         self._ready: dict[str, torch.cuda.Event] = {}
         # Host memory for the copies, allocated and touched by a thread beside the pass: faulting its pages in takes
         # longer than the copies themselves.
-        cuda = [flat for flat, _ in self._flat if flat.device.type == "cuda"]
+        cuda = [flat for flat, _ in self._flat if flat.device.type == "cuda" and downloaded]
         self._pages = {flat.device: _Beside(torch.zeros, flat.numel()) for flat in cuda}
         self._copies: dict[torch.device, _Beside[dict[str, Tensor]]] = {}
 

@@ -113,7 +113,7 @@ def fuse(
         raise UsageError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
     if order not in statistics.orders:
         raise UsageError(
-            f"order: expected one that was measured ({', '.join(statistics.orders)}), got {order!r}; score again with it"
+            f"order: expected one that was measured ({', '.join(statistics.orders)}), got {order!r}; score with it"
         )
     values, loss = {}, {}
     for group in statistics.groups:
