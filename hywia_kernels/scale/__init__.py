@@ -1,13 +1,14 @@
 """Scoring of models larger than a GPU, by one process or by several.
 
+    launch    which of torchrun's processes this is
     runs      the calibration set in pieces that depend on the model and the set alone
     sums      what one layer's statistics are while they are added up
     ranks     the processes that share one scoring: what they agree on, and who is missing
-    place     where the weights stay, by what is free
     stored    a checkpoint's tensors, read where they lie
     mapped    a model whose layers' weights stay in their files
     weights   layers' weights, each at hand while its layer runs
     slots     layers on their way to a device, two at a time
+    place     where the weights stay, by what is free
     work      what a stopped run goes on from
     layers    the streamed pass: forward, then backward, a layer at a time for all samples
     job       calibrate_streamed

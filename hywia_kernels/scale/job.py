@@ -53,6 +53,7 @@ def calibrate_streamed(
     ranks: Ranks | None = None,
     backend: str | None = None,
     work: str | Path | None = None,
+    keep_work: bool = False,
     asked: dict[str, str] | None = None,
     every: float = EVERY,
 ) -> Statistics:
@@ -75,6 +76,7 @@ def calibrate_streamed(
             own.
         backend: of the ops.
         work: folder that a stopped run leaves, and from which the same call goes on; None: nothing is kept.
+        keep_work: leave the folder of a finished one too, for a caller who has yet to write the statistics.
         asked: further facts that all processes must agree on, name -> value: what was asked for.
         every: seconds between two states of that folder.
 
@@ -107,7 +109,7 @@ def calibrate_streamed(
         stack.enter_context(apart(modules))
         stack.enter_context(without_collections())
         job = _job(model, modules, batches, order, target, weights, ranks, backend)
-        return job.statistics(Path(work) if work is not None else None, asked or {}, every)
+        return job.statistics(Path(work) if work is not None else None, keep_work, asked or {}, every)
 
 
 @dataclass
@@ -176,7 +178,7 @@ class _Job:
             "versions": versions(),
         }
 
-    def statistics(self, folder: Path | None, asked: dict[str, str], every: float) -> Statistics:
+    def statistics(self, folder: Path | None, keep: bool, asked: dict[str, str], every: float) -> Statistics:
         began = time.monotonic()
         request = self.request()
         self.ranks.agree({**asked, **{name: str(value) for name, value in request.items()}}, "the agreement")
@@ -227,7 +229,8 @@ class _Job:
         facts = {name: done.facts[name] for name in ("fingerprint", "parameters")}
         result = Statistics(self.groups, fine, {}, record=record, known_finite=True, moments=moments, **facts)
         self.ranks.meet("the end of the scoring")
-        work.done()
+        if not keep:
+            work.done()
         return result
 
     def _run(self, weights: Weights, work: Work, offload: bool) -> tuple[Streamed, float, bool]:

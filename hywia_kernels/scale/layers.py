@@ -277,7 +277,7 @@ class Streamed:
                 whole_experts(node.results, layout.groups)
                 rows[j] = layout.row(node.results)
         nodes.clear()
-        if self.ranks.speaks and self.work.due:
+        if self.ranks.speaks and self.work.due(i):
             flat[-1] = 1.0
         return flat
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..errors import HywiaError, UsageError
+from ..errors import HywiaError
 from ..settings import RANK_TIMEOUT
+from .launch import launched_ranks
 
-__all__ = ["Ranks", "joined", "launched_ranks"]
+__all__ = ["Ranks", "joined"]
 
 _LOOK = 1.0  # seconds between two looks at the others
 _SHORTEST, _LONGEST = 2e-4, 2e-2  # seconds between two questions to the store; its own wait prints warnings
@@ -81,6 +82,7 @@ class Ranks:
             missing = [r for r in range(self.size) if not self._known(f"{at}/{r}")]
             gone = [r for r in missing if self._gone(r)]
             if gone:
+                self._look()  # once more: what it said, it said before it ended
                 raise HywiaError(f"{self._named(gone)} ended before {what}, without a message of its own")
             if missing and time.monotonic() - began > self.timeout:
                 raise HywiaError(
@@ -127,19 +129,28 @@ class Ranks:
         return values
 
     def fail(self, error: BaseException) -> bool:
-        """Lets the others know of an error. Returns whether this process is the one to tell it to the user."""
+        """Lets the others know of an error. Returns whether this process is the one to tell it to the user, as the
+        first one that is still there."""
         if self.size == 1:
             return True
         if not isinstance(error, _Elsewhere):
             content = json.dumps([self.rank, f"{error}" or type(error).__name__])
             with suppress(RuntimeError):
                 self._store.compare_set("failed", "", content)
-        return self.rank == min((r for r in range(self.size) if not self._gone(r)), default=self.rank)
+        first = min((r for r in range(self.size) if not self._gone(r)), default=self.rank)
+        try:
+            return self.rank == first and self._store.add("told", 1) == 1
+        except RuntimeError:  # the store is gone, and with it whoever started the processes
+            return self.rank == first
 
-    def lost(self) -> str | None:
-        """The processes of this host that are gone, as a clause; None where none is."""
+    def cause(self) -> HywiaError | None:
+        """Why somebody ended this process: what another one failed with, or that one of this host is gone."""
+        try:
+            self._look()
+        except HywiaError as error:
+            return error
         gone = [r for r in range(self.size) if self._gone(r)]
-        return f"{self._named(gone)} ended, without a message of its own" if gone else None
+        return HywiaError(f"{self._named(gone)} ended, without a message of its own") if gone else None
 
     def _look(self) -> None:
         """Raises what another process has failed with."""
@@ -186,21 +197,6 @@ class _Elsewhere(HywiaError):
     """What another process has failed with."""
 
 
-def launched_ranks() -> tuple[int, int, int]:
-    """`(rank, ranks, rank on this host)` as torchrun's environment says; `(0, 1, 0)` without it.
-
-    Raises:
-        UsageError: the environment says something that is no number.
-    """
-    numbers = []
-    for name, usual in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
-        value = os.environ.get(name, str(usual))
-        if not value.isdigit():
-            raise UsageError(f"{name}: expected a number in the environment, as torchrun sets it, got {value!r}")
-        numbers.append(int(value))
-    return numbers[0], numbers[1], numbers[2]
-
-
 @contextmanager
 def joined(device: torch.device, timeout: float = RANK_TIMEOUT) -> Iterator[Ranks]:
     """The processes that torchrun started, connected by NCCL on CUDA devices and by gloo on CPUs; a world of one where
@@ -232,7 +228,6 @@ def joined(device: torch.device, timeout: float = RANK_TIMEOUT) -> Iterator[Rank
     try:
         ranks = Ranks(rank, size, store=dist.PrefixStore("hywia", store), timeout=timeout)
         yield ranks
-        ranks.meet("the end")
     except BaseException as error:
         raised = _told(ranks, error)
         if raised is error:
@@ -248,10 +243,6 @@ def _told(ranks: Ranks | None, error: BaseException) -> BaseException:
     if ranks is None:
         return error
     if not isinstance(error, Exception):
-        time.sleep(0.2)  # what ended this process may have ended the other a moment ago
-        lost = ranks.lost()
-        if lost is not None:
-            error = HywiaError(lost)
-    if not ranks.fail(error):
-        error.told_by_another = True  # type: ignore[attr-defined]
+        error = ranks.cause() or error
+    error.told_by_another = not ranks.fail(error)  # type: ignore[attr-defined]
     return error

@@ -49,7 +49,7 @@ class Work:
     def __init__(self, folder: Path | None, request: Mapping[str, Any], ranks: Ranks, every: float = EVERY) -> None:
         self.folder, self.ranks, self.every = folder, ranks, every
         self._request = json.dumps(dict(request), sort_keys=True)
-        self._last = time.monotonic()
+        self._began = self._last = time.monotonic()
         self.state: dict[str, Any] = {}
         if folder is None:
             return
@@ -81,10 +81,11 @@ class Work:
             if all((folder / name).is_file() for name in names):
                 self.state = state
 
-    @property
-    def due(self) -> bool:
-        """Whether it is time for another state."""
-        return self.folder is not None and time.monotonic() - self._last >= self.every
+    def due(self, layer: int) -> bool:
+        """Whether it is time for another state, now that a layer is finished. A run that is worth one has one of its
+        end, too."""
+        since = self._last if layer else self._began
+        return self.folder is not None and time.monotonic() - since >= self.every
 
     def keep_layer(self, layer: int, total: Tensor) -> None:
         """Keeps the sums of a finished layer, float64 on the CPU."""
