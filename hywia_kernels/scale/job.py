@@ -103,6 +103,8 @@ def calibrate_streamed(
         check_held(modules)
     ranks = ranks or Ranks()
     target = model.get_input_embeddings().weight.device if device is None else torch.device(device)
+    if target.type == "cuda" and target.index is None:
+        target = torch.device("cuda", torch.cuda.current_device())
     with ExitStack() as stack:
         if target.type == "cuda":
             stack.enter_context(torch.cuda.device(target))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint.loading import device_named
 from ..engine.host import free_on_host
 from ..errors import UsageError
 from .launch import launched_ranks
@@ -41,17 +42,16 @@ def device_of_rank(device: str) -> torch.device:
         device: as the commands take it: "auto" and "cuda" are the CUDA device of the process's number.
 
     Raises:
-        UsageError: one device was named for several processes, or there are fewer than processes.
+        UsageError: an unknown device, one that was named for several processes, or fewer devices than processes.
     """
     _, size, local = launched_ranks()
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if device not in ("auto", "cuda"):
-        if size > 1:
-            raise UsageError(
-                f"device: expected auto, cpu or cuda for {size} processes, which take one device each, got {device!r}"
-            )
-        return torch.device(device)
+    named = device_named(device)
+    if size == 1 or named.type == "cpu":
+        return named
+    if named.index is not None:
+        raise UsageError(
+            f"device: expected auto, cpu or cuda for {size} processes, which take one device each, got {device!r}"
+        )
     if local >= torch.cuda.device_count():
         raise UsageError(
             f"device: process {local} of this host has no CUDA device, there are {torch.cuda.device_count()}; start "
