@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +23,7 @@ from ..method.writing import opening
 from ..recipe import Recipe
 from ..scale.job import calibrate_streamed
 from ..scale.place import Streaming
-from ..settings import LEARNED
+from ..settings import LEARNED, ORDERS
 from ..types import Scores, Statistics
 
 __all__ = ["Clock", "Measured", "device_of", "first_samples", "fused", "measure", "measured_with", "with_text"]
@@ -141,6 +141,7 @@ def measured_with(
     engine: str,
     memory: str,
     streaming: Streaming | None = None,
+    orders: Sequence[str] = ORDERS,
 ) -> Measured:
     text: dict[str, Any] = {}
     with clock.time("text"):
@@ -156,7 +157,7 @@ def measured_with(
             return Measured(unscored(model), None, tokens, record)
         scored = first_samples(tokens, recipe.samples, "scoring")
         if streaming is None:
-            statistics = calibrate(model, scored, backend=backend, engine=engine, memory=memory)
+            statistics = calibrate(model, scored, backend=backend, engine=engine, memory=memory, orders=orders)
         else:
             statistics = _streamed(model, scored, recipe, streaming, backend)
     origin = {k: text[k] for k in ("calib", "seed", "bos") if k in text} | {"tokens": scored.numel()}

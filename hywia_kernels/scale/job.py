@@ -220,6 +220,7 @@ class _Job:
             "seconds_waited": round(weights.waited, 3),
             "seconds_forward": done.seconds["forward"],
             "seconds_backward": done.seconds["backward"],
+            "resumable": work.folder is not None,
             "resumed_at": resumed,
             "reproducible": same,
             "backend": self.ran_on,

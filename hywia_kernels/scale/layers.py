@@ -115,6 +115,7 @@ class Streamed:
         self.facts: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self._scorers: dict[int, Scorer] = {}
+        self._kept = len(self.layers)
 
     def run(self) -> None:
         """All of it; afterwards `totals` has every layer's sums and `facts` loss, fingerprint and parameters.
@@ -127,6 +128,7 @@ class Streamed:
         unfinished = state.get("layer", len(self.layers))
         for layer in range(unfinished, len(self.layers)):
             self.totals[layer] = self.work.sums(layer)
+        self._kept = unfinished  # the first of the layers whose sums are in the work folder
         with Bar("scoring", (_FORWARD + _BACKWARD) * unfinished) as bar:
             began = time.monotonic()
             self._forward(unfinished, bar)
@@ -294,8 +296,10 @@ class Streamed:
                 "for calibration text that gives an infinite loss"
             )
         self.totals[i] = total
-        self.work.keep_layer(i, total)
         if bool(flat[-1]):
+            for layer in range(i, self._kept):
+                self.work.keep_layer(layer, self.totals[layer])
+            self._kept = i
             self.work.keep_state(i, gradients, self.facts)
 
 

@@ -40,7 +40,7 @@ def beside(output: str | Path) -> Path:
 
 class Work:
     """The folder of one request, which all processes read and rank 0 alone changes, but for gradients. Without a folder
-    nothing is kept.
+    that all of them see (`folder` is None then) nothing is kept.
 
     Args:
         request: whatever must be the same for a run to go on; JSON.
@@ -57,11 +57,17 @@ class Work:
             with disk.refusals(f"work: cannot write {folder}"):
                 self._open(folder)
         self.state = ranks.tell(self.state, "the work folder")[0]
-        if not folder.is_dir():
-            raise HywiaError(
-                f"work: rank {ranks.rank} does not see {folder}, which rank 0 has made; processes that share a scoring "
-                "must see the same folder"
-            )
+        if not all(ranks.tell(self._is_seen(folder), "the look at the work folder")):
+            if ranks.speaks:
+                shutil.rmtree(folder, ignore_errors=True)
+            self.folder, self.state = None, {}
+
+    def _is_seen(self, folder: Path) -> bool:
+        """Whether this process sees the folder that rank 0 has made."""
+        try:
+            return (folder / _REQUEST).read_text(encoding="utf-8") == self._request
+        except OSError:
+            return False
 
     def _open(self, folder: Path) -> None:
         try:
