@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,9 +191,9 @@ class _Job:
         if self.model.get_input_embeddings().weight.device != self.device:
             outside = moved_to(self.device, self.outside, self.modules)
         with outside, rotary_replaced(self.model, self.backend):
-            weights, offload = self.weights(), self.offload()
-            resumed = work.state.get("layer")
-            done, scale, same = self._run(weights, work, offload)
+            offload, resumed = self.offload(), work.state.get("layer")
+            with closing(self.weights()) as weights:
+                done, scale, same = self._run(weights, work, offload)
         fine: dict[str, dict[str, Tensor]] = {}
         moments: dict[str, Tensor] = {}
         for i, layout in enumerate(done.layouts):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,23 @@ _LOOK = 1.0  # seconds between two looks at the others
 _SHORTEST, _LONGEST = 2e-4, 2e-2  # seconds between two questions to the store; its own wait prints warnings
 
 
+class _Process(NamedTuple):
+    """A process: its host's name, what tells where its number holds, and its number there."""
+
+    host: str
+    place: str
+    pid: int
+
+
+def _place() -> str:
+    """What only processes have in common that see each other's numbers: hosts may share a name."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
 class Ranks:
     """The processes of one scoring. A world of one has no store, and asks nobody.
 
@@ -43,11 +60,11 @@ class Ranks:
     ) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
         self._store, self._group, self._met = store, group, 0
-        self._processes: list[tuple[str, int]] = [(socket.gethostname(), os.getpid())]
+        own = _Process(socket.gethostname(), _place(), os.getpid())
+        self._processes = [own]
         if size > 1:
-            told = self.tell(list(self._processes[0]), "the beginning")
-            self._processes = [(host, pid) for host, pid in told]
-        self.here = sum(host == socket.gethostname() for host, _ in self._processes)
+            self._processes = [_Process(*told) for told in self.tell(list(own), "the beginning")]
+        self.here = sum(process.place == own.place for process in self._processes)
 
     @property
     def speaks(self) -> bool:
@@ -174,11 +191,10 @@ class Ranks:
 
     def _gone(self, rank: int) -> bool:
         """Whether a process of this host is no more; nothing is known of those of other hosts."""
-        host, pid = self._processes[rank] if rank < len(self._processes) else ("", 0)
-        if host != socket.gethostname() or pid == os.getpid():
+        if rank == self.rank or rank >= len(self._processes) or self._processes[rank].place != _place():
             return False
         try:
-            with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            with open(f"/proc/{self._processes[rank].pid}/stat", encoding="utf-8") as file:
                 return file.read().rpartition(")")[2].split()[0] in ("Z", "X")
         except FileNotFoundError:
             return os.path.isdir("/proc/self")
@@ -188,8 +204,8 @@ class Ranks:
     def _named(self, ranks: list[int]) -> str:
         names = []
         for r in ranks:
-            host, pid = self._processes[r] if r < len(self._processes) else ("", 0)
-            names.append(f"rank {r} (process {pid} on {host})" if pid else f"rank {r}")
+            known = self._processes[r] if r < len(self._processes) else None
+            names.append(f"rank {r}" if known is None else f"rank {r} (process {known.pid} on {known.host})")
         return " and ".join(names)
 
 

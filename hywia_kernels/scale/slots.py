@@ -17,12 +17,24 @@ from .weights import Table
 __all__ = ["Slots"]
 
 
+_COPIERS = 4
+_PIECE = 64 << 20  # bytes of a tensor that one thread copies at a time
+
+
+def _pieces(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of tensors, the large ones in pieces along their first axis."""
+    for target, source in zip(into, tensors, strict=True):
+        pieces = min(-(-target.numel() * target.element_size() // _PIECE), len(target)) if target.dim() > 1 else 1
+        yield from zip(target.chunk(max(1, pieces)), source.chunk(max(1, pieces)), strict=True)
+
+
 class Slots:
     """Weights that are copied to a device layer by layer, by a thread and on a stream of their own.
 
     The device's memory is twice the largest layer's, whatever the host runs ahead: a buffer is filled again only when
     the device is through with what it held. A source that is not pinned goes through two pinned buffers of the host,
-    since a copy from pageable memory would hold up the device.
+    since a copy from pageable memory would hold up the device; several threads fill these, so that many pages of files
+    are asked for at a time.
     """
 
     def __init__(self, tables: Sequence[Table], source: Source, device: torch.device, place: str) -> None:
@@ -34,6 +46,7 @@ class Slots:
         self._slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
         staged = self._cuda and not source.pinned
         self._staging = [torch.empty(largest, dtype=torch.uint8, pin_memory=True) for _ in range(2)] if staged else []
+        self._copiers = ThreadPoolExecutor(_COPIERS, thread_name_prefix="hywia-copies")
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         self._used: list[Any] = [None, None]  # events: the device is through with a slot
         self._filled: list[Any] = [None, None]  # events: a slot is filled, and its staging buffer free again
@@ -52,6 +65,8 @@ class Slots:
                 self.waited += time.monotonic() - began
                 if at + 1 < len(order):
                     coming = reader.submit(self._fill, order[at + 1], 1 - slot)
+                if at + 2 < len(order):
+                    reader.submit(self.source.coming, self.tables[order[at + 2]])
                 self.tables[i].put(tensors)
                 try:
                     yield i
@@ -73,8 +88,7 @@ class Slots:
                 if self._filled[slot] is not None:
                     self._filled[slot].synchronize()
                 staged = self._parts(self._staging[slot], table, offsets)
-                for tensor, part in zip(held, staged, strict=True):
-                    part.copy_(tensor)
+                list(self._copiers.map(lambda pair: pair[0].copy_(pair[1]), _pieces(staged, held)))
                 held = staged
             for tensor, part in zip(held, into, strict=True):
                 part.copy_(tensor, non_blocking=True)
@@ -83,6 +97,10 @@ class Slots:
                 self._filled[slot].record(self._stream)
         self.moved += table.bytes
         return into
+
+    def close(self) -> None:
+        self._copiers.shutdown()
+        self.source.close()
 
     @staticmethod
     def _parts(flat: Tensor, table: Table, offsets: Sequence[int]) -> list[Tensor]:

@@ -20,6 +20,8 @@ from .weights import Table
 __all__ = ["Pinned", "Place", "Source", "StoredWeights", "Views", "flat_offsets", "places_of"]
 
 _ALIGN = 256  # bytes: where a tensor begins among a layer's
+_LARGE = 1 << 20  # bytes of a tensor that has pages of its own
+_MOST = 0.9  # of the weights' bytes, from which on copies need no pinned buffer of their own
 
 
 class Source(Protocol):
@@ -35,6 +37,10 @@ class Source(Protocol):
         """Says that a layer will be asked for soon."""
         ...
 
+    def close(self) -> None:
+        """Gives back what was taken to read them."""
+        ...
+
 
 def flat_offsets(table: Table) -> tuple[list[int], int]:
     """Where each of a layer's parameters begins in one buffer, in bytes, and the buffer's size."""
@@ -46,36 +52,27 @@ def flat_offsets(table: Table) -> tuple[list[int], int]:
 
 
 class Pinned:
-    """A loaded model's layers in the host's memory, each moved into one buffer; pinned where the device is CUDA's and
-    the system allows it."""
+    """A loaded model's layers where they are in the host's memory, pinned there where the device is CUDA's and the
+    system allows it: their memory is neither moved nor rounded up, as torch's own pinned allocator would."""
 
     def __init__(self, tables: Sequence[Table], device: torch.device) -> None:
-        self.pinned = device.type == "cuda"
-        self._registered: list[Tensor] = []
-        for table in tables:
-            offsets, size = flat_offsets(table)
-            flat = torch.empty(size, dtype=torch.uint8)
-            for offset, p in zip(offsets, table.originals, strict=True):
-                view = flat[offset : offset + p.numel() * p.element_size()].view(p.dtype).view(p.shape)
-                view.copy_(p.detach())
-                p.data = view
-            if self.pinned:
-                self.pinned = self._register(flat)
-        if not self.pinned:
-            self.close()
-
-    def _register(self, flat: Tensor) -> bool:
-        # torch's own pinned allocator may round a layer's gigabytes up to a power of two.
-        code: Any = torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.numel(), 0)
-        if int(code) != 0:
-            return False
-        self._registered.append(flat)
-        return True
+        self._registered: list[int] = []
+        self.pinned = True
+        if device.type != "cuda":
+            return
+        whole = registered = 0
+        for p in (p for table in tables for p in table.originals):
+            size = p.numel() * p.element_size()
+            whole += size
+            # Small tensors share their pages with others, which cannot be pinned twice.
+            if size >= _LARGE and int(torch.cuda.cudart().cudaHostRegister(p.data_ptr(), size, 0)) == 0:  # type: ignore[call-overload]
+                self._registered.append(p.data_ptr())
+                registered += size
+        self.pinned = registered >= _MOST * whole
 
     def close(self) -> None:
-        """Unpins the memory; the model keeps it."""
-        for flat in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(flat.data_ptr())
+        for pointer in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(pointer)
         self._registered = []
 
     def tensors(self, table: Table) -> Sequence[Tensor]:
@@ -156,6 +153,9 @@ class StoredWeights:
         rows = self.joined[name]
         return torch.stack([torch.cat(parts[i : i + rows]) for i in range(0, len(parts), rows)])
 
+    def close(self) -> None:
+        pass
+
     def coming(self, table: Table) -> None:
         """Asks the system to read a layer's pages ahead."""
         if not hasattr(os, "posix_fadvise"):
@@ -196,3 +196,6 @@ class Views:
                 yield i
             finally:
                 table.put_back()
+
+    def close(self) -> None:
+        pass

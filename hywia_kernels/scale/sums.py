@@ -38,7 +38,7 @@ class Layout:
             coarse = results.coarse[group.name].double()
             parts.append(results.fine[group.name][0].double() * results.samples)
             parts += [coarse.sum(1).flatten(), coarse.square().sum(1).flatten()]
-        return torch.cat(parts)
+        return torch.cat(parts).add_(0.0)  # no zero is negative, as none is after zeros were added
 
     def finished(self, total: Tensor, samples: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """`(fine, moments)` of `Statistics` from the rows' sum `[width]` over so many samples."""

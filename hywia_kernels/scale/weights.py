@@ -30,6 +30,10 @@ class Weights(Protocol):
         """Yields layers' indices, each while that layer's weights are at hand; the next one's may be on their way."""
         ...
 
+    def close(self) -> None:
+        """Gives back what was taken for the sweeps."""
+        ...
+
 
 class Resident:
     """Weights of a model that is on the device: nothing moves."""
@@ -38,6 +42,9 @@ class Resident:
 
     def sweep(self, order: Sequence[int]) -> Iterator[int]:
         yield from order
+
+    def close(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)
