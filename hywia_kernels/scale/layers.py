@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -309,6 +309,6 @@ class Streamed:
             self.work.keep_state(i, gradients, self.facts)
 
 
-def iter_of(order: Sequence[int]) -> Any:
+def iter_of(order: Sequence[int]) -> Generator[int, None, None]:
     """Layers' indices without their weights, for a process that has no runs."""
     yield from order

@@ -122,7 +122,9 @@ def _candidates(name: str, prefix: str) -> list[str]:
 def _experts(name: str, tensors: Mapping[str, Stored], count: int) -> tuple[list[str], int]:
     """`(names, how many are one expert's)` of the matrices that a stack is made of; none where it is no such stack."""
     match = _STACKED.fullmatch(name)
-    for leaves in _EXPERT[match[2]] if match is not None else ():
+    if match is None:
+        return [], 0
+    for leaves in _EXPERT[match[2]]:
         parts = [f"{match[1]}.{leaf.format(e)}" for e in range(count) for leaf in leaves]
         if parts and all(part in tensors for part in parts):
             return parts, len(leaves)
@@ -148,7 +150,8 @@ def _buffers(
     for name, module in modules.items():
         empty = [leaf for leaf, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
         for leaf in empty:
-            module._buffers[leaf] = torch.empty_like(module._buffers[leaf], device="cpu")
+            made: Any = module._buffers[leaf]
+            module._buffers[leaf] = torch.empty_like(made, device="cpu")
         if empty:
             network._init_weights(module)
         for leaf in empty:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
@@ -47,11 +47,11 @@ class Slots:
         staged = self._cuda and not source.pinned
         self._staging = [torch.empty(largest, dtype=torch.uint8, pin_memory=True) for _ in range(2)] if staged else []
         self._copiers = ThreadPoolExecutor(_COPIERS, thread_name_prefix="hywia-copies")
-        self._stream = torch.cuda.Stream(device) if self._cuda else None
+        self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
         self._used: list[Any] = [None, None]  # events: the device is through with a slot
         self._filled: list[Any] = [None, None]  # events: a slot is filled, and its staging buffer free again
 
-    def sweep(self, order: Sequence[int]) -> Iterator[int]:
+    def sweep(self, order: Sequence[int]) -> Generator[int, None, None]:
         if not order:
             return
         with ThreadPoolExecutor(1, thread_name_prefix="hywia-weights") as reader:

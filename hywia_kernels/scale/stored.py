@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +183,7 @@ class Views:
         self.tables, self.source = tables, source
         self.moved, self.waited = 0, 0.0
 
-    def sweep(self, order: Sequence[int]) -> Iterator[int]:
+    def sweep(self, order: Sequence[int]) -> Generator[int, None, None]:
         for at, i in enumerate(order):
             table = self.tables[i]
             if at + 1 < len(order):

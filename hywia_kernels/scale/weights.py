@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ class Weights(Protocol):
     moved: int
     waited: float
 
-    def sweep(self, order: Sequence[int]) -> Iterator[int]:
+    def sweep(self, order: Sequence[int]) -> Generator[int, None, None]:
         """Yields layers' indices, each while that layer's weights are at hand; the next one's may be on their way."""
         ...
 
@@ -40,7 +40,7 @@ class Resident:
 
     place, moved, waited = "device", 0, 0.0
 
-    def sweep(self, order: Sequence[int]) -> Iterator[int]:
+    def sweep(self, order: Sequence[int]) -> Generator[int, None, None]:
         yield from order
 
     def close(self) -> None:
