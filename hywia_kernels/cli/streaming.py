@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 
+from ..arch.facts import weight_bytes
 from ..checkpoint.loading import load
+from ..checkpoint.originals import source_of
+from ..checkpoint.skeleton import skeleton
+from ..checkpoint.sources import BUNDLED
 from ..compression import Measured, measure
-from ..errors import UsageError
+from ..errors import HywiaError, UsageError
 from ..evaluation import stored_bytes
 from ..recipe import Recipe
 from ..scale.launch import launched_ranks
@@ -84,6 +88,19 @@ class Sharing:
         shutil.rmtree(beside(arguments.output), ignore_errors=True)
 
 
+def _weight_bytes(arguments: argparse.Namespace) -> int | None:
+    """Bytes of a model's weights, by its files or, of a hub model that is not here yet, by its config; None where
+    neither says."""
+    source = source_of(arguments.model)
+    known = None if source is None else stored_bytes(source)
+    if known is not None or arguments.model in BUNDLED or (source is not None and source.is_file()):
+        return known
+    try:
+        return weight_bytes(skeleton(arguments.model, revision=arguments.revision))
+    except HywiaError:
+        return None  # loading says what is wrong
+
+
 def sharing(arguments: argparse.Namespace, recipe: Recipe) -> Sharing | None:
     """How the scoring that the arguments ask for is streamed; None where it is not: where one process has a device that
     holds the model, and nothing else was asked for.
@@ -103,11 +120,13 @@ def sharing(arguments: argparse.Namespace, recipe: Recipe) -> Sharing | None:
     if asked and arguments.memory not in ("auto", STREAMED):
         why = f"{size} processes" if size > 1 else f"--weights {arguments.weights}"
         raise UsageError(f"memory: expected auto or {STREAMED} for {why}, got {arguments.memory}")
-    if not asked and arguments.memory != "auto":
+    # What works on a model in memory, or in a way of its own, is not changed without being asked.
+    plain = arguments.command == "score" and (arguments.memory, arguments.engine, arguments.dtype) == ("auto",) * 3
+    if not asked and not (plain and recipe.order == "second"):
         return None
     device = device_of_rank(arguments.device)
-    fitting = place_for(stored_bytes(arguments.model), device)
-    if not asked and (fitting == "device" or arguments.engine != "auto" or recipe.order != "second"):
+    fitting = place_for(_weight_bytes(arguments), device)
+    if not asked and fitting == "device":
         return None
     place = fitting if arguments.weights == "auto" else arguments.weights
     if arguments.engine == "autograd":
