@@ -10,7 +10,9 @@
     slots     layers on their way to a device, two at a time
     place     where the weights stay, by what is free
     work      what a stopped run goes on from
+    agreement whether all processes read the same weights
     layers    the streamed pass: forward, then backward, a layer at a time for all samples
+    scoring   one scoring: what its processes agree on, the pass, its statistics
     job       calibrate_streamed
 
 The pass keeps what enters each layer, runs the layers forward and then backward with recomputation, and needs one

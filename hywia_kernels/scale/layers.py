@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -27,6 +25,7 @@ from ..errors import HywiaError
 from ..method.layer_runs import Entrance, entrance, leaving
 from ..progress import Bar
 from ..types import Group
+from .agreement import check_weights
 from .ranks import Ranks
 from .runs import dealt
 from .sums import Layout, first_bad
@@ -190,39 +189,14 @@ class Streamed:
                     run.hidden = hidden_of(out)
                 nodes.clear()  # they hold this layer's weights
                 bar.step(_FORWARD)
-        self._check_weights(reading, unfinished)
-
-    def _check_weights(self, reading: FingerprintReading, unfinished: int) -> None:
-        """Makes sure that all processes, and an earlier run that this one goes on from, read the same weights."""
-        lines = {name: " ".join(of) for name, of in reading.lines().items()}
-        digest = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
-        digests = self.ranks.tell(digest if self.mine else None, "the end of the forward pass")
-        if len({d for d in digests if d is not None}) > 1:
-            self._name_other_weights(lines)
-        known = self.work.state.get("weights", {})
-        for name, line in lines.items() if self.mine else ():
-            if known.get(name, line) != line:
-                raise HywiaError(
-                    f"{name}: has other weights than when this scoring was stopped; remove {self.work.folder} to begin "
-                    "anew"
-                )
-        self.facts["weights"] = {**known, **lines}
-        if unfinished == len(self.layers):
+        read = check_weights(reading, self.ranks, self.work, bool(self.mine))
+        self.facts["weights"] = read
+        if whole:
             mine = [reading.digest(self.model, self.modules), reading.parameters] if self.mine else None
             # Rank 0 always has runs, and so has read everything.
             self.facts["fingerprint"], self.facts["parameters"] = self.ranks.tell(mine, "the fingerprint")[0]
         else:
             self.facts |= {n: self.work.state[n] for n in ("fingerprint", "parameters", "loss", "layers", "runs")}
-
-    def _name_other_weights(self, lines: Mapping[str, str]) -> None:
-        """Raises what all processes raise of weights that are not the same."""
-        told = self.ranks.tell(lines if self.mine else None, "a comparison of weights")
-        for rank, other in enumerate(told):
-            for name in other or ():
-                if other[name] != told[0][name]:
-                    raise HywiaError(
-                        f"{name}: rank {rank} read other weights than other ranks; start all of them on the same model"
-                    )
 
     def _loss(self) -> None:
         """The loss, and each run's gradient at what left the last layer."""

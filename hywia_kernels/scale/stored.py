@@ -61,13 +61,21 @@ class Pinned:
         if device.type != "cuda":
             return
         whole = registered = 0
+        failed = False
+        register: Any = torch.cuda.cudart().cudaHostRegister
         for p in (p for table in tables for p in table.originals):
             size = p.numel() * p.element_size()
             whole += size
-            # Small tensors share their pages with others, which cannot be pinned twice.
-            if size >= _LARGE and int(torch.cuda.cudart().cudaHostRegister(p.data_ptr(), size, 0)) == 0:  # type: ignore[call-overload]
+            if size < _LARGE:  # shares its pages with others, which cannot be pinned twice
+                continue
+            if int(register(p.data_ptr(), size, 0)) == 0:
                 self._registered.append(p.data_ptr())
                 registered += size
+            else:
+                failed = True
+        if failed:
+            with suppress(RuntimeError):  # CUDA keeps the refusal for whoever asks next
+                torch.zeros(1, device=device)
         self.pinned = registered >= _MOST * whole
 
     def close(self) -> None:
