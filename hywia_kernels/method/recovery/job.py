@@ -28,7 +28,7 @@ from .training import trained
 from .tuning import has_peft, prepared, training_bytes
 from .work import Work, opened
 
-__all__ = ["Dense", "Recovered", "ask", "micro_tokens", "recover", "resolved"]
+__all__ = ["Dense", "Recovered", "ask", "asked_tokens", "micro_tokens", "recover", "resolved"]
 
 _MANY = 1_000_000  # tokens from which all weights are worth training: on fewer, low-rank updates came nearer
 _FULL_PARAMETERS = 3e9  # up to which all weights are trained where memory allows
@@ -94,6 +94,12 @@ def _kind(device: torch.device) -> str:
 def micro_tokens(device: torch.device) -> int:
     """Tokens that are trained on at a time; several such passes make a step where its samples have more."""
     return _MICRO_TOKENS[_kind(device)]
+
+
+def asked_tokens(request: Recovery) -> int:
+    """How many tokens the dense model reads in a resolved recovery: of the text, where it is asked once."""
+    tokens, text = request.tokens or 0, request.text_tokens or 0
+    return min(tokens, text) if request.hold == "kept" or tokens >= _READ_OFTEN * text else tokens
 
 
 def usual_rate(tune: str, parameters: int, tokens: int) -> float:
