@@ -59,24 +59,28 @@ def test_the_scores_are_those_of_an_ordinary_scoring(folder, monkeypatch):
     assert all(torch.equal(plans[0].keep[n], plans[1].keep[n]) for n in plans[0].keep)
 
 
-def test_a_killed_rank_ends_the_run_with_one_message_and_its_work_goes_on(folder):
-    arguments = ("score", "model", "-o", "killed", *SCORING)
-    killed = command(folder, 2, 1, 1, *arguments, module=("tests.scale.killed_rank",))
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_run_with_one_message_and_its_work_goes_on(folder, rank):
+    output = f"killed-{rank}"
+    arguments = ("score", "model", "-o", output, *SCORING)
+    killed = command(folder, 2, rank, 1, *arguments, module=("tests.scale.killed_rank",))
     assert killed.returncode != 0
     said = [line for line in killed.stderr.splitlines() if line.startswith("hywia: error:")]
     assert len(said) == 1
-    assert "rank 1 (process " in said[0]
+    assert f"rank {rank} (process " in said[0]
     assert "ended" in said[0]
-    assert not (folder / "killed").exists()
-    work = folder / ".killed.hywia-scoring"
+    assert not (folder / output).exists()
+    work = folder / f".{output}.hywia-scoring"
     assert json.loads((work / "state.json").read_text())["layer"] == 1
     again = command(folder, 1, *arguments, "--memory", "streamed", "--weights", "files")
     assert again.returncode == 0, again.stderr
     assert "streamed by one process in 8 runs, on from layer 1:" in again.stdout
-    assert same(folder / "killed", folder / "alone")
+    assert same(folder / output, folder / "alone")
     assert not work.exists()
 
 
+@pytest.mark.slow
 def test_only_the_first_process_prints_and_writes(folder):
     shared = command(folder, 2, "score", "model", "-o", "shared", *SCORING)
     assert shared.returncode == 0, shared.stderr
@@ -91,6 +95,7 @@ def test_only_the_first_process_prints_and_writes(folder):
     ]
 
 
+@pytest.mark.slow
 def test_prune_shares_its_scoring(folder):
     arguments = ("--ratio", "0.3", "--search", "none", "--refit-samples", "8", "--align", "4", "--no-eval", *SCORING)
     for processes, name in ((1, "pruned-alone"), (2, "pruned-shared")):

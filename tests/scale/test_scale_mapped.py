@@ -101,6 +101,7 @@ print(json.dumps({"layer": layer, "layers": len(model.model.layers), "took": wat
 """
 
 
+@pytest.mark.slow
 def test_a_mapped_model_takes_less_than_three_layers(tmp_path):
     """Of memory that is the process's own and of pages of the files that are in its use, together."""
     config = dict(vocab_size=131, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8)
