@@ -119,7 +119,9 @@ class Scoring:
             outside = moved_to(self.device, self.outside, self.modules)
         with outside, rotary_replaced(self.model, self.backend):
             offload, resumed = self.offload(), work.state.get("layer")
+            start = time.monotonic()
             with closing(self.weights()) as weights:
+                prepared = time.monotonic() - start
                 done, scale, same = self._run(weights, work, offload)
         fine: dict[str, dict[str, Tensor]] = {}
         moments: dict[str, Tensor] = {}
@@ -145,6 +147,7 @@ class Scoring:
             "peak_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else None,
             "bytes_moved": weights.moved,
             "seconds_waited": round(weights.waited, 3),
+            "seconds_prepared": round(prepared, 3),
             "seconds_forward": done.seconds["forward"],
             "seconds_backward": done.seconds["backward"],
             "resumable": work.folder is not None,

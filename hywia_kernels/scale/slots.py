@@ -44,8 +44,8 @@ class Slots:
         largest = max(size for _, size in self._flat)
         self._cuda = device.type == "cuda"
         self._slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
-        staged = self._cuda and not source.pinned
-        self._staging = [torch.empty(largest, dtype=torch.uint8, pin_memory=True) for _ in range(2)] if staged else []
+        staging = 0 if source.pinned else 2
+        self._staging = [torch.empty(largest, dtype=torch.uint8, pin_memory=self._cuda) for _ in range(staging)]
         self._copiers = ThreadPoolExecutor(_COPIERS, thread_name_prefix="hywia-copies")
         self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
         self._used: list[Any] = [None, None]  # events: the device is through with a slot
