@@ -12,8 +12,8 @@ from ..errors import HywiaError
 from ..types import Group, Member
 from .configs import stock_head_counts, text_config
 from .language import Architecture, Mlp
-from .members import linear_of, on_inputs, on_outputs, unit_parameters, vector_of
-from .parts import expert_groups, headwise_group
+from .members import linear_of, on_inputs, on_outputs, unit_parameters
+from .parts import expert_groups, headwise_group, vectors_of
 from .table import TABLE
 from .views import Modules, sizes_of
 
@@ -135,7 +135,8 @@ def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: 
     names = entry.attention
     query, key, value, output = (f"{prefix}.{n}" for n in (names.query, names.key, names.value, names.output))
     width = sizes_of(linear_of(modules, output))[1]
-    if (key == value and query != key) or names.wide_query > 1 or names.more:
+    apart = names.size_field and query != key  # heads of another size than their queries and keys
+    if (key == value and query != key) or names.wide_query > 1 or names.more or apart:
         return headwise_group(modules, entry, prefix, layer, size)
     rows = {name: sizes_of(linear_of(modules, name))[0] for name in (query, key, value)}
     if query == key == value:
@@ -165,7 +166,7 @@ def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: 
             on_outputs(modules, value, size, starts[2]),
         )
     members += (on_inputs(modules, output, rep * size),)
-    vectors = tuple(vector_of(modules, f"{prefix}.{name}", kv_heads) for name in names.vectors)
+    vectors = vectors_of(modules, entry, prefix, kv_heads)
     group = Group(
         f"{prefix}.attention",
         "attention",
@@ -178,6 +179,14 @@ def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: 
         width_field=names.kv_heads_field or names.heads_field,
     )
     return group, rep
+
+
+def _has_heads(modules: Modules, entry: Architecture, prefix: str) -> bool:
+    """Whether a layer has all of the entry's attention, and not another kind of it under some of the same names."""
+    names = entry.attention
+    return bool(names.output) and all(
+        f"{prefix}.{name}" in modules for name in (names.query, names.key, names.value, names.output)
+    )
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -212,7 +221,7 @@ def groups(model: nn.Module, modules: Modules | None = None) -> tuple[Group, ...
     found: list[Group] = []
     for i in range(len(layers_of(model))):
         prefix = f"{entry.layers}.{i}"
-        if not entry.partial or (entry.attention.output and f"{prefix}.{entry.attention.output}" in modules):
+        if not entry.partial or _has_heads(modules, entry, prefix):
             attention, rep = _attention_group(modules, entry, prefix, i, size)
             counts = (attention.units, rep)
             if counts not in stock:

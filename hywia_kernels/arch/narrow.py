@@ -15,7 +15,7 @@ __all__ = ["MOST_PARAMETERS", "narrow", "narrow_configs"]
 MOST_PARAMETERS = 60_000_000  # of a copy that is still small
 _VOCABULARY = 192
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "num_query_groups", "kv_n_heads")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "model_dim", "emb_dim")
 _HEAD_SIZES = ("head_dim", "attention_head_size", "kv_channels", "d_kv", "v_head_dim", "global_head_dim")
@@ -29,6 +29,7 @@ _SMALL = {
     **{"swa_head_dim": 8, "swa_v_head_dim": 12, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 64},
     **{"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 16, "ssm_state_size": 8},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    **{"linear_num_heads": 2, "linear_head_dim": 8},
     **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": _VOCABULARY, "num_nextn_predict_layers": 0},
     **{
         "n_groups": 2,
@@ -112,6 +113,7 @@ def _narrower(values: dict[str, Any], size: int) -> None:
     hidden, states_size = values[hidden_field], _field(values, _HEAD_SIZES[:4])
     few = 4 if kv_heads in (None, heads) else 8
     wide = states_size is not None and values[states_size] * heads != hidden
+    values[heads_field] = few
     for field in values:
         number = type(values[field]) is int and values[field] > 0
         if number and "head" in field and ("num" in field or field.startswith("n_")) and "linear" not in field:
@@ -134,6 +136,8 @@ def _narrower(values: dict[str, Any], size: int) -> None:
         if type(values.get(field)) is int:
             values[field] = narrow_hidden
     _narrow_mlps(values, narrow_hidden)
+    for own in (values.get("per_layer_config") or {}).values():
+        _narrower_layer(own, values, few, size)
     if type(values.get("mamba_d_head", values.get("mamba_headdim"))) in (int, str):
         for field in ("mamba_d_head", "mamba_headdim"):
             if field in values:
@@ -143,6 +147,19 @@ def _narrower(values: dict[str, Any], size: int) -> None:
                 values[field] = values.get("mamba_expand", 2) * narrow_hidden // size
     elif type(values.get("mamba_head_dim")) is int:
         values["mamba_head_dim"], values["mamba_num_heads"] = size, 4
+
+
+def _narrower_layer(own: dict[str, Any], values: Mapping[str, Any], few: int, size: int) -> None:
+    """What one layer has instead of the config's values: heads of twice the size, and as many as there are."""
+    for field in own:
+        if field in _HEAD_SIZES:
+            own[field] = 2 * size
+        elif field in _HEADS:
+            own[field] = few
+        elif field in _KV_HEADS:
+            own[field] = values.get(field, few)
+        elif type(own[field]) is int and own[field] > _SMALL.get(field, own[field]):
+            own[field] = _SMALL[field]
 
 
 def _narrow_mlps(values: dict[str, Any], hidden: int) -> None:

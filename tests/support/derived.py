@@ -16,6 +16,8 @@ from hywia_kernels.method import derivation
 # Fields that published checkpoints state and transformers' defaults lack, or by which they show more of the family.
 FIELDS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "head_dim": 64},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 8},
