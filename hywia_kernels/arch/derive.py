@@ -227,6 +227,8 @@ def _vectors(
         for leaf, parameter in module._parameters.items():
             if parameter is None or parameter.dim() != 1 or isinstance(module, nn.Linear) or is_transposed(module):
                 continue
+            if "bias" in leaf and name == owner:  # what is added to the output, as wide as the hidden states
+                continue
             if parameter.numel() in (heads, kv_heads) and parameter.numel() not in (1, size):
                 vectors.append(f"{name}.{leaf}")
             elif parameter.numel() in (heads * size, kv_heads * size) and size not in (1, parameter.numel()):

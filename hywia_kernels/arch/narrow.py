@@ -30,7 +30,12 @@ _SMALL = {
     **{"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 16, "ssm_state_size": 8},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
     **{"linear_num_heads": 2, "linear_head_dim": 8},
-    **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": _VOCABULARY, "num_nextn_predict_layers": 0},
+    **{
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": _VOCABULARY,
+        "unpadded_vocab_size": _VOCABULARY,
+        "num_nextn_predict_layers": 0,
+    },
     **{
         "n_groups": 2,
         "mamba_n_groups": 2,

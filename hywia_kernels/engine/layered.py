@@ -53,8 +53,8 @@ def _kept(hidden: Tensor, offload: bool) -> Tensor:
 
 
 def hidden_of(out: Any) -> Tensor:
-    """The hidden states among what a layer returns; some layers return a tuple, with attention weights after them."""
-    return out[0] if isinstance(out, tuple) else out
+    """The hidden states among what a layer returns; some layers return a tuple or a list, with attention weights after them."""
+    return out[0] if isinstance(out, (tuple, list)) else out
 
 
 def _recording(forward: Callable, tape: _Tape, last: bool, offload: bool, keep: bool) -> Callable:
@@ -69,7 +69,7 @@ def _recording(forward: Callable, tape: _Tape, last: bool, offload: bool, keep: 
                 out = forward(hidden, *arguments, **keywords)
         if last:
             tape.last = hidden_of(out).detach().requires_grad_()  # the final norm's graph begins here
-            return (tape.last, *out[1:]) if isinstance(out, tuple) else tape.last
+            return (tape.last, *out[1:]) if isinstance(out, (tuple, list)) else tape.last
         return out
 
     return record

@@ -57,8 +57,12 @@ def model_class(base_model_type):
         family.__init__(self, config, *args, **kwargs)
         change_modules(self, config.module_changes)
 
+    def _supports_default_dynamic_cache(cls):
+        return family._supports_default_dynamic_cache()  # which tells families by the names of their classes
+
     content = {
         "__init__": __init__,
+        "_supports_default_dynamic_cache": classmethod(_supports_default_dynamic_cache),
         "__module__": __name__,
         "__doc__": family.__doc__,
         "config_class": adaptive,
