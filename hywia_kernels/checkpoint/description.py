@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arch import TABLE
+from ..arch.classes import of_images
 from ..errors import HywiaError
 from .file_kinds import read_json
 
@@ -64,16 +65,15 @@ def model_types() -> tuple[str, ...]:
 
 
 def derivable(model_type: Any) -> bool:
-    """Whether the table lacks a type of which transformers has a decoder: an entry is derived from its structure, and
-    proven before it is used."""
+    """Whether the table lacks a type of which transformers has a decoder, alone or as a part of a model of images and
+    text: an entry is derived from its structure, and proven before it is used."""
     from transformers.models.auto import modeling_auto as auto
 
     return (
         isinstance(model_type, str)
-        and model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and (model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or of_images(model_type))
         and model_type not in model_types()
         and model_type not in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-        and model_type not in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         and model_type not in auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
     )
 
@@ -84,9 +84,10 @@ def _why_not(model_type: Any, values: Mapping[str, Any]) -> str:
 
     both = {**auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, **auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES}
     if values.get("is_encoder_decoder") is True or (isinstance(model_type, str) and model_type in both):
-        return "; it is an encoder with a decoder, and only models that are a decoder alone are scored and cut"
-    if isinstance(model_type, str) and model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return "; it is a model of images and text, of which only Gemma 3's are taken: give its text model by itself"
+        return (
+            "; it is an encoder with a decoder, and only models that are a decoder alone are scored and cut here: cut "
+            "it by Torch-Pruning with the scorers of hywia_kernels.integrations, which take any module"
+        )
     return ""
 
 
@@ -142,7 +143,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         _check_fields(f"{path}{where}", part, base)
         if where and "auto_map" in part:
             raise HywiaError(f"model: {path}{where}: expected no auto_map here; code of a checkpoint is not run for it")
-    for name, types in _SUB_TYPES.items():
+    for name, types in _SUB_TYPES.items() if base in model_types() else ():
         part = values.get(name, {})
         if isinstance(part, dict) and part.get("model_type") not in (None, *types):
             raise HywiaError(

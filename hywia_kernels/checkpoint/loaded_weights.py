@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..arch import auto_class
 from ..errors import HywiaError
 from . import description
 from .file_kinds import check_kind
@@ -162,11 +163,10 @@ def stock_config(folder: Path) -> Any:
 def described(config: Any, dtype: Any = None) -> Any:
     """The model of a config on the meta device, shapes without memory; None as `dtype` takes the config's."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     options = {} if dtype is None else {"dtype": dtype}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False, **options)
+        return auto_class(config).from_config(copy.deepcopy(config), trust_remote_code=False, **options)
 
 
 def stock(folder: Path, dtype: Any, quantised: bool, device: Any = None) -> Any:
@@ -178,14 +178,12 @@ def stock(folder: Path, dtype: Any, quantised: bool, device: Any = None) -> Any:
     Raises:
         HywiaError: the weights are not the model's.
     """
-    from transformers import AutoModelForCausalLM
-
     config = stock_config(folder)
     if not quantised:
         _check_count(folder, config)
     options = {"config": config, "dtype": dtype, "trust_remote_code": False}
     is_quantised = getattr(config, "quantization_config", None) is not None
-    model, report = read(str(folder), AutoModelForCausalLM, device=None if is_quantised else device, **options)
+    model, report = read(str(folder), auto_class(config), device=None if is_quantised else device, **options)
     check_complete(report, str(folder), unexpected=not quantised)
     return model
 

@@ -98,11 +98,9 @@ def _stand_in(entry: arch.Architecture, values: Mapping[str, Any]) -> Any:
 def _as_stock(model: Any) -> Any:
     """A model of the stock class that shares this one's tensors: loading them proves that the config describes them,
     and copies nothing."""
-    from transformers import AutoModelForCausalLM
-
     config = stock_config(model)
     with torch.device("meta"):
-        stock = type(model)(config) if remote.is_remote_code(model) else AutoModelForCausalLM.from_config(config)
+        stock = type(model)(config) if remote.is_remote_code(model) else arch.auto_class(config).from_config(config)
     try:
         stock.load_state_dict(model.state_dict(), assign=True)
     except RuntimeError as refused:

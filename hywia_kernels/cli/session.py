@@ -91,10 +91,15 @@ def load_model(arguments: argparse.Namespace, *, quantised: bool = False) -> tup
         quantised=quantised,
         revision=arguments.revision,
     )
-    others = [] if quantised or not arch.is_known(model) else arch.left_alone(model)
+    if not quantised and arch.is_known(model):
+        _say_left_alone(model)
+    return model, tokenizer
+
+
+def _say_left_alone(model: Any) -> None:
+    others = arch.left_alone(model)
     if others:
         console.say(f"left alone, being no part of the language decoder: {', '.join(others)}")
-    return model, tokenizer
 
 
 def proven(model: Any) -> Any:
@@ -102,4 +107,5 @@ def proven(model: Any) -> Any:
     proof = prove(model)
     if proof is not None:
         console.print_proof(proof)
+        _say_left_alone(model)
     return model

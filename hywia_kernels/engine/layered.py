@@ -53,7 +53,7 @@ def _kept(hidden: Tensor, offload: bool) -> Tensor:
 
 
 def hidden_of(out: Any) -> Tensor:
-    """The hidden states among what a layer returns; some layers return a tuple or a list, with attention weights after them."""
+    """The hidden states among what a layer returns: some return a tuple or list, with attention weights behind."""
     return out[0] if isinstance(out, (tuple, list)) else out
 
 

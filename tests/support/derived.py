@@ -14,6 +14,7 @@ import hywia_kernels as hk
 from hywia_kernels.arch import narrow
 from hywia_kernels.method import derivation
 
+_SECTIONS = {"rope_theta": 1e6, "mrope_section": [16, 24, 24], "rope_type": "default"}
 # Fields that published checkpoints state and transformers' defaults lack, or by which they show more of the family.
 FIELDS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -28,6 +29,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
+    "qwen2_vl": {"text_config": {"rope_parameters": _SECTIONS}},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": _SECTIONS}},
 }
 
 
