@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from .configs import text_config
+from .configs import text_config, value_of
 from .language import Alibi, Attention, Experts, Gated, Mlp
 from .views import is_linear, is_transposed, sizes_of
 
@@ -102,7 +102,7 @@ def _one(names: list[str], leaves: set[str]) -> str | None:
 
 
 def _field(config: Any, names: tuple[str, ...]) -> str:
-    return next((n for n in names if type(getattr(config, n, None)) is int), "")
+    return next((n for n in names if type(value_of(config, n)) is int), "")
 
 
 def _attentions(
@@ -159,7 +159,9 @@ def _of_heads(
     kv_heads = heads if key == value != query else _kv_heads(linears, apart, width, size)
     if not kv_heads or heads % kv_heads:
         return
-    usual = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if value_of(config, "per_layer_config") and value_of(config, "head_dim") is None:
+        return  # layers' heads differ in size
+    usual = value_of(config, "head_dim") or config.hidden_size // heads
     size_field = "" if usual == size else _size_field(config, size)
     if usual != size and not size_field:
         return
@@ -328,5 +330,5 @@ def _experts(modules: Mapping[str, Any], config: Any) -> Iterator[Experts]:
 
 
 def _is(config: Any, name: str, value: int | None) -> bool:
-    found = getattr(config, name, None)
+    found = value_of(config, name)
     return type(found) is int and (value is None or found == value)

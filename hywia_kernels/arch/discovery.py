@@ -83,11 +83,16 @@ def _check_requirements(model: nn.Module, entry: Architecture) -> None:
             )
 
 
-def head_dim(model: nn.Module) -> int:
-    """Features of one attention head."""
-    config, names = text_config(model), architecture(model).attention
+def head_dim(model: nn.Module, layer: int | None = None) -> int:
+    """Features of one attention head: of a layer, or of the layer whose heads are largest."""
+    entry = architecture(model)
+    config, names = text_config(model), entry.attention
     if not names.output:
         return 1  # no head is described
+    if names.size_attribute:
+        layers: Any = layers_of(model)
+        sizes = [getattr(one.get_submodule(names.module), names.size_attribute) for one in layers]
+        return max(sizes) if layer is None else sizes[layer]
     if names.size_field:
         return getattr(config, names.size_field)
     return getattr(config, "head_dim", None) or config.hidden_size // getattr(config, names.heads_field)
@@ -184,9 +189,10 @@ def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: 
 def _has_heads(modules: Modules, entry: Architecture, prefix: str) -> bool:
     """Whether a layer has all of the entry's attention, and not another kind of it under some of the same names."""
     names = entry.attention
-    return bool(names.output) and all(
-        f"{prefix}.{name}" in modules for name in (names.query, names.key, names.value, names.output)
-    )
+    made = [modules.get(f"{prefix}.{name}") for name in (names.query, names.key, names.value, names.output)]
+    if not names.output or None in made:
+        return False
+    return not (names.kept and getattr(modules[f"{prefix}.{names.module}"], names.kept))
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -216,10 +222,10 @@ def groups(model: nn.Module, modules: Modules | None = None) -> tuple[Group, ...
     """
     entry = architecture(model)
     modules = dict(model.named_modules()) if modules is None else modules
-    size = head_dim(model)
+    sizes = [head_dim(model, i) for i in range(len(layers_of(model)))]
     stock: dict[tuple[int, int], tuple[int, ...]] = {}
     found: list[Group] = []
-    for i in range(len(layers_of(model))):
+    for i, size in enumerate(sizes):
         prefix = f"{entry.layers}.{i}"
         if not entry.partial or _has_heads(modules, entry, prefix):
             attention, rep = _attention_group(modules, entry, prefix, i, size)
@@ -227,12 +233,14 @@ def groups(model: nn.Module, modules: Modules | None = None) -> tuple[Group, ...
             if counts not in stock:
                 stock[counts] = stock_head_counts(model, entry, size, *counts)
             found.append(replace(attention, stock_counts=stock[counts]) if stock[counts] else attention)
-        if entry.experts is not None and f"{prefix}.{entry.experts.module}" in modules:
+        plain = entry.experts is None or f"{prefix}.{entry.experts.module}" not in modules
+        if not plain:
+            assert entry.experts is not None
             found += expert_groups(model, modules, entry.experts, prefix, i)
         elif not entry.partial or (entry.mlp.columns and f"{prefix}.{entry.mlp.columns[0]}" in modules):
             found.append(_mlp_group(modules, entry.mlp, prefix, i))
         for branch in entry.branches:
-            if f"{prefix}.{branch.columns[0]}" in modules:
+            if f"{prefix}.{branch.columns[0]}" in modules and not (plain and branch == entry.mlp):
                 name = branch.columns[0].rpartition(".")[0] or branch.columns[0]
                 found.append(_mlp_group(modules, branch, prefix, i, name))
     return tuple(found)
@@ -242,7 +250,7 @@ def config_widths(model: nn.Module, found: Sequence[Group]) -> dict[str, list[in
     """Config field -> width in each layer that has one, as the modules now are. Fields the config does not have, or
     that mean more than a width to it (a head count that gives the heads' size), are left out."""
     entry = architecture(model)
-    names, size = entry.attention, head_dim(model)
+    names = entry.attention
     aliases = getattr(type(text_config(model)), "attribute_map", None) or {}
     widths: dict[str, list[int]] = {}
     seen = set()
@@ -252,7 +260,7 @@ def config_widths(model: nn.Module, found: Sequence[Group]) -> dict[str, list[in
         seen.add(group.tied_width)
         by_field = {group.width_field: group.units}
         if group.kind == "attention":
-            heads = group.units * (group.members[-1].group_size // size)
+            heads = group.units * (group.members[-1].group_size // head_dim(model, group.layer))
             by_field = {names.heads_field: heads, names.kv_heads_field: group.units} if names.free_head_dim else {}
         for field, units in by_field.items():
             if field:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["DERIVED", "MLP_ONLY", "REASONS", "REFUSED"]
+__all__ = ["DERIVED", "IMAGES", "MLP_ONLY", "REASONS", "REFUSED"]
 
 _CHANNELS_AND_HEADS = (
     "afmoe",
@@ -111,6 +111,7 @@ MLP_ONLY: Mapping[str, tuple[str, ...]] = dict.fromkeys(
         "codegen",
         "diffllama",
         "doge",
+        "gemma4_unified_text",
         "gpt_bigcode",
         "inkling2_loop_text",
         "inkling2_text",
@@ -121,6 +122,9 @@ MLP_ONLY: Mapping[str, tuple[str, ...]] = dict.fromkeys(
     ),
     ("mlp",),
 )
+
+# Families of images and text whose language part is derived, heads and channels.
+IMAGES = ("llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 
 # Why a family is refused -> what its refusal says.
 REASONS: Mapping[str, str] = {

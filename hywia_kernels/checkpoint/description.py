@@ -50,8 +50,15 @@ _REFUSED = {
     "transformers_weights": "it names other files of weights",
     "per_layer_config": "it makes layers differ in a way that the table of architectures does not describe",
 }
-# What the configs nested in one may say of their type.
-_SUB_TYPES = {"text_config": ("gemma3_text",), "vision_config": ("siglip_vision_model",)}
+# Family of the table -> what the configs nested in one of it may say of their type.
+_SUB_TYPES = {
+    "gemma3": {"text_config": ("gemma3_text",), "vision_config": ("siglip_vision_model",)},
+    "gemma4": {
+        "text_config": ("gemma4_text",),
+        "vision_config": ("gemma4_vision",),
+        "audio_config": ("gemma4_audio",),
+    },
+}
 _QUANTISERS = (
     *("aqlm", "auto-round", "awq", "bitnet", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm_fp8", "fp8"),
     *("gptq", "higgs", "hqq", "mxfp4", "quanto", "quark", "spqr", "torchao", "vptq"),
@@ -143,7 +150,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         _check_fields(f"{path}{where}", part, base)
         if where and "auto_map" in part:
             raise HywiaError(f"model: {path}{where}: expected no auto_map here; code of a checkpoint is not run for it")
-    for name, types in _SUB_TYPES.items() if base in model_types() else ():
+    for name, types in _SUB_TYPES.get(base, {}).items():
         part = values.get(name, {})
         if isinstance(part, dict) and part.get("model_type") not in (None, *types):
             raise HywiaError(
@@ -183,16 +190,23 @@ def _size_fields(base: str) -> set[str]:
     if entry is None:
         return set(_SIZES)
     fields = {entry.mlp.width_field, entry.attention.heads_field, entry.attention.kv_heads_field, *_SIZES}
-    if entry.experts is not None:
+    if entry.experts is not None and not entry.partial:  # others need not have any
         fields |= {entry.experts.width_field, entry.experts.count_field, entry.experts.chosen_field}
     return {field for field in fields if field}
+
+
+def _layers_may_differ(base: str) -> bool:
+    """Whether a family's layers may differ in their configs: what is derived is proven of them, and an entry by hand
+    that takes the heads' size from the layers describes them."""
+    entry = next((entry for entry in TABLE if base in entry.model_types), None)
+    return entry is None or bool(entry.attention.size_attribute)
 
 
 def _check_fields(where: str, values: Mapping[str, Any], base: str) -> None:
     from transformers import PretrainedConfig
 
     for name, value in values.items():
-        if name in _REFUSED and value:
+        if name in _REFUSED and value and not (name == "per_layer_config" and _layers_may_differ(base)):
             raise HywiaError(f"model: {where}: expected no {name} in a checkpoint: {_REFUSED[name]}")
         if name.startswith("__") or callable(getattr(PretrainedConfig, name, None)):
             raise HywiaError(f"model: {where}: expected fields of a model, got {name!r}, which would replace a method")

@@ -11,13 +11,13 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels import arch
+from hywia_kernels.arch import observed
 from hywia_kernels.cli import main
 from tests.support.comparison import relative
 from tests.support.derived import prompt, small
 from tests.support.processes import run_jobs
 from tests.support.tokenizers import byte_tokenizer
 
-TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3", "llava")
 PROCESSOR = "preprocessor_config.json"
 
 
@@ -36,7 +36,7 @@ def _beside(model) -> dict[str, torch.Tensor]:
 def test_the_language_part_goes_and_the_rest_stays(tmp_path, capsys):
     """By the command; the outcome loads by the same auto class in a process of its own, adaptive layers too."""
     jobs, wanted = [], []
-    for model_type in TYPES:
+    for model_type in observed.IMAGES:
         folder, out = _written(model_type, tmp_path / model_type), tmp_path / f"{model_type}-small"
         dense, _ = hk.load(folder)
         arguments = ["--group-ratio", "0.4", "--criterion", "magnitude", "--align", "8", "--no-eval"]
