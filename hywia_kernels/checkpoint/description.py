@@ -19,6 +19,7 @@ from ..errors import HywiaError
 from .file_kinds import read_json
 
 __all__ = [
+    "DEQUANTISED",
     "MOST_LAYERS",
     "check_code",
     "check_directory",
@@ -63,6 +64,8 @@ _QUANTISERS = (
     *("aqlm", "auto-round", "awq", "bitnet", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm_fp8", "fp8"),
     *("gptq", "higgs", "hqq", "mxfp4", "quanto", "quark", "spqr", "torchao", "vptq"),
 )
+# Those that transformers turns into floating-point numbers while it loads -> the package that it needs for it.
+DEQUANTISED = {"fp8": "accelerate", "mxfp4": "accelerate", "compressed-tensors": "compressed_tensors"}
 _REFERENCE = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")
 
 

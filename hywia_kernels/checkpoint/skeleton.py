@@ -70,6 +70,8 @@ def _built(folder: Path, judgement: Judged, stored: dict[str, Stored]) -> Any:
     if judgement.code:
         return remote.skeleton(str(folder), _loaded_dtype(_configured_dtype(values), stored), values)
     config = loaded_weights.stock_config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # `load` turns it into floating-point numbers
     dtype = _loaded_dtype(config.dtype, stored)
     network = loaded_weights.described(config, dtype)
     if _stored_apart(network, folder, stored):

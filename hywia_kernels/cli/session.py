@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import arch, ops, progress
 from ..checkpoint import atomic_directory, originals
+from ..checkpoint.loaded_weights import dequantised
 from ..checkpoint.loading import load
 from ..checkpoint.replaceable import check_report
 from ..errors import UsageError
@@ -91,9 +92,16 @@ def load_model(arguments: argparse.Namespace, *, quantised: bool = False) -> tup
         quantised=quantised,
         revision=arguments.revision,
     )
+    method = dequantised(model)
+    if method not in (None, "gguf"):
+        console.say(f"the checkpoint is quantised ({method}); dequantised to {_dtype(model)}, in which it is written")
     if not quantised and arch.is_known(model):
         _say_left_alone(model)
     return model, tokenizer
+
+
+def _dtype(model: Any) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _say_left_alone(model: Any) -> None:

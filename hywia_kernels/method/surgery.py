@@ -135,12 +135,10 @@ def _follow(model: Any, entry: arch.Architecture, groups: Sequence[Group]) -> No
         for group in here:
             if group.kind == "attention":
                 width = group.units * group.members[-1].group_size
-                heads = width // arch.head_dim(model, layer)
-                quantities |= {"kv_heads": group.units, "heads": heads, "width": width}
+                quantities |= {"kv_heads": group.units, "heads": width // arch.head_dim(model, layer), "width": width}
             elif group.kind == "experts" or group.tied_width or group.name == f"{prefix}.mlp":
                 quantities["experts" if group.kind == "experts" else "channels"] = group.units
-                if group.tied_width:
-                    quantities["expert_channels"] = group.units
+                quantities |= {"expert_channels": group.units} if group.tied_width else {}
         by_layer.append(quantities)
         for name, attribute, quantity in entry.attributes:
             _set_attribute(model, f"{prefix}.{name}", attribute, {quantities.get(quantity)})

@@ -232,7 +232,7 @@ def test_generation_is_transformers_own(hostile):
         (dict(quant_method="gptq", bits=4), r"is quantised \(gptq\); .*'hywia eval' takes it"),
         (dict(quant_method="bitsandbytes", load_in_4bit=True), r"quantised \(bitsandbytes\)"),
         (dict(load_in_8bit=True), r"quantised \(bitsandbytes\)"),
-        (dict(quant_method="fp8"), r"quantised \(fp8\)"),
+        (dict(quant_method="higgs"), r"quantised \(higgs\)"),
         (dict(quant_method="torchao", quant_type="int4_weight_only"), r"quantised \(torchao\)"),
         (dict(quant_method="evil.Quantizer"), "expected one of .*got 'evil.Quantizer'"),
         (dict(), "expected one of .*got None"),
