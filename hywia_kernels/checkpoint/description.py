@@ -51,9 +51,12 @@ _REFUSED = {
     "transformers_weights": "it names other files of weights",
     "per_layer_config": "it makes layers differ in a way that the table of architectures does not describe",
 }
-# Family of the table -> what the configs nested in one of it may say of their type.
-_SUB_TYPES = {
-    "gemma3": {"text_config": ("gemma3_text",), "vision_config": ("siglip_vision_model",)},
+# What the configs nested in one of the table's families may say of their type.
+_SUB_TYPES: Mapping[str, tuple[str, ...]] = {
+    "text_config": ("gemma3_text",),
+    "vision_config": ("siglip_vision_model",),
+}
+_OWN_SUB_TYPES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "gemma4": {
         "text_config": ("gemma4_text",),
         "vision_config": ("gemma4_vision",),
@@ -153,7 +156,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         _check_fields(f"{path}{where}", part, base)
         if where and "auto_map" in part:
             raise HywiaError(f"model: {path}{where}: expected no auto_map here; code of a checkpoint is not run for it")
-    for name, types in _SUB_TYPES.get(base, {}).items():
+    if base not in model_types():
+        _check_nested(path, values, base)
+        return values
+    for name, types in _OWN_SUB_TYPES.get(base, _SUB_TYPES).items():
         part = values.get(name, {})
         if isinstance(part, dict) and part.get("model_type") not in (None, *types):
             raise HywiaError(
@@ -161,6 +167,21 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"which is not supported in a {base} model"
             )
     return values
+
+
+def _check_nested(path: Path, values: dict[str, Any], base: str) -> None:
+    """Refuse nested configs of a family that is derived which name what is not transformers' own: timm's models are
+    fetched from wherever their config says."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    for where, part in _parts(values):
+        kind = part.get("model_type")
+        known = kind is None or (isinstance(kind, str) and kind in CONFIG_MAPPING_NAMES)
+        if where and (not known or str(kind).startswith("timm")):
+            raise HywiaError(
+                f"model: {path}{where}: expected a model_type that transformers has, got {kind!r}, which is not "
+                f"supported in a {base} model"
+            )
 
 
 def _without_config(folder: Path) -> str:

@@ -35,7 +35,7 @@ __all__ = [
 _REMADE = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention|self_attention)\.(bias|masked_bias))")
 _WHOLE = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
-_DEQUANTISED = "_hywia_dequantised"  # attribute of a model: the method by which its checkpoint was quantised
+_DEQUANTISED = "_hywia_stored_as"  # attribute of a model: the method by which its checkpoint was quantised
 _SHOWN = 4  # names in a message
 
 

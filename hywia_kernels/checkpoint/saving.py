@@ -21,6 +21,7 @@ from ..versions import versions
 from . import atomic_directory, model_card
 from .adaptive import adapted, remote
 from .originals import copy_companions, original
+from .pushing import check_repository, pushed
 from .replaceable import Input
 from .storable import check_storable, storable_generation, storable_state
 from .ties import set_ties
@@ -237,6 +238,7 @@ def save(
     record: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
+    push_to_hub: str | None = None,
 ) -> Path:
     """Write safetensors, config, generation config, tokenizer, a `hywia.json` record and a model card, README.md.
 
@@ -256,18 +258,22 @@ def save(
         record: more to record (arguments, seed, ...), also beside a result's; JSON must be able to hold it.
         overwrite: replace an existing directory that holds a model or scores and nothing else.
         in_place: replace the directory that the model was loaded from.
+        push_to_hub: a repository's name, to which the finished directory is uploaded too; a new one is private.
 
     Returns:
         the path of the directory.
 
     Raises:
-        UsageError: the directory exists and may not be replaced, or both a result and a plan. HywiaError: it cannot be
-            written, no config describes the model, or what was written is not what is in memory.
+        UsageError: the directory exists and may not be replaced, both a result and a plan, or no name of a repository.
+            HywiaError: it cannot be written, no config describes the model, what was written is not what is in memory,
+            or the upload of what was written failed.
     """
     if result is not None:
         if plan is not None:
             raise UsageError("plan: expected a result or a plan, got both; leave the plan out, the result has it")
         plan, record = result.plan, {**result.record, **(record or {})}
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
     path, model = Path(path), plain_model(model)
     source = original(model)
     given: dict[str, Any] = {
@@ -290,6 +296,8 @@ def save(
             copy_companions(model, tokenizer, folder)
             _write_model(described, folder, _sharding(model))
             check_written(described, folder)
+    if push_to_hub is not None:
+        pushed(path, push_to_hub)
     return path
 
 
