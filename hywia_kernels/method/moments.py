@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import HywiaError
 from ..ops.precision import full_float32
 
-__all__ = ["TINY", "cholesky_factor", "exact_products", "moment_dtype"]
+__all__ = ["TINY", "NormalEquations", "cholesky_factor", "exact_products", "moment_dtype"]
 
 TINY = 1e-30
 
@@ -55,3 +55,39 @@ def cholesky_factor(gram: Tensor, ridge: float, what: str) -> Tensor:
             f"{what}: second moments of its inputs are singular; use a larger ridge or more calibration text"
         )
     return factor
+
+
+class NormalEquations:
+    """`Σ w·x xᵀ` and `Σ w·r xᵀ` of a weighted regression of residuals `r` on inputs `x`, added up chunk by chunk.
+
+    float64 on the CPU, float32 products elsewhere; a matrix with a bias has a constant input at the end.
+    """
+
+    def __init__(self, name: str, inputs: int, outputs: int, device: torch.device) -> None:
+        self.name = name
+        self.dtype = moment_dtype(device)
+        self.gram = torch.zeros(inputs, inputs, dtype=self.dtype, device=device)
+        self.cross = torch.zeros(inputs, outputs, dtype=self.dtype, device=device)
+        self.energy = torch.zeros((), dtype=torch.float64, device=device)
+        self.target = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, residual: Tensor, target: Tensor, weight: Tensor) -> None:
+        """`target`: weighted energy of what the matrix gives in the dense model, a float64 number."""
+        x, residual, weight = x.to(self.dtype), residual.to(self.dtype), weight.to(self.dtype)[:, None]
+        weighted = x * weight
+        self.gram += weighted.T @ x
+        self.cross += weighted.T @ residual
+        self.energy += (residual.square() * weight).sum(dtype=torch.float64)
+        self.target += target.to(self.target.device)
+
+    def solve(self, ridge: float) -> tuple[Tensor, float, float]:
+        """`(change of the weight [inputs, outputs], relative squared error before, and after)`, in float64.
+
+        Raises:
+            HywiaError: activations that are NaN or Inf, or equations without a solution.
+        """
+        gram, cross = self.gram.double(), self.cross.double()
+        change = torch.cholesky_solve(cross, cholesky_factor(gram, ridge, self.name))
+        after = self.energy - 2 * (change * cross).sum() + (change * (gram @ change)).sum()
+        scale = self.target.clamp(min=TINY)
+        return change, float(self.energy / scale), float(after / scale)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,10 +30,11 @@ from ..errors import HywiaError, UsageError
 from ..settings import RIDGE
 from ..types import Group, Plan
 from .calibration_data import check_tokens, digest
+from .expert_refit import Sent, add_tokens, sent
 from .layer_masks import check_transparent, zero_layers
 from .layer_runs import CHUNK_TOKENS, seen
 from .layer_targets import LayerTarget, Run, gap_behind, layer_target, run_of
-from .moments import TINY, cholesky_factor, exact_products, moment_dtype
+from .moments import NormalEquations, exact_products
 from .surgery import checked_groups, unit_entries, zero_units
 
 __all__ = ["check_ridge", "reconstruct", "through_layers"]
@@ -49,56 +50,21 @@ class _Matrix:
     bias: Tensor | None
     kept: Tensor  # int64, ascending, on its device
     additive: bool  # its output is only added to what leaves the layer
-
-
-class _NormalEquations:
-    """`Σ w·x xᵀ` and `Σ w·r xᵀ` of a weighted regression of residuals `r` on inputs `x`, added up chunk by chunk.
-
-    float64 on the CPU, float32 products elsewhere; a matrix with a bias has a constant input at the end.
-    """
-
-    def __init__(self, name: str, inputs: int, outputs: int, device: torch.device) -> None:
-        self.name = name
-        self.dtype = moment_dtype(device)
-        self.gram = torch.zeros(inputs, inputs, dtype=self.dtype, device=device)
-        self.cross = torch.zeros(inputs, outputs, dtype=self.dtype, device=device)
-        self.energy = torch.zeros((), dtype=torch.float64, device=device)
-        self.target = torch.zeros((), dtype=torch.float64, device=device)
-
-    def add(self, x: Tensor, residual: Tensor, target: Tensor, weight: Tensor) -> None:
-        """`target`: weighted energy of what the matrix gives in the dense model, a float64 number."""
-        x, residual, weight = x.to(self.dtype), residual.to(self.dtype), weight.to(self.dtype)[:, None]
-        weighted = x * weight
-        self.gram += weighted.T @ x
-        self.cross += weighted.T @ residual
-        self.energy += (residual.square() * weight).sum(dtype=torch.float64)
-        self.target += target.to(self.target.device)
-
-    def solve(self, ridge: float) -> tuple[Tensor, float, float]:
-        """`(change of the weight [inputs, outputs], relative squared error before, and after)`, in float64.
-
-        Raises:
-            HywiaError: activations that are NaN or Inf, or equations without a solution.
-        """
-        gram, cross = self.gram.double(), self.cross.double()
-        change = torch.cholesky_solve(cross, cholesky_factor(gram, ridge, self.name))
-        after = self.energy - 2 * (change * cross).sum() + (change * (gram @ change)).sum()
-        scale = self.target.clamp(min=TINY)
-        return change, float(self.energy / scale), float(after / scale)
+    expert: Group | None = None  # of whose channels it is, where it is one of a stack
 
 
 def _matrices(model: Any, plan: Plan, groups: Sequence[Group], *, before_gap: bool) -> list[_Matrix]:
     """The matrices through which the removed units sent their output on, in the order of the forward pass; and the one
     that sends on what leaves the layer, where layers behind it go, whose part it can take over (`before_gap`).
 
-    Matrices of stacked experts are left as they are: each sees only the tokens that are sent to it.
+    Matrices of stacked experts come one by one: each sees only the tokens that are sent to it.
     """
     entry = arch.architecture(model)
     residual = None if entry.residual is None else f"{entry.layers}.{groups[0].layer}.{entry.residual}"
     chosen = []
     for group in groups:
         member, keep = group.members[-1], plan.keep[group.name]
-        if group.kind == "experts" or member.index is not None:
+        if group.kind == "experts":
             continue
         if keep.numel() == group.units and not (before_gap and member.module == residual):
             continue
@@ -106,20 +72,24 @@ def _matrices(model: Any, plan: Plan, groups: Sequence[Group], *, before_gap: bo
         weight = arch.view(model, member, group.units)
         weight = weight if member.axis == 1 else weight.T  # transformers' Conv1D stores [in, out]
         kept = unit_entries(keep, member.group_size).to(weight.device)
+        if member.index is not None:
+            name = f"{member.module}.{member.parameter}.{member.index}"
+            chosen.append(_Matrix(module, name, weight, None, kept, False, group))
+            continue
         chosen.append(_Matrix(module, member.module, weight, module.bias, kept, member.module == residual))
     return chosen
 
 
 def _equations(
     layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[Run], targets: Sequence[LayerTarget]
-) -> _NormalEquations:
+) -> NormalEquations:
     """Normal equations of one matrix: the pruned model's inputs against what the dense one has and it lacks.
 
     The layer runs no further than the matrix where what leaves the layer is not asked for, and what the dense layer has
     there is given up.
     """
     bias = matrix.bias is not None
-    normal = _NormalEquations(matrix.name, matrix.kept.numel() + bias, len(matrix.weight), matrix.weight.device)
+    normal = NormalEquations(matrix.name, matrix.kept.numel() + bias, len(matrix.weight), matrix.weight.device)
     for run, goal in zip(runs, targets, strict=True):
         whole = goal.include_drift and matrix.additive
         out = run.pruned
@@ -137,6 +107,17 @@ def _equations(
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
         normal.add(x, run.flat(missing), goal.energies[matrix.module], goal.weight)
     return normal
+
+
+def _expert_equations(
+    entry: arch.Architecture, matrix: _Matrix, originals: Mapping[int, Tensor], entered: Sequence[Sent]
+) -> tuple[NormalEquations, int]:
+    """`(equations of one expert's matrix, tokens that reach it)`."""
+    assert entry.experts is not None
+    assert matrix.expert is not None
+    normal = NormalEquations(matrix.name, matrix.kept.numel(), len(matrix.weight), matrix.weight.device)
+    count = add_tokens(normal, matrix.module, entry.experts, matrix.expert, matrix.kept, originals, entered)
+    return normal, count
 
 
 @dataclass
@@ -171,9 +152,9 @@ def _apply(matrix: _Matrix, solved: _Solved) -> None:
 
 
 @contextmanager
-def _tried(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
+def _tried(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[int, Tensor]]:
     """One layer's cut groups changed for a while: their parameters have their values again afterwards, and routers
-    their forward (a cut router needs no other)."""
+    their forward (a cut router needs no other). Gives the values by their parameters' `id`."""
     members = [(model.get_submodule(m.module), m) for g in groups for m in (*g.members, *g.vectors)]
     named = [(module, name) for module, m in members for name in (m.parameter, "bias")]
     parameters = {id(p): p for module, name in named if (p := module._parameters.get(name)) is not None}
@@ -190,7 +171,7 @@ def _tried(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
                 router["forward"] = forward
 
     with put_back(restore):
-        yield
+        yield {id(parameter): values for parameter, values in before}
 
 
 def _write(model: Any, plan: Plan, groups: Sequence[Group], solved: Sequence[tuple[_Matrix, _Solved]]) -> None:
@@ -229,7 +210,8 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
     with `x̃` the surviving inputs of the matrix in the pruned and so far refitted model, `r` what its output lacks of
     the dense model's, and `w_t` one over the mean square of the dense layer's output. Where the architecture only adds
     the output to the hidden states (`Architecture.residual`), `r` includes what these lack already. Biases are solved
-    too. Stacked experts are cut without a refit: each sees only the tokens that are sent to it.
+    too. Of a stacked expert, `t` are the tokens that the pruned model sends to it, `r` is what its removed channels
+    give for them, and `w_t` has the square of its share; an expert that no token reaches is cut as it is.
 
     The hidden states of the text between two layers are held, in the model's dtype, for both models, and inside a layer
     what leaves the dense one and what its attention adds, until the attention's equations are there; wide activations
@@ -327,18 +309,27 @@ def through_layers(
             targets: list[LayerTarget] = []
             matrices = [] if samples is None else _matrices(model, plan, here, before_gap=bool(gap))
             if cut or gap or not same:
-                additive = {m.module: m.additive for m in matrices}
+                additive = {m.module: m.additive for m in matrices if m.expert is None}
                 targets = [layer_target(layer, index, additive, run, entry.residual is not None, gap) for run in runs]
-            with _tried(model, cut):
+            entered: list[Sent] | None = None
+            with _tried(model, cut) as originals:
                 for group in here:
                     zero_units(model, group, plan.keep[group.name])
                 for at, matrix in enumerate(matrices):
                     assert samples is not None
                     if entry.residual is None or all(m.additive for m in matrices[at:]):
                         _give_up_dense(runs)  # no equations to come are about what entered the dense layer
-                    change, before, after = _equations(layer, index, matrix, runs, targets).solve(
-                        ridge * matrix.kept.numel() / samples.total
-                    )
+                    count = samples.total
+                    if matrix.expert is None:
+                        equations = _equations(layer, index, matrix, runs, targets)
+                    else:  # all experts of a layer see what entered them once
+                        if entered is None:
+                            both = zip(runs, targets, strict=True)
+                            entered = [sent(layer, index, matrix.module, *one) for one in both]
+                        equations, count = _expert_equations(entry, matrix, originals, entered)
+                        if not count:
+                            continue
+                    change, before, after = equations.solve(ridge * matrix.kept.numel() / count)
                     values = _solved(matrix, change)
                     _apply(matrix, values)
                     if solved is not None:
