@@ -9,7 +9,7 @@ from torch import nn
 
 from .language import Architecture
 
-__all__ = ["checks_of", "stock_head_counts", "text_config", "value_of"]
+__all__ = ["checks_of", "differs_by_layer", "stock_head_counts", "text_config", "value_of"]
 
 
 def text_config(model: nn.Module) -> Any:
@@ -24,6 +24,15 @@ def value_of(config: Any, name: str) -> Any:
         return getattr(config, name, None)
     except RuntimeError:  # transformers': a value of one layer would be taken for that of all
         return None
+
+
+def differs_by_layer(config: Any, name: str) -> bool:
+    """Whether a config says a field of each layer alone."""
+    try:
+        getattr(config, name, None)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _accepts(config_class: Any, values: Mapping[str, Any]) -> bool:

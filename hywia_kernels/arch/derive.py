@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from .configs import text_config, value_of
+from .configs import differs_by_layer, text_config, value_of
 from .language import Alibi, Attention, Experts, Gated, Mlp
 from .views import is_linear, is_transposed, sizes_of
 
@@ -159,8 +159,8 @@ def _of_heads(
     kv_heads = heads if key == value != query else _kv_heads(linears, apart, width, size)
     if not kv_heads or heads % kv_heads:
         return
-    if value_of(config, "per_layer_config") and value_of(config, "head_dim") is None:
-        return  # layers' heads differ in size
+    if differs_by_layer(config, "head_dim"):
+        return
     usual = value_of(config, "head_dim") or config.hidden_size // heads
     size_field = "" if usual == size else _size_field(config, size)
     if usual != size and not size_field:
