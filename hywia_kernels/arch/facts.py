@@ -20,6 +20,7 @@ from .table import TABLE
 
 __all__ = [
     "check_finite",
+    "checksum",
     "count_parameters",
     "fingerprint",
     "fingerprint_and_count",
@@ -75,15 +76,31 @@ def fingerprint(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def fingerprint_and_count(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> tuple[str, int]:
-    """`(fingerprint, count_parameters)` from one walk over the model; from none where its modules are given by name."""
+def checksum(name: str, values: Tensor) -> int:
+    """What a fingerprint takes of one parameter of a model, by its name and values."""
+    return int(_checksums([_sample(name, values)], derived=False))
+
+
+@torch.no_grad()
+def fingerprint_and_count(
+    model: nn.Module, modules: Mapping[str, nn.Module] | None = None, known: Mapping[str, int] | None = None
+) -> tuple[str, int]:
+    """`(fingerprint, count_parameters)` from one walk over the model; from none where its modules are given by name.
+
+    Args:
+        known: name -> `checksum` of parameters whose values need not be here, or not be the model's.
+    """
     described: list[str] = []
     parts: dict[_Part, list[Tensor]] = {}
-    places: list[tuple[_Part, int]] = []
+    places: list[tuple[_Part, int] | int] = []
     visited: set[int] = set()
     total = 0
 
     def read(name: str, tensor: Tensor, derived: bool) -> None:
+        if known is not None and name in known:
+            described.append(f"{name}{tuple(tensor.shape)}")
+            places.append(known[name])
+            return
         sample = _sample(name, tensor)
         part = (sample.device, sample.dtype, derived)
         described.append(f"{name}{tuple(tensor.shape)}")
@@ -107,8 +124,9 @@ def fingerprint_and_count(model: nn.Module, modules: Mapping[str, nn.Module] | N
             read(f"buffer {dot}{own}", buffer, derived)
     sums = _downloaded({part: _checksums(samples, derived=part[2]) for part, samples in parts.items()})
     digest = hashlib.sha256(_mathematics(model))
-    for name_and_shape, (part, index) in zip(described, places, strict=True):
-        digest.update(f"{name_and_shape}{sums[part][index]}".encode())
+    for name_and_shape, place in zip(described, places, strict=True):
+        value = place if isinstance(place, int) else sums[place[0]][place[1]]
+        digest.update(f"{name_and_shape}{value}".encode())
     return digest.hexdigest(), total
 
 

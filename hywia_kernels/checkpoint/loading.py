@@ -17,7 +17,7 @@ from .adaptive import remote
 from .sources import Judged, Source, check_tokenizer, judged, located, need_gguf, refusal
 from .ties import settle_tying
 
-__all__ = ["load"]
+__all__ = ["load", "tokenizer_of"]
 
 
 def load(
@@ -127,6 +127,18 @@ def _directory(source: Source, dtype: Any, trusted: bool, quantised: bool, devic
 
 def _is_quantised(network: Any) -> bool:
     return getattr(network.config, "quantization_config", None) is not None
+
+
+def tokenizer_of(source: Source, judgement: Judged) -> Any:
+    """The tokenizer of a directory, of a hub model once its files are there.
+
+    Raises:
+        HywiaError: there is none, or it is damaged or code that is not trusted.
+    """
+    tokenizer = _tokenizer(source.path, source.name, judgement)
+    if source.from_hub:
+        tokenizer.name_or_path = source.name
+    return tokenizer
 
 
 def _tokenizer(folder: Path, name: str, judgement: Judged) -> Any:

@@ -30,11 +30,12 @@ from ..errors import HywiaError, UsageError
 from ..settings import RIDGE
 from ..types import Group, Plan
 from .calibration_data import check_tokens, digest
+from .compaction import unit_entries
 from .layer_masks import check_transparent, zero_layers
 from .layer_runs import CHUNK_TOKENS, seen
 from .layer_targets import LayerTarget, Run, gap_behind, layer_target, run_of
 from .moments import TINY, cholesky_factor, exact_products, moment_dtype
-from .surgery import checked_groups, unit_entries, zero_units
+from .surgery import checked_groups, zero_units
 
 __all__ = ["check_ridge", "reconstruct", "through_layers"]
 

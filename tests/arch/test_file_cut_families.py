@@ -1,0 +1,97 @@
+"""The cut from files to files gives every family's directory in the bytes that prune and save give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+import hywia_kernels as hk
+from hywia_kernels.arch.facts import fingerprint
+from hywia_kernels.checkpoint.stored_model import open_stored
+from tests.support.cuts import layer_plan, make_plan
+from tests.support.directories import assert_equal_directories
+from tests.support.families import FAMILIES, fresh
+from tests.support.tokenizers import write_tokenizer
+
+SHARD = 30_000  # bytes: the tiny models are in several files
+
+
+@pytest.fixture(autouse=True)
+def no_bars():
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    transformers.utils.logging.enable_progress_bar()
+
+
+def written(model, folder):
+    model.save_pretrained(folder, max_shard_size=SHARD)
+    write_tokenizer(folder)
+    return folder
+
+
+def assert_same_cut(source, cut, tmp_path, **options):
+    """Both ways, into directories of one name, which the model card says."""
+    model, tokenizer = hk.load(source, **options)
+    plan = layer_plan(model, [0, 2], units=("mlp",)) if cut == "layers" else make_plan(model, cut)
+    record = {"arguments": {"cut": cut}}
+    hk.prune_files(source, plan, tmp_path / f"files-{cut}" / "out", record=record, **options)
+    hk.prune(model, plan)
+    hk.save(model, tokenizer, tmp_path / f"memory-{cut}" / "out", plan=plan, record=record)
+    assert_equal_directories(tmp_path / f"files-{cut}" / "out", tmp_path / f"memory-{cut}" / "out")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_files_to_files_is_prune_and_save(family, tmp_path):
+    source = written(fresh(family), tmp_path / "in")
+    cuts = ["both", "adaptive", "layers", *(["experts"] if family.experts else [])]
+    for cut in cuts:
+        assert_same_cut(source, cut, tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_a_stored_model_is_the_loaded_one(family, tmp_path):
+    """Values, buffers that are stored and those that are made, and the fingerprint over all of them."""
+    source = written(fresh(family), tmp_path / "in")
+    model, _ = hk.load(source)
+    stored = open_stored(source)
+    values = {name: value for bundle in stored.bundles for name, value in stored.read(bundle).items()}
+    assert values.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(values[name], p) for name, p in model.named_parameters())
+    assert all(p.is_meta for p in stored.model.parameters())
+    buffers = dict(stored.model.named_buffers())
+    assert all(torch.equal(buffers[name], b) for name, b in model.named_buffers())
+    assert stored.whole_fingerprint() == fingerprint(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_cut_model_is_cut_again(name, tmp_path):
+    """Its layers differ, and its class is this package's own."""
+    model = fresh(next(f for f in FAMILIES if f.name == name))
+    hk.prune(model, make_plan(model, "adaptive"))
+    hk.save(model, None, tmp_path / "once")
+    write_tokenizer(tmp_path / "once")
+    for cut in ("mlp", "adaptive"):
+        assert_same_cut(tmp_path / "once", cut, tmp_path)
+
+
+def test_another_dtype(tmp_path):
+    source = written(fresh(FAMILIES[0]), tmp_path / "in")
+    assert_same_cut(source, "both", tmp_path, dtype="bfloat16")
+
+
+def test_a_head_that_is_stored_twice(tmp_path):
+    """The checkpoint holds the embedding under both names, though the config says that they are one."""
+    from safetensors.torch import load_file, save_file
+
+    model = fresh(FAMILIES[0])
+    assert model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path / "in")
+    write_tokenizer(tmp_path / "in")
+    state = load_file(tmp_path / "in" / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    assert_same_cut(tmp_path / "in", "mlp", tmp_path)
+    state["lm_head.weight"] += 1.0  # a head of its own, whatever the config says
+    save_file(state, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    assert_same_cut(tmp_path / "in", "attention", tmp_path)
