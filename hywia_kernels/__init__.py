@@ -41,7 +41,7 @@ _HOMES = {  # public name -> module it is in
     "plan": "method.selection",
     "plan_for": "deploy.planning",
     "prove": "method.derivation",
-    "prune_files": "method.file_cut",
+    "prune_files": "method.pruned_files",
     "rank_layers": "method.depth",
     "reconstruct": "method.reconstruction",
     "save": "checkpoint.saving",

@@ -17,7 +17,7 @@ from .adaptive import remote
 from .sources import Judged, Source, check_tokenizer, judged, located, need_gguf, refusal
 from .ties import settle_tying
 
-__all__ = ["load", "tokenizer_of"]
+__all__ = ["device_of", "load", "tokenizer_of"]
 
 
 def load(
@@ -60,7 +60,7 @@ def load(
 
     if dtype not in DTYPES:
         raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    target = _device(device)
+    target = device_of(device)
     options = {"token": token, "cache_dir": cache_dir}
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
@@ -79,7 +79,12 @@ def load(
         raise refusal(model, error) from error
 
 
-def _device(device: str):
+def device_of(device: str) -> Any:
+    """The torch device of a name.
+
+    Raises:
+        UsageError: none that the kernels run on, or none that this machine has.
+    """
     import torch
 
     if device == "auto":

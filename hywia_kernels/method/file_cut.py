@@ -1,10 +1,10 @@
-"""The cut from files to files: a plan carried out on a checkpoint of which no more than a few tensors are in memory."""
+"""A cut from files to files that is under way: parameters are read, cut and written a few at a time."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,56 +18,16 @@ from ..arch.facts import weight_bytes
 from ..checkpoint import atomic_directory
 from ..checkpoint.cut_directory import CutDirectory
 from ..checkpoint.replaceable import Input
-from ..checkpoint.stored_model import StoredModel, open_stored
+from ..checkpoint.stored_model import StoredModel
 from ..checkpoint.stored_parameters import Bundle
 from ..types import Group, Plan
 from .compaction import ParameterCuts
 from .derivation import prove
-from .surgery import check_fingerprint, cut_structure
+from .surgery import cut_structure
 
-__all__ = ["FileCut", "opened", "prune_files"]
+__all__ = ["FileCut", "opened"]
 
 _WORKERS = 4  # tensors that are read, cut and written at once, at the most
-
-
-def prune_files(
-    model: str | Path | StoredModel,
-    plan: Plan,
-    path: str | Path,
-    *,
-    record: Mapping[str, Any] | None = None,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-    overwrite: bool = False,
-    in_place: bool = False,
-    backend: str | None = None,
-) -> Path:
-    """`load`, `prune` and `save` in one step and the same bytes, for a checkpoint that does not fit in memory.
-
-    Tensors are read from the mapped files, cut and written one by one (as many of them at a time as the machine has
-    cores, four at the most); stacked experts are one tensor. The files are read once. Whether they are those that the
-    plan was made for is known at the end, before the directory gets its name.
-
-    Args:
-        model: as `load` takes it, in safetensors files, or what `open_stored` gave.
-        plan: of the model, as `plan` gives it from scores; one that was refitted (`reconstruct`) is of other weights.
-        path, record, overwrite, in_place: as `save` takes them.
-        dtype, trust_remote_code, revision: as `load` takes them. backend: of `ops.compact`.
-
-    Returns:
-        the path of the directory, which `save` describes.
-
-    Raises:
-        UsageError, HywiaError: as `load`, `prune` and `save`; nothing is written then.
-    """
-    if not isinstance(model, StoredModel):
-        model = open_stored(model, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
-    with opened(model, plan, path, overwrite=overwrite, in_place=in_place, backend=backend) as cut:
-        cut.write(cut.directory.bundles, "cutting files")
-        check_fingerprint(plan, model.fingerprint(cut.checksums))
-        cut.directory.finish(plan, record, Path(path).absolute().name)
-    return Path(path)
 
 
 class FileCut:

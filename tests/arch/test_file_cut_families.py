@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -10,7 +12,7 @@ import hywia_kernels as hk
 from hywia_kernels.arch.facts import fingerprint
 from hywia_kernels.checkpoint.stored_model import open_stored
 from tests.support.cuts import layer_plan, make_plan
-from tests.support.directories import assert_equal_directories
+from tests.support.directories import assert_equal_directories, contents
 from tests.support.families import FAMILIES, fresh
 from tests.support.tokenizers import write_tokenizer
 
@@ -95,3 +97,45 @@ def test_a_head_that_is_stored_twice(tmp_path):
     state["lm_head.weight"] += 1.0  # a head of its own, whatever the config says
     save_file(state, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
     assert_same_cut(tmp_path / "in", "attention", tmp_path)
+
+
+def assert_same_refit(source, cut, tmp_path):
+    """All but the seconds that it took, the same bits."""
+    text = torch.randint(2, 131, (40, 14), generator=torch.Generator().manual_seed(5))
+    model, tokenizer = hk.load(source)
+    plan = layer_plan(model, [0, 3], units=("mlp", "attention")) if cut == "layers" else make_plan(model, cut)
+    after = hk.prune_files(source, plan, tmp_path / f"files-{cut}" / "out", refit=text, ridge=1e-2)
+    want = hk.reconstruct(model, plan, text, ridge=1e-2)
+    hk.prune(model, want)
+    hk.save(model, tokenizer, tmp_path / f"memory-{cut}" / "out", plan=want)
+    mine, theirs = (contents(tmp_path / f"{way}-{cut}" / "out") for way in ("files", "memory"))
+    assert mine.keys() == theirs.keys()
+    assert [n for n in mine if mine[n] != theirs[n] and n not in ("hywia.json", "README.md")] == []
+    assert after.fingerprint == want.fingerprint
+    assert {**after.record["refit"], "seconds": 0} == {**want.record["refit"], "seconds": 0}
+    assert after.record["refit"]["relative_error"] or cut == "experts"
+    return after
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_a_refit_from_files_is_the_one_in_memory(family, tmp_path):
+    source = written(fresh(family), tmp_path / "in")
+    for cut in ("both", "adaptive"):
+        assert_same_refit(source, cut, tmp_path)
+
+
+@pytest.mark.parametrize("keep", [[0, 3], [1, 2], [0, 1]])
+def test_layers_before_a_gap_are_refitted_from_files(keep, tmp_path):
+    """Layers go in the middle, at the beginning and at the end, on ragged text."""
+    llama = next(f for f in FAMILIES if f.name == "llama-bias")
+    model = dataclasses.replace(llama, config=llama.config | {"num_hidden_layers": 4}).build()
+    source = written(model, tmp_path / "in")
+    text = [torch.randint(2, 131, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 14, 3, 14, 11)]
+    plan = layer_plan(model, keep, units=("mlp",))
+    after = hk.prune_files(source, plan, tmp_path / "files", refit=text)
+    want = hk.reconstruct(model, plan, text)
+    hk.prune(model, want)
+    cut, _ = hk.load(tmp_path / "files")
+    assert after.fingerprint == want.fingerprint
+    assert all(torch.equal(a, b) for a, b in zip(cut.parameters(), model.parameters(), strict=True))
+    assert len(cut.model.layers) == 2

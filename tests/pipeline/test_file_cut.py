@@ -14,8 +14,9 @@ from faults import faults
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
 from hywia_kernels.checkpoint import weight_writer
+from hywia_kernels.checkpoint.stored_model import open_stored
 from hywia_kernels.checkpoint.weight_writer import WeightWriter
-from hywia_kernels.method import file_cut
+from hywia_kernels.method import file_cut, file_reconstruction
 from tests.support.directories import contents
 from tests.support.processes import run_python
 from tests.support.tiny import TINY, Tiny, fresh, make_plan
@@ -139,3 +140,39 @@ def test_memory_is_a_few_tensors(tmp_path):
     peak, largest, total = map(int, printed.split())
     assert total > 25 * largest
     assert 0 < peak < 8 * largest
+
+
+def test_a_refit_holds_one_layer(source, gqa, tokens, tmp_path, monkeypatch):
+    """Beside what is before the layers, and the first of them, while the text enters."""
+    plan, held = make_plan(gqa, "both"), []
+    right = file_reconstruction.through_layers
+
+    def watched(model, *args, weights, while_changed, **kwargs):
+        def look(index, layer):
+            here = {name for name, p in model.named_parameters() if not p.is_meta}
+            assert here == {f"model.layers.{index}.{name}" for name, _ in layer.named_parameters()}
+            held.append(index)
+            while_changed(index, layer)
+
+        with weights.entrance():
+            here = {name for name, p in model.named_parameters() if not p.is_meta}
+            assert {n.split(".")[1] for n in here} == {"embed_tokens", "norm", "layers"}
+            assert all(".layers.0." in n for n in here if ".layers." in n)
+        return right(model, *args, weights=weights, while_changed=look, **kwargs)
+
+    monkeypatch.setattr(file_reconstruction, "through_layers", watched)
+    stored = open_stored(source)
+    hk.prune_files(stored, plan, tmp_path / "out", refit=tokens)
+    assert held == [0, 1, 2]
+    assert all(p.is_meta for p in stored.model.parameters())
+
+
+def test_a_refit_of_another_model_leaves_nothing(source, gqa, tokens, tmp_path):
+    plan = make_plan(gqa, "both")
+    with pytest.raises(HywiaError, match="the weights differ"):
+        hk.prune_files(source, replace(plan, fingerprint="0" * 64), tmp_path / "out", refit=tokens)
+    with pytest.raises(UsageError, match="ridge: expected a positive number, got 0"):
+        hk.prune_files(source, plan, tmp_path / "out", refit=tokens, ridge=0)
+    with pytest.raises(UsageError, match="device: expected auto, cpu, cuda or cuda:N, got 'tpu'"):
+        hk.prune_files(source, plan, tmp_path / "out", refit=tokens, device="tpu")
+    assert not (tmp_path / "out").exists()

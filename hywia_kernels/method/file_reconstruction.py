@@ -1,0 +1,170 @@
+"""The reconstruction from files to files: each layer is read, refitted, cut and written before the next one is read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import arch
+from ..checkpoint.stored_model import StoredModel
+from ..checkpoint.stored_parameters import Bundle
+from ..engine.passes import apart
+from ..engine.samples import padded
+from ..errors import HywiaError
+from ..types import Plan
+from .file_cut import FileCut
+from .layer_runs import Weights
+from .reconstruction import check_ridge, refitted, through_layers
+from .surgery import check_fingerprint
+
+__all__ = ["StoredWeights", "refitted_into"]
+
+_PAGE = 4096  # bytes
+
+
+class StoredWeights(Weights):
+    """Layers of a stored model that have their weights only while they are asked for; the files are read ahead.
+
+    Args:
+        stored: the model. bundles: of it, none of which is about two layers. device: where the layers run.
+
+    Attributes:
+        checksums: of all parameters that were at hand so far, as they are stored.
+    """
+
+    def __init__(self, stored: StoredModel, bundles: Sequence[Bundle], device: torch.device) -> None:
+        self.devices, self._stored, self._device = [device], stored, device
+        self.checksums: dict[str, int] = {}
+        path = f"{arch.architecture(stored.model).layers}."
+        self._layers: dict[int, list[Bundle]] = {}
+        self.others: list[Bundle] = []
+        for bundle in bundles:
+            inside = {_place(name, path) for name in bundle.targets}
+            if len(inside) > 1:
+                raise HywiaError(
+                    "model: its files hold parameters of several layers together, so that it cannot be reconstructed "
+                    "from files; load it into memory, or leave the reconstruction out"
+                )
+            (place,) = inside
+            (self.others if place is None else self._layers.setdefault(place, [])).append(bundle)
+        self._ahead = ThreadPoolExecutor(1)
+
+    @contextmanager
+    def running(self) -> Iterator[StoredWeights]:
+        """What goes on beside the passes: buffers are on the device, and files are read ahead."""
+        modules = [m for m in self._stored.model.modules() if m._buffers]
+        before = [(m, dict(m._buffers)) for m in modules]
+        try:
+            for module in modules:
+                for leaf, buffer in module._buffers.items():
+                    module._buffers[leaf] = None if buffer is None else buffer.to(self._device)
+            yield self
+        finally:
+            self._ahead.shutdown(cancel_futures=True)
+            for module, buffers in before:
+                module._buffers.update(buffers)
+
+    def entrance(self) -> Any:
+        decoder = {id(p) for p in arch.decoder(self._stored.model).parameters()}
+        state = self._stored.model.state_dict(keep_vars=True)
+        before = [b for b in self.others if any(id(state.get(name)) in decoder for name in b.targets)]
+        return self._held([*before, *self._layers.get(0, ())])
+
+    def of(self, layers: Sequence[int]) -> Any:
+        self._ahead.submit(_touch, self._stored, self._layers.get(max(layers) + 1, ()))
+        return self._held([bundle for layer in layers for bundle in self._layers.get(layer, ())])
+
+    @contextmanager
+    def _held(self, bundles: Sequence[Bundle]) -> Iterator[None]:
+        model, names = self._stored.model, self._stored.names
+        before: list[tuple[nn.Module, str, nn.Parameter]] = []
+        try:
+            parameters: dict[str, nn.Parameter] = {}
+            for bundle in bundles:
+                read = self._stored.read(bundle)
+                self.checksums |= self._stored.checksums(read)
+                # Copied, since a mapped file's pages would be read again whenever the system needs their memory.
+                for name, value in read.items():
+                    here = value.clone() if self._device.type == "cpu" else value.to(self._device)
+                    parameters[name] = nn.Parameter(here, requires_grad=False)
+                del read
+            for name, first in names.items():
+                if first in parameters:
+                    module, leaf = _owner(model, name)
+                    before.append((module, leaf, module._parameters[leaf]))  # type: ignore[arg-type]
+                    module._parameters[leaf] = parameters[first]
+            del parameters
+            yield
+        finally:
+            for module, leaf, parameter in before:
+                module._parameters[leaf] = parameter
+
+
+def _place(name: str, path: str) -> int | None:
+    """The index of the layer that a parameter is of; None for one outside of them."""
+    return int(name.removeprefix(path).partition(".")[0]) if name.startswith(path) else None
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    module, _, leaf = name.rpartition(".")
+    return model.get_submodule(module), leaf
+
+
+def _touch(stored: StoredModel, bundles: Sequence[Bundle]) -> None:
+    """Let the system read the files' pages, which takes no memory of this process."""
+    from safetensors import safe_open
+
+    for bundle in bundles:
+        for name, place in bundle.sources.items():
+            with safe_open(str(place.file), "pt") as opened:
+                opened.get_tensor(name).reshape(-1).view(torch.uint8)[::_PAGE].sum()
+
+
+def refitted_into(
+    cut: FileCut, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: float, device: torch.device
+) -> Plan:
+    """`reconstruct` a plan's model and write it cut, one layer at a time.
+
+    In memory are one layer as it was and as it is solved, those behind it that go, and of all text the hidden states
+    between two layers, of both models.
+
+    Args:
+        cut: the cut, of which nothing is written yet. batches, ridge: as `reconstruct` takes them.
+        device: where the layers run.
+
+    Returns:
+        The plan with the record and fingerprint that `reconstruct` gives it.
+
+    Raises:
+        UsageError, HywiaError: as `reconstruct`.
+    """
+    began = time.monotonic()
+    check_ridge(ridge)
+    stored, model = cut.stored, cut.stored.model
+    solved: dict[str, int] = {}
+    with apart(dict(model.named_modules())), torch.no_grad():
+        samples = padded(batches)
+        weights = StoredWeights(stored, cut.directory.bundles, device)
+        path = arch.architecture(model).layers
+
+        def write(index: int, layer: nn.Module) -> None:
+            values = {f"{path}.{index}.{name}": p.detach().cpu() for name, p in layer.named_parameters()}
+            solved.update(stored.checksums(values))
+            cut.write_values(values)
+
+        with weights.running():
+            errors = through_layers(model, plan, cut.groups, samples, ridge, while_changed=write, weights=weights)
+        cut.write(weights.others, "cutting the rest")
+    check_fingerprint(plan, stored.fingerprint(weights.checksums | cut.checksums))
+    for name in weights.checksums:
+        place = _place(name, f"{path}.")
+        if plan.depth is not None and place in plan.depth.gone:
+            solved[name] = 0  # of a layer of zeros, as which a reconstruction leaves it
+    after = stored.fingerprint(weights.checksums | cut.checksums | solved)
+    return refitted(plan, after, samples, ridge, errors, began)
