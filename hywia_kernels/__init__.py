@@ -23,7 +23,7 @@ _HOMES = {  # public name -> module it is in
     **dict.fromkeys(("BackendError", "HywiaError", "UsageError"), "errors"),
     **dict.fromkeys(("Depth", "Group", "LayerScores", "Member", "Plan", "Scores", "Statistics"), "types"),
     **dict.fromkeys(("HyWIAScorer", "MagnitudeScorer", "Scorer", "TaylorScorer"), "integrations.protocol"),
-    **dict.fromkeys(("Measured", "Result", "compress", "measure"), "compression"),
+    **dict.fromkeys(("Measured", "Result", "compress", "compress_files", "measure"), "compression"),
     **dict.fromkeys(("Evaluation", "evaluate", "perplexity"), "evaluation"),
     **dict.fromkeys(("head_residuals", "rank_heads"), "method.head_residual"),
     **dict.fromkeys(("load_scores", "save_scores"), "checkpoint.scores_file"),

@@ -9,6 +9,7 @@ __all__ = [
     "BACKENDS",
     "BLOCK",
     "CRITERIA",
+    "CUTS",
     "DEFAULT_KINDS",
     "DTYPES",
     "ENGINES",
@@ -45,6 +46,7 @@ HEAD_RANKINGS = ("residual", "scores")
 SEARCHES = ("none", "fast", "thorough")  # how the shares of kinds and layers are found: by estimate, or by trying some
 ENGINES = ("auto", "fused", "autograd")
 MEMORY = ("auto", "fast", "lean", "layerwise")
+CUTS = ("auto", "memory", "files")  # where a plan is carried out
 BACKENDS = ("reference", "native", "triton", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TUNES = ("scales", "lora", "full")  # what a recovery trains

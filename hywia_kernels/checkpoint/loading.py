@@ -118,7 +118,7 @@ def _directory(source: Source, dtype: Any, trusted: bool, quantised: bool, devic
     if source.from_hub:
         folder = hub.complete(name, folder, code=judgement.code, options=source.hub)
     loaded_weights.check_stored(folder, judgement.values, quantised)
-    tokenizer = _tokenizer(folder, name, judgement)
+    tokenizer = tokenizer_of(folder, name, judgement)
     if judgement.rotary:
         network = baichuan.load(folder, dtype)
     elif judgement.code:
@@ -134,19 +134,8 @@ def _is_quantised(network: Any) -> bool:
     return getattr(network.config, "quantization_config", None) is not None
 
 
-def tokenizer_of(source: Source, judgement: Judged) -> Any:
-    """The tokenizer of a directory, of a hub model once its files are there.
-
-    Raises:
-        HywiaError: there is none, or it is damaged or code that is not trusted.
-    """
-    tokenizer = _tokenizer(source.path, source.name, judgement)
-    if source.from_hub:
-        tokenizer.name_or_path = source.name
-    return tokenizer
-
-
-def _tokenizer(folder: Path, name: str, judgement: Judged) -> Any:
+def tokenizer_of(folder: Path, name: str, judgement: Judged) -> Any:
+    """The tokenizer of a directory that has been judged; `name` is what the user called it."""
     from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     if check_tokenizer(folder, name, judgement):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,9 @@ def open_stored(
         folder = source.path
         if source.from_hub:
             folder = hub.complete(source.name, folder, code=judgement.code, options=source.hub)
-        tokenizer = loading.tokenizer_of(replace(source, path=folder), judgement)
+        tokenizer = loading.tokenizer_of(folder, source.name, judgement)
+        if source.from_hub:
+            tokenizer.name_or_path = source.name
         network = skeleton(folder, dtype=dtype, trust_remote_code=trust_remote_code)
         network.config.name_or_path = network.name_or_path = source.name
         packed = "z_loss_weight" in read_json(folder / "config.json") if judgement.rotary else None

@@ -6,6 +6,7 @@ is unpickled, and no file that the directory's index does not name is opened.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = [
     "Stored",
     "named_files",
     "stored_tensors",
+    "weight_bytes_loaded",
     "weight_bytes_stored",
     "weight_files",
 ]
@@ -92,6 +94,22 @@ def weight_bytes_stored(folder: str | Path) -> int:
         HywiaError: as `weight_files`.
     """
     return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def weight_bytes_loaded(folder: str | Path, dtype: str = "auto") -> int:
+    """Bytes that the weights of a directory take in memory.
+
+    Args:
+        dtype: as `load` takes it.
+
+    Raises:
+        HywiaError: as `weight_files`.
+    """
+    tensors = stored_tensors(folder).values()
+    if dtype == "auto":
+        return sum(tensor.bytes for tensor in tensors)
+    size = 4 if dtype == "float32" else 2
+    return sum(size * math.prod(tensor.shape) for tensor in tensors)
 
 
 def stored_tensors(folder: str | Path) -> dict[str, Stored]:
