@@ -7,8 +7,10 @@ conversions that transformers applies while it loads are applied here to as many
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor
 from . import baichuan, loaded_weights
 from .weight_files import Stored
 
-__all__ = ["Bundle", "bundles_of", "merged", "read"]
+__all__ = ["Bundle", "bundles_of", "merged", "read", "read_ahead"]
 
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
@@ -40,10 +42,6 @@ class Bundle:
     sources: dict[str, Stored] = field(default_factory=dict)
     targets: dict[str, torch.Size] = field(default_factory=dict)
     conversions: list[_Conversion] = field(default_factory=list)
-
-    @property
-    def bytes(self) -> int:
-        return sum(stored.bytes for stored in self.sources.values())
 
 
 @dataclass
@@ -166,6 +164,24 @@ def merged(bundles: Iterable[Bundle]) -> Bundle:
         whole.targets |= bundle.targets
         whole.conversions += bundle.conversions
     return whole
+
+
+def read_ahead(bundles: Iterable[Bundle]) -> None:
+    """Ask the system to have the files' pages of bundles in memory when they are read."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    by_file: dict[Path, list[Stored]] = {}
+    for bundle in bundles:
+        for stored in bundle.sources.values():
+            by_file.setdefault(stored.file, []).append(stored)
+    for file, tensors in by_file.items():
+        with suppress(OSError):  # a hint, which some filesystems refuse
+            handle = os.open(file, os.O_RDONLY)
+            try:
+                for stored in tensors:
+                    os.posix_fadvise(handle, stored.begin, stored.bytes, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
 
 
 def read(model: Any, bundle: Bundle) -> dict[str, Tensor]:

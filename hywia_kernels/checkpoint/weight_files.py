@@ -33,12 +33,14 @@ _ORIGINAL = ("params.json", "consolidated.safetensors", "consolidated.safetensor
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a safetensors file, as the header describes it; the dtype is safetensors' name ("BF16")."""
+    """One tensor of a safetensors file, as the header describes it; the dtype is safetensors' name ("BF16"), and its
+    bytes begin at `begin` of the file."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    begin: int
 
 
 def weight_files(folder: str | Path) -> tuple[Path, ...]:
@@ -121,11 +123,13 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
     """
     tensors: dict[str, Stored] = {}
     for file, header in _headers(Path(folder)).items():
+        # The values fill the file to its end.
+        first = file.stat().st_size - max(entry["data_offsets"][1] for entry in header.values())
         for name, entry in header.items():
             if name in tensors:
                 raise HywiaError(f"model: both {tensors[name].file.name} and {file.name} in {folder} hold {name!r}")
             begin, end = entry["data_offsets"]
-            tensors[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), end - begin)
+            tensors[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), end - begin, first + begin)
     index = Path(folder) / INDEX
     if _exists(index) and not _exists(Path(folder) / SINGLE):
         for name, file_name in _weight_map(index).items():

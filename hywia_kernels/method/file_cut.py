@@ -19,7 +19,7 @@ from ..checkpoint import atomic_directory
 from ..checkpoint.cut_directory import CutDirectory
 from ..checkpoint.replaceable import Input
 from ..checkpoint.stored_model import StoredModel
-from ..checkpoint.stored_parameters import Bundle
+from ..checkpoint.stored_parameters import Bundle, read_ahead
 from ..types import Group, Plan
 from .compaction import ParameterCuts
 from .derivation import prove
@@ -46,10 +46,9 @@ class FileCut:
     def write(self, bundles: Sequence[Bundle], what: str) -> None:
         """Read, cut and write bundles, some at a time."""
         workers = min(_WORKERS, os.cpu_count() or 1)
-        # The largest first, so that none of them is left for the end.
-        ordered = sorted(bundles, key=lambda bundle: -bundle.bytes)
+        read_ahead(bundles[:workers])
         with ThreadPoolExecutor(workers) as pool:
-            waiting = [pool.submit(self._one, bundle) for bundle in ordered]
+            waiting = [pool.submit(self._one, b, bundles[i + workers :][:1]) for i, b in enumerate(bundles)]
             try:
                 for future in progress.track(waiting, what):
                     self.checksums |= future.result()
@@ -58,7 +57,8 @@ class FileCut:
                 raise
 
     @torch.no_grad()
-    def _one(self, bundle: Bundle) -> dict[str, int]:
+    def _one(self, bundle: Bundle, later: Sequence[Bundle]) -> dict[str, int]:
+        read_ahead(later)
         values = self.stored.read(bundle)
         sums = self.stored.checksums(values)
         self.write_values(values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import arch
 from ..checkpoint.stored_model import StoredModel
-from ..checkpoint.stored_parameters import Bundle
+from ..checkpoint.stored_parameters import Bundle, read_ahead
 from ..engine.passes import apart
 from ..engine.samples import padded
 from ..errors import HywiaError
@@ -24,8 +23,6 @@ from .reconstruction import check_ridge, refitted, through_layers
 from .surgery import check_fingerprint
 
 __all__ = ["StoredWeights", "refitted_into"]
-
-_PAGE = 4096  # bytes
 
 
 class StoredWeights(Weights):
@@ -53,11 +50,10 @@ class StoredWeights(Weights):
                 )
             (place,) = inside
             (self.others if place is None else self._layers.setdefault(place, [])).append(bundle)
-        self._ahead = ThreadPoolExecutor(1)
 
     @contextmanager
     def running(self) -> Iterator[StoredWeights]:
-        """What goes on beside the passes: buffers are on the device, and files are read ahead."""
+        """While the passes run, buffers are on the device."""
         modules = [m for m in self._stored.model.modules() if m._buffers]
         before = [(m, dict(m._buffers)) for m in modules]
         try:
@@ -66,7 +62,6 @@ class StoredWeights(Weights):
                     module._buffers[leaf] = None if buffer is None else buffer.to(self._device)
             yield self
         finally:
-            self._ahead.shutdown(cancel_futures=True)
             for module, buffers in before:
                 module._buffers.update(buffers)
 
@@ -77,7 +72,7 @@ class StoredWeights(Weights):
         return self._held([*before, *self._layers.get(0, ())])
 
     def of(self, layers: Sequence[int]) -> Any:
-        self._ahead.submit(_touch, self._stored, self._layers.get(max(layers) + 1, ()))
+        read_ahead(self._layers.get(max(layers) + 1, ()))
         return self._held([bundle for layer in layers for bundle in self._layers.get(layer, ())])
 
     @contextmanager
@@ -114,16 +109,6 @@ def _place(name: str, path: str) -> int | None:
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     module, _, leaf = name.rpartition(".")
     return model.get_submodule(module), leaf
-
-
-def _touch(stored: StoredModel, bundles: Sequence[Bundle]) -> None:
-    """Let the system read the files' pages, which takes no memory of this process."""
-    from safetensors import safe_open
-
-    for bundle in bundles:
-        for name, place in bundle.sources.items():
-            with safe_open(str(place.file), "pt") as opened:
-                opened.get_tensor(name).reshape(-1).view(torch.uint8)[::_PAGE].sum()
 
 
 def refitted_into(

@@ -4,7 +4,6 @@ before; the model's largest tensor; all of its tensors."""
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -12,14 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hywia_kernels as hk
+from benchmarks.memory import HostPeak
 from tests.support.cuts import make_plan
 from tests.support.tokenizers import write_tokenizer
-
-
-def own_memory() -> int:
-    """Bytes of anonymous memory; pages of mapped files are the kernel's to take back."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["RssAnon"].split()[0]) * 1024
 
 
 def build(folder: Path, **sizes: int):
@@ -36,20 +30,10 @@ def main(folder: Path) -> None:
     small, _, _ = build(folder / "small", hidden_size=32, intermediate_size=64, num_hidden_layers=2)
     plan, largest, total = build(folder / "large", hidden_size=512, intermediate_size=4096, num_hidden_layers=8)
     hk.prune_files(folder / "small", small, folder / "small-cut")  # what is imported only once
-    before, peak, running = own_memory(), 0, True
-
-    def watch() -> None:
-        nonlocal peak
-        while running:
-            peak = max(peak, own_memory())
-            time.sleep(0.001)
-
-    watching = threading.Thread(target=watch)
-    watching.start()
-    hk.prune_files(folder / "large", plan, folder / "large-cut")
-    running = False
-    watching.join()
-    print(peak - before, largest, total)
+    with HostPeak() as peak:
+        time.sleep(0.2)  # until it looks
+        hk.prune_files(folder / "large", plan, folder / "large-cut")
+    print(peak.bytes, largest, total)
 
 
 main(Path(sys.argv[1]))
