@@ -17,7 +17,7 @@ from .adaptive import remote
 from .sources import Judged, Source, check_tokenizer, judged, located, need_gguf, refusal
 from .ties import settle_tying
 
-__all__ = ["device_of", "load", "tokenizer_of"]
+__all__ = ["device_named", "load", "tokenizer_of"]
 
 
 def load(
@@ -60,7 +60,7 @@ def load(
 
     if dtype not in DTYPES:
         raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    target = device_of(device)
+    target = device_named(device)
     options = {"token": token, "cache_dir": cache_dir}
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
@@ -79,11 +79,11 @@ def load(
         raise refusal(model, error) from error
 
 
-def device_of(device: str) -> Any:
-    """The torch device of a name.
+def device_named(device: str) -> Any:
+    """The torch.device that a name stands for: auto, cpu, cuda or cuda:N.
 
     Raises:
-        UsageError: none that the kernels run on, or none that this machine has.
+        UsageError: the name is none of these, or no device of this machine.
     """
     import torch
 

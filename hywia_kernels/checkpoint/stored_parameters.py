@@ -80,7 +80,9 @@ def bundles_of(model: Any, stored: Mapping[str, Stored], source: str, *, packed:
     """
     state = model.state_dict(keep_vars=True)
     conversions, extra = (_renamed(model, stored, state), []) if packed is None else (_packed(stored, packed), [])
-    bundles, mismatched, found = [], [], set()
+    bundles: list[Bundle] = []
+    mismatched: list[tuple[str, torch.Size, torch.Size]] = []
+    found: set[str] = set()
     for conversion in conversions:
         sources = {name: stored[name] for name, _ in conversion.parts}
         shapes = _shapes(model, conversion, sources)
@@ -103,7 +105,7 @@ def bundles_of(model: Any, stored: Mapping[str, Stored], source: str, *, packed:
     return _without_doubles([b for b in bundles if any(name in state for name in b.targets)], state)
 
 
-def _renamed(model: Any, stored: Mapping[str, Stored], state: Mapping[str, Tensor]) -> list[_Conversion]:
+def _renamed(model: Any, stored: Mapping[str, Stored], state: dict[str, Tensor]) -> list[_Conversion]:
     """As transformers renames and converts while it loads."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -211,7 +213,7 @@ def read(model: Any, bundle: Bundle) -> dict[str, Tensor]:
 
 def _dtypes(model: Any, bundle: Bundle) -> dict[str, torch.dtype]:
     """Name in the files -> dtype of the parameters that it goes into, to which it is cast before it is converted."""
-    names = {}
+    names: dict[str, torch.dtype] = {}
     for conversion in bundle.conversions:
         module, _, leaf = (conversion.target if conversion.normalised is None else "").rpartition(".")
         try:

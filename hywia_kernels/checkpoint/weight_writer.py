@@ -134,7 +134,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 def _write(file: Path, begin: int, data: Tensor) -> None:
     """Write bytes, uint8 `[bytes]`, at a place of a file, and compare what the file then holds there."""
-    view = memoryview(data.numpy())
+    view = data.numpy().data
     handle = os.open(file, os.O_RDWR)
     try:
         done = 0
@@ -144,7 +144,7 @@ def _write(file: Path, begin: int, data: Tensor) -> None:
         for start in range(0, len(view), _CHUNK):
             want = data[start : start + _CHUNK]
             got = buffer[: len(want)]
-            if os.preadv(handle, [got.numpy()], begin + start) != len(want) or not _equal(got, want):
+            if os.preadv(handle, [got.numpy().data], begin + start) != len(want) or not _equal(got, want):
                 raise HywiaError(f"save: {file.name} does not hold what was written into it; the disk may be failing")
     finally:
         os.close(handle)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.loading import device_of
+from ..checkpoint.loading import device_named
 from ..checkpoint.stored_model import open_stored
 from ..compression import Measured, Result, compress_files, in_memory_only, with_text
 from ..compression.from_files import said
@@ -32,7 +32,7 @@ def is_cut_from_files(arguments: argparse.Namespace, recipe: Recipe, measured: M
         if arguments.cut == "files":
             raise UsageError("cut: files goes with --scores, which 'hywia score' writes")
         return False
-    device = device_of(arguments.device)
+    device = device_named(arguments.device)
     does_not_fit = session.missing_room(arguments.model, arguments.dtype, device)
     if arguments.cut == "auto" and does_not_fit is None:
         return False
@@ -60,7 +60,7 @@ def cut_from_files(
     Args:
         when_planned: called with the plan. steps: the cuts that came before, which it fills.
     """
-    device = device_of(arguments.device)
+    device = device_named(arguments.device)
     console.say(f"cutting {arguments.model} from its files")
     stored = open_stored(
         arguments.model,

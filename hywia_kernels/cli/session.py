@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import arch, ops, progress
 from ..checkpoint import atomic_directory, originals
-from ..checkpoint.loading import device_of, load
+from ..checkpoint.loading import device_named, load
 from ..checkpoint.replaceable import check_report
 from ..checkpoint.weight_files import weight_bytes_loaded
 from ..engine.memory import free_bytes
@@ -110,7 +110,7 @@ def missing_room(name: str, dtype: str, device: Any) -> str | None:
 
 def check_room(arguments: argparse.Namespace, name: str, what: str) -> None:
     """Raise HywiaError where a model does not fit in the memory that `what` (work, in words) needs it in."""
-    missing = missing_room(name, arguments.dtype, device_of(arguments.device))
+    missing = missing_room(name, arguments.dtype, device_named(arguments.device))
     if missing is not None:
         raise HywiaError(
             f"model: {what} needs all of {name} in memory: {missing}; use a device that holds it (--device), or half "

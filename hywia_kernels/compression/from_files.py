@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import progress
-from ..checkpoint.loading import device_of as device_named
+from ..checkpoint.loading import device_named
 from ..checkpoint.run_record import score_summary
 from ..checkpoint.stored_model import StoredModel, open_stored
 from ..deploy import planning

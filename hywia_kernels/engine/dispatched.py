@@ -26,8 +26,8 @@ def entering_device(module: nn.Module) -> torch.device | None:
         return None
     if getattr(before, "__func__", None) is not type(module).forward:
         return None  # there was another one before accelerate's
-    hooks = [own.get("_hf_hook")]
-    hooks = [inner for hook in hooks for inner in getattr(hook, "hooks", (hook,))]
+    outer: Any = own.get("_hf_hook")
+    hooks: list[Any] = list(getattr(outer, "hooks", (outer,)))
     devices = set()
     for hook in hooks:
         kind = type(hook)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint.loading import device_of
+from ..checkpoint.loading import device_named
 from ..checkpoint.stored_model import StoredModel, open_stored
 from ..settings import RIDGE
 from ..types import Plan
@@ -61,7 +61,7 @@ def prune_files(
         model = open_stored(model, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
     with opened(model, plan, path, overwrite=overwrite, in_place=in_place, backend=backend) as cut:
         if refit is not None:
-            plan = refitted_into(cut, plan, refit, ridge=ridge, device=device_of(device))
+            plan = refitted_into(cut, plan, refit, ridge=ridge, device=device_named(device))
         else:
             cut.write(cut.directory.bundles, "cutting files")
             check_fingerprint(plan, model.fingerprint(cut.checksums))
