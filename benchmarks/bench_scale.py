@@ -195,6 +195,7 @@ def _launched(given: argparse.Namespace, size: int, samples: int, folder: Path) 
 def work(given: argparse.Namespace, session: Session, folder: Path) -> None:
     """One of the processes of `ranks`: the faster of two scorings, as the first one tells it."""
     device = streamed.device_of_process(given.device)
+    torch.manual_seed(given.seed)  # every process has the same weights
     model = models.build(given.shape, given.layers, given.dtype, device)
     tokens = torch.randint(64, (given.samples[0], given.length), generator=torch.Generator().manual_seed(given.seed))
     seconds, statistics = [], None
