@@ -7,11 +7,14 @@ import dataclasses
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import hywia_kernels as hk
 from hywia_kernels.arch.facts import fingerprint
+from hywia_kernels.checkpoint.cut_directory import CutDirectory
 from hywia_kernels.checkpoint.stored_model import open_stored
 from tests.support.cuts import layer_plan, make_plan
+from tests.support.derived import small
 from tests.support.directories import assert_equal_directories, contents
 from tests.support.families import FAMILIES, fresh
 from tests.support.tokenizers import write_tokenizer
@@ -84,8 +87,6 @@ def test_another_dtype(tmp_path):
 
 def test_a_head_that_is_stored_twice(tmp_path):
     """The checkpoint holds the embedding under both names, though the config says that they are one."""
-    from safetensors.torch import load_file, save_file
-
     model = fresh(FAMILIES[0])
     assert model.config.tie_word_embeddings
     model.save_pretrained(tmp_path / "in")
@@ -120,7 +121,7 @@ def assert_same_refit(source, cut, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_a_refit_from_files_is_the_one_in_memory(family, tmp_path):
     source = written(fresh(family), tmp_path / "in")
-    for cut in ("both", "adaptive"):
+    for cut in ("both", "adaptive", *(["experts"] if family.experts else [])):
         assert_same_refit(source, cut, tmp_path)
 
 
@@ -139,3 +140,45 @@ def test_layers_before_a_gap_are_refitted_from_files(keep, tmp_path):
     assert after.fingerprint == want.fingerprint
     assert all(torch.equal(a, b) for a, b in zip(cut.parameters(), model.parameters(), strict=True))
     assert len(cut.model.layers) == 2
+
+
+@pytest.mark.parametrize("name", ["cohere", "deepseek_v3"])
+def test_a_derived_family_is_cut_from_its_files(name, tmp_path):
+    """Its structure proves itself on a small copy; with experts that are stored one by one, and beside them shared."""
+    small(name).save_pretrained(tmp_path / "in", max_shard_size=100_000)
+    write_tokenizer(tmp_path / "in")
+    model, tokenizer = hk.load(tmp_path / "in")
+    hk.prove(model)
+    plan = hk.plan(hk.score(model, criterion="random", seed=5), group_ratio=0.4, units=("mlp", "attention"))
+    hk.prune_files(tmp_path / "in", plan, tmp_path / "files" / "out")
+    hk.prune(model, plan)
+    hk.save(model, tokenizer, tmp_path / "memory" / "out", plan=plan)
+    assert_equal_directories(tmp_path / "files" / "out", tmp_path / "memory" / "out")
+
+
+def test_parameters_that_files_hold_together_are_written_together(tmp_path, monkeypatch):
+    """Files that take gate and up in one piece, as some families' do, though they are read one by one."""
+    right = CutDirectory._converted
+
+    def joined(self, state):
+        made = right(self, state)
+        for name in [n for n in made if n.endswith("gate_proj.weight")]:
+            up = name.replace("gate_proj", "up_proj")
+            gate = made.pop(name)
+            if up in made:
+                made[name.replace("gate_proj", "gate_up_proj")] = torch.cat([gate, made.pop(up)])
+        return {n: v for n, v in made.items() if not n.endswith("up_proj.weight") or "gate_up" in n}
+
+    monkeypatch.setattr(CutDirectory, "_converted", joined)
+    source = written(fresh(next(f for f in FAMILIES if f.name == "llama-bias")), tmp_path / "in")
+    model, _ = hk.load(source)
+    plan = make_plan(model, "mlp")
+    hk.prune_files(source, plan, tmp_path / "out")
+    hk.prune(model, plan)
+    stored = {}
+    for file in sorted((tmp_path / "out").glob("*.safetensors")):
+        stored |= load_file(file)
+    mlp = model.model.layers[2].mlp
+    want = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+    assert torch.equal(stored["model.layers.2.mlp.gate_up_proj.weight"], want)
+    assert torch.equal(stored["model.layers.2.mlp.up_proj.bias"], mlp.up_proj.bias)
