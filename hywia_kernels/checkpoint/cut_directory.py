@@ -29,7 +29,10 @@ class CutDirectory:
     Args:
         stored: the model before the cut. cut: the same after it, its parameters on the meta device.
         renamed: name of a parameter before the cut -> after it; None: it goes with its layer.
-        folder: an empty directory.
+        folder: an empty directory. bundles: of the model before the cut.
+
+    Attributes:
+        described: the cut model as its config says it, on the meta device. bundles: what is to be written together.
 
     Raises:
         HywiaError: no config describes the cut model, or its parameters have no place in the family's files.

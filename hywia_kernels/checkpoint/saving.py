@@ -309,7 +309,9 @@ def save(
     return path
 
 
-def write_companions(model: Any, tokenizer: Any, stored: Any, content: Mapping[str, Any], folder: Path, name: str):
+def write_companions(
+    model: Any, tokenizer: Any, stored: Any, content: Mapping[str, Any], folder: Path, name: str
+) -> None:
     """Write all of a directory but config and weights.
 
     Args:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,6 +102,31 @@ class StoredWeights(Weights):
                 module._parameters[leaf] = parameter
 
 
+class _Behind:
+    """Work on one thing at a time while the next one is made: whoever brings the next waits for the one before."""
+
+    def __init__(self, work: Callable[[dict[str, Tensor]], None]) -> None:
+        self._work, self._pool = work, ThreadPoolExecutor(1)
+        self._under_way: Future[None] | None = None
+
+    def do(self, values: dict[str, Tensor]) -> None:
+        """Raises what went wrong with the one before."""
+        self._wait()
+        self._under_way = self._pool.submit(self._work, values)
+
+    def _wait(self) -> None:
+        if self._under_way is not None:
+            self._under_way.result()
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self._wait()
+
+
 def _place(name: str, path: str) -> int | None:
     """The index of the layer that a parameter is of; None for one outside of them."""
     return int(name.removeprefix(path).partition(".")[0]) if name.startswith(path) else None
@@ -116,8 +142,8 @@ def refitted_into(
 ) -> Plan:
     """`reconstruct` a plan's model and write it cut, one layer at a time.
 
-    In memory are one layer as it was and as it is solved, those behind it that go, and of all text the hidden states
-    between two layers, of both models.
+    In memory are one layer as it was and as it is solved, the one before it while it is written, those behind it that
+    go, and of all text the hidden states between two layers, of both models.
 
     Args:
         cut: the cut, of which nothing is written yet. batches, ridge: as `reconstruct` takes them.
@@ -138,13 +164,17 @@ def refitted_into(
         weights = StoredWeights(stored, cut.directory.bundles, device)
         path = arch.architecture(model).layers
 
-        def write(index: int, layer: nn.Module) -> None:
-            values = {f"{path}.{index}.{name}": p.detach().cpu() for name, p in layer.named_parameters()}
+        def write(values: dict[str, Tensor]) -> None:
             solved.update(stored.checksums(values))
             cut.write_values(values)
 
-        with weights.running():
-            errors = through_layers(model, plan, cut.groups, samples, ridge, while_changed=write, weights=weights)
+        with weights.running(), _Behind(write) as behind:
+
+            def hand_over(index: int, layer: nn.Module) -> None:
+                named = {f"{path}.{index}.{name}": p.detach() for name, p in layer.named_parameters()}
+                behind.do({name: value.to("cpu", copy=True) for name, value in named.items()})
+
+            errors = through_layers(model, plan, cut.groups, samples, ridge, while_changed=hand_over, weights=weights)
         cut.write(weights.others, "cutting the rest")
     check_fingerprint(plan, stored.fingerprint(weights.checksums | cut.checksums))
     for name in weights.checksums:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -176,3 +178,23 @@ def test_a_refit_of_another_model_leaves_nothing(source, gqa, tokens, tmp_path):
     with pytest.raises(UsageError, match="device: expected auto, cpu, cuda or cuda:N, got 'tpu'"):
         hk.prune_files(source, plan, tmp_path / "out", refit=tokens, device="tpu")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("after", [0, 9, 20])
+def test_a_disk_that_fills_up_during_a_refit(after, source, gqa, tokens, tmp_path, monkeypatch):
+    """Layers are written by another thread than the one that solves."""
+    plan, before = make_plan(gqa, "both"), contents(tmp_path)
+    right, calls = weight_writer.os.pwrite, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return right(*args)
+
+    monkeypatch.setattr(weight_writer.os, "pwrite", full)
+    with pytest.raises(HywiaError, match=r"output: c.* No space left on device"):
+        hk.prune_files(source, plan, tmp_path / "out", refit=tokens)
+    assert len(calls) > after
+    monkeypatch.undo()
+    assert contents(tmp_path) == before
