@@ -1,4 +1,4 @@
-"""The streamed scoring as `bench_scale` runs it, and the limits that it is held against."""
+"""The streamed scoring as `bench_large` runs it, and the limits that it is held against."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def placed(source: Path, place: str, device: torch.device) -> Any:
 def scored(model: Any, tokens: Tensor, device: torch.device, place: str, group: Any = None) -> Any:
     """Statistics of the second order."""
     options = {} if group is None else {"ranks": group}
-    return _scale("job").calibrate_streamed(model, tokens, device=device, weights=place, **options)
+    calibrate: Any = getattr(hk, "calibrate_streamed", None) or _scale("job").calibrate_streamed
+    return calibrate(model, tokens, device=device, weights=place, **options)
 
 
 def compute_seconds(shape: str, dtype: str, device: torch.device, tokens: Tensor, layers: int = 2) -> tuple[float, int]:

@@ -1,8 +1,8 @@
 """Models larger than a GPU or a machine: seconds and memory against limits that are measured in the same run.
 
-    python -m benchmarks.bench_scale files --shape 70b --layers 40 --folder /data --samples 1024 --csv FILE
-    python -m benchmarks.bench_scale stream --shape 70b --layers 40 --folder /data --samples 10 96 --gpu-gb 24
-    python -m benchmarks.bench_scale ranks --shape 7b --ranks 1 2 4 8 --samples 128 --csv FILE
+    python -m benchmarks.bench_large files --shape 70b --layers 40 --folder /data --samples 1024 --csv FILE
+    python -m benchmarks.bench_large stream --shape 70b --layers 40 --folder /data --samples 10 96 --gpu-gb 24
+    python -m benchmarks.bench_large ranks --shape 7b --ranks 1 2 4 8 --samples 128 --csv FILE
 
 `files` writes a checkpoint of random weights below `--folder`, copies it, cuts it from files to files at `--ratio`, and
 does the same with a reconstruction on `--samples`; each begins with files that are not in memory. The limit is the
@@ -38,7 +38,7 @@ from . import checkpoints, models, streamed
 from .memory import HostPeak, spending
 from .session import Session, add_dtype, argv_of, at_least, common_arguments, make_parser, parse
 
-MODULE = "benchmarks.bench_scale"
+MODULE = "benchmarks.bench_large"
 
 # What is timed is in `work`; `place` says where the weights stay, "disk" for a cut. `peak_bytes` are the device's, and
 # `host_bytes` the process's own memory above what it had, without pages of files.

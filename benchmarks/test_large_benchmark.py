@@ -13,7 +13,7 @@ import transformers
 import hywia_kernels as hk
 from hywia_kernels.checkpoint.stored_model import open_stored
 
-from . import bench_scale, checkpoints, memory, rows
+from . import bench_large, checkpoints, memory, rows
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--shape", "tiny", "--seed", "3", "--length", "12"]
@@ -41,7 +41,7 @@ def test_a_written_checkpoint_loads(tmp_path):
 
 def test_a_plan_by_chance_is_for_the_files(tmp_path):
     checkpoints.write(tmp_path / "model", "tiny", None, "float32", CPU)
-    plan = bench_scale.plan_of(open_stored(tmp_path / "model"), 0.5)
+    plan = bench_large.plan_of(open_stored(tmp_path / "model"), 0.5)
     assert 0.4 < plan.ratio < 0.6
     model, _ = hk.load(tmp_path / "model")
     hk.prune(model, plan)
@@ -50,7 +50,7 @@ def test_a_plan_by_chance_is_for_the_files(tmp_path):
 
 def test_files(tmp_path, capsys):
     argv = ["files", *TINY, "--samples", "6", "--folder", str(tmp_path), "--csv", str(tmp_path / "scale.csv")]
-    assert bench_scale.main([*argv, "--json", str(tmp_path / "scale.json")]) == 0
+    assert bench_large.main([*argv, "--json", str(tmp_path / "scale.json")]) == 0
     copied, cut, refit = rows.read(tmp_path / "scale.csv")
     assert [row["work"] for row in (copied, cut, refit)] == ["copy", "cut", "refit"]
     assert (copied["ratio"], copied["limit"], cut["samples"]) == ("", "", "")
@@ -76,7 +76,7 @@ def test_the_peak_of_a_process_is_seen_by_another():
 @needs_scale
 def test_stream(tmp_path):
     argv = ["stream", *TINY, "--samples", "5", "--folder", str(tmp_path), "--csv", str(tmp_path / "scale.csv")]
-    assert bench_scale.main(argv) == 0
+    assert bench_large.main(argv) == 0
     by_place = {row["place"]: row for row in rows.read(tmp_path / "scale.csv")}
     assert list(by_place) == ["host", "files"]
     assert len({row["units"] for row in by_place.values()}) == 1
@@ -89,7 +89,7 @@ def test_stream(tmp_path):
 @needs_scale
 def test_ranks(tmp_path):
     argv = ["ranks", *TINY, "--ranks", "1", "2", "--samples", "6", "--folder", str(tmp_path)]
-    assert bench_scale.main([*argv, "--csv", str(tmp_path / "scale.csv")]) == 0
+    assert bench_large.main([*argv, "--csv", str(tmp_path / "scale.csv")]) == 0
     by_kind = {(row["scaling"], row["ranks"]): row for row in rows.read(tmp_path / "scale.csv")}
     assert list(by_kind) == [("strong", "1"), ("strong", "2"), ("weak", "1"), ("weak", "2")]
     assert by_kind["strong", "1"]["units"] == by_kind["strong", "2"]["units"]
