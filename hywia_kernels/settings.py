@@ -25,13 +25,16 @@ __all__ = [
     "MEMORY",
     "ORDERS",
     "PRICE_SAMPLES",
+    "RANK_TIMEOUT",
     "RIDGE",
     "SAMPLES",
     "SEARCHES",
     "SELF",
     "SEQ_LEN",
     "STEPS",
+    "STREAMED",
     "TUNES",
+    "WEIGHTS",
 ]
 
 GROUP_KINDS = ("mlp", "attention", "experts")  # of units that lie on a layer's matrices
@@ -47,6 +50,9 @@ HEAD_RANKINGS = ("residual", "scores")
 SEARCHES = ("none", "fast", "thorough")  # how the shares of kinds and layers are found: by estimate, or by trying some
 ENGINES = ("auto", "fused", "autograd")
 MEMORY = ("auto", "fast", "lean", "layerwise")
+STREAMED = "streamed"  # a memory mode of the commands: one layer's weights at a time
+WEIGHTS = ("auto", "device", "host", "files")  # where the weights stay in a streamed pass
+RANK_TIMEOUT = 1800.0  # seconds that processes of one scoring wait for each other
 BACKENDS = ("reference", "native", "triton", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TUNES = ("scales", "lora", "full")  # what a recovery trains

@@ -58,6 +58,7 @@ def _score(command: argparse.ArgumentParser) -> None:
     shared.add_model(command)
     shared.add_output(command)
     shared.add_scoring(command, learned=False)
+    shared.add_streaming(command)
     shared.add_calibration(command)
     shared.add_reconstruction(command, samples_only=True)
 
@@ -83,6 +84,7 @@ def _prune(command: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="say what would be done, and what it takes; write nothing"
     )
     shared.add_scoring(command, learned=True)
+    shared.add_streaming(command)
     shared.add_calibration(command)
     shared.add_reconstruction(command)
     shared.add_recovery(command, optional=True)

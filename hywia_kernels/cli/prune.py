@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from ..checkpoint import history, originals, saving
@@ -18,7 +19,7 @@ from ..recipe import Recipe
 from ..settings import LEARNED
 from ..types import Plan
 from . import arguments as shared
-from . import console, session
+from . import console, launched, session, streaming
 from .dry_run import dry_run
 from .prune_files import cut_from_files, is_cut_from_files
 from .recover import finish
@@ -49,9 +50,24 @@ def run(arguments: argparse.Namespace) -> None:
         assert measured is not None
         _from_files(arguments, recipe, measured)
         return
-    with session.claimed(arguments, in_place=arguments.in_place, least=_least_bytes(arguments, recipe)):
-        model, tokenizer = session.load_model(arguments)
-        session.proven(model)
+    share = streaming.sharing(arguments, recipe) if measured is None else None
+    if share is not None:
+        share.refuse_to_cut()
+    with ExitStack() as stack:
+        if launched.is_first():
+            least = _least_bytes(arguments, recipe)
+            stack.enter_context(session.claimed(arguments, in_place=arguments.in_place, least=least))
+        if share is None:
+            model, tokenizer = session.load_model(arguments)
+            session.proven(model)
+        else:
+            with share.joined() as ranks:
+                model, tokenizer = share.load(arguments)
+                measured = share.measured(arguments, model, tokenizer, recipe, ranks)
+            if not launched.is_first():
+                return  # the rest is the first process's
+            launched.go_on_alone()
+            console.print_streaming(measured.scores.record)
         if measured is not None and "calibration" in vars(arguments):
             measured = with_text(measured, model, tokenizer, recipe)
         steps: list[dict[str, Any]] = []
@@ -98,6 +114,8 @@ def run(arguments: argparse.Namespace) -> None:
             engine=arguments.engine,
             memory=arguments.memory,
         )
+        if share is not None:
+            share.written(arguments)
         before, after = _on_disk(result, arguments)
         console.print_comparison(before, after)
         if "evaluation" in result.record:
@@ -164,7 +182,7 @@ def _check_with_scores(arguments: argparse.Namespace) -> None:
     """Refuse what would have to change the scores; a text for what comes after them may be another."""
     given = shared.given_fields(arguments)
     refused = {"criterion", *(() if "calibration" in given else _OF_TEXT)} & given.keys()
-    refused |= {name for name in ("engine", "memory") if getattr(arguments, name) != "auto"}
+    refused |= {name for name in ("engine", "memory", "weights") if getattr(arguments, name) != "auto"}
     for name in sorted(refused):
         raise UsageError(f"{name}: does not go with --scores, which holds the outcome of an earlier scoring")
 

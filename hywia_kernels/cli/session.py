@@ -20,6 +20,7 @@ from ..evaluation import Evaluation
 from ..method.derivation import prove
 from ..method.reading import documents, is_local
 from ..recipe import Recipe
+from ..scale.launch import launched_ranks
 from . import console
 
 __all__ = [
@@ -38,7 +39,7 @@ def begin(arguments: argparse.Namespace) -> None:
     """Progress on, other people's bars and notices off where nobody watches; refuse a report that has no place."""
     import transformers
 
-    progress.enable()
+    progress.enable(launched_ranks()[0] == 0)
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -62,7 +63,7 @@ def check_scoring(arguments: argparse.Namespace, recipe: Recipe, text_is_read: b
     Raises:
         UsageError: engine and memory, or a backend, that do not go together. HywiaError: the text cannot be read.
     """
-    for name in ("engine", "memory"):
+    for name in ("engine", "memory", "weights"):
         if recipe.criterion != "hywia" and getattr(arguments, name) != "auto":
             raise UsageError(f"{name}: goes with --criterion hywia, got --criterion {recipe.criterion}")
     if arguments.engine == "autograd" and arguments.memory == "layerwise":
