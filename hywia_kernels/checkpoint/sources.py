@@ -92,11 +92,12 @@ def _located(model: str | Path, revision: str | None, options: hub.Options) -> S
     return Source(hub.described(name, revision, options), name, from_hub=True, hub=options)
 
 
-def judged(source: Source, *, trusted: bool, quantised: bool) -> Judged:
+def judged(source: Source, *, trusted: bool, quantised: bool, dequantised: bool = False) -> Judged:
     """The description of a directory, once it has been judged.
 
     Args:
         source: a directory. trusted: code of the checkpoint may be run. quantised: a quantised model is taken.
+        dequantised: one that transformers turns into floating-point numbers while it loads is taken too.
 
     Raises:
         HywiaError: it asks for what no checkpoint may, is damaged or of an unknown family, is quantised, or its code is
@@ -106,7 +107,9 @@ def judged(source: Source, *, trusted: bool, quantised: bool) -> Judged:
     values = description.read_config(folder)
     description.check_directory(folder)
     description_text.check_generation(folder)
-    _check_quantisation(name, description.quantisation(values), quantised, "quantization_config" in values)
+    _check_quantisation(
+        name, description.quantisation(values), quantised, dequantised and "quantization_config" in values
+    )
     family = description.family(values)
     rotary = baichuan.is_rotary(values)
     coded = description.needs_code(family)

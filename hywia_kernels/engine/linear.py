@@ -31,7 +31,7 @@ class Target:
     Attributes:
         member: the matrix as a member of its group.
         weight: the matrix itself; where a parameter holds several, this one's part of it.
-        fine: float32 `[3, units]`, shared with the group's other matrices.
+        fine: float32 `[3, units]`, or `[units]` of one order alone, shared with the group's other matrices.
         coarse: float32 `[samples, units]`.
         outputs: this matrix's part of the layer's output; None for all of it.
         transposed: the weight is stored `[in, out]`, so that input and output gradient change places in the product.
@@ -62,6 +62,7 @@ class Scorer:
 
     def __init__(self, results: Results, samples: Samples, scale: float, backend: str | None, bar: Bar) -> None:
         self.results, self.scale, self.backend, self.bar = results, 1.0 / scale, backend, bar
+        self.order = results.order
         self.offsets = samples.offsets()
         self._runs: dict[tuple, Callable[..., None]] = {}
         self.collected: Collected | None = None
@@ -76,6 +77,11 @@ class Scorer:
         """The samples that the next passes run on; padding is dropped before anything is scored."""
         self._rows = {}
         self._cpu_rows = samples.rows() if samples.ragged else None
+
+    def begin(self, samples: Samples) -> None:
+        """What is scored from here on is of these samples, as many as before."""
+        self.offsets = samples.offsets()
+        self.select(samples)
 
     def _without_padding(self, tensor: Tensor) -> Tensor:
         flat = tensor.reshape(-1, tensor.shape[-1])
@@ -107,7 +113,7 @@ class Scorer:
         if run is None:
             out = (target.fine, target.coarse)
             checks.linear_importance(
-                grad_output, inputs, weight, self.offsets, axis, "all", size, True, self.scale, mapped, out
+                grad_output, inputs, weight, self.offsets, axis, self.order, size, True, self.scale, mapped, out
             )
             run = implementation("linear_importance", self.backend, grad_output, inputs, weight, mapped)
             self._runs[key] = run
@@ -119,7 +125,7 @@ class Scorer:
             self.bar.step()
         elif also is not None:
             self.score(also, *brought)
-        call = LinearCall(grad_output, inputs, weight, self.offsets, axis, "all", size, True, self.scale, mapped)
+        call = LinearCall(grad_output, inputs, weight, self.offsets, axis, self.order, size, True, self.scale, mapped)
         run(call, target.fine, target.coarse, True, **more)
         self.results.scored(target.member)
         self.bar.step()
@@ -141,7 +147,7 @@ class Scorer:
             target.weight,
             samples=[*(offsets[s] for s in present), offsets[-1]],
             axis=target.member.axis,
-            order="all",
+            order=self.order,
             group_size=target.member.group_size,
             scale=self.scale,
             backend=self.backend,

@@ -20,18 +20,18 @@ T = TypeVar("T")
 _ALIGN = 64  # float32 numbers: every piece starts on its own 256 bytes
 
 
-def _sizes(group: Group, samples: int) -> tuple[int, int]:
-    fine, coarse = len(ORDERS) * group.units, len(group.members) * samples * group.units
+def _sizes(group: Group, samples: int, orders: int) -> tuple[int, int]:
+    fine, coarse = orders * group.units, len(group.members) * samples * group.units
     return tuple(-(-n // _ALIGN) * _ALIGN for n in (fine, coarse))  # type: ignore[return-value]
 
 
-def _pieces(groups: Sequence[Group], samples: int) -> list[int]:
-    return [sum(_sizes(group, samples)) for group in groups]
+def _pieces(groups: Sequence[Group], samples: int, orders: int) -> list[int]:
+    return [sum(_sizes(group, samples, orders)) for group in groups]
 
 
 def result_bytes(groups: Sequence[Group], samples: int) -> int:
     """Bytes of the statistics of `groups` over so many samples."""
-    return 4 * sum(_pieces(groups, samples))
+    return 4 * sum(_pieces(groups, samples, len(ORDERS)))
 
 
 class _Beside(Generic[T]):
@@ -52,29 +52,58 @@ class _Beside(Generic[T]):
 
 
 class Results:
-    """The sums of every group: `fine[name]` float32 `[3, units]` (first, second, mixed) and `coarse[name]` float32
-    `[members, samples, units]`, zero at first. Those of one device share one allocation."""
+    """The sums of every group: `fine[name]` float32 `[orders, units]` and `coarse[name]` float32 `[members, samples,
+    units]`, zero at first. Those of one device share one allocation.
 
-    def __init__(self, modules: Mapping[str, Any], groups: Sequence[Group], samples: int) -> None:
-        self.groups, self.samples = groups, samples
+    `orders` are all of ORDERS, or one of them, which takes less time where the backend can do with less. `downloaded`
+    says that `download` will be asked for.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, Any],
+        groups: Sequence[Group],
+        samples: int,
+        orders: Sequence[str] = ORDERS,
+        *,
+        downloaded: bool = True,
+    ) -> None:
+        self.groups, self.samples, self.orders = groups, samples, tuple(orders)
         self.fine: dict[str, Tensor] = {}
         self.coarse: dict[str, Tensor] = {}
         self._flat: list[tuple[Tensor, list[Group]]] = []
         device_of = {g.name: modules[m.module]._parameters[m.parameter].device for g in groups for m in g.members[:1]}
         for device in dict.fromkeys(device_of.values()):
             here = [g for g in groups if device_of[g.name] == device]
-            flat = torch.zeros(sum(_pieces(here, samples)), dtype=torch.float32, device=device)
+            flat = torch.zeros(sum(self._pieces(here)), dtype=torch.float32, device=device)
             self._flat.append((flat, here))
-            for group, piece in zip(here, flat.split(_pieces(here, samples)), strict=True):
+            for group, piece in zip(here, flat.split(self._pieces(here)), strict=True):
                 self.fine[group.name], self.coarse[group.name] = self._views(group, piece)
         self._owner = {(m.module, m.axis, m.start): g.name for g in groups for m in g.members}
         self._missing = {g.name: len(g.members) for g in groups}
         self._ready: dict[str, torch.cuda.Event] = {}
         # Host memory for the copies, allocated and touched by a thread beside the pass: faulting its pages in takes
         # longer than the copies themselves.
-        cuda = [flat for flat, _ in self._flat if flat.device.type == "cuda"]
+        cuda = [flat for flat, _ in self._flat if flat.device.type == "cuda" and downloaded]
         self._pages = {flat.device: _Beside(torch.zeros, flat.numel()) for flat in cuda}
         self._copies: dict[torch.device, _Beside[dict[str, Tensor]]] = {}
+
+    @property
+    def order(self) -> str:
+        """What the ops are asked for."""
+        return "all" if len(self.orders) > 1 else self.orders[0]
+
+    def sums(self, name: str) -> Tensor:
+        """A group's fine sums in the shape in which the ops add to them: `[3, units]` for "all", else `[units]`."""
+        return self.fine[name] if len(self.orders) > 1 else self.fine[name][0]
+
+    def clear(self) -> None:
+        """Makes all sums zero again, for another run of samples."""
+        for flat, _ in self._flat:
+            flat.zero_()
+
+    def _pieces(self, groups: Sequence[Group]) -> list[int]:
+        return _pieces(groups, self.samples, len(self.orders))
 
     def scored(self, member: Member) -> None:
         """Notes that this matrix's scores are on the current stream. Once a group has all of its matrices, it can be
@@ -87,9 +116,10 @@ class Results:
             self._ready[name].record(torch.cuda.current_stream(fine.device))
 
     def _views(self, group: Group, piece: Tensor) -> tuple[Tensor, Tensor]:
-        start = _sizes(group, self.samples)[0]
+        orders = len(self.orders)
+        start = _sizes(group, self.samples, orders)[0]
         shape = (len(group.members), self.samples, group.units)
-        fine = piece[: len(ORDERS) * group.units].view(len(ORDERS), group.units)
+        fine = piece[: orders * group.units].view(orders, group.units)
         return fine, piece[start : start + shape[0] * shape[1] * shape[2]].view(shape)
 
     def first_bad(self) -> str | None:
@@ -133,8 +163,8 @@ class Results:
             host |= self._on_host(flat, here)
         fine, coarse = {}, {}
         for group in self.groups:
-            three, signed = self._views(group, host[group.name])
-            fine[group.name] = dict(zip(ORDERS, three, strict=True))
+            by_order, signed = self._views(group, host[group.name])
+            fine[group.name] = dict(zip(self.orders, by_order, strict=True))
             coarse[group.name] = signed if straight else signed[:, inverse]
         return fine, coarse
 
@@ -142,12 +172,12 @@ class Results:
         """Group name -> the part of one device's allocation that is its own, on the host."""
         if flat.device in self._copies:
             return self._copies.pop(flat.device).take()
-        return dict(zip([g.name for g in here], flat.cpu().split(_pieces(here, self.samples)), strict=True))
+        return dict(zip([g.name for g in here], flat.cpu().split(self._pieces(here)), strict=True))
 
     def _copied(self, flat: Tensor, here: Sequence[Group], scoring: torch.cuda.Stream) -> dict[str, Tensor]:
         """Copies a CUDA device's results to the host, by group: each as soon as it is complete, on a stream of its own,
         while backward still runs, or all at once where backward is over."""
-        sizes, names = _pieces(here, self.samples), [g.name for g in here]
+        sizes, names = self._pieces(here), [g.name for g in here]
         host = self._pages[flat.device].take()
         copies = dict(zip(names, host.split(sizes), strict=True))
         copying = torch.cuda.Stream(flat.device)

@@ -30,14 +30,15 @@ from ..errors import HywiaError, UsageError
 from ..settings import RIDGE
 from ..types import Group, Plan
 from .calibration_data import check_tokens, digest
+from .compaction import unit_entries
 from .expert_refit import Sent, add_tokens, sent
 from .layer_masks import check_transparent, zero_layers
-from .layer_runs import CHUNK_TOKENS, seen
+from .layer_runs import CHUNK_TOKENS, Weights, seen
 from .layer_targets import LayerTarget, Run, gap_behind, layer_target, run_of
 from .moments import NormalEquations, exact_products
-from .surgery import checked_groups, unit_entries, zero_units
+from .surgery import checked_groups, zero_units
 
-__all__ = ["check_ridge", "reconstruct", "through_layers"]
+__all__ = ["check_ridge", "reconstruct", "refitted", "through_layers"]
 
 
 @dataclass
@@ -244,15 +245,27 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
         groups, solved = checked_groups(model, plan), list[tuple[_Matrix, _Solved]]()
         errors = through_layers(model, plan, groups, samples, ridge, solved=solved)
         _write(model, plan, groups, solved)
-        record = {
-            "samples": len(samples),
-            "tokens": samples.total,
-            "ridge": ridge,
-            "calibration_sha256": digest(samples.tokens),
-            "relative_error": errors,
-            "seconds": round(time.monotonic() - began, 3),
-        }
-        return replace(plan, fingerprint=fingerprint(model), record={**plan.record, "refit": record})
+        return refitted(plan, fingerprint(model), samples, ridge, errors, began)
+
+
+def refitted(
+    plan: Plan, after: str, samples: Samples, ridge: float, errors: dict[str, list[float]], began: float
+) -> Plan:
+    """The plan of a refitted model.
+
+    Args:
+        plan: of the model before. after: the refitted one's fingerprint. errors: of `through_layers`.
+        began: when the work did, by `time.monotonic`.
+    """
+    record = {
+        "samples": len(samples),
+        "tokens": samples.total,
+        "ridge": ridge,
+        "calibration_sha256": digest(samples.tokens),
+        "relative_error": errors,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    return replace(plan, fingerprint=after, record={**plan.record, "refit": record})
 
 
 def check_ridge(ridge: Any) -> None:
@@ -270,6 +283,7 @@ def through_layers(
     *,
     solved: list[tuple[_Matrix, _Solved]] | None = None,
     while_changed: Callable[[int, nn.Module], None] | None = None,
+    weights: Weights | None = None,
 ) -> dict[str, list[float]]:
     """Mask each layer to a plan, refit it and put it back, one after the other: the pass of `reconstruct`, before it
     writes anything. To be run in `apart`.
@@ -278,68 +292,74 @@ def through_layers(
         samples: to refit on; None: the removed units are masked, and nothing is solved.
         solved: is filled with what was; None: it is not kept.
         while_changed: called with a layer's index and the layer while that is masked and refitted.
+        weights: where they are, if not in the model.
 
     Returns:
         For every matrix the relative squared error of its output before and after.
     """
     entry = arch.architecture(model)
     layers: Any = model.get_submodule(entry.layers)
-    devices = dict.fromkeys(p.device for p in layers.parameters())
+    weights = Weights(layers) if weights is None else weights
     gone = () if plan.depth is None else plan.depth.gone
     if gone:
         check_transparent(model)
     errors: dict[str, list[float]] = {}
     if samples is not None:
         check_tokens(samples.tokens, model)
-    with exact_products(*devices):
+    with exact_products(*weights.devices):
         chunks = [] if samples is None else samples.sorted().chunks(CHUNK_TOKENS)
-        runs = [run_of(model, layers, chunk) for chunk in chunks]
+        with weights.entrance():
+            runs = [run_of(model, layers, chunk) for chunk in chunks]
         same = True  # both models have the same hidden states so far
         what = "reconstructing" if solved is not None else "judging"
         for index, layer in enumerate(progress.track(layers, what)):
             if index in gone:
                 if not any(i not in gone for i in range(index)):  # no layer is before it that could take its part over
-                    for run in runs:
-                        run.dense = run.calls[index](layer, run.dense)
+                    with weights.of([index]):
+                        for run in runs:
+                            run.dense = run.calls[index](layer, run.dense)
                     same = False
                 continue
             gap = gap_behind(layers, index, gone)
-            here = [g for g in groups if g.layer == index]
-            cut = [g for g in here if gap or plan.keep[g.name].numel() < g.units]
-            targets: list[LayerTarget] = []
-            matrices = [] if samples is None else _matrices(model, plan, here, before_gap=bool(gap))
-            if cut or gap or not same:
-                additive = {m.module: m.additive for m in matrices if m.expert is None}
-                targets = [layer_target(layer, index, additive, run, entry.residual is not None, gap) for run in runs]
-            entered: list[Sent] | None = None
-            with _tried(model, cut) as originals:
-                for group in here:
-                    zero_units(model, group, plan.keep[group.name])
-                for at, matrix in enumerate(matrices):
-                    assert samples is not None
-                    if entry.residual is None or all(m.additive for m in matrices[at:]):
-                        _give_up_dense(runs)  # no equations to come are about what entered the dense layer
-                    count = samples.total
-                    if matrix.expert is None:
-                        equations = _equations(layer, index, matrix, runs, targets)
-                    else:  # all experts of a layer see what entered them once
-                        if entered is None:
-                            both = zip(runs, targets, strict=True)
-                            entered = [sent(layer, index, matrix.module, *one) for one in both]
-                        equations, count = _expert_equations(entry, matrix, originals, entered)
-                        if not count:
-                            continue
-                    change, before, after = equations.solve(ridge * matrix.kept.numel() / count)
-                    values = _solved(matrix, change)
-                    _apply(matrix, values)
-                    if solved is not None:
-                        solved.append((matrix, values))
-                    errors[matrix.name] = [before, after]
-                same = same and not cut and not gap
-                for i, run in enumerate(runs):
-                    run.pruned = run.calls[index](layer, run.pruned)
-                    run.dense = run.pruned if same else targets[i].out
-                if while_changed is not None:
-                    while_changed(index, layer)
+            with weights.of([index, *(place for place, _ in gap)]):
+                here = [g for g in groups if g.layer == index]
+                cut = [g for g in here if gap or plan.keep[g.name].numel() < g.units]
+                targets: list[LayerTarget] = []
+                matrices = [] if samples is None else _matrices(model, plan, here, before_gap=bool(gap))
+                if cut or gap or not same:
+                    additive = {m.module: m.additive for m in matrices if m.expert is None}
+                    targets = [
+                        layer_target(layer, index, additive, run, entry.residual is not None, gap) for run in runs
+                    ]
+                entered: list[Sent] | None = None
+                with _tried(model, cut) as originals:
+                    for group in here:
+                        zero_units(model, group, plan.keep[group.name])
+                    for at, matrix in enumerate(matrices):
+                        assert samples is not None
+                        if entry.residual is None or all(m.additive for m in matrices[at:]):
+                            _give_up_dense(runs)  # no equations to come are about what entered the dense layer
+                        count = samples.total
+                        if matrix.expert is None:
+                            equations = _equations(layer, index, matrix, runs, targets)
+                        else:  # all experts of a layer see what entered them once
+                            if entered is None:
+                                both = zip(runs, targets, strict=True)
+                                entered = [sent(layer, index, matrix.module, *one) for one in both]
+                            equations, count = _expert_equations(entry, matrix, originals, entered)
+                            if not count:
+                                continue
+                        change, before, after = equations.solve(ridge * matrix.kept.numel() / count)
+                        values = _solved(matrix, change)
+                        _apply(matrix, values)
+                        if solved is not None:
+                            solved.append((matrix, values))
+                        errors[matrix.name] = [before, after]
+                    same = same and not cut and not gap
+                    for i, run in enumerate(runs):
+                        run.pruned = run.calls[index](layer, run.pruned)
+                        run.dense = run.pruned if same else targets[i].out
+                    if while_changed is not None:
+                        while_changed(index, layer)
         del runs, targets
     return errors
