@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
+from hywia_kernels.checkpoint import sources
 from hywia_kernels.cli import main
 from tests.support.families import randomised
 from tests.support.tokenizers import byte_tokenizer
@@ -97,6 +98,12 @@ def test_blocks_of_mxfp4_are_dequantised(tmp_path):
     loaded, _ = hk.load(_marked(tmp_path, quant_method="mxfp4"))
     for name, weight in wanted.items():
         assert torch.equal(loaded.get_parameter(name).float(), weight), name
+
+
+def test_files_that_are_cut_as_they_lie_are_not_dequantised(tmp_path):
+    folder, _ = _fp8(tmp_path)
+    with pytest.raises(HywiaError, match=r"is quantised \(fp8\); .*load the model it was made from"):
+        sources.judged(sources.located(folder), trusted=False, quantised=False)
 
 
 def test_what_cannot_be_dequantised_is_refused_by_name(tmp_path, monkeypatch):
