@@ -49,11 +49,15 @@ def test_linear_figures(tmp_path):
     assert by_name["mm alone"]["share_of_baseline"] == "1"
 
 
-@pytest.mark.parametrize("case", [TINY, replace(TINY, axis=0), replace(TINY, order="first", per_sample=False)])
+@pytest.mark.parametrize(
+    "case",
+    [TINY, replace(TINY, axis=0), replace(TINY, order="first", per_sample=False), replace(TINY, order="second")],
+    ids=lambda case: case.name,
+)
 def test_the_torch_candidates_equal_the_reference(case, monkeypatch):
     monkeypatch.setattr(bench_linear, "CHUNK", 100)  # a few units at a time
     tensors = bench_linear.operands(case, CPU)
-    plain = (*tensors, case.samples, case.axis, case.order == "all", case.group_size)
+    plain = (*tensors, case.samples, case.axis, case.order, case.group_size)
     expected = bench_linear.reference(case, tensors)
     for function in (bench_linear.eager, bench_linear.batched) if case.per_sample else (bench_linear.merged,):
         fine, coarse = function(*plain)
@@ -64,6 +68,15 @@ def test_the_torch_candidates_equal_the_reference(case, monkeypatch):
     assert bench_linear.product_error(product, tensors) < 1e-6
     product[3, 5] += 0.01 * product.abs().max()
     assert bench_linear.product_error(product, tensors) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_signed_sums_from_what_is_mapped_are_those_of_the_gradients(axis):
+    case = replace(TINY, axis=axis, mapped=True)
+    tensors = bench_linear.operands(case, CPU)
+    got = bench_linear.from_mapped(case, tensors, bench_linear.mapped_of(case, tensors))
+    _, coarse, scale = bench_linear.reference(case, tensors)
+    assert float(((got - coarse).abs() / scale).max()) < 1e-5
 
 
 def test_two_samples_taken_for_each_other_fail_the_gate(tmp_path):

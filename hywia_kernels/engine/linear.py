@@ -104,12 +104,15 @@ class Scorer:
         if mapped is not None:
             key += _layout(mapped)
         run = self._runs.get(key)
+        call = LinearCall(grad_output, inputs, weight, self.offsets, axis, "all", size, True, self.scale, mapped)
         if run is None:
             out = (target.fine, target.coarse)
             checks.linear_importance(
                 grad_output, inputs, weight, self.offsets, axis, "all", size, True, self.scale, mapped, out
             )
             run = implementation("linear_importance", self.backend, grad_output, inputs, weight, mapped)
+            if hasattr(run, "prepared"):
+                run = run.prepared(call)
             self._runs[key] = run
         also = target.also
         more: dict[str, Any] = {}
@@ -119,7 +122,6 @@ class Scorer:
             self.bar.step()
         elif also is not None:
             self.score(also, *brought)
-        call = LinearCall(grad_output, inputs, weight, self.offsets, axis, "all", size, True, self.scale, mapped)
         run(call, target.fine, target.coarse, True, **more)
         self.results.scored(target.member)
         self.bar.step()
