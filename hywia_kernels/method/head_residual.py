@@ -28,7 +28,7 @@ from ..progress import track
 from ..types import Group, Scores
 from .calibration_data import check_tokens
 from .layer_runs import CHUNK_TOKENS, entering, entrance
-from .moments import TINY, cholesky_factor, exact_products, moment_dtype
+from .moments import TINY, add_products, cholesky_factor, exact_products, zero_moments
 
 __all__ = ["HeadResiduals", "head_residuals", "rank_heads"]
 
@@ -68,7 +68,7 @@ def head_residuals(
     `H = Σ_t x_t x_tᵀ + λ` are the second moments of what enters the output matrix `W`, `S` the inputs of one unit or of
     several; `R(S)` is the least squared error of `W x` without them when all other columns may change. The layers are
     run one after the other, on all of the text: the hidden states between two of them are held, in the model's dtype,
-    and one layer's moments, in float32 (float64 on the CPU).
+    and one layer's moments, in float64.
 
     Args:
         model: a causal language model of a known architecture. batches: token ids, as `calibrate` takes them.
@@ -108,8 +108,8 @@ def _measured(model: Any, batches: Tensor | Sequence[Tensor], wanted: Collection
                 x = x.reshape(-1, x.shape[-1])
                 if run.rows is not None:
                     x = x.index_select(0, run.rows.to(x.device))
-                x = x.to(moment_dtype(x.device))
-                gram = x.T @ x if gram is None else gram + x.T @ x
+                gram = zero_moments(x.shape[1], x.shape[1], x.device) if gram is None else gram
+                add_products(gram, x, x)
             assert gram is not None
             residuals[group.name], shares[group.name] = _energies(model, group, gram, samples.total)
     return HeadResiduals(residuals, shares)
@@ -120,7 +120,7 @@ def _energies(model: Any, group: Group, gram: Tensor, tokens: int) -> tuple[Tens
     member = group.members[-1]
     weight = arch.view(model, member, group.units).detach()
     weight = (weight if member.axis == 1 else weight.T).double()
-    gram, size = gram.double(), member.group_size
+    size = member.group_size
     inverse = torch.cholesky_inverse(cholesky_factor(gram, _RIDGE, member.module))
     columns = weight.view(len(weight), group.units, size).transpose(0, 1)  # [units, outputs, size]
     roots = torch.linalg.solve_triangular(

@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .. import arch, progress
-from ..arch.facts import fingerprint
+from ..arch.facts import fingerprint, weight_bytes
 from ..arch.holding import plain_model
 from ..engine.passes import apart, put_back
+from ..engine.patches import forward_replaced
 from ..engine.samples import Samples, padded
 from ..errors import HywiaError, UsageError
 from ..settings import RIDGE
@@ -33,10 +35,14 @@ from .calibration_data import check_tokens, digest
 from .layer_masks import check_transparent, zero_layers
 from .layer_runs import CHUNK_TOKENS, seen
 from .layer_targets import LayerTarget, Run, gap_behind, layer_target, run_of
-from .moments import TINY, cholesky_factor, exact_products, moment_dtype
+from .moments import TINY, add_products, cholesky_factor, energy, exact_products, zero_moments
 from .surgery import checked_groups, unit_entries, zero_units
 
 __all__ = ["check_ridge", "reconstruct", "through_layers"]
+
+# What enters a layer's last matrix is held for all of the text, so that the layer need not run again with the matrix
+# solved, where that takes no more than this share of the weights' bytes, or so many bytes.
+_HELD, _HELD_BYTES = 0.25, 256 << 20
 
 
 @dataclass
@@ -50,28 +56,34 @@ class _Matrix:
     kept: Tensor  # int64, ascending, on its device
     additive: bool  # its output is only added to what leaves the layer
 
+    def of_kept(self, inputs: Tensor) -> Tensor:
+        """The matrix of the inputs that stay, `[..., kept]`."""
+        return functional.linear(inputs, self.weight.index_select(1, self.kept), self.bias)
+
+    def nothing(self, inputs: Tensor) -> Tensor:
+        """Zeros in the place of the module's output."""
+        return inputs.new_zeros(()).expand(*inputs.shape[:-1], len(self.weight))
+
 
 class _NormalEquations:
     """`Σ w·x xᵀ` and `Σ w·r xᵀ` of a weighted regression of residuals `r` on inputs `x`, added up chunk by chunk.
 
-    float64 on the CPU, float32 products elsewhere; a matrix with a bias has a constant input at the end.
+    In float64, of products as exact as float32's. A matrix with a bias has a constant input at the end.
     """
 
     def __init__(self, name: str, inputs: int, outputs: int, device: torch.device) -> None:
         self.name = name
-        self.dtype = moment_dtype(device)
-        self.gram = torch.zeros(inputs, inputs, dtype=self.dtype, device=device)
-        self.cross = torch.zeros(inputs, outputs, dtype=self.dtype, device=device)
+        self.gram = zero_moments(inputs, inputs, device)
+        self.cross = zero_moments(inputs, outputs, device)
         self.energy = torch.zeros((), dtype=torch.float64, device=device)
         self.target = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, residual: Tensor, target: Tensor, weight: Tensor) -> None:
-        """`target`: weighted energy of what the matrix gives in the dense model, a float64 number."""
-        x, residual, weight = x.to(self.dtype), residual.to(self.dtype), weight.to(self.dtype)[:, None]
-        weighted = x * weight
-        self.gram += weighted.T @ x
-        self.cross += weighted.T @ residual
-        self.energy += (residual.square() * weight).sum(dtype=torch.float64)
+        """`residual` and `weight` are float32; `target`: weighted energy of what the matrix gives in the dense model, a
+        float64 number. The weights go to the factor that is float32 anyway, so that `x` stays as narrow as it is."""
+        add_products(self.gram, x * weight[:, None], x)
+        add_products(self.cross, x, residual * weight[:, None])
+        self.energy += energy(residual, weight)
         self.target += target.to(self.target.device)
 
     def solve(self, ridge: float) -> tuple[Tensor, float, float]:
@@ -80,7 +92,7 @@ class _NormalEquations:
         Raises:
             HywiaError: activations that are NaN or Inf, or equations without a solution.
         """
-        gram, cross = self.gram.double(), self.cross.double()
+        gram, cross = self.gram, self.cross
         change = torch.cholesky_solve(cross, cholesky_factor(gram, ridge, self.name))
         after = self.energy - 2 * (change * cross).sum() + (change * (gram @ change)).sum()
         scale = self.target.clamp(min=TINY)
@@ -110,33 +122,64 @@ def _matrices(model: Any, plan: Plan, groups: Sequence[Group], *, before_gap: bo
     return chosen
 
 
+@dataclass
+class _Begun:
+    """One run of samples through a layer but for the matrix that sends on what leaves it: what leaves without that
+    matrix, and what it gets of the inputs that stay."""
+
+    rest: Tensor  # [samples, tokens, outputs]
+    inputs: Tensor  # [samples, tokens, kept]
+
+    def ended(self, matrix: _Matrix) -> Tensor:
+        """What leaves the layer."""
+        return self.rest + matrix.of_kept(self.inputs)
+
+
 def _equations(
-    layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[Run], targets: Sequence[LayerTarget]
-) -> _NormalEquations:
+    layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[Run], targets: Sequence[LayerTarget], hold: bool
+) -> tuple[_NormalEquations, list[_Begun]]:
     """Normal equations of one matrix: the pruned model's inputs against what the dense one has and it lacks.
 
     The layer runs no further than the matrix where what leaves the layer is not asked for, and what the dense layer has
-    there is given up.
+    there is given up. Where it is, the layer runs without the matrix's own product.
+
+    Args:
+        hold: give what is needed to end the layer without running it again, in the place of the hidden states that
+            entered it, which are given up; goes with the layer's last matrix alone.
     """
     bias = matrix.bias is not None
     normal = _NormalEquations(matrix.name, matrix.kept.numel() + bias, len(matrix.weight), matrix.weight.device)
+    begun: list[_Begun] = []
     for run, goal in zip(runs, targets, strict=True):
         whole = goal.include_drift and matrix.additive
         out = run.pruned
-        with seen([matrix.module], stop=not whole) as at:
+        silent = forward_replaced([(matrix.module, matrix.nothing)] if whole else [])
+        with silent, seen([matrix.module], stop=not whole) as at:
             out = run.calls[index](layer, run.pruned)
         x, got = at[matrix.module]
-        if whole:  # all that the dense layer sends on, less what this one sends on beside the matrix
-            missing = goal.out.float() - out.float()
+        x = x.index_select(-1, matrix.kept)
+        if whole:  # all that the dense layer sends on, less what this one sends on beside the matrix, and with it
+            missing = goal.out.float() - out.float() - matrix.of_kept(x).float()
         else:
             missing = goal.outputs.pop(matrix.module).float() - got.float()
             if goal.include_drift:
                 missing = missing + (run.dense.float() - run.pruned.float())
-        x = run.flat(x).index_select(1, matrix.kept)
+        if hold:
+            begun.append(_Begun(out, x))
+            run.pruned = run.dense = out
+        x = run.flat(x)
         if bias:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
         normal.add(x, run.flat(missing), goal.energies[matrix.module], goal.weight)
-    return normal
+    return normal, begun
+
+
+def _can_hold(matrix: _Matrix, runs: Sequence[Run], weights: int) -> bool:
+    """Whether there is room for what enters a matrix, for all of the text, beside weights of so many bytes. It goes by
+    sizes alone, so that a run repeats."""
+    tokens = sum(run.pruned.numel() // run.pruned.shape[-1] for run in runs)
+    needed = tokens * matrix.kept.numel() * matrix.weight.element_size()
+    return needed <= max(_HELD * weights, _HELD_BYTES)
 
 
 @dataclass
@@ -233,7 +276,8 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
 
     The hidden states of the text between two layers are held, in the model's dtype, for both models, and inside a layer
     what leaves the dense one and what its attention adds, until the attention's equations are there; wide activations
-    only for a few thousand tokens at a time. Solved columns wait on the host until all are solved: the model is as it
+    only for a few thousand tokens at a time, but for those that enter a layer's last matrix, where they are few beside
+    the weights. Solved columns wait on the host until all are solved: the model is as it
     was until then, but for the layer that is at work, of whose cut parameters a copy is held.
 
     Args:
@@ -307,6 +351,7 @@ def through_layers(
     if gone:
         check_transparent(model)
     errors: dict[str, list[float]] = {}
+    weights = weight_bytes(model)
     if samples is not None:
         check_tokens(samples.tokens, model)
     with exact_products(*devices):
@@ -332,13 +377,15 @@ def through_layers(
             with _tried(model, cut):
                 for group in here:
                     zero_units(model, group, plan.keep[group.name])
+                begun: list[_Begun] = []
                 for at, matrix in enumerate(matrices):
+                    ends = entry.residual is not None and matrix.additive
                     assert samples is not None
                     if entry.residual is None or all(m.additive for m in matrices[at:]):
                         _give_up_dense(runs)  # no equations to come are about what entered the dense layer
-                    change, before, after = _equations(layer, index, matrix, runs, targets).solve(
-                        ridge * matrix.kept.numel() / samples.total
-                    )
+                    hold = ends and at + 1 == len(matrices) and _can_hold(matrix, runs, weights)
+                    equations, begun = _equations(layer, index, matrix, runs, targets, hold)
+                    change, before, after = equations.solve(ridge * matrix.kept.numel() / samples.total)
                     values = _solved(matrix, change)
                     _apply(matrix, values)
                     if solved is not None:
@@ -346,7 +393,7 @@ def through_layers(
                     errors[matrix.name] = [before, after]
                 same = same and not cut and not gap
                 for i, run in enumerate(runs):
-                    run.pruned = run.calls[index](layer, run.pruned)
+                    run.pruned = begun[i].ended(matrices[-1]) if begun else run.calls[index](layer, run.pruned)
                     run.dense = run.pruned if same else targets[i].out
                 if while_changed is not None:
                     while_changed(index, layer)
