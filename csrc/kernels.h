@@ -29,14 +29,14 @@ struct TaylorImportanceArgs {
     float* fine = nullptr;         // [units / group_size]
     float* signed_sum = nullptr;   // [units / group_size]
     bool accumulate = false;       // add to the outputs instead of overwriting them
-    int threads = 1;               // CPU only
     float* workspace = nullptr;    // CUDA only: taylor_importance_workspace() floats
     unsigned* counters = nullptr;  // CUDA only: kTaylorCounters zeros that no other stream uses; zeros again afterwards
     void* stream = nullptr;        // CUDA only: cudaStream_t
 };
 constexpr int64_t kTaylorCounters = 4096;
 
-void taylor_importance_cpu(const TaylorImportanceArgs& args);
+// Several matrices, whose sums are written or added in their order.
+void taylor_importance_cpu(const TaylorImportanceArgs* matrices, int64_t count, int threads);
 void taylor_importance_cuda(const TaylorImportanceArgs& args);
 int64_t taylor_importance_workspace(const TaylorImportanceArgs& args);  // floats; of the current CUDA device
 

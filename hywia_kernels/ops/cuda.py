@@ -12,7 +12,7 @@ from torch import Tensor
 from .calls import BatchCall, LinearCall, TaylorCall
 from .cuda_linear import prepared
 from .devices import on, stream
-from .native import ORDER_CODES, compact_sizes, extension, operand, taylor_arguments
+from .native import ORDER_CODES, compact_sizes, extension, operand
 
 OPS = ("taylor_importance", "linear_importance", "compact", "taylor_importance_batch")
 
@@ -154,8 +154,22 @@ def _counters(device: int) -> Tensor:
     return _kept_counters[key]
 
 
+def _taylor_arguments(call: TaylorCall) -> dict[str, Any]:
+    """The operands and sizes of a call, as the extension takes them."""
+    axis = call.axis
+    return {
+        "weight": operand(call.weight, axis),
+        "grad": operand(call.grad, axis),
+        "fisher": operand(call.fisher, axis),
+        "units": call.weight.shape[axis],
+        "reduce": call.weight.shape[1 - axis],
+        "group_size": call.group_size,
+        "order": ORDER_CODES[call.order],
+    }
+
+
 def taylor_importance(call: TaylorCall, fine: Tensor, signed: Tensor, accumulate: bool) -> None:
-    extension, device, arguments = _extension(), call.weight.device, taylor_arguments(call)
+    extension, device, arguments = _extension(), call.weight.device, _taylor_arguments(call)
     with on(device):
         # The caching allocator ties the workspace to the current stream, so it may be freed when this returns.
         floats = extension.taylor_importance_workspace(**arguments)
