@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import HywiaError
 from ..ops.precision import full_float32
 
-__all__ = ["TINY", "add_products", "cholesky_factor", "energy", "exact_products", "zero_moments"]
+__all__ = ["TINY", "add_products", "cholesky_factor", "damped", "energy", "exact_products", "zero_moments"]
 
 TINY = 1e-30
 # Rows that are multiplied in float32 (CUDA: summed up by tensor cores, which cut off what they add: after 2,048 rows up
@@ -82,8 +82,15 @@ def exact_products(*devices: torch.device) -> Any:
     return full_float32("cuda") if any(d.type == "cuda" for d in devices) else nullcontext()
 
 
+def damped(gram: Tensor, ridge: float) -> Tensor:
+    """`gram + ridge · mean(diag) · 1`."""
+    moments = gram.clone()
+    moments.diagonal().add_(ridge * gram.diagonal().mean() + TINY)
+    return moments
+
+
 def cholesky_factor(gram: Tensor, ridge: float, what: str) -> Tensor:
-    """Lower Cholesky factor of `gram + ridge · mean(diag) · 1`, float64 `[inputs, inputs]`; one wait for the device.
+    """Lower Cholesky factor of `damped`, float64 `[inputs, inputs]`; one wait for the device.
 
     Args:
         gram: float64 `[inputs, inputs]`, left as it is.
@@ -93,9 +100,7 @@ def cholesky_factor(gram: Tensor, ridge: float, what: str) -> Tensor:
     Raises:
         HywiaError: activations that are NaN or Inf, or moments that no positive ridge makes definite.
     """
-    damped = gram.clone()
-    damped.diagonal().add_(ridge * gram.diagonal().mean() + TINY)
-    factor, failed = torch.linalg.cholesky_ex(damped)
+    factor, failed = torch.linalg.cholesky_ex(damped(gram, ridge))
     # Not left to the factorisation: whether NaN fails in it depends on the library.
     finite, definite = torch.stack([torch.isfinite(gram).all(), failed == 0]).tolist()
     if not finite:

@@ -172,6 +172,7 @@ def test_the_factor_is_of_the_damped_moments():
     kept = gram.clone()
     want = gram + 0.5 * gram.diagonal().mean() * torch.eye(5, dtype=torch.float64)
     factor = cholesky_factor(gram, 0.5, "x")
+    torch.testing.assert_close(moments.damped(gram, 0.5), want, rtol=1e-12, atol=1e-12)
     assert torch.equal(gram, kept)
     torch.testing.assert_close(factor @ factor.T, want, rtol=1e-12, atol=1e-12)
     assert bool((factor.triu(1) == 0).all())
