@@ -103,8 +103,8 @@ def test_engine_figures(tmp_path, capsys):
     assert bench_engine.main([*argv, "--batch", "2", "--csv", str(path), "--json", str(tmp_path / "e.json")]) == 0
     assert "of random weights" in capsys.readouterr().out
     by_flow = {(row["flow"], row["samples"]): row for row in rows.read(path)}
-    smallest = ["plain", "param_first", "param_mix", "fast", "lean", "auto"]
-    assert list(by_flow) == [*((flow, "2") for flow in smallest), ("plain", "3"), ("auto", "3")]
+    smallest = ["plain", "param_first", "param_mix", "fast", "lean", "auto", "fast-second", "lean-second"]
+    assert list(by_flow) == [*((f, "2") for f in smallest), *((f, "3") for f in ("plain", "auto", "auto-second"))]
     parameters = 2 * 256 * 64 + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 176 + 2 * 64) + 64
     for (_, samples), row in by_flow.items():
         seconds, floor = float(row["seconds"]), float(by_flow["plain", samples]["seconds"])
@@ -112,7 +112,8 @@ def test_engine_figures(tmp_path, capsys):
         assert float(row["ratio_to_plain"]) == pytest.approx(seconds / floor, rel=1e-3)
         assert float(row["seconds_per_sample"]) == pytest.approx(seconds / int(samples), rel=1e-3)
         assert (row["weights"], row["runs"], row["layers"], row["length"]) == ("random", "2", "2", "8")
-    assert [by_flow[flow, "2"]["memory"] for flow in ("plain", "fast", "lean")] == ["", "fast", "lean"]
+    flows = ("plain", "fast", "lean", "fast-second")
+    assert [by_flow[flow, "2"]["memory"] for flow in flows] == ["", "fast", "lean", "fast"]
     assert json.loads((tmp_path / "e.json").read_text())["failures"] == []
 
 

@@ -12,6 +12,7 @@ __all__ = [
     "DEFAULT_KINDS",
     "DTYPES",
     "ENGINES",
+    "EVERY_ORDER",
     "FUSIONS",
     "GROUP_KINDS",
     "HEAD_RANKINGS",
@@ -41,6 +42,7 @@ CRITERIA = ("hywia", "magnitude", "random")
 FUSIONS = ("attention", "fine", "coarse", "mean", "product")
 LEARNED = "learned"  # a fusion that only a whole recipe has: attention's scores, tuned by masks
 ORDERS = ("first", "second", "mixed")
+EVERY_ORDER = "all"  # what a calibration measures unless it is asked for one of them
 HEAD_RANKINGS = ("residual", "scores")
 SEARCHES = ("none", "fast", "thorough")  # how the shares of kinds and layers are found: by estimate, or by trying some
 ENGINES = ("auto", "fused", "autograd")

@@ -20,7 +20,7 @@ from ..method.statistics import calibrate
 from ..method.tokens import digest, prefix
 from ..method.writing import opening
 from ..recipe import Recipe
-from ..settings import LEARNED
+from ..settings import EVERY_ORDER, LEARNED
 from ..types import Scores, Statistics
 
 __all__ = ["Clock", "Measured", "device_of", "first_samples", "fused", "measure", "measured_with", "with_text"]
@@ -120,7 +120,8 @@ def measure(
     recipe.check(scoring_only=True)
     prove(model)
     asked, recipe = recipe.reconstruct_samples, recipe.resolved(device_of(model).type)
-    return measured_with(model, tokenizer, recipe, asked, tokens, Clock(device_of(model)), backend, engine, memory)
+    clock = Clock(device_of(model))
+    return measured_with(model, tokenizer, recipe, asked, tokens, clock, backend, engine, memory, order=EVERY_ORDER)
 
 
 def measured_with(
@@ -133,7 +134,10 @@ def measured_with(
     backend: str | None,
     engine: str,
     memory: str,
+    *,
+    order: str,
 ) -> Measured:
+    """`order`: what is measured, the recipe's own or every one, so that another can be taken later."""
     text: dict[str, Any] = {}
     with clock.time("text"):
         if tokens is None:
@@ -147,7 +151,7 @@ def measured_with(
         if not recipe.scored_samples():
             return Measured(unscored(model), None, tokens, record)
         scored = first_samples(tokens, recipe.samples, "scoring")
-        statistics = calibrate(model, scored, backend=backend, engine=engine, memory=memory)
+        statistics = calibrate(model, scored, order=order, backend=backend, engine=engine, memory=memory)
     origin = {k: text[k] for k in ("calib", "seed", "bos") if k in text} | {"tokens": scored.numel()}
     statistics = replace(statistics, record={**statistics.record, **origin}, known_finite=True)
     return Measured(fused(statistics, recipe), statistics, tokens, record)

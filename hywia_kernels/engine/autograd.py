@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import arch, ops
 from ..progress import Bar
-from ..settings import ORDERS
 from ..types import Group, Member
 from .experts import experts_forward, router_forward, whole_experts
 from .patches import forward_replaced
@@ -39,7 +38,7 @@ class Sink:
         self.parts = [
             (g.members[i], g.units, results.fine[g.name], results.coarse[g.name][i]) for g, i in matrix.members
         ]
-        self.scale, self.backend, self.bar = scale, backend, bar
+        self.orders, self.scale, self.backend, self.bar = results.orders, scale, backend, bar
 
     def __call__(self, weight: Tensor, grad_output: Tensor, inputs: Tensor, offsets: Sequence[int]) -> None:
         """Scores `weight` by the gradient `[tokens, out]` at its output and its input `[tokens, in]`.
@@ -71,7 +70,7 @@ class Sink:
         mean /= samples
         fisher /= samples
         for member, units, fines, _ in self.parts:
-            for fine, order in zip(fines, ORDERS, strict=True):
+            for fine, order in zip(fines, self.orders, strict=True):
                 ops.taylor_importance(
                     _part(weight, member, units),
                     _part(mean, member, units),

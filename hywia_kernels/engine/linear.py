@@ -31,7 +31,7 @@ class Target:
     Attributes:
         member: the matrix as a member of its group.
         weight: the matrix itself; where a parameter holds several, this one's part of it.
-        fine: float32 `[3, units]`, shared with the group's other matrices.
+        fine: float32 `[orders, units]`, as `Results` has it; shared with the group's other matrices.
         coarse: float32 `[samples, units]`.
         outputs: this matrix's part of the layer's output; None for all of it.
         transposed: the weight is stored `[in, out]`, so that input and output gradient change places in the product.
@@ -62,6 +62,7 @@ class Scorer:
 
     def __init__(self, results: Results, samples: Samples, scale: float, backend: str | None, bar: Bar) -> None:
         self.results, self.scale, self.backend, self.bar = results, 1.0 / scale, backend, bar
+        self.order, self._every = results.order, len(results.orders) > 1
         self.offsets = samples.offsets()
         self._runs: dict[tuple, Callable[..., None]] = {}
         self.collected: Collected | None = None
@@ -104,11 +105,12 @@ class Scorer:
         if mapped is not None:
             key += _layout(mapped)
         run = self._runs.get(key)
-        call = LinearCall(grad_output, inputs, weight, self.offsets, axis, "all", size, True, self.scale, mapped)
+        call = LinearCall(grad_output, inputs, weight, self.offsets, axis, self.order, size, True, self.scale, mapped)
+        fine = self._fine(target)
         if run is None:
-            out = (target.fine, target.coarse)
+            out = (fine, target.coarse)
             checks.linear_importance(
-                grad_output, inputs, weight, self.offsets, axis, "all", size, True, self.scale, mapped, out
+                grad_output, inputs, weight, self.offsets, axis, self.order, size, True, self.scale, mapped, out
             )
             run = implementation("linear_importance", self.backend, grad_output, inputs, weight, mapped)
             if hasattr(run, "prepared"):
@@ -117,14 +119,18 @@ class Scorer:
         also = target.also
         more: dict[str, Any] = {}
         if also is not None and also.also is None and getattr(run, "takes_also", False):
-            more["also"] = (also.member.axis, also.member.group_size, also.fine, also.coarse)
+            more["also"] = (also.member.axis, also.member.group_size, self._fine(also), also.coarse)
             self.results.scored(also.member)
             self.bar.step()
         elif also is not None:
             self.score(also, *brought)
-        run(call, target.fine, target.coarse, True, **more)
+        run(call, fine, target.coarse, True, **more)
         self.results.scored(target.member)
         self.bar.step()
+
+    def _fine(self, target: Target) -> Tensor:
+        """A target's fine sums as the op takes them: without the dimension of orders where there is one."""
+        return target.fine if self._every else target.fine[0]
 
     def score_some(self, target: Target, grad_output: Tensor, inputs: Tensor, offsets: Sequence[int]) -> None:
         """Scores one expert's matrix by its tokens. Sample `s` is the rows from `offsets[s]` to `offsets[s + 1]`, and
@@ -143,7 +149,7 @@ class Scorer:
             target.weight,
             samples=[*(offsets[s] for s in present), offsets[-1]],
             axis=target.member.axis,
-            order="all",
+            order=self.order,
             group_size=target.member.group_size,
             scale=self.scale,
             backend=self.backend,

@@ -10,28 +10,33 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..settings import ORDERS
+from ..settings import EVERY_ORDER, ORDERS
 from ..types import Group, Member
 
-__all__ = ["Results", "result_bytes"]
+__all__ = ["Results", "orders_of", "result_bytes"]
 
 T = TypeVar("T")
 
 _ALIGN = 64  # float32 numbers: every piece starts on its own 256 bytes
 
 
-def _sizes(group: Group, samples: int) -> tuple[int, int]:
-    fine, coarse = len(ORDERS) * group.units, len(group.members) * samples * group.units
+def orders_of(order: str) -> tuple[str, ...]:
+    """The rows of fine sums of one order, or of every order."""
+    return ORDERS if order == EVERY_ORDER else (order,)
+
+
+def _sizes(group: Group, samples: int, orders: int) -> tuple[int, int]:
+    fine, coarse = orders * group.units, len(group.members) * samples * group.units
     return tuple(-(-n // _ALIGN) * _ALIGN for n in (fine, coarse))  # type: ignore[return-value]
 
 
-def _pieces(groups: Sequence[Group], samples: int) -> list[int]:
-    return [sum(_sizes(group, samples)) for group in groups]
+def _pieces(groups: Sequence[Group], samples: int, orders: int) -> list[int]:
+    return [sum(_sizes(group, samples, orders)) for group in groups]
 
 
 def result_bytes(groups: Sequence[Group], samples: int) -> int:
-    """Bytes of the statistics of `groups` over so many samples."""
-    return 4 * sum(_pieces(groups, samples))
+    """Bytes of the statistics of every order, of `groups` over so many samples."""
+    return 4 * sum(_pieces(groups, samples, len(ORDERS)))
 
 
 class _Beside(Generic[T]):
@@ -52,20 +57,24 @@ class _Beside(Generic[T]):
 
 
 class Results:
-    """The sums of every group: `fine[name]` float32 `[3, units]` (first, second, mixed) and `coarse[name]` float32
-    `[members, samples, units]`, zero at first. Those of one device share one allocation."""
+    """The sums of every group: `fine[name]` float32 `[3, units]` (first, second, mixed), or `[1, units]` where one order
+    is measured, and `coarse[name]` float32 `[members, samples, units]`, zero at first. Those of one device share one
+    allocation."""
 
-    def __init__(self, modules: Mapping[str, Any], groups: Sequence[Group], samples: int) -> None:
-        self.groups, self.samples = groups, samples
+    def __init__(
+        self, modules: Mapping[str, Any], groups: Sequence[Group], samples: int, order: str = EVERY_ORDER
+    ) -> None:
+        self.groups, self.samples, self.order = groups, samples, order
+        self.orders = orders_of(order)
         self.fine: dict[str, Tensor] = {}
         self.coarse: dict[str, Tensor] = {}
         self._flat: list[tuple[Tensor, list[Group]]] = []
         device_of = {g.name: modules[m.module]._parameters[m.parameter].device for g in groups for m in g.members[:1]}
         for device in dict.fromkeys(device_of.values()):
             here = [g for g in groups if device_of[g.name] == device]
-            flat = torch.zeros(sum(_pieces(here, samples)), dtype=torch.float32, device=device)
+            flat = torch.zeros(sum(_pieces(here, samples, len(self.orders))), dtype=torch.float32, device=device)
             self._flat.append((flat, here))
-            for group, piece in zip(here, flat.split(_pieces(here, samples)), strict=True):
+            for group, piece in zip(here, flat.split(_pieces(here, samples, len(self.orders))), strict=True):
                 self.fine[group.name], self.coarse[group.name] = self._views(group, piece)
         self._owner = {(m.module, m.axis, m.start): g.name for g in groups for m in g.members}
         self._missing = {g.name: len(g.members) for g in groups}
@@ -87,9 +96,9 @@ class Results:
             self._ready[name].record(torch.cuda.current_stream(fine.device))
 
     def _views(self, group: Group, piece: Tensor) -> tuple[Tensor, Tensor]:
-        start = _sizes(group, self.samples)[0]
+        start = _sizes(group, self.samples, len(self.orders))[0]
         shape = (len(group.members), self.samples, group.units)
-        fine = piece[: len(ORDERS) * group.units].view(len(ORDERS), group.units)
+        fine = piece[: len(self.orders) * group.units].view(len(self.orders), group.units)
         return fine, piece[start : start + shape[0] * shape[1] * shape[2]].view(shape)
 
     def first_bad(self) -> str | None:
@@ -134,7 +143,7 @@ class Results:
         fine, coarse = {}, {}
         for group in self.groups:
             three, signed = self._views(group, host[group.name])
-            fine[group.name] = dict(zip(ORDERS, three, strict=True))
+            fine[group.name] = dict(zip(self.orders, three, strict=True))
             coarse[group.name] = signed if straight else signed[:, inverse]
         return fine, coarse
 
@@ -142,12 +151,14 @@ class Results:
         """Group name -> the part of one device's allocation that is its own, on the host."""
         if flat.device in self._copies:
             return self._copies.pop(flat.device).take()
-        return dict(zip([g.name for g in here], flat.cpu().split(_pieces(here, self.samples)), strict=True))
+        return dict(
+            zip([g.name for g in here], flat.cpu().split(_pieces(here, self.samples, len(self.orders))), strict=True)
+        )
 
     def _copied(self, flat: Tensor, here: Sequence[Group], scoring: torch.cuda.Stream) -> dict[str, Tensor]:
         """Copies a CUDA device's results to the host, by group: each as soon as it is complete, on a stream of its own,
         while backward still runs, or all at once where backward is over."""
-        sizes, names = _pieces(here, self.samples), [g.name for g in here]
+        sizes, names = _pieces(here, self.samples, len(self.orders)), [g.name for g in here]
         host = self._pages[flat.device].take()
         copies = dict(zip(names, host.split(sizes), strict=True))
         copying = torch.cuda.Stream(flat.device)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import UsageError
 from ..ops.reference import standardised_log
-from ..settings import FUSIONS, ORDERS
+from ..settings import EVERY_ORDER, FUSIONS, ORDERS
 from ..types import Group, Scores, Statistics
 
 __all__ = ["blend", "coarse_estimate", "fuse", "prior"]
@@ -91,12 +91,18 @@ def fuse(
         backend: of the op. The vectors are short and on the CPU; float64 gives every machine the same scores.
 
     Raises:
-        UsageError: an unknown fusion or order.
+        UsageError: an unknown fusion or order, or an order that was not measured.
     """
     if fusion not in FUSIONS:
         raise UsageError(f"fusion: expected one of {', '.join(FUSIONS)}, got {fusion!r}")
     if order not in ORDERS:
         raise UsageError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
+    for fine in list(statistics.fine.values())[:1]:
+        if order not in fine:
+            raise UsageError(
+                f"order: expected one that was measured ({', '.join(fine)}), got {order!r}; calibrate with order="
+                f"{order!r} or {EVERY_ORDER!r}"
+            )
     values, loss = {}, {}
     for group in statistics.groups:
         coarse = coarse_estimate(statistics.coarse[group.name], order)

@@ -73,7 +73,8 @@ class Statistics:
 
     Attributes:
         groups: the groups measured.
-        fine: group name -> order ("first", "second", "mixed") -> float32 `[units]`, summed over members.
+        fine: group name -> order -> float32 `[units]`, summed over members: of "first", "second" and "mixed", or of those
+            that were measured, the same for every group.
         coarse: group name -> float32 `[members, samples, units]`: `h_s(u) = Σ G_s·w` over the unit's part of one
             member, the derivative of sample `s`'s loss with respect to a multiplicative mask on it.
         parameters: parameters of the whole model (tied ones once).
@@ -98,13 +99,20 @@ class Statistics:
         _check_entries("fine", self.fine, groups)
         _check_entries("coarse", self.coarse, groups)
         samples: int | None = None
+        measured: set[str] = set()
         for name, group in groups.items():
             orders, coarse = self.fine[name], self.coarse[name]
-            if not isinstance(orders, Mapping) or set(orders) != set(ORDERS):
+            if not isinstance(orders, Mapping) or not orders or not set(orders) <= set(ORDERS):
                 raise HywiaError(
-                    f"{name}: expected fine estimates of the orders {', '.join(ORDERS)}, got {short(orders)}"
+                    f"{name}: expected fine estimates of the orders {', '.join(ORDERS)}, or some, got {short(orders)}"
                 )
-            for order in ORDERS:
+            measured = measured or set(orders)
+            if set(orders) != measured:
+                raise HywiaError(
+                    f"{name}: expected fine estimates of {', '.join(sorted(measured))}, as of the other groups, got "
+                    f"{', '.join(sorted(orders))}"
+                )
+            for order in orders:
                 _check_tensor(name, f"fine {order}", orders[order], (group.units,))
             if samples is None:
                 samples = coarse.shape[1] if isinstance(coarse, Tensor) and coarse.dim() == 3 else 1
