@@ -10,8 +10,8 @@ the resident set). Before anything is timed, the fused engine has to agree with 
 the same shape.
 
 Flows, each as `name@samples`: plain; param_first, param_mix (LLM-Pruner); fast, lean, layerwise, auto (`calibrate` with
-that `memory`, all orders), and with `-second` behind them what a recipe asks for, second order alone. Unless `--only` names some, layerwise is left out, and all but plain and auto run at the smallest number
-of samples alone.
+that `memory`, all orders), and with `-second` behind them what a recipe asks for, second order alone. Unless `--only`
+names some, layerwise is left out, and all but plain, auto and auto-second run at the smallest number of samples alone.
 """
 
 from __future__ import annotations

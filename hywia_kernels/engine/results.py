@@ -57,9 +57,9 @@ class _Beside(Generic[T]):
 
 
 class Results:
-    """The sums of every group: `fine[name]` float32 `[3, units]` (first, second, mixed), or `[1, units]` where one order
-    is measured, and `coarse[name]` float32 `[members, samples, units]`, zero at first. Those of one device share one
-    allocation."""
+    """The sums of every group: `fine[name]` float32 `[3, units]` (first, second, mixed), or `[1, units]` where one
+    order is measured, and `coarse[name]` float32 `[members, samples, units]`, zero at first. Those of one device share
+    one allocation."""
 
     def __init__(
         self, modules: Mapping[str, Any], groups: Sequence[Group], samples: int, order: str = EVERY_ORDER
@@ -72,9 +72,9 @@ class Results:
         device_of = {g.name: modules[m.module]._parameters[m.parameter].device for g in groups for m in g.members[:1]}
         for device in dict.fromkeys(device_of.values()):
             here = [g for g in groups if device_of[g.name] == device]
-            flat = torch.zeros(sum(_pieces(here, samples, len(self.orders))), dtype=torch.float32, device=device)
+            flat = torch.zeros(sum(self._sizes_of(here)), dtype=torch.float32, device=device)
             self._flat.append((flat, here))
-            for group, piece in zip(here, flat.split(_pieces(here, samples, len(self.orders))), strict=True):
+            for group, piece in zip(here, flat.split(self._sizes_of(here)), strict=True):
                 self.fine[group.name], self.coarse[group.name] = self._views(group, piece)
         self._owner = {(m.module, m.axis, m.start): g.name for g in groups for m in g.members}
         self._missing = {g.name: len(g.members) for g in groups}
@@ -94,6 +94,9 @@ class Results:
         if not self._missing[name] and fine.device.type == "cuda":
             self._ready[name] = torch.cuda.Event()
             self._ready[name].record(torch.cuda.current_stream(fine.device))
+
+    def _sizes_of(self, groups: Sequence[Group]) -> list[int]:
+        return _pieces(groups, self.samples, len(self.orders))
 
     def _views(self, group: Group, piece: Tensor) -> tuple[Tensor, Tensor]:
         start = _sizes(group, self.samples, len(self.orders))[0]
@@ -151,14 +154,12 @@ class Results:
         """Group name -> the part of one device's allocation that is its own, on the host."""
         if flat.device in self._copies:
             return self._copies.pop(flat.device).take()
-        return dict(
-            zip([g.name for g in here], flat.cpu().split(_pieces(here, self.samples, len(self.orders))), strict=True)
-        )
+        return dict(zip([g.name for g in here], flat.cpu().split(self._sizes_of(here)), strict=True))
 
     def _copied(self, flat: Tensor, here: Sequence[Group], scoring: torch.cuda.Stream) -> dict[str, Tensor]:
         """Copies a CUDA device's results to the host, by group: each as soon as it is complete, on a stream of its own,
         while backward still runs, or all at once where backward is over."""
-        sizes, names = _pieces(here, self.samples, len(self.orders)), [g.name for g in here]
+        sizes, names = self._sizes_of(here), [g.name for g in here]
         host = self._pages[flat.device].take()
         copies = dict(zip(names, host.split(sizes), strict=True))
         copying = torch.cuda.Stream(flat.device)

@@ -209,7 +209,8 @@ def calibrate(
 
     Raises:
         HywiaError: unknown architecture, ids beyond the vocabulary, too little memory, or NaN or Inf in weights that
-            take part or in gradients (named by module). UsageError: malformed batches, unknown order, engine or memory mode.
+            take part or in gradients (named by module). UsageError: malformed batches, unknown order, engine or memory
+            mode.
     """
     return measure(model, batches, None, order=order, backend=backend, engine=engine, memory=memory)
 

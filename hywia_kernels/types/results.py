@@ -73,8 +73,8 @@ class Statistics:
 
     Attributes:
         groups: the groups measured.
-        fine: group name -> order -> float32 `[units]`, summed over members: of "first", "second" and "mixed", or of those
-            that were measured, the same for every group.
+        fine: group name -> order -> float32 `[units]`, summed over members: of "first", "second" and "mixed", or of
+            those that were measured, the same for every group.
         coarse: group name -> float32 `[members, samples, units]`: `h_s(u) = Σ G_s·w` over the unit's part of one
             member, the derivative of sample `s`'s loss with respect to a multiplicative mask on it.
         parameters: parameters of the whole model (tied ones once).
