@@ -92,8 +92,8 @@ const LinearKernel& kernel_for(LinearMode mode, bool ragged, int index) {
             return kernel_of_mode<T, LinearMode::Samples, columns>(ragged, index);
         case LinearMode::Squares:
             return kernel_of_mode<T, LinearMode::Squares, columns>(ragged, index);
-        case LinearMode::Fine:
-            return kernel_of_mode<T, LinearMode::Fine, columns>(ragged, index);
+        case LinearMode::Sums:
+            return kernel_of_mode<T, LinearMode::Sums, columns>(ragged, index);
         default:
             return kernel_of_mode<T, LinearMode::Second, columns>(ragged, index);
     }

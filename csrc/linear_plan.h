@@ -18,9 +18,9 @@ constexpr int kProductColumns = 128;   // units of a block of linear_products: 1
 //   Merged   the mean gradient in one product, no sample told from the next.
 //   Samples  a product per sample: the sum over samples, and signed sums of each.
 //   Squares  that and the sum of squares.
-//   Fine     both sums over samples without signed sums, which come from elsewhere.
+//   Sums     both sums over samples without signed sums, which come from elsewhere.
 //   Second   second order alone: squares and signed sums are reduced inside the sample.
-enum class LinearMode : int { Merged = 0, Samples = 1, Squares = 2, Fine = 3, Second = 4 };
+enum class LinearMode : int { Merged = 0, Samples = 1, Squares = 2, Sums = 3, Second = 4 };
 constexpr int kLinearModes = 5;
 
 constexpr int linear_tile_n(LinearMode mode) {
@@ -28,7 +28,7 @@ constexpr int linear_tile_n(LinearMode mode) {
 }
 // Rows of a table of fine sums. Merged keeps its signed sums, which are the mean's, in the second one.
 constexpr int linear_fine_rows(LinearMode mode) {
-    if (mode == LinearMode::Squares || mode == LinearMode::Fine) return kLinearFineRows;
+    if (mode == LinearMode::Squares || mode == LinearMode::Sums) return kLinearFineRows;
     return mode == LinearMode::Merged ? 2 : 1;
 }
 
@@ -40,7 +40,7 @@ inline LinearMode mode_of(const LinearImportanceArgs& a) {
     const bool first = a.order == LinearOrder::First;
     if (!a.per_sample || (a.has_mapped && first)) return LinearMode::Merged;
     if (a.order == LinearOrder::Second && a.inside) return LinearMode::Second;
-    return a.has_mapped ? LinearMode::Fine : first ? LinearMode::Samples : LinearMode::Squares;
+    return a.has_mapped ? LinearMode::Sums : first ? LinearMode::Samples : LinearMode::Squares;
 }
 // Whether linear_products makes the samples' signed sums.
 inline bool signed_from_mapped(const LinearImportanceArgs& a) {

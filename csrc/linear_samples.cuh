@@ -1,4 +1,4 @@
-// linear_importance on Hopper, Samples, Squares and Fine: one product per sample; the sum and the sum of squares of the
+// linear_importance on Hopper, Samples, Squares and Sums: one product per sample; the sum and the sum of squares of the
 // samples' gradients stay in registers beside it, 3 x 64 of them a thread, which is why the tile is no larger.
 //
 // At 128 x 128 the operands' traffic from L2 is what limits: 256·T·2 bytes for 2·128·128·T flops are 10 TB/s at

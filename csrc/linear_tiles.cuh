@@ -13,14 +13,14 @@ constexpr uint32_t kChunkBytes = kStepK * 128;    // 64 elements by 64 tokens
 constexpr uint32_t kWeightBytes = 128 * 128 * 2;  // a 128 x 128 tile: two boxes of 64 x 128
 constexpr uint32_t kWeightBoxBytes = kWeightBytes / 2;
 
-// When the weight's tile is read decides how it comes. Merged and Fine need it once a tile's products are done: it
+// When the weight's tile is read decides how it comes. Merged and Sums need it once a tile's products are done: it
 // follows them through the stages. Second takes it into registers before the first product: it comes ahead of them.
 // Samples and Squares read it for every sample, while the next tile's is on its way: it has two buffers of its own.
 template <LinearMode mode>
 struct LinearTile {
     static constexpr bool kMerged = mode == LinearMode::Merged;
     static constexpr bool kAhead = mode == LinearMode::Second;
-    static constexpr bool kSquares = mode == LinearMode::Squares || mode == LinearMode::Fine;
+    static constexpr bool kSquares = mode == LinearMode::Squares || mode == LinearMode::Sums;
     static constexpr int kN = linear_tile_n(mode);
     static constexpr int kWeights = mode == LinearMode::Samples || mode == LinearMode::Squares ? 2 : 0;
     static constexpr int kStages = kN == 256 ? 4 : 7 - kWeights;

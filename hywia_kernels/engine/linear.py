@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,12 +88,18 @@ class Scorer:
 
     def __call__(self, target: Target, grad_output: Tensor, inputs: Tensor, mapped: Tensor | None = None) -> None:
         """Scores a matrix, or keeps its tokens while they are collected. `mapped` is as in `ops.linear_importance`."""
+        self.together(inputs, [(target, grad_output, mapped)])
+
+    def together(self, inputs: Tensor, parts: Iterable[tuple[Target, Tensor, Tensor | None]]) -> None:
+        """Scores matrices that are given the same input, in this order: `(target, grad_output, mapped)` of each."""
         if self.collected is not None:
-            self.collected.add(target, self._without_padding(grad_output), inputs, self._without_padding)
+            for target, grad_output, _ in parts:
+                self.collected.add(target, self._without_padding(grad_output), inputs, self._without_padding)
             return
-        if mapped is not None:
-            mapped = self._without_padding(mapped)
-        self.score(target, self._without_padding(grad_output), self._without_padding(inputs), mapped)
+        inputs = self._without_padding(inputs)
+        for target, grad_output, mapped in parts:
+            kept = None if mapped is None else self._without_padding(mapped)
+            self.score(target, self._without_padding(grad_output), inputs, kept)
 
     def score(self, target: Target, grad_output: Tensor, inputs: Tensor, mapped: Tensor | None = None) -> None:
         """Scores one matrix by all samples' tokens, without padding, as `ops.linear_importance` does with `out=`."""
@@ -232,9 +238,13 @@ class _ScoredLinear(torch.autograd.Function):
             grad_input = grad_output @ ctx.weight
             ctx.scorer(targets[0], grad_output, inputs, grad_input)
             return grad_input, None, None, None, None, None, None
-        for target in targets:
-            part = grad_output if target.outputs is None else grad_output[..., target.outputs].contiguous()
-            ctx.scorer(target, part, inputs)
+        ctx.scorer.together(
+            inputs,
+            (
+                (t, grad_output if t.outputs is None else grad_output[..., t.outputs].contiguous(), None)
+                for t in targets
+            ),
+        )
         del inputs  # frees a recomputed input before its gradient is allocated
         return grad_output @ ctx.weight, None, None, None, None, None, None
 

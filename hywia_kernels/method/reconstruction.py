@@ -20,166 +20,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .. import arch, progress
 from ..arch.facts import fingerprint, weight_bytes
 from ..arch.holding import plain_model
 from ..engine.passes import apart, put_back
-from ..engine.patches import forward_replaced
 from ..engine.samples import Samples, padded
 from ..errors import HywiaError, UsageError
 from ..settings import RIDGE
 from ..types import Group, Plan
 from .calibration_data import check_tokens, digest
+from .equations import Begun, Matrix, can_hold, equations_of, matrices_of
 from .layer_masks import check_transparent, zero_layers
-from .layer_runs import CHUNK_TOKENS, seen
+from .layer_runs import CHUNK_TOKENS
 from .layer_targets import LayerTarget, Run, gap_behind, layer_target, run_of
-from .moments import TINY, add_products, cholesky_factor, energy, exact_products, zero_moments
-from .surgery import checked_groups, unit_entries, zero_units
+from .moments import exact_products
+from .surgery import checked_groups, zero_units
 
 __all__ = ["check_ridge", "reconstruct", "through_layers"]
-
-# What enters a layer's last matrix is held for all of the text, so that the layer need not run again with the matrix
-# solved, where that takes no more than this share of the weights' bytes, or so many bytes.
-_HELD, _HELD_BYTES = 0.25, 256 << 20
-
-
-@dataclass
-class _Matrix:
-    """One matrix to refit: which inputs stay."""
-
-    module: nn.Module
-    name: str
-    weight: Tensor  # [outputs, inputs], shares the parameter's memory
-    bias: Tensor | None
-    kept: Tensor  # int64, ascending, on its device
-    additive: bool  # its output is only added to what leaves the layer
-
-    def of_kept(self, inputs: Tensor) -> Tensor:
-        """The matrix of the inputs that stay, `[..., kept]`."""
-        return functional.linear(inputs, self.weight.index_select(1, self.kept), self.bias)
-
-    def nothing(self, inputs: Tensor) -> Tensor:
-        """Zeros in the place of the module's output."""
-        return inputs.new_zeros(()).expand(*inputs.shape[:-1], len(self.weight))
-
-
-class _NormalEquations:
-    """`Σ w·x xᵀ` and `Σ w·r xᵀ` of a weighted regression of residuals `r` on inputs `x`, added up chunk by chunk.
-
-    In float64, of products as exact as float32's. A matrix with a bias has a constant input at the end.
-    """
-
-    def __init__(self, name: str, inputs: int, outputs: int, device: torch.device) -> None:
-        self.name = name
-        self.gram = zero_moments(inputs, inputs, device)
-        self.cross = zero_moments(inputs, outputs, device)
-        self.energy = torch.zeros((), dtype=torch.float64, device=device)
-        self.target = torch.zeros((), dtype=torch.float64, device=device)
-
-    def add(self, x: Tensor, residual: Tensor, target: Tensor, weight: Tensor) -> None:
-        """`residual` and `weight` are float32; `target`: weighted energy of what the matrix gives in the dense model, a
-        float64 number. The weights go to the factor that is float32 anyway, so that `x` stays as narrow as it is."""
-        add_products(self.gram, x * weight[:, None], x)
-        add_products(self.cross, x, residual * weight[:, None])
-        self.energy += energy(residual, weight)
-        self.target += target.to(self.target.device)
-
-    def solve(self, ridge: float) -> tuple[Tensor, float, float]:
-        """`(change of the weight [inputs, outputs], relative squared error before, and after)`, in float64.
-
-        Raises:
-            HywiaError: activations that are NaN or Inf, or equations without a solution.
-        """
-        gram, cross = self.gram, self.cross
-        change = torch.cholesky_solve(cross, cholesky_factor(gram, ridge, self.name))
-        after = self.energy - 2 * (change * cross).sum() + (change * (gram @ change)).sum()
-        scale = self.target.clamp(min=TINY)
-        return change, float(self.energy / scale), float(after / scale)
-
-
-def _matrices(model: Any, plan: Plan, groups: Sequence[Group], *, before_gap: bool) -> list[_Matrix]:
-    """The matrices through which the removed units sent their output on, in the order of the forward pass; and the one
-    that sends on what leaves the layer, where layers behind it go, whose part it can take over (`before_gap`).
-
-    Matrices of stacked experts are left as they are: each sees only the tokens that are sent to it.
-    """
-    entry = arch.architecture(model)
-    residual = None if entry.residual is None else f"{entry.layers}.{groups[0].layer}.{entry.residual}"
-    chosen = []
-    for group in groups:
-        member, keep = group.members[-1], plan.keep[group.name]
-        if group.kind == "experts" or member.index is not None:
-            continue
-        if keep.numel() == group.units and not (before_gap and member.module == residual):
-            continue
-        module = model.get_submodule(member.module)
-        weight = arch.view(model, member, group.units)
-        weight = weight if member.axis == 1 else weight.T  # transformers' Conv1D stores [in, out]
-        kept = unit_entries(keep, member.group_size).to(weight.device)
-        chosen.append(_Matrix(module, member.module, weight, module.bias, kept, member.module == residual))
-    return chosen
-
-
-@dataclass
-class _Begun:
-    """One run of samples through a layer but for the matrix that sends on what leaves it: what leaves without that
-    matrix, and what it gets of the inputs that stay."""
-
-    rest: Tensor  # [samples, tokens, outputs]
-    inputs: Tensor  # [samples, tokens, kept]
-
-    def ended(self, matrix: _Matrix) -> Tensor:
-        """What leaves the layer."""
-        return self.rest + matrix.of_kept(self.inputs)
-
-
-def _equations(
-    layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[Run], targets: Sequence[LayerTarget], hold: bool
-) -> tuple[_NormalEquations, list[_Begun]]:
-    """Normal equations of one matrix: the pruned model's inputs against what the dense one has and it lacks.
-
-    The layer runs no further than the matrix where what leaves the layer is not asked for, and what the dense layer has
-    there is given up. Where it is, the layer runs without the matrix's own product.
-
-    Args:
-        hold: give what is needed to end the layer without running it again, in the place of the hidden states that
-            entered it, which are given up; goes with the layer's last matrix alone.
-    """
-    bias = matrix.bias is not None
-    normal = _NormalEquations(matrix.name, matrix.kept.numel() + bias, len(matrix.weight), matrix.weight.device)
-    begun: list[_Begun] = []
-    for run, goal in zip(runs, targets, strict=True):
-        whole = goal.include_drift and matrix.additive
-        out = run.pruned
-        silent = forward_replaced([(matrix.module, matrix.nothing)] if whole else [])
-        with silent, seen([matrix.module], stop=not whole) as at:
-            out = run.calls[index](layer, run.pruned)
-        x, got = at[matrix.module]
-        x = x.index_select(-1, matrix.kept)
-        if whole:  # all that the dense layer sends on, less what this one sends on beside the matrix, and with it
-            missing = goal.out.float() - out.float() - matrix.of_kept(x).float()
-        else:
-            missing = goal.outputs.pop(matrix.module).float() - got.float()
-            if goal.include_drift:
-                missing = missing + (run.dense.float() - run.pruned.float())
-        if hold:
-            begun.append(_Begun(out, x))
-            run.pruned = run.dense = out
-        x = run.flat(x)
-        if bias:
-            x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        normal.add(x, run.flat(missing), goal.energies[matrix.module], goal.weight)
-    return normal, begun
-
-
-def _can_hold(matrix: _Matrix, runs: Sequence[Run], weights: int) -> bool:
-    """Whether there is room for what enters a matrix, for all of the text, beside weights of so many bytes. It goes by
-    sizes alone, so that a run repeats."""
-    tokens = sum(run.pruned.numel() // run.pruned.shape[-1] for run in runs)
-    needed = tokens * matrix.kept.numel() * matrix.weight.element_size()
-    return needed <= max(_HELD * weights, _HELD_BYTES)
 
 
 @dataclass
@@ -190,7 +48,7 @@ class _Solved:
     bias: Tensor | None
 
 
-def _solved(matrix: _Matrix, change: Tensor) -> _Solved:
+def _solved(matrix: Matrix, change: Tensor) -> _Solved:
     """In the weight's dtype, which may not hold it.
 
     Raises:
@@ -207,7 +65,7 @@ def _solved(matrix: _Matrix, change: Tensor) -> _Solved:
     return _Solved(columns.cpu(), None if bias is None else bias.cpu())
 
 
-def _apply(matrix: _Matrix, solved: _Solved) -> None:
+def _apply(matrix: Matrix, solved: _Solved) -> None:
     matrix.weight.index_copy_(1, matrix.kept, solved.columns.to(matrix.weight.device))
     if matrix.bias is not None and solved.bias is not None:
         matrix.bias.copy_(solved.bias)
@@ -236,7 +94,7 @@ def _tried(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
         yield
 
 
-def _write(model: Any, plan: Plan, groups: Sequence[Group], solved: Sequence[tuple[_Matrix, _Solved]]) -> None:
+def _write(model: Any, plan: Plan, groups: Sequence[Group], solved: Sequence[tuple[Matrix, _Solved]]) -> None:
     """All that was solved, into the model; an interrupt waits until all of it is there."""
     interrupted: KeyboardInterrupt | None = None
     while True:
@@ -303,7 +161,7 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
     model = plain_model(model, changing=True)
     with apart(dict(model.named_modules())):
         samples = padded(batches)
-        groups, solved = checked_groups(model, plan), list[tuple[_Matrix, _Solved]]()
+        groups, solved = checked_groups(model, plan), list[tuple[Matrix, _Solved]]()
         errors = through_layers(model, plan, groups, samples, ridge, solved=solved)
         _write(model, plan, groups, solved)
         record = {
@@ -330,7 +188,7 @@ def through_layers(
     samples: Samples | None,
     ridge: float,
     *,
-    solved: list[tuple[_Matrix, _Solved]] | None = None,
+    solved: list[tuple[Matrix, _Solved]] | None = None,
     while_changed: Callable[[int, nn.Module], None] | None = None,
 ) -> dict[str, list[float]]:
     """Mask each layer to a plan, refit it and put it back, one after the other: the pass of `reconstruct`, before it
@@ -370,21 +228,21 @@ def through_layers(
             here = [g for g in groups if g.layer == index]
             cut = [g for g in here if gap or plan.keep[g.name].numel() < g.units]
             targets: list[LayerTarget] = []
-            matrices = [] if samples is None else _matrices(model, plan, here, before_gap=bool(gap))
+            matrices = [] if samples is None else matrices_of(model, plan, here, before_gap=bool(gap))
             if cut or gap or not same:
                 additive = {m.module: m.additive for m in matrices}
                 targets = [layer_target(layer, index, additive, run, entry.residual is not None, gap) for run in runs]
             with _tried(model, cut):
                 for group in here:
                     zero_units(model, group, plan.keep[group.name])
-                begun: list[_Begun] = []
+                begun: list[Begun] = []
                 for at, matrix in enumerate(matrices):
                     ends = entry.residual is not None and matrix.additive
                     assert samples is not None
                     if entry.residual is None or all(m.additive for m in matrices[at:]):
                         _give_up_dense(runs)  # no equations to come are about what entered the dense layer
-                    hold = ends and at + 1 == len(matrices) and _can_hold(matrix, runs, weights)
-                    equations, begun = _equations(layer, index, matrix, runs, targets, hold)
+                    hold = ends and at + 1 == len(matrices) and can_hold(matrix, runs, weights)
+                    equations, begun = equations_of(layer, index, matrix, runs, targets, hold)
                     change, before, after = equations.solve(ridge * matrix.kept.numel() / samples.total)
                     values = _solved(matrix, change)
                     _apply(matrix, values)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hywia_kernels as hk
-from hywia_kernels.method import head_residual, reconstruction
+from hywia_kernels.method import equations, head_residual, reconstruction
 from hywia_kernels.method.head_residual import head_residuals
 from hywia_kernels.method.moments import add_products, zero_moments
 from tests.support.cuts import make_plan
@@ -77,8 +77,8 @@ def test_head_ranking_runs_no_further_than_the_last_output_matrix(gqa, text):
 @pytest.mark.parametrize("held", [True, False])
 def test_layers_run_no_further_and_no_more_often_than_needed(gqa, text, monkeypatch, held):
     if not held:
-        monkeypatch.setattr(reconstruction, "_HELD_BYTES", 0)
-        monkeypatch.setattr(reconstruction, "_HELD", 0.0)
+        monkeypatch.setattr(equations, "_HELD_BYTES", 0)
+        monkeypatch.setattr(equations, "_HELD", 0.0)
     layer = gqa.model.layers[1]
     counts = counted({"o": layer.self_attn.o_proj, "mlp": layer.mlp})
     hk.reconstruct(gqa, make_plan(gqa, "both"), text)
@@ -95,8 +95,8 @@ def test_held_inputs_end_a_layer_as_running_it_again_does(monkeypatch, text, fam
     models = fresh(TINY[family]), fresh(TINY[family])
     plan = make_plan(models[0], cut)
     after = [hk.reconstruct(models[0], plan, text)]
-    monkeypatch.setattr(reconstruction, "_HELD_BYTES", 0)
-    monkeypatch.setattr(reconstruction, "_HELD", 0.0)
+    monkeypatch.setattr(equations, "_HELD_BYTES", 0)
+    monkeypatch.setattr(equations, "_HELD", 0.0)
     after.append(hk.reconstruct(models[1], plan, text))
     for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5), name
@@ -118,22 +118,22 @@ def test_hidden_states_that_are_held(monkeypatch, text, cut, states):
     for layer in model.model.layers:
         for module in (layer, layer.self_attn.o_proj, layer.mlp.down_proj):
             module.register_forward_hook(keep)
-    ended = reconstruction._Begun.ended
+    ended = equations.Begun.ended
 
     def end(self, matrix):
         out = ended(self, matrix)
         refs.append(weakref.ref(out))
         return out
 
-    monkeypatch.setattr(reconstruction._Begun, "ended", end)
-    real = reconstruction._NormalEquations.solve
+    monkeypatch.setattr(equations.Begun, "ended", end)
+    real = equations.NormalEquations.solve
 
     def solve(self, ridge):
         gc.collect()
         most.append(len({t.data_ptr() for r in refs if (t := r()) is not None and t.shape[-1] == 48}))
         return real(self, ridge)
 
-    monkeypatch.setattr(reconstruction._NormalEquations, "solve", solve)
+    monkeypatch.setattr(equations.NormalEquations, "solve", solve)
     plan = make_plan(model, cut)
     hk.reconstruct(model, plan, text)
     assert len(most) == sum(plan.keep[g.name].numel() < g.units for g in plan.groups)
