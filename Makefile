@@ -2,6 +2,7 @@
 # make test   set everything up and pass every test
 # make oldest the tests that meet transformers, the templates and numpy, on the oldest versions that pyproject.toml allows
 # make lint   the checks of .pre-commit-config.yaml
+# make docs   the tables of README and docs/, from the files of figures and the table of families
 # make bench  the tables of README on this machine, from fresh figures in $(BENCH)
 VENV ?= .venv
 PYTHON ?= python3
@@ -11,7 +12,7 @@ DEMO := demo
 BENCH := build/bench
 OLDEST := build/oldest
 
-.PHONY: setup test oldest demo lint bench clean
+.PHONY: setup test oldest demo lint docs bench clean
 
 setup: $(VENV)/.ready
 
@@ -45,6 +46,11 @@ oldest: $(OLDEST)/.ready
 lint: setup
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
+docs: setup
+	$(BIN)/python -m benchmarks.documents
+	$(BIN)/python -m hywia_kernels.arch.support README.md
+	$(BIN)/python -m hywia_kernels.arch.support docs/models.md
+
 demo: setup
 	mkdir -p $(DEMO)
 	$(BIN)/hywia prune smollm2 -o $(DEMO)/smollm2-20 --ratio 0.2 --samples 32 --reconstruct-samples 32 --search none \
@@ -60,6 +66,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.bench_linear --csv $(BENCH)/results.csv
 	$(BIN)/python -m benchmarks.bench_compact --csv $(BENCH)/results.csv
 	$(BIN)/python -m benchmarks.bench_distillation --csv $(BENCH)/distillation.csv
+	$(BIN)/python -m benchmarks.bench_recovery --csv $(BENCH)/recovery.csv
 	$(BIN)/python -m benchmarks.bench_width --csv $(BENCH)/width.csv --figure $(BENCH)/width.svg
 	$(BIN)/python -m benchmarks.bench_cut --csv $(BENCH)/cut.csv
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

@@ -189,7 +189,7 @@ def liger(case: Case, given: Operands, compiled: bool) -> dict[str, Callable[[],
     def against_probabilities() -> Result:
         with torch.no_grad():
             logits = functional.linear(given.teacher_hidden, given.teacher_weight)
-            target = functional.softmax(logits, 1, out=logits)
+            target = torch.softmax(logits, 1, out=logits)
         return given.backward(kl(given.hidden, given.weight, target))
 
     return ways | {

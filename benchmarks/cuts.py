@@ -25,6 +25,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "recipe-unrefitted": {"layout": "uniform", "reconstruct": False},
     "learned": {"layout": "uniform", "reconstruct": False, "fusion": "learned"},
 }
+# The recipe, all of it, with another fusion: what attention's is worth.
+ABLATION = {f"recipe-{fusion}": {"fusion": fusion} for fusion in ("fine", "coarse", "mean", "product", "learned")}
 ALONE = {"layout": "uniform", "reconstruct": False}  # a grain, a blend or a baseline without the rest of the recipe
 ALL = (
     "random",
@@ -37,7 +39,7 @@ ALL = (
     "attention",
     *RECIPES,
 )
-DEFAULT_SAMPLES = {"wanda-sp": 128, "flap": 1024, **dict.fromkeys(RECIPES, SAMPLES)}
+DEFAULT_SAMPLES = {"wanda-sp": 128, "flap": 1024, **dict.fromkeys((*RECIPES, *ABLATION), SAMPLES)}
 TEXT = 1024  # samples that are always drawn, as many as a GPU's reconstruction reads; scoring takes the first of them
 
 
@@ -52,8 +54,8 @@ def split(criterion: str) -> tuple[str, int]:
     known = (base == "lp" and order in peers.LLM_PRUNER) or (
         base in FUSIONS and (not colon or order in ("first", "second", "mixed"))
     )
-    if not known and name not in ALL:
-        raise ValueError(f"expected criteria out of {', '.join(ALL)}, got {name!r}")
+    if not known and name not in (*ALL, *ABLATION):
+        raise ValueError(f"expected criteria out of {', '.join((*ALL, *ABLATION))}, got {name!r}")
     return name, int(count) if at else DEFAULT_SAMPLES.get(name, 10)
 
 
@@ -123,8 +125,8 @@ class Bench:
         name, _, order = criterion.partition(":")
         if name in ("random", "magnitude"):
             change: dict[str, Any] = {**ALONE, "criterion": name}
-        elif name in RECIPES:
-            change = RECIPES[name]
+        elif name in RECIPES or name in ABLATION:
+            change = (RECIPES | ABLATION)[name]
         else:
             change = {**ALONE, "fusion": name, "order": order or "second"}
         common: dict[str, Any] = {"align": self.align, "samples": count, "seed": seed}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -105,3 +106,11 @@ def test_scoring_counts_for_every_criterion_that_it_serves(bench):
     with bench.pruned("attention", 3, HALF, 0) as first, bench.pruned("fine", 3, HALF, 0) as second:
         spent = bench.scoring(0, 3)[1].seconds
     assert min(first.spent.seconds, second.spent.seconds) > spent > 0
+
+
+@pytest.mark.parametrize("fusion", ["fine", "coarse", "mean", "product", "learned"])
+def test_the_ablation_changes_the_fusion_and_nothing_else(bench, fusion):
+    assert cuts.split(f"recipe-{fusion}") == (f"recipe-{fusion}", 96)
+    whole = bench.recipe("recipe", 96, setting("A50"), 0)
+    assert whole.fusion == "attention"
+    assert bench.recipe(f"recipe-{fusion}", 96, setting("A50"), 0) == dataclasses.replace(whole, fusion=fusion)

@@ -9,6 +9,7 @@ import torch
 
 from . import (
     bench_cut,
+    bench_distillation,
     bench_engine,
     bench_integrations,
     bench_pruned,
@@ -109,6 +110,7 @@ PUBLISHED = {
     "cut": bench_cut,
     "width": bench_width,
     "quality": quality,
+    "distillation": bench_distillation,
 }
 
 

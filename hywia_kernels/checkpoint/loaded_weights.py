@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import logging
 import math
 import re
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ __all__ = [
     "check_types",
     "described",
     "gguf",
+    "parsed_once",
     "read",
     "stock",
     "stock_config",
@@ -220,6 +223,23 @@ def check_gguf(path: Path) -> Any:
     if not 1 <= layers <= description.MOST_LAYERS:
         raise HywiaError(f"model: {path}: expected 1 to {description.MOST_LAYERS} layers, got {layers}")
     return config
+
+
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """A GGUF file's header is parsed once for a while, and the names of an architecture's tensors are worked out once.
+    transformers does the first for config, tokenizer and weights each, and the second for every module: of SmolLM2's
+    load that is half of the time."""
+    import gguf as library
+
+    before = {name: getattr(library, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, made in before.items():
+            setattr(library, name, functools.cache(made))
+        yield
+    finally:
+        for name, made in before.items():
+            setattr(library, name, made)
 
 
 def gguf(path: Path, dtype: Any, device: Any = None) -> Any:

@@ -148,9 +148,10 @@ def _gguf(path: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
     description.check_directory(path.parent)
     if (path.parent / "tokenizer_config.json").is_file():
         description_text.check_tokenizer_class(path.parent)
-    loaded_weights.check_gguf(path)
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
-    network = loaded_weights.gguf(path, dtype, device)
+    with loaded_weights.parsed_once():
+        loaded_weights.check_gguf(path)
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+        network = loaded_weights.gguf(path, dtype, device)
     loaded_weights.check_types(network, str(path), network.config.model_type)
     settle_tying(network)
     return network, tokenizer

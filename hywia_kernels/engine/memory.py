@@ -109,10 +109,14 @@ class _Sizes:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that a pass could have on a device; on CUDA, what torch has cached and does not use counts as free."""
+    """Bytes that a pass could have on a device; on CUDA, what torch has cached and does not use counts as free, and a
+    limit that was set by `torch.cuda.set_per_process_memory_fraction` holds."""
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+        reserved = torch.cuda.memory_reserved(device)
+        free, total = torch.cuda.mem_get_info(device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        allowed = int(torch.cuda.memory.get_per_process_memory_fraction(index) * total) - reserved
+        return max(0, min(free, allowed)) + reserved - torch.cuda.memory_allocated(device)
     return free_on_host()
 
 

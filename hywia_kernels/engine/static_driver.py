@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..ops.precision import full_float32
 from .memory import free_bytes
 from .patches import frozen
 
@@ -78,11 +80,13 @@ def drivable(model: Any, length: int = 6) -> str | None:
     if window is not None and window < length and getattr(model.config, "use_sliding_window", True):
         return f"its attention slides over {window} tokens"
     ids = torch.arange(6, device=model.get_input_embeddings().weight.device)[None]
+    # What TF32 rounds moves SmolLM2's logits by more than the difference that tells two models apart.
+    exact = full_float32("cuda") if ids.is_cuda else nullcontext()
     try:
         needed, free = joined_bytes(model), free_bytes(ids.device)
         if needed > free:
             return f"{needed / 1e9:.1f} GB of joined matrices do not fit beside it, {free / 1e9:.1f} GB are free"
-        with torch.no_grad(), frozen(model):
+        with torch.no_grad(), frozen(model), exact:
             logits = model(ids, use_cache=False).logits[:, -1]
             want, want_dtype = logits.float(), logits.dtype
             driver = StaticDriver(model, 1, 6, compile=False)

@@ -56,7 +56,7 @@ def distillation_loss(
     model: Any,
     hidden: Tensor,
     targets: HeadTargets | TopTargets,
-    weight: Tensor,
+    weight: Tensor | None,
     *,
     labels: Tensor | None = None,
     hard: float = 0.0,
@@ -78,7 +78,8 @@ def distillation_loss(
         model: the student, a language model with its head.
         hidden: its final hidden states `[n, features]`, behind the last norm, with whatever graph is behind them.
         targets: the teacher's predictions at the same positions.
-        weight: float32 `[n]`; for a mean they sum to 1.
+        weight: float32 `[n]`; for a mean they sum to 1. None: the mean of all positions, for which the host need not
+            wait for the device.
         labels: int64 `[n]`, the next tokens; may be None when `hard` is 0. Not read where the weight is 0.
         hard: the share of the cross-entropy, from 0 to 1.
         backend: of `ops.distillation_gradient`.
@@ -210,7 +211,7 @@ def _check(
     hidden: Tensor,
     module: nn.Linear,
     targets: HeadTargets | TopTargets,
-    weight: Tensor,
+    weight: Tensor | None,
     labels: Tensor | None,
     hard: float,
 ) -> None:
@@ -218,7 +219,7 @@ def _check(
     words, features = module.weight.shape
     _check_states("hidden", hidden, features)
     n = len(hidden)
-    vectors: dict[str, Any] = {"weight": weight}
+    vectors: dict[str, Any] = {} if weight is None else {"weight": weight}
     if isinstance(targets, HeadTargets):
         theirs = linear_head(targets.model).weight
         if theirs.shape[0] != words:
@@ -239,7 +240,7 @@ def _check(
         if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != n:
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise UsageError(f"{name}: expected {n} rows, one for each of the student's hidden states, got {got}")
-    if weight.dtype != torch.float32 or weight.dim() != 1:
+    if weight is not None and (weight.dtype != torch.float32 or weight.dim() != 1):
         raise UsageError(f"weight: expected float32 [{n}], got {weight.dtype} {list(weight.shape)}")
     if not isinstance(hard, (int, float)) or not 0 <= hard <= 1:
         raise UsageError(f"hard: expected a share from 0 to 1, got {hard!r}")

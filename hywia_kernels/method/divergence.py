@@ -27,8 +27,7 @@ def mean_divergence(model: Any, dense: Tensor, changed: Tensor, by: Any = None) 
         HywiaError: a head whose logits are not known, or a divergence that is NaN or infinite.
     """
     device = model.get_output_embeddings().weight.device
-    weight = torch.full((len(dense),), 1.0 / len(dense), dtype=torch.float32, device=device)
-    mean = float(distillation_loss(model, changed.to(device), HeadTargets(by or model, dense.to(device)), weight))
+    mean = float(distillation_loss(model, changed.to(device), HeadTargets(by or model, dense.to(device)), None))
     if mean - mean != 0.0:
         raise HywiaError("model: the divergence of its predictions is NaN or Inf; load it in float32 or bfloat16")
     return mean

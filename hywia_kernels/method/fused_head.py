@@ -91,7 +91,7 @@ class Head:
         return torch.addmm(self.bias, states, self.weight.t(), out=out)
 
 
-def fused_loss(model: Any, hidden: Tensor, weight: Tensor, token_loss: TokenLoss) -> Tensor:
+def fused_loss(model: Any, hidden: Tensor, weight: Tensor | None, token_loss: TokenLoss) -> Tensor:
     """`Σ_t weight_t·loss_t`, a float32 scalar on the head's device.
 
     It is differentiable at `hidden` and at the head's parameters, where they require it, by one backward pass. Without
@@ -100,13 +100,14 @@ def fused_loss(model: Any, hidden: Tensor, weight: Tensor, token_loss: TokenLoss
     Args:
         model: what `linear_head` takes.
         hidden: `[n, features]`.
-        weight: float32 `[n]`; tokens of weight 0 are not computed.
+        weight: float32 `[n]`; tokens of weight 0 are not computed. None: the mean of all, for which the host need not
+            wait for the device, so that it can be captured as a CUDA graph.
         token_loss: the loss.
     """
     module = linear_head(model)
     head, parameters = Head.of(model), (module.weight, module.bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, *parameters)):
-        return _FusedLoss.apply(hidden, *parameters, head, weight.detach(), token_loss)
+        return _FusedLoss.apply(hidden, *parameters, head, None if weight is None else weight.detach(), token_loss)
     with torch.no_grad():
         return _compute(head, hidden, weight, token_loss, (False, False, False)).loss
 
@@ -139,7 +140,7 @@ class _FusedLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
-        token_weight: Tensor,
+        token_weight: Tensor | None,
         token_loss: TokenLoss,
     ) -> Tensor:
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
@@ -165,15 +166,21 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def _compute(
-    head: Head, hidden: Tensor, weight: Tensor, token_loss: TokenLoss, wanted: tuple[bool, bool, bool]
+    head: Head, hidden: Tensor, weight: Tensor | None, token_loss: TokenLoss, wanted: tuple[bool, bool, bool]
 ) -> _Computed:
     """The loss and the gradients of those among hidden states, weight and bias that are wanted."""
     device, hidden = head.weight.device, hidden.detach()
-    weight = weight.to(device)
-    rows = weight.nonzero()[:, 0]
-    counted = weight[rows]
+    rows: Tensor | None = None  # those that count; None: all
+    if weight is None:
+        counted = torch.full((len(hidden),), 1.0 / len(hidden), device=device)
+        scale = counted[0]
+    else:
+        counted = weight.to(device)
+        chosen_rows = counted.nonzero()[:, 0]
+        if len(chosen_rows) < len(counted):
+            rows, counted = chosen_rows, counted[chosen_rows]
+        scale = counted.abs().max() if len(counted) else counted.new_ones(())
     # Gradients are made for the weights relative to the largest one: float16 would lose them before a loss scale comes.
-    scale = counted.abs().max() if len(rows) else weight.new_ones(())
     relative = counted / scale
 
     def sums(like: Tensor | None) -> Tensor:
@@ -184,11 +191,11 @@ def _compute(
     of_weight = sums(head.weight) if wanted[1] else None
     of_bias = sums(head.bias) if wanted[2] else None
     losses = torch.empty_like(counted)
-    parts = chunks(len(rows), head.row_bytes() + token_loss.row_bytes(), device)
+    parts = chunks(len(counted), head.row_bytes() + token_loss.row_bytes(), device)
     buffer = head.buffer(max((part.stop - part.start for part in parts), default=0))
     with torch.autocast(device.type, enabled=False):
         for part in parts:
-            chosen: Rows = part if len(rows) == len(weight) else rows[part]
+            chosen: Rows = part if rows is None else rows[part]
             states = head.states(hidden, chosen)
             logits = head.logits(states, buffer)
             losses[part] = token_loss.losses(logits, head.change, chosen, relative[part], any(wanted))

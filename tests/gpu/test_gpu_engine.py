@@ -11,6 +11,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels.engine import rotary
+from hywia_kernels.engine.memory import free_bytes
 from tests.support.comparison import ORDERS, distance
 from tests.support.models import random_model, sizes
 
@@ -173,3 +174,16 @@ def test_the_estimate_covers_the_peak(model, tokens):
 def test_ragged_samples(model, tokens):
     samples = [tokens[0, :600], tokens[1, :400], tokens[2, :630]]
     assert distance(hk.calibrate(model, samples), hk.calibrate(model, samples, engine="autograd")) <= 1e-2
+
+
+def test_a_limit_of_the_process_is_what_is_free():
+    device = torch.device("cuda")
+    total = torch.cuda.mem_get_info(device)[1]
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + (2 << 30)) / total)
+        free = free_bytes(device)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    assert free == pytest.approx((2 << 30) + unused, abs=1 << 20)
+    assert free_bytes(device) > free

@@ -28,6 +28,10 @@ class Distilled(nn.Module):
         self.hard = hard
         self._teacher = (teacher,)  # in a tuple: no module of this one
 
+    @property
+    def teacher(self) -> Teacher:
+        return self._teacher[0]
+
     def train(self, mode: bool = True) -> Distilled:
         """Always as if evaluated: dropout would only blur what is compared."""
         return super().train(False)
@@ -40,10 +44,9 @@ class Distilled(nn.Module):
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast):
             hidden = arch.decoder(self.student)(tokens, use_cache=False).last_hidden_state[:, :-1]
             hidden = hidden.reshape(-1, hidden.shape[-1])
-            targets = self._teacher[0].targets(tokens, index, held_out=held_out)
-            weight = torch.full((len(hidden),), 1.0 / len(hidden), dtype=torch.float32, device=hidden.device)
+            targets = self.teacher.targets(tokens, index, held_out=held_out)
             labels = tokens[:, 1:].reshape(-1) if hard else None
-            return distillation_loss(self.student, hidden, targets, weight, labels=labels, hard=hard)
+            return distillation_loss(self.student, hidden, targets, None, labels=labels, hard=hard)
 
 
 @torch.no_grad()

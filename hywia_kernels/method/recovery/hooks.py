@@ -1,4 +1,4 @@
-"""What transformers' Trainer does otherwise here: its checkpoints, its evaluation, and when it gives up."""
+"""What transformers' Trainer does otherwise here: its steps, its checkpoints, its evaluation, and when it gives up."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ... import progress
+from .stepping import CapturedStep
 from .tuning import Tuned
 
 __all__ = ["WEIGHTS", "Lost", "Outcome", "distiller", "load_tuned", "tuned_state", "watch"]
@@ -28,6 +29,7 @@ class Outcome:
         self.stopped: str | None = None
         self.steps = 0
         self.resumed = False
+        self.captured = False  # whether its steps were replayed as CUDA graphs
 
     @property
     def best(self) -> float:
@@ -51,13 +53,25 @@ def load_tuned(tuned: Tuned, state: Mapping[str, Tensor]) -> None:
 
 
 def distiller() -> Any:
-    """transformers' Trainer, whose checkpoints hold what is trained alone and whose evaluation is the held-out
-    divergence."""
+    """transformers' Trainer, whose steps are captured where they can be, whose checkpoints hold what is trained alone
+    and whose evaluation is the held-out divergence."""
     from transformers import Trainer
 
     class Distiller(Trainer):
         tuned: Tuned
         judge: Callable[[], float]
+        # Of samples and length; called once, when weights and optimizer are where they stay.
+        captured: Callable[[int, int], CapturedStep | None]
+        step: CapturedStep | None = None
+        asked = False
+
+        def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **options: Any) -> Tensor:
+            tokens = inputs["input_ids"]
+            if not self.asked:
+                self.asked, self.step = True, self.captured(*tokens.shape)
+            if self.step is None or not self.step.takes(tokens):
+                return super().training_step(model, inputs, *rest, **options)
+            return self.step(tokens, 1.0 / self.current_gradient_accumulation_steps)
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             metrics = {"eval_divergence": self.judge()}

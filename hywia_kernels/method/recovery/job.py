@@ -156,6 +156,7 @@ class Dense:
             "divergences": [[step, round(value, 6)] for step, value in outcome.divergences],
             "stopped": outcome.stopped,
             "resumed": outcome.resumed,
+            "captured": outcome.captured,
             "kept": after < before,
             "seconds": round(time.monotonic() - self._began, 3),
         }

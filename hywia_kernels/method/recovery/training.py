@@ -20,6 +20,7 @@ from ...engine.passes import put_back
 from ...errors import HywiaError
 from .distilled import Distilled, divergence
 from .hooks import WEIGHTS, Lost, Outcome, distiller, load_tuned, tuned_state, watch
+from .stepping import captured_step, compiled, uncompiled
 from .text import Text
 from .tuning import Tuned
 
@@ -117,7 +118,12 @@ def trained(
         if not settled:
             load_tuned(tuned, begun)
 
-    with put_back(take_back), _generators_kept(), progress.Bar("recovering", steps) as bar:
+    with (
+        put_back(take_back),
+        _generators_kept(),
+        compiled(distilled, steps * batch * text.train.shape[1]),
+        progress.Bar("recovering", steps) as bar,
+    ):
         trainer = distiller()(
             model=distilled,
             args=arguments,
@@ -127,17 +133,23 @@ def trained(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.tuned = tuned
-        trainer.judge = lambda: divergence(distilled, text.held_out, device)
+        trainer.judge = lambda: _judged(distilled, text, device)
+        trainer.captured = lambda samples, length: captured_step(distilled, samples, length) if _ranks() == 1 else None
         last = _last_checkpoint(Path(str(arguments.output_dir)))
         outcome.resumed = last is not None
         with suppress(Lost):
             trainer.train(resume_from_checkpoint=last)
-        outcome.steps = trainer.state.global_step
+        outcome.steps, outcome.captured = trainer.state.global_step, trainer.step is not None
         _settle(trainer, tuned, begun, outcome)
         settled = True
     if _ranks() > 1:
         torch.distributed.barrier()  # the first one removes its folder, from which all have read
     return outcome
+
+
+def _judged(distilled: Distilled, text: Text, device: torch.device) -> float:
+    with uncompiled():
+        return divergence(distilled, text.held_out, device)
 
 
 def _settle(trainer: Any, tuned: Tuned, begun: Mapping[str, Tensor], outcome: Outcome) -> None:

@@ -1,0 +1,245 @@
+"""The tables of the documents, each from the rows of a CSV file; `documents` puts them where they belong.
+
+Of several runs of one thing the latest row is shown. A table names its devices, versions and commits itself, in the
+line below it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from . import rows
+from .environment import REPOSITORY
+
+Line = dict[str, str]
+
+
+def read(name: str, device: str = "") -> list[Line]:
+    """Rows of a CSV file, oldest first, of devices whose name contains a text."""
+    found = rows.read(REPOSITORY / "benchmarks" / f"{name}.csv")
+    return sorted((row for row in found if device in row["device"]), key=lambda row: row["date"])
+
+
+def latest(lines: Iterable[Line], *keys: str) -> dict[tuple[str, ...], Line]:
+    """The last row of each combination of values, in the order in which the combinations first came."""
+    return {tuple(row[key] for key in keys): row for row in lines}
+
+
+def markdown(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    table = [headings, ["---"] * len(headings), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in table)
+
+
+def sources(lines: Iterable[Line]) -> str:
+    """Where figures come from: devices, versions, and the day and commit of each run."""
+    told = []
+    for row in lines:
+        where = f"CUDA {row['cuda']}" if row["cuda"] else f"{row['threads']} threads" if row["threads"] else ""
+        triton = f"triton {row['triton']}" if row["triton"] else ""
+        versions = ", ".join(filter(None, (f"torch {row['torch']}", triton, where)))
+        told.append((f"{row['device']} ({versions})", f"{row['date'][:10]} at {row['commit']}"))
+    parts = []
+    for device in dict.fromkeys(device for device, _ in told):
+        runs = dict.fromkeys(run for where, run in told if where == device)
+        parts.append(f"{device}: {', '.join(runs)}")
+    return f"\n\n*{'; '.join(parts)}.*"
+
+
+def percent(value: str) -> str:
+    return f"{100 * float(value):.0f} %"
+
+
+def figure(value: str | float) -> str:
+    """Three digits that count."""
+    return f"{float(value):#.3g}".rstrip(".")
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Geometric."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+_WIDTHS = {
+    "dense": "dense, 32 × 11008",
+    "22x9232": "20 %: 22 × 9232",
+    "24x8256@4:30": "LLM-Pruner 20 %: 24 × 8256 in layers 4 to 29",
+    "16x5120": "50 %: 16 × 5120",
+    "13x4403@3:31": "LLM-Pruner 50 %: 13 × 4403 in layers 3 to 30",
+}
+_PHASES = {
+    ("prefill", "1", "2048"): "prefill 1 × 2048",
+    ("prefill", "8", "512"): "prefill 8 × 512",
+    ("decode", "1", "512"): "decode 1",
+    ("decode", "16", "512"): "decode 16",
+}
+
+
+def speed() -> str:
+    """Pruned LLaMA-7B shapes: ms, times dense, share of the ideal."""
+    found = [row for row in read("speed", "H100") if row["mode"] == "static" and row["shape"] == "7b"]
+    by = latest(found, "model", "phase", "batch", "context")
+    lines = []
+    for model, shown in _WIDTHS.items():
+        cells = []
+        for phase in _PHASES:
+            row = by[(model, *phase)]
+            more = "" if model == "dense" else f", {float(row['speedup']):.2f}, {percent(row['share'])}"
+            cells.append(figure(row["ms"]) + more)
+        lines.append([shown, f"{float(by[(model, *phase)]['parameters']) / 1e9:.2f} B", *cells])
+    return markdown(["heads × channels", "parameters", *_PHASES.values()], lines) + sources(by.values())
+
+
+_CRITERIA = {
+    ("torch_pruning", "MagnitudeImportance"): "Torch-Pruning, Magnitude",
+    ("torch_pruning", "TaylorImportance"): "Torch-Pruning, Taylor",
+    ("torch_pruning", "TaylorImportance multivariable"): "Torch-Pruning, Taylor, multivariable",
+    ("torch_pruning", "HessianImportance"): "Torch-Pruning, Hessian",
+    ("llm_pruner", "MagnitudeImportance"): "LLM-Pruner, Magnitude",
+    **{("llm_pruner", name): f"LLM-Pruner, {name}" for name in ("vectorize", "param_first", "param_second")},
+    ("llm_pruner", "param_mix"): "LLM-Pruner, param_mix",
+}
+
+
+def scorers() -> str:
+    """Drop-in scorers: theirs and ours, on LLaMA-7B's shapes and on SmolLM2."""
+    gpu = latest(read("integrations", "H100"), "tool", "criterion", "side")
+    cpu = latest((row for row in read("integrations") if not row["cuda"]), "tool", "criterion", "side")
+    lines = []
+    for key, shown in _CRITERIA.items():
+        theirs, ours = gpu[(*key, "theirs")], gpu[(*key, "ours")]
+        lines.append(
+            [
+                shown,
+                *(figure(row["seconds"]) for row in (theirs, ours)),
+                f"{float(ours['times_faster']):.1f}",
+                *(f"{float(row['peak_over_weights']):.2f}" for row in (theirs, ours)),
+                f"{float(cpu[(*key, 'ours')]['times_faster']):.1f}",
+            ]
+        )
+    headings = ["", "theirs s", "ours s", "times", "peak, × weights: theirs", "ours", "times on two cores"]
+    return markdown(headings, lines) + sources([*gpu.values(), *cpu.values()])
+
+
+def taylor() -> str:
+    """taylor_importance in bf16: share of copy bandwidth, and times torch.compile."""
+    found = [row for row in read("results", "H100") if row["op"] == "taylor_importance"]
+    by = latest(found, "case", "implementation")
+    shapes = ("4096x4096", "11008x4096", "4096x11008", "28672x8192", "8192x28672")
+    columns = {f"{axis} {order}": f"{long} {order}" for axis, long in (("rows", "rows"), ("cols", "columns"))
+               for order in ("first", "mixed")}  # fmt: skip
+    lines, used = [], []
+    for shape in shapes:
+        cells = []
+        for column in columns:
+            case = f"{shape} bf16 {column}"
+            ours = min(
+                (by[case, name] for name in ("cuda", "triton") if (case, name) in by),
+                key=lambda row: float(row["work_us"]),
+            )
+            compiled = by[case, "torch.compile"]
+            times = float(compiled["work_us"]) / float(ours["work_us"])
+            cells.append(f"{percent(ours['share_of_copy'])} / {times:.2f}")
+            used.append(ours)
+        lines.append([shape.replace("x", "×"), *cells])
+    return markdown(["shape", *columns.values()], lines) + sources(used)
+
+
+_FLOWS = {
+    "plain": "forward + backward",
+    "param_mix": "LLM-Pruner param_mix",
+    "fast": "`calibrate`, fast",
+    "lean": "`calibrate`, lean",
+    "auto": "`calibrate`, auto",
+}
+
+
+def scoring() -> str:
+    """Whole passes of LLaMA-7B's shapes."""
+    found = [row for row in read("engine", "H100") if row["shape"] == "7b" and row["flow"] in _FLOWS]
+    by = latest(found, "flow", "samples")
+    ordered = sorted(by.values(), key=lambda row: (int(row["samples"]), list(_FLOWS).index(row["flow"])))
+    lines = [
+        [
+            _FLOWS[row["flow"]] + (f" ({row['memory']})" if row["flow"] == "auto" else ""),
+            f"{row['samples']} × {row['length']}",
+            f"{float(row['seconds']):.3f}",
+            f"{1e3 * float(row['seconds_per_sample']):.1f}",
+            f"{float(row['ratio_to_plain']):.2f}",
+            f"{float(row['peak_bytes']) / 1e9:.1f}",
+            f"{float(row['peak_over_weights']):.2f}",
+        ]
+        for row in ordered
+    ]
+    headings = ["flow", "samples", "s", "ms a sample", "× forward + backward of its run", "peak GB", "× weights"]
+    return markdown(headings, lines) + sources(ordered)
+
+
+def distillation() -> str:
+    """The distillation loss beside Liger-Kernel's and eager torch, forward and backward."""
+    by = latest(read("distillation"), "case", "implementation")
+    lines = [
+        [
+            f"{int(row['tokens']):,} × {int(row['words']):,}",
+            f"{row['student_features']} / {row['teacher_features']}",
+            row["dtype"],
+            row["implementation"] + (f" {row['liger']}" if row["implementation"].startswith("liger") else ""),
+            figure(row["ms"]),
+            f"{float(row['ratio_to_hywia']):.2f}",
+            f"{float(row['peak_bytes']) / 1e9:.2f}",
+            f"{float(row['hidden_error']):.0e}",
+        ]
+        for row in by.values()
+    ]
+    headings = ["tokens × words", "features", "dtype", "by", "ms", "× ours", "peak GB", "error"]
+    return markdown(headings, lines) + sources(by.values())
+
+
+_OTHERS = {
+    "lp:param_second": "LLM-Pruner param_second: its best",
+    "lp:param_mix": "LLM-Pruner param_mix",
+    "lp:vectorize": "LLM-Pruner vectorize",
+    "coarse": "coarse, second order",
+    "attention": "attention",
+    "wanda-sp": "Wanda-sp",
+    "flap": "FLAP, biases compensated",
+    "fine": "fine, second order",
+    "recipe-unrefitted": "the recipe without reconstruction, head ranking and adaptive layout",
+    "recipe-uniform": "the recipe, layers uniform",
+    "recipe": "the recipe",
+}
+_SHARES = ("A25", "A50", "B25", "B60")
+
+
+def criteria(settings: Sequence[str] = _SHARES) -> str:
+    """SmolLM2's perplexity by criterion, shares of the units of each kind; geometric means over three calibration
+    seeds, or so many as a cell says. Criteria without a figure are left out."""
+    found = [
+        row
+        for row in read("quality")
+        if row["text"] == "wikitext2_raw_test.txt" and row["layers"] == "4:28" and row["recovery"] in ("", "none")
+    ]
+    by = latest(found, "criterion", "samples", "setting", "seed")
+    lines, used = [], []
+    for name, shown in _OTHERS.items():
+        for samples in dict.fromkeys(key[1] for key in by if key[0] == name):
+            cells = []
+            for wanted in settings:
+                mine = [row for key, row in by.items() if key[:3] == (name, samples, wanted)]
+                used += mine
+                mean = f"{_mean([float(row['perplexity']) for row in mine]):.1f}" if mine else ""
+                cells.append(mean + (f" ({len(mine)})" if mine and len(mine) != 3 else ""))
+            if any(cells):
+                lines.append([shown, f"{int(samples):,}", *cells])
+    return markdown(["", "samples scored", *settings], lines) + sources(used)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "speed": speed,
+    "scorers": scorers,
+    "taylor": taylor,
+    "scoring": scoring,
+    "distillation": distillation,
+    "criteria": criteria,
+    "criteria short": lambda: criteria(("A50", "B60")),
+}

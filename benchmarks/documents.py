@@ -1,0 +1,66 @@
+"""Writes the tables of README and docs/ from the CSV files: `python -m benchmarks.documents [--check]`.
+
+A table stands between two marks, `<!-- table NAME -->` and `<!-- end of table -->`, and is one of
+`document_tables.TABLES`. With `--check` nothing is written, and documents that are not what the files say are named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .document_tables import TABLES
+from .environment import REPOSITORY
+
+_TABLE = re.compile(r"(<!-- table ([\w -]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+
+
+def documents() -> list[Path]:
+    return [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+
+def names_in(text: str) -> list[str]:
+    """Of a document's tables."""
+    return [match[1] for match in _TABLE.findall(text)]
+
+
+def written(text: str) -> str:
+    """A document with its tables as the files have them.
+
+    Raises:
+        ValueError: a mark without its other half, or a table that there is not.
+    """
+    if not text.count("<!-- table ") == text.count("<!-- end of table -->") == len(names_in(text)):
+        raise ValueError("expected every '<!-- table NAME -->' to be followed by '<!-- end of table -->'")
+
+    def rendered(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"expected one of the tables {', '.join(TABLES)}, got {match[2]!r}")
+        return f"{match[1]}{TABLES[match[2]]()}\n{match[4]}"
+
+    return _TABLE.sub(rendered, text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("files", nargs="*", type=Path, help="default: README.md and docs/*.md")
+    arguments = parser.parse_args(argv)
+    old = []
+    for path in arguments.files or documents():
+        before = path.read_text(encoding="utf-8")
+        after = written(before)
+        if after != before:
+            old.append(str(path))
+            if not arguments.check:
+                path.write_text(after, encoding="utf-8")
+    for name in old:
+        print(f"{name}: {'not what the CSV files say' if arguments.check else 'written'}")
+    return 1 if old and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
