@@ -137,7 +137,8 @@ def equations_of(
         with silent, seen([matrix.module], stop=not whole) as at:
             out = run.calls[index](layer, run.pruned)
         x, got = at[matrix.module]
-        x = x.index_select(-1, matrix.kept)
+        if x.shape[-1] != matrix.kept.numel():  # else the layer computes no other inputs
+            x = x.index_select(-1, matrix.kept)
         if whole:  # all that the dense layer sends on, less what this one sends on beside the matrix, and with it
             missing = goal.out.float() - out.float() - matrix.of_kept(x).float()
         else:

@@ -25,6 +25,7 @@ from .. import arch, progress
 from ..arch.facts import fingerprint, weight_bytes
 from ..arch.holding import plain_model
 from ..engine.passes import apart, put_back
+from ..engine.patches import forward_replaced
 from ..engine.samples import Samples, padded
 from ..errors import HywiaError, UsageError
 from ..settings import RIDGE
@@ -35,6 +36,7 @@ from .layer_masks import check_transparent, zero_layers
 from .layer_runs import CHUNK_TOKENS
 from .layer_targets import LayerTarget, Run, gap_behind, layer_target, run_of
 from .moments import exact_products
+from .narrow_layers import narrowed
 from .surgery import checked_groups, zero_units
 
 __all__ = ["check_ridge", "reconstruct", "through_layers"]
@@ -232,7 +234,8 @@ def through_layers(
             if cut or gap or not same:
                 additive = {m.module: m.additive for m in matrices}
                 targets = [layer_target(layer, index, additive, run, entry.residual is not None, gap) for run in runs]
-            with _tried(model, cut):
+            narrow = narrowed(model, cut, plan.keep)
+            with _tried(model, cut), forward_replaced(narrow):
                 for group in here:
                     zero_units(model, group, plan.keep[group.name])
                 begun: list[Begun] = []
