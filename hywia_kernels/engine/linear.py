@@ -14,6 +14,7 @@ from torch.nn import functional
 from .. import ops
 from ..ops import checks
 from ..ops.calls import LinearCall
+from ..ops.devices import offsets_on
 from ..ops.registry import implementation
 from ..progress import Bar
 from ..types import Member
@@ -64,6 +65,9 @@ class Scorer:
         self.results, self.scale, self.backend, self.bar = results, 1.0 / scale, backend, bar
         self.order, self._every = results.order, len(results.orders) > 1
         self.offsets = samples.offsets()
+        if samples.ragged:  # now, while no work is queued that the copy would wait for
+            for device in {sums.device for sums in results.fine.values() if sums.is_cuda}:
+                offsets_on(device, tuple(self.offsets))
         self._runs: dict[tuple, Callable[..., None]] = {}
         self.collected: Collected | None = None
         self.replaying = False  # True while a layer is run again for the sake of its backward

@@ -97,3 +97,37 @@ def test_second_order_by_sums_over_samples_where_it_is_asked_for(monkeypatch):
 def test_long_samples_are_cut_for_their_products():
     assert cut((4096, 4096, 0), 1, mapped=True, length=2048)["signed_slots"] == 16
     assert cut((11008, 4096, 0), 10, mapped=True)["signed_slots"] == 1
+
+
+def walked(made):
+    """Tiles `(m, n, share's place, fresh, last)` of every cluster, as `Walk` in csrc/linear_tiles.cuh goes."""
+    m_tiles, n_tiles, across, share = (made[name] for name in ("m_tiles", "n_tiles", "across", "share"))
+    groups = -(-m_tiles // across)
+    for cluster in range(across * share):
+        lane_m, lane_n = cluster % across, cluster // across
+        for step in range(lane_n, groups * n_tiles, share):
+            m, n = step // n_tiles * across + lane_m, step % n_tiles
+            if m >= m_tiles:
+                break
+            yield m, n, lane_n, n < share, n + share >= n_tiles
+
+
+@pytest.mark.parametrize("samples", [10, 512])
+@pytest.mark.parametrize("shape", [*SHAPES["7B"], (28672, 8192, 0), (129, 700, 0), (300, 50, 1)], ids=str)
+def test_every_tile_is_walked_once_and_every_table_begun_and_ended_once(shape, samples):
+    """A cluster's sums of a row of tiles begin with what the table held before it, which is anything, replaced."""
+    for order in ("second", "all"):
+        made = cut(shape, samples, order)
+        tiles = list(walked(made))
+        assert sorted((m, n) for m, n, *_ in tiles) == [
+            (m, n) for m in range(made["m_tiles"]) for n in range(made["n_tiles"])
+        ]
+        every = {(m, s) for m in range(made["m_tiles"]) for s in range(made["share"])}
+        for which in (3, 4):
+            found = [(t[0], t[2]) for t in tiles if t[which]]
+            assert len(found) == len(set(found))
+            assert set(found) == every
+        begun = set()
+        for m, _, s, fresh, _ in tiles:
+            assert fresh == ((m, s) not in begun)
+            begun.add((m, s))
