@@ -92,7 +92,7 @@ def step_of(way: str, model: Any, dense: Any, tune: str, samples: int, length: i
 
             def step() -> None:
                 if captured is not None:
-                    captured(tokens, 1.0)
+                    captured(tokens, index, 1.0)
                 else:
                     distilled(tokens, index)["loss"].backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -239,12 +239,18 @@ def test_unknown_criteria_are_refused(name):
         cuts.split(name)
 
 
-def test_the_recipe_is_timed_step_by_step(capsys):
-    options = ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--samples", "3"]
-    options += ["--reconstruct-samples", "4"]
-    assert bench_recipe.main([*options, "--ratio", "0.2", "--align", "16", "--runs", "2"]) == 0
-    lines = dict(line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line[:1] == "|")
-    assert set(bench_recipe.STEPS) < set(lines)
-    ours = sum(float(lines[name]) for name in ("scoring", "fusion", "planning", "cut"))
-    assert float(lines["all but the reconstruction and what goes with it"]) == pytest.approx(ours, abs=0.003)
-    assert all(float(lines[name]) > 0 for name in ("param_mix", "scoring", "reconstruction"))
+def test_the_recipe_is_timed_step_by_step(tmp_path):
+    path = tmp_path / "recipe.csv"
+    options = ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--samples", "3", "--csv", str(path)]
+    options += ["--reconstruct-samples", "4", "--ratio", "0.2", "--align", "16", "--runs", "2"]
+    assert bench_recipe.main([*options, "--recover-tokens", "4096", "--tune", "scales"]) == 0
+    made = {row["step"]: row for row in read(path)}
+    steps = ["param_mix", "scoring", "head ranking", "search", "planning", "reconstruction", "cut"]
+    assert {*steps, "recovery", "all"} <= set(made)
+    seconds = {name: float(row["seconds"]) for name, row in made.items()}
+    assert all(seconds[name] > 0 for name in steps)
+    assert seconds["all"] == pytest.approx(sum(seconds.values()) - seconds["param_mix"] - seconds["all"], rel=1e-3)
+    assert float(made["scoring"]["times_param_mix"]) == pytest.approx(
+        seconds["scoring"] / seconds["param_mix"], rel=1e-3
+    )
+    assert (made["all"]["tune"], made["all"]["recover_tokens"], made["all"]["weights"]) == ("scales", "4096", "random")

@@ -24,7 +24,7 @@ from ..engine.loss import LOGIT_BYTES
 from ..engine.memory import free_bytes, scoring_bytes
 from ..engine.samples import padded
 from ..errors import UsageError
-from ..method.recovery.job import micro_tokens
+from ..method.recovery.job import asked_tokens, micro_tokens
 from ..method.recovery.request import Recovery
 from ..method.recovery.tuning import training_bytes
 from ..settings import PRICE_SAMPLES, SELF
@@ -209,16 +209,14 @@ def _recovery_text(work: Cost, recover: Recovery | None, rates: Rates) -> float:
 
 
 def _recovery(work: Cost, recover: Recovery | None, kept: float, rates: Rates) -> float:
-    """For every token a forward pass of the dense model, unless its predictions are kept, and three of the cut one, or
-    two where few of its weights are trained; and the checks, forward passes of both."""
+    """A forward pass of the dense model for every token that it is asked about, for every one that is trained on three
+    of the cut one, or two where few of its weights are trained; and the checks, forward passes of both."""
     if recover is None:
         return 0.0
     length = recover.seq_len
     a_sample = _forward(work, 1, length, logits=True)
     passes = (3.0 if recover.tune == "full" else 2.0) * kept
-    trained = (recover.tokens or 0) / length * (passes + (1.0 if recover.hold != "kept" else 0.0))
-    if recover.hold == "kept":
-        trained += (recover.text_tokens or 0) / length
+    trained = ((recover.tokens or 0) * passes + asked_tokens(recover)) / length
     judged = (recover.checks + 1) * recover.held_out * (1.0 + kept)
     return a_sample * (trained / (rates.products * _TRAINING) + judged / (rates.products * _FORWARD))
 

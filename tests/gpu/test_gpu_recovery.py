@@ -13,7 +13,8 @@ from hywia_kernels.engine.static_driver import drivable
 from hywia_kernels.method.criteria import magnitude
 from hywia_kernels.method.recovery.distilled import Distilled
 from hywia_kernels.method.recovery.stepping import CapturedStep, captured_step, compiled
-from hywia_kernels.method.recovery.teacher import Live
+from hywia_kernels.method.recovery.teacher import Live, Remembered
+from hywia_kernels.method.recovery.text import given
 from hywia_kernels.method.recovery.tuning import prepared
 from tests.support.models import random_model, sizes
 
@@ -60,15 +61,30 @@ def test_a_captured_step_leaves_the_gradients_of_a_plain_one(pair, tune, many):
             step = captured_step(distilled, SAMPLES, LENGTH)
             assert step is not None
             assert all(p.grad is None for p in distilled.parameters())
-            assert [float(step(batch, 0.5)) for batch in batches] == pytest.approx(losses, rel=1e-4)
+            assert [float(step(batch, index, 0.5)) for batch in batches] == pytest.approx(losses, rel=1e-4)
             got = gradients(distilled)
             distilled.zero_grad()
-            assert float(step(batches[0], 1.0)) == pytest.approx(2 * losses[0], rel=1e-4)
+            assert float(step(batches[0], index, 1.0)) == pytest.approx(2 * losses[0], rel=1e-4)
     assert want.keys() <= got.keys()
     for name, gradient in got.items():
         exact = want.get(name, torch.zeros_like(gradient))
         assert float((gradient - exact).norm()) <= 1e-3 * float(exact.norm()) + 1e-9, name
     assert all(layer._compiled_call_impl is None for layer in arch.layers_of(cut))
+
+
+def test_a_captured_step_reads_what_was_remembered(pair):
+    dense, cut = pair[0], copy.deepcopy(pair[1])
+    text = given(tokens(4, 40), hk.Recovery(held_out=8))
+    remembered = Remembered.made(Live(dense), text, autocast=False)
+    assert remembered is not None
+    assert remembered.at_hand
+    with prepared(cut, "full", 4) as tuned:
+        live, again = (Distilled(cut, tuned, by, 0.0, autocast=False) for by in (Live(dense), remembered))
+        step = captured_step(again, SAMPLES, LENGTH)
+        assert step is not None
+        for index in (torch.arange(3, 11), torch.arange(20, 28)):
+            batch = text.train[index].cuda()
+            assert float(step(batch, index, 1.0)) == pytest.approx(float(live(batch, index)["loss"].detach()), rel=1e-4)
 
 
 def test_recovery_captures_and_comes_nearer(pair, monkeypatch):

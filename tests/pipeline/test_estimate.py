@@ -180,7 +180,7 @@ def test_a_recovery_takes_longer_with_more_tokens_and_more_weights(seven):
         return estimate(seven, samples=0, recover=dataclasses.replace(RECOVERY, **change), rates=H100).seconds
 
     once, twice = seconds(), seconds(tokens=2 * 98_304)
-    assert 1.7 * once["recovery"] < twice["recovery"] < 2.0 * once["recovery"], "the checks come once"
+    assert 1.6 * once["recovery"] < twice["recovery"] < 2.0 * once["recovery"], "the checks and the asking come once"
     assert seconds(tune="lora")["recovery"] < once["recovery"]
     assert seconds(text_tokens=2 * 32_768)["recovery text"] > 1.5 * once["recovery text"]
     assert "recovery text" not in seconds(text=("a.txt",))

@@ -17,9 +17,10 @@ import torch
 from torch.nn import functional
 
 import hywia_kernels as hk
+from hywia_kernels import arch
 from hywia_kernels.cli import main
 from hywia_kernels.errors import HywiaError, UsageError
-from hywia_kernels.method.recovery import distilled, job, training
+from hywia_kernels.method.recovery import distilled, job, teacher, training
 from hywia_kernels.method.recovery.work import beside
 from tests.support.families import FAMILIES
 from tests.support.tiny import TINY, fresh, make_plan
@@ -82,6 +83,40 @@ def test_the_same_call_gives_the_same_weights(pair):
     for model in (cut, other):
         hk.recover(model, dense, None, small(), tokens=IDS)
     assert same(state(cut), state(other))
+
+
+def asked(model):
+    """Counts how many samples the model's decoder reads from here on."""
+    read = []
+    arch.decoder(model).register_forward_pre_hook(lambda module, arguments: read.append(len(arguments[0])))
+    return read
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_text_that_is_read_often_is_asked_about_once(pair, monkeypatch, dtype):
+    """The same weights to the bit, for one reading of the text by the dense model."""
+    dense, cut = (model.to(dtype) for model in pair)
+    often, read = copy.deepcopy(cut), asked(dense)
+    done = hk.recover(cut, dense, None, small(), tokens=IDS)
+    assert done.record["remembered"] is True
+    assert sum(read) == 60
+    monkeypatch.setattr(job, "_READ_OFTEN", math.inf)
+    assert hk.recover(often, dense, None, small(), tokens=IDS).record["remembered"] is False
+    assert sum(read) - 60 > 160
+    assert same(state(cut), state(often))
+
+
+def test_a_text_that_is_read_once_is_not_asked_about_before(pair):
+    dense, cut = pair
+    done = hk.recover(cut, dense, None, small(tokens=48 * 16), tokens=IDS)
+    assert done.record["steps"] == 6
+    assert done.record["remembered"] is False
+
+
+def test_what_no_memory_has_room_for_is_not_remembered(pair, monkeypatch):
+    dense, cut = pair
+    monkeypatch.setattr(teacher, "free_bytes", lambda device: 4 * 60 * 15 * 64)
+    assert hk.recover(cut, dense, None, small(), tokens=IDS).record["remembered"] is False
 
 
 @pytest.mark.parametrize("tune", ["full", "lora", "scales"])

@@ -81,15 +81,18 @@ def test_bad_requests(gqa, call, message):
         call(gqa)
 
 
-def test_decode_attention_is_attention():
+@pytest.mark.parametrize("many", [1, 10**6], ids=["a program a KV head", "pieces"])
+def test_decode_attention_is_attention(many, monkeypatch):
     triton_kernel = pytest.importorskip("hywia_kernels.engine.decode_attention")
     if not torch.cuda.is_available() and not triton_kernel.triton.knobs.runtime.interpret:
         pytest.skip("Triton's interpreter is off")
+    monkeypatch.setattr(triton_kernel, "MANY", many)
     place = "cuda" if torch.cuda.is_available() else "cpu"
     for batch, heads, shared, length, size, position in (
         (2, 4, 2, 100, 16, 70),
         (1, 2, 1, 130, 32, 0),
         (1, 3, 3, 64, 16, 63),
+        (3, 9, 3, 40, 16, 33),
     ):
         generator = torch.Generator().manual_seed(position)
         query = torch.randn((batch, heads, 1, size), generator=generator).to(place)
@@ -98,6 +101,8 @@ def test_decode_attention_is_attention():
         want = torch.nn.functional.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, scale=0.3, enable_gqa=True
         )
+        keys[:, :, position + 1 :] = torch.nan  # what was there before, and is not to be read
+        values[:, :, position + 1 :] = torch.nan
         got = triton_kernel.decode_attention(query, keys, values, torch.tensor([position], device=place), 0.3)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 

@@ -30,6 +30,7 @@ class Outcome:
         self.steps = 0
         self.resumed = False
         self.captured = False  # whether its steps were replayed as CUDA graphs
+        self.remembered = False  # whether the dense model was asked once, before the first step
 
     @property
     def best(self) -> float:
@@ -71,7 +72,7 @@ def distiller() -> Any:
                 self.asked, self.step = True, self.captured(*tokens.shape)
             if self.step is None or not self.step.takes(tokens):
                 return super().training_step(model, inputs, *rest, **options)
-            return self.step(tokens, 1.0 / self.current_gradient_accumulation_steps)
+            return self.step(tokens, inputs["index"], 1.0 / self.current_gradient_accumulation_steps)
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             metrics = {"eval_divergence": self.judge()}

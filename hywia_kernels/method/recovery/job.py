@@ -22,18 +22,19 @@ from ..tokens import check_length, check_tokens
 from .distilled import Distilled, divergence
 from .hooks import Outcome
 from .request import Recovery
-from .teacher import Kept, Live, Teacher, eight_bit
+from .teacher import Kept, Live, Remembered, Teacher, eight_bit
 from .text import Text, drawn, given
 from .training import trained
 from .tuning import has_peft, prepared, training_bytes
 from .work import Work, opened
 
-__all__ = ["Dense", "Recovered", "ask", "micro_tokens", "recover", "resolved"]
+__all__ = ["Dense", "Recovered", "ask", "asked_tokens", "micro_tokens", "recover", "resolved"]
 
 _MANY = 1_000_000  # tokens from which all weights are worth training: on fewer, low-rank updates came nearer
 _FULL_PARAMETERS = 3e9  # up to which all weights are trained where memory allows
 _SHARE = 0.8  # of the free memory that training may plan with: activations and libraries take the rest
 _BRIEF, _LEAST_BRIEF = 0.05, 20  # share of the steps that a plan is tried with, and the fewest that tell something
+_READ_OFTEN = 1.5  # times that a text is read, from which it is cheaper to ask the dense model once
 _MICRO_TOKENS = {"cpu": 1024, "gpu": 8192}  # in memory at a time
 # Tokens to train on, tokens of text, samples a step; on a GPU 90 s of SmolLM2, on two cores ten minutes.
 _EFFORT = {"cpu": (98_304, 32_768, 8), "gpu": (8_388_608, 2_097_152, 64)}
@@ -93,6 +94,12 @@ def _kind(device: torch.device) -> str:
 def micro_tokens(device: torch.device) -> int:
     """Tokens that are trained on at a time; several such passes make a step where its samples have more."""
     return _MICRO_TOKENS[_kind(device)]
+
+
+def asked_tokens(request: Recovery) -> int:
+    """How many tokens the dense model reads in a resolved recovery: of the text, where it is asked once."""
+    tokens, text = request.tokens or 0, request.text_tokens or 0
+    return min(tokens, text) if request.hold == "kept" or tokens >= _READ_OFTEN * text else tokens
 
 
 def usual_rate(tune: str, parameters: int, tokens: int) -> float:
@@ -157,6 +164,7 @@ class Dense:
             "stopped": outcome.stopped,
             "resumed": outcome.resumed,
             "captured": outcome.captured,
+            "remembered": outcome.remembered,
             "kept": after < before,
             "seconds": round(time.monotonic() - self._began, 3),
         }
@@ -278,6 +286,8 @@ def _distilled(student: Any, teacher: Teacher, request: Recovery, text: Text, pl
         # Norms in float32 between 16-bit matrices work by autocast alone.
         mixed = any(p.dtype != torch.float32 for p in student.parameters())
         autocast = mixed or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+        if isinstance(teacher, Live) and request.tokens >= _READ_OFTEN * text.train.numel():
+            teacher = Remembered.made(teacher, text, autocast=autocast) or teacher
         distilled = Distilled(student, tuned, teacher, request.hard, autocast=autocast)
         start = divergence(distilled, text.held_out, device)
         if not math.isfinite(start):
@@ -301,4 +311,5 @@ def _distilled(student: Any, teacher: Teacher, request: Recovery, text: Text, pl
             device=device,
         )
         tuned.finish()
+    outcome.remembered = isinstance(teacher, Remembered)
     return outcome

@@ -17,7 +17,7 @@ from torch import Tensor
 from ... import arch
 from ...engine.static_driver import capture
 from .distilled import Distilled
-from .teacher import Live
+from .teacher import Live, Remembered
 
 __all__ = ["CapturedStep", "captured_step", "compiled", "uncompiled"]
 
@@ -66,13 +66,13 @@ class CapturedStep:
         self.parameters = [p for p in distilled.parameters() if p.requires_grad]
         device = self.parameters[0].device
         self.tokens = torch.zeros(samples, length, dtype=torch.int64, device=device)
+        self.index = torch.zeros(samples, dtype=torch.int64, device=device)
         self.share = torch.ones((), device=device)
         self.gradients = [torch.zeros_like(p) for p in self.parameters]
         self._hand_out()
-        index = torch.arange(samples)
 
         def step() -> Tensor:
-            loss = distilled(self.tokens, index)["loss"] * self.share
+            loss = distilled(self.tokens, self.index)["loss"] * self.share
             loss.backward()
             return loss.detach()
 
@@ -90,12 +90,14 @@ class CapturedStep:
         """Whether a batch has the shape that was captured."""
         return tokens.shape == self.tokens.shape
 
-    def __call__(self, tokens: Tensor, share: float) -> Tensor:
-        """Add `share` times the gradients of the batch's loss to the parameters'; returns so much of the loss."""
+    def __call__(self, tokens: Tensor, index: Tensor, share: float) -> Tensor:
+        """Add `share` times the gradients of the batch's loss to the parameters'; returns so much of the loss. `index`
+        says which samples of the text they are."""
         if self.parameters[0].grad is None:
             torch._foreach_zero_(self.gradients)
             self._hand_out()
         self.tokens.copy_(tokens)
+        self.index.copy_(index)
         self.share.fill_(share)
         return self._replay().clone()
 
@@ -103,7 +105,9 @@ class CapturedStep:
 def captured_step(distilled: Distilled, samples: int, length: int) -> CapturedStep | None:
     """A captured step where it pays and the models can be captured; else None."""
     teacher = distilled.teacher
-    if not isinstance(teacher, Live) or not next(distilled.parameters()).is_cuda:
+    if not isinstance(teacher, (Live, Remembered)) or not next(distilled.parameters()).is_cuda:
+        return None
+    if isinstance(teacher, Remembered) and not teacher.at_hand:
         return None
     if sum(p.numel() for p in teacher.model.parameters()) > _CAPTURED_PARAMETERS:
         return None

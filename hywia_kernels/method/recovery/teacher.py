@@ -1,4 +1,4 @@
-"""The dense model's predictions: of a model that runs beside the cut one, or kept on the disk."""
+"""The dense model's predictions: of a model that runs beside the cut one, that ran there once, or kept on the disk."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from ... import arch, progress
 from ...arch.views import is_transposed
+from ...engine.memory import free_bytes
 from ..distillation import HeadTargets, TopTargets, top_targets
 from .text import Text
 
-__all__ = ["KEPT_TOKENS", "Kept", "Live", "Teacher", "eight_bit", "kept_bytes"]
+__all__ = ["KEPT_TOKENS", "Kept", "Live", "Remembered", "Teacher", "eight_bit", "kept_bytes"]
 
 KEPT_TOKENS = 64  # likeliest tokens of each prediction that are kept; the rest counts as one outcome
-_BATCH_TOKENS = 4096  # that the dense model reads at a time when its predictions are kept
+# Tokens that the dense model reads at a time when it is asked once: a GPU needs many to hide what launches its kernels.
+_BATCH_TOKENS = {"cpu": 4096, "gpu": 32_768}
+_SHARE = 0.25  # of the free memory that remembered hidden states may take
 
 
 class Teacher(Protocol):
@@ -41,6 +44,59 @@ class Live:
         device = self.model.get_input_embeddings().weight.device
         hidden = arch.decoder(self.model)(tokens.to(device), use_cache=False).last_hidden_state[:, :-1]
         return HeadTargets(self.model, hidden.reshape(-1, hidden.shape[-1]))
+
+
+class Remembered:
+    """A dense model that was asked once: its final hidden states on a text, from which its head makes the predictions
+    that it would make again.
+
+    Args:
+        model: the dense one, of which only the head runs. states: `[samples, length - 1, features]` of the text to
+            train on, and of what is held out, each on the model's device or on the host.
+    """
+
+    def __init__(self, model: Any, train: Tensor, held_out: Tensor) -> None:
+        self.model = model
+        self._states = {False: train, True: held_out}
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether all of it is on the device of the head, so that no copy from the host is in the way of a graph."""
+        device = self.model.get_output_embeddings().weight.device
+        return all(states.device == device for states in self._states.values())
+
+    @classmethod
+    @torch.no_grad()
+    def made(cls, live: Live, text: Text, *, autocast: bool) -> Remembered | None:
+        """Ask a model once for all of a text; None where no memory has room for what it says.
+
+        Args:
+            autocast: products are made in bfloat16, as those of the head will be: hidden states are kept so.
+        """
+        model = live.model
+        head = model.get_output_embeddings().weight
+        device, dtype = head.device, torch.bfloat16 if autocast else head.dtype
+        places = [device] if device.type == "cpu" else [device, torch.device("cpu")]
+        tokens = sum(x.shape[0] * (x.shape[1] - 1) for x in (text.train, text.held_out))
+        needed = tokens * head.shape[1] * dtype.itemsize
+        place = next((p for p in places if needed <= _SHARE * free_bytes(p)), None)
+        if place is None:
+            return None
+        asked = []
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            for samples in (text.train, text.held_out):
+                states = torch.empty(len(samples), samples.shape[1] - 1, head.shape[1], dtype=dtype, device=place)
+                step = max(1, _BATCH_TOKENS["cpu" if device.type == "cpu" else "gpu"] // samples.shape[1])
+                for start in progress.track(range(0, len(samples), step), "asking the dense model"):
+                    batch = samples[start : start + step]
+                    hidden = live.targets(batch, torch.arange(len(batch)), held_out=False).hidden
+                    states[start : start + step] = hidden.view(len(batch), -1, hidden.shape[-1])
+                asked.append(states)
+        return cls(model, *asked)
+
+    def targets(self, tokens: Tensor, index: Tensor, *, held_out: bool) -> HeadTargets:
+        states = self._states[held_out]
+        return HeadTargets(self.model, states.index_select(0, index.to(states.device)).to(tokens.device).flatten(0, 1))
 
 
 class Kept:
@@ -91,7 +147,7 @@ def _keep(model: Any, tokens: Tensor, folder: Path, part: str) -> None:
         for what, (shape, dtype) in shapes.items()
     }
     live = Live(model)
-    step = max(1, _BATCH_TOKENS // tokens.shape[1])
+    step = max(1, _BATCH_TOKENS["cpu"] // tokens.shape[1])
     for start in progress.track(range(0, len(tokens), step), "asking the dense model"):
         batch = tokens[start : start + step]
         top = top_targets(model, live.targets(batch, torch.arange(len(batch)), held_out=False).hidden, kept)
