@@ -155,9 +155,7 @@ def equations_of(
     return normal, begun
 
 
-def can_hold(matrix: Matrix, runs: Sequence[Run], weights: int) -> bool:
-    """Whether there is room for what enters a matrix, for all of the text, beside weights of so many bytes. It goes by
-    sizes alone, so that a run repeats."""
-    tokens = sum(run.pruned.numel() // run.pruned.shape[-1] for run in runs)
-    needed = tokens * matrix.kept.numel() * matrix.weight.element_size()
-    return needed <= max(_HELD * weights, _HELD_BYTES)
+def can_hold(inputs: int, weights: int) -> bool:
+    """Whether what enters a layer's last matrix, so many bytes for all of the text, is held beside weights of so many
+    bytes. It goes by sizes alone, so that a run repeats."""
+    return inputs <= max(_HELD * weights, _HELD_BYTES)

@@ -23,7 +23,7 @@ def narrowed(model: nn.Module, groups: Sequence[Group], keep: Mapping[str, Tenso
     replacements: list[tuple[nn.Module, Any]] = []
     for group in groups:
         kept = keep[group.name]
-        modules = [model.get_submodule(member.module) for member in group.members]
+        modules: list[Any] = [model.get_submodule(member.module) for member in group.members]
         if group.kind != "mlp" or kept.numel() == group.units or not all(map(_plain, modules)):
             continue
         whole = all(

@@ -217,6 +217,7 @@ def through_layers(
     with exact_products(*devices):
         chunks = [] if samples is None else samples.sorted().chunks(CHUNK_TOKENS)
         runs = [run_of(model, layers, chunk) for chunk in chunks]
+        tokens = sum(run.pruned[..., 0].numel() for run in runs)
         same = True  # both models have the same hidden states so far
         what = "reconstructing" if solved is not None else "judging"
         for index, layer in enumerate(progress.track(layers, what)):
@@ -244,7 +245,8 @@ def through_layers(
                     assert samples is not None
                     if entry.residual is None or all(m.additive for m in matrices[at:]):
                         _give_up_dense(runs)  # no equations to come are about what entered the dense layer
-                    hold = ends and at + 1 == len(matrices) and can_hold(matrix, runs, weights)
+                    held = tokens * matrix.kept.numel() * matrix.weight.element_size()
+                    hold = ends and at + 1 == len(matrices) and can_hold(held, weights)
                     equations, begun = equations_of(layer, index, matrix, runs, targets, hold)
                     change, before, after = equations.solve(ridge * matrix.kept.numel() / samples.total)
                     values = _solved(matrix, change)
