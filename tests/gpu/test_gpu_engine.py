@@ -164,6 +164,21 @@ def test_two_threads_on_streams_of_their_own(model, tokens):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.parametrize("samples", ["equal", "ragged"])
+def test_second_order_alone_is_that_of_all(model, tokens, samples):
+    """By a kernel of its own, which makes the signed sums from the gradients and not from what the weights made."""
+    text = tokens if samples == "equal" else [tokens[0, :600], tokens[1, :400], tokens[2, :630]]
+    every = hk.calibrate(model, text, engine="fused")
+    one, two = (hk.calibrate(model, text, engine="fused", order="second") for _ in range(2))
+    for name, coarse in every.coarse.items():
+        assert set(one.fine[name]) == {"second"}
+        assert torch.equal(one.fine[name]["second"], two.fine[name]["second"])
+        assert torch.equal(one.coarse[name], two.coarse[name])
+        want = every.fine[name]["second"].double()
+        assert float(((one.fine[name]["second"] - want).abs() / want.clamp(min=1e-30)).max()) <= 2e-5
+        assert float((one.coarse[name] - coarse).abs().max() / coarse.abs().max()) <= 1e-2
+
+
 def test_the_estimate_covers_the_peak(model, tokens):
     weights = torch.cuda.memory_allocated()
     for mode in ("fast", "lean"):
