@@ -28,6 +28,7 @@ struct SecondConsumer : Consumer<T, LinearMode::Second, ragged, columns> {
                 const WeightAddress<columns> weight = this->weight_at(shared.a(ring.slot));
 #pragma unroll
                 for (int j = 0; j < 8; ++j) load_matrices<columns>(w[half * 8 + j], weight.at(j));
+                __threadfence_block();  // nothing has waited for the loads yet, and the next copy may land here
                 this->done_with_stage();
             }
             const bool fresh = walk.fresh();
@@ -40,6 +41,9 @@ struct SecondConsumer : Consumer<T, LinearMode::Second, ragged, columns> {
                 if (!fresh && this->writes()) before = *at;
                 float d[128], q[2][2] = {}, h[2][2] = {};  // of two rows, two sums each, so that additions overlap
                 this->multiply(d, begin, end);
+                // No sample is empty. Without a branch here ptxas releases the last stage behind the sums, 500
+                // instructions late, and the copies for the next sample wait for it.
+                if (end <= begin) continue;
 #pragma unroll
                 for (int j = 0; j < 16; ++j) {
 #pragma unroll
