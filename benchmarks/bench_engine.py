@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import hywia_kernels as hk
 from hywia_kernels.arch.facts import weight_bytes
-from hywia_kernels.settings import EVERY_ORDER
+from hywia_kernels.settings import ORDERS
 
 from . import llm_pruner, models
 from .agreement import BOUNDS, compare
@@ -81,7 +81,7 @@ def flow_call(flow: str, model, tokens: Tensor, batch: int) -> Callable[[], obje
     if flow in PEERS:
         return lambda: llm_pruner.score(model, tokens, flow)
     memory, second = flow.removesuffix(SECOND), flow.endswith(SECOND)
-    return lambda: hk.calibrate(model, tokens, memory=memory, order="second" if second else EVERY_ORDER)
+    return lambda: hk.calibrate(model, tokens, memory=memory, orders=("second",) if second else ORDERS)
 
 
 def planned(samples: Sequence[int], only: Sequence[str]) -> list[tuple[str, int]]:

@@ -27,6 +27,22 @@ SHAPES = {
         "num_key_value_heads": 40,
         "vocab_size": 32000,
     },
+    "65b": {
+        "hidden_size": 8192,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "vocab_size": 32000,
+    },
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+    },
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 176,

@@ -55,6 +55,14 @@ class Bar:
     def _line(self, state: str) -> None:
         print(f"{self.what}: {state}", file=sys.stderr, flush=True)
 
+    def _left(self) -> str:
+        """The time that the rest takes at the pace so far, as minutes and seconds."""
+        assert self.total
+        seconds = round((time.monotonic() - self._start) * (self.total - self.done) / max(self.done, 1))
+        minutes, seconds = divmod(max(seconds, 0), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
     def _tell(self) -> None:
         if self._callback is not None:
             self._callback(self.what, self.done, self.total)
@@ -66,7 +74,7 @@ class Bar:
             self._bar.update(n)
         elif _enabled and time.monotonic() - self._last >= _EVERY_SECONDS:
             self._last = time.monotonic()
-            self._line(f"{self.done}/{self.total}" if self.total else str(self.done))
+            self._line(f"{self.done}/{self.total}, {self._left()} left" if self.total else str(self.done))
 
     def __enter__(self) -> Bar:
         return self

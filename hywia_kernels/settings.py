@@ -9,10 +9,10 @@ __all__ = [
     "BACKENDS",
     "BLOCK",
     "CRITERIA",
+    "CUTS",
     "DEFAULT_KINDS",
     "DTYPES",
     "ENGINES",
-    "EVERY_ORDER",
     "FUSIONS",
     "GROUP_KINDS",
     "HEAD_RANKINGS",
@@ -25,13 +25,16 @@ __all__ = [
     "MEMORY",
     "ORDERS",
     "PRICE_SAMPLES",
+    "RANK_TIMEOUT",
     "RIDGE",
     "SAMPLES",
     "SEARCHES",
     "SELF",
     "SEQ_LEN",
     "STEPS",
+    "STREAMED",
     "TUNES",
+    "WEIGHTS",
 ]
 
 GROUP_KINDS = ("mlp", "attention", "experts")  # of units that lie on a layer's matrices
@@ -42,11 +45,14 @@ CRITERIA = ("hywia", "magnitude", "random")
 FUSIONS = ("attention", "fine", "coarse", "mean", "product")
 LEARNED = "learned"  # a fusion that only a whole recipe has: attention's scores, tuned by masks
 ORDERS = ("first", "second", "mixed")
-EVERY_ORDER = "all"  # what a calibration measures unless it is asked for one of them
+CUTS = ("auto", "memory", "files")  # where a plan is carried out
 HEAD_RANKINGS = ("residual", "scores")
 SEARCHES = ("none", "fast", "thorough")  # how the shares of kinds and layers are found: by estimate, or by trying some
 ENGINES = ("auto", "fused", "autograd")
 MEMORY = ("auto", "fast", "lean", "layerwise")
+STREAMED = "streamed"  # a memory mode of the commands: one layer's weights at a time
+WEIGHTS = ("auto", "device", "host", "files")  # where the weights stay in a streamed pass
+RANK_TIMEOUT = 1800.0  # seconds that processes of one scoring wait for each other
 BACKENDS = ("reference", "native", "triton", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TUNES = ("scales", "lora", "full")  # what a recovery trains

@@ -24,11 +24,13 @@ FLOORS = [
     {"checkpoint"},
     {"deploy.device_profiles"},
     {"method"},
+    {"scale"},
     {"deploy", "evaluation"},
     {"recipe"},
     {"compression"},
     {"integrations"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(f for f in ROOT.rglob("*.py") if f.parent != ROOT or f.name != "__init__.py")

@@ -19,11 +19,14 @@ from ..errors import HywiaError
 from .table import TABLE
 
 __all__ = [
+    "FingerprintReading",
     "check_finite",
+    "checksum",
     "count_parameters",
     "fingerprint",
     "fingerprint_and_count",
     "fingerprint_and_count_after",
+    "mathematics",
     "queued",
     "weight_bytes",
 ]
@@ -75,41 +78,107 @@ def fingerprint(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def fingerprint_and_count(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> tuple[str, int]:
-    """`(fingerprint, count_parameters)` from one walk over the model; from none where its modules are given by name."""
-    described: list[str] = []
-    parts: dict[_Part, list[Tensor]] = {}
-    places: list[tuple[_Part, int]] = []
-    visited: set[int] = set()
-    total = 0
+def checksum(name: str, values: Tensor) -> int:
+    """What a fingerprint takes of one parameter of a model, by its name and values."""
+    return int(_checksums([_sample(name, values)], derived=False))
 
-    def read(name: str, tensor: Tensor, derived: bool) -> None:
-        sample = _sample(name, tensor)
-        part = (sample.device, sample.dtype, derived)
-        described.append(f"{name}{tuple(tensor.shape)}")
-        places.append((part, len(parts.setdefault(part, []))))
-        parts[part].append(sample)
 
-    # As `named_parameters`, which takes as long to walk as the rest of this.
-    for prefix, module in (dict(model.named_modules()) if modules is None else modules).items():
-        dot = f"{prefix}." if prefix else ""
-        for own, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in visited:
-                continue
-            visited.add(id(parameter))
-            read(dot + own, parameter, False)
-            total += parameter.numel()
-        for own, buffer in module._buffers.items():
-            derived = own in module._non_persistent_buffers_set
-            if buffer is None or id(buffer) in visited or (derived and _forward_writes(module, own)):
-                continue
-            visited.add(id(buffer))
-            read(f"buffer {dot}{own}", buffer, derived)
-    sums = _downloaded({part: _checksums(samples, derived=part[2]) for part, samples in parts.items()})
-    digest = hashlib.sha256(_mathematics(model))
-    for name_and_shape, (part, index) in zip(described, places, strict=True):
-        digest.update(f"{name_and_shape}{sums[part][index]}".encode())
-    return digest.hexdigest(), total
+@torch.no_grad()
+def fingerprint_and_count(
+    model: nn.Module, modules: Mapping[str, nn.Module] | None = None, known: Mapping[str, int] | None = None
+) -> tuple[str, int]:
+    """`(fingerprint, count_parameters)` from one walk over the model; from none where its modules are given by name.
+
+    Args:
+        known: name -> `checksum` of parameters whose values need not be here, or not be the model's.
+    """
+    modules = dict(model.named_modules()) if modules is None else modules
+    reading = FingerprintReading()
+    reading.add(modules, known)
+    return reading.digest(model, modules), reading.parameters
+
+
+class FingerprintReading:
+    """A fingerprint of a model whose weights need not be here all at a time: `add` what is, then ask for `digest`.
+
+    Attributes:
+        parameters: how many were read, tied ones once.
+    """
+
+    def __init__(self) -> None:
+        self.parameters = 0
+        self._described: dict[
+            str, list[tuple[str, int, _Part | None, int]]
+        ] = {}  # by module: what, and where its sum is
+        self._sums: list[dict[_Part, Tensor]] = []  # of each `add`, on the devices
+
+    @torch.no_grad()
+    def add(self, modules: Mapping[str, nn.Module], known: Mapping[str, int] | None = None) -> None:
+        """Reads modules, by their names in the model, without waiting for a device. Tied tensors must come together.
+
+        Args:
+            known: name -> `checksum` of parameters whose values are not read.
+
+        Raises:
+            HywiaError: a tensor whose values are not here.
+        """
+        parts: dict[_Part, list[Tensor]] = {}
+        visited: set[int] = set()
+        # As `named_parameters`, which takes as long to walk as the rest of this.
+        for prefix, module in modules.items():
+            dot = f"{prefix}." if prefix else ""
+            described = self._described.setdefault(prefix, [])
+
+            def read(name: str, tensor: Tensor, derived: bool, described: list = described) -> None:
+                if known is not None and name in known:
+                    described.append((f"{name}{tuple(tensor.shape)}", len(self._sums), None, known[name]))
+                    return
+                sample = _sample(name, tensor)
+                part = (sample.device, sample.dtype, derived)
+                described.append(
+                    (f"{name}{tuple(tensor.shape)}", len(self._sums), part, len(parts.setdefault(part, [])))
+                )
+                parts[part].append(sample)
+
+            for own, parameter in module._parameters.items():
+                if parameter is None or id(parameter) in visited:
+                    continue
+                visited.add(id(parameter))
+                read(dot + own, parameter, False)
+                self.parameters += parameter.numel()
+            for own, buffer in module._buffers.items():
+                derived = own in module._non_persistent_buffers_set
+                if buffer is None or id(buffer) in visited or (derived and _forward_writes(module, own)):
+                    continue
+                visited.add(id(buffer))
+                read(f"buffer {dot}{own}", buffer, derived)
+        self._sums.append({part: _checksums(samples, derived=part[2]) for part, samples in parts.items()})
+
+    def lines(self) -> dict[str, list[str]]:
+        """By module: what the fingerprint is made of. The host waits for each device once."""
+        merged: dict[_Part, Tensor] = {}
+        starts: list[dict[_Part, int]] = []
+        for sums in self._sums:
+            starts.append({part: len(merged[part]) if part in merged else 0 for part in sums})
+            for part, values in sums.items():
+                merged[part] = torch.cat([merged[part], values]) if part in merged else values
+        host = _downloaded(merged)
+        return {
+            prefix: [
+                f"{what}{index if part is None else host[part][starts[add][part] + index]}"
+                for what, add, part, index in described
+            ]
+            for prefix, described in self._described.items()
+        }
+
+    def digest(self, model: nn.Module, names: Iterable[str]) -> str:
+        """The fingerprint of a model, all of whose modules were added; `names` are theirs, in the model's order."""
+        lines = self.lines()
+        digest = hashlib.sha256(mathematics(model))
+        for name in names:
+            for line in lines[name]:
+                digest.update(line.encode())
+        return digest.hexdigest()
 
 
 def queued(devices: Iterable[torch.device]) -> dict[torch.device, torch.cuda.Event]:
@@ -213,7 +282,7 @@ def _forward_writes(module: nn.Module, name: str) -> bool:
     return name.endswith("inv_freq") and "original" not in name and ("dynamic" in kind or "longrope" in kind)
 
 
-def _mathematics(model: nn.Module) -> bytes:
+def mathematics(model: nn.Module) -> bytes:
     """What a config says about the function that the weights are part of, whichever class holds it."""
     config: Any = getattr(model, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else config

@@ -17,7 +17,7 @@ from .adaptive import remote
 from .sources import Judged, Source, check_tokenizer, judged, located, need_gguf, refusal
 from .ties import settle_tying
 
-__all__ = ["load"]
+__all__ = ["device_named", "load", "tokenizer_of"]
 
 
 def load(
@@ -60,7 +60,7 @@ def load(
 
     if dtype not in DTYPES:
         raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    target = _device(device)
+    target = device_named(device)
     options = {"token": token, "cache_dir": cache_dir}
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
@@ -79,7 +79,12 @@ def load(
         raise refusal(model, error) from error
 
 
-def _device(device: str):
+def device_named(device: str) -> Any:
+    """The torch.device that a name stands for: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        UsageError: the name is none of these, or no device of this machine.
+    """
     import torch
 
     if device == "auto":
@@ -113,7 +118,7 @@ def _directory(source: Source, dtype: Any, trusted: bool, quantised: bool, devic
     if source.from_hub:
         folder = hub.complete(name, folder, code=judgement.code, options=source.hub)
     loaded_weights.check_stored(folder, judgement.values, quantised)
-    tokenizer = _tokenizer(folder, name, judgement)
+    tokenizer = tokenizer_of(folder, name, judgement)
     if judgement.rotary:
         network = baichuan.load(folder, dtype)
     elif judgement.code:
@@ -129,7 +134,8 @@ def _is_quantised(network: Any) -> bool:
     return getattr(network.config, "quantization_config", None) is not None
 
 
-def _tokenizer(folder: Path, name: str, judgement: Judged) -> Any:
+def tokenizer_of(folder: Path, name: str, judgement: Judged) -> Any:
+    """The tokenizer of a directory that has been judged; `name` is what the user called it."""
     from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     if check_tokenizer(folder, name, judgement):

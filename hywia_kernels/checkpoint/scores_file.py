@@ -81,6 +81,8 @@ def save_scores(
                 tensors[f"fine/{order}/{name}"] = value
         for name, value in statistics.coarse.items():
             tensors[f"coarse/{name}"] = value
+        for name, value in statistics.moments.items():
+            tensors[f"moments/{name}"] = value
     if tokens is not None:
         tensors[_TOKENS] = tokens
     if record is not None:
@@ -134,12 +136,13 @@ def load_measured(path: str | Path) -> tuple[Scores, Statistics | None, Tensor |
         if tokens is not None and (tokens.dim() != 2 or tokens.is_floating_point() or not tokens.numel()):
             raise HywiaError(f"{_TENSORS}: expected token ids [samples, length], got {list(tokens.shape)}")
         layers = _layers(index, tensors)
-        values, loss, fine, coarse = _by_kind(tensors)
+        values, loss, fine, coarse, moments = _by_kind(tensors)
         scores = Scores(values=values, loss=loss, record=_entry(index, "scores", dict), layers=layers, **common)
         statistics = None
         if "statistics" in index:
-            statistics = Statistics(fine=fine, coarse=coarse, record=_entry(index, "statistics", dict), **common)
-        elif fine or coarse:
+            record = _entry(index, "statistics", dict)
+            statistics = Statistics(fine=fine, coarse=coarse, moments=moments, record=record, **common)
+        elif fine or coarse or moments:
             raise HywiaError("holds statistics that its index does not tell of")
         record = _entry(index, "measured", dict) if "measured" in index else {}
     except HywiaError as error:
@@ -197,10 +200,10 @@ def _file_digest(path: Path) -> str:
 
 def _by_kind(
     tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The tensors as `(values, loss, fine, coarse)`, which their names tell apart."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors as `(values, loss, fine, coarse, moments)`, which their names tell apart."""
     fine: dict[str, dict[str, Tensor]] = {}
-    plain: dict[str, dict[str, Tensor]] = {"values": {}, "loss": {}, "coarse": {}}
+    plain: dict[str, dict[str, Tensor]] = {"values": {}, "loss": {}, "coarse": {}, "moments": {}}
     for key, tensor in tensors.items():
         kind, _, name = key.partition("/")
         if kind == "fine":
@@ -210,7 +213,7 @@ def _by_kind(
             plain[kind][name] = tensor
         else:
             raise HywiaError(f"{_TENSORS}: expected values, loss, fine and coarse, got a tensor {key!r}")
-    return plain["values"], plain["loss"], fine, plain["coarse"]
+    return plain["values"], plain["loss"], fine, plain["coarse"], plain["moments"]
 
 
 def _layers(index: Mapping[str, Any], tensors: dict[str, Tensor]) -> LayerScores | None:

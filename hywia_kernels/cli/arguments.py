@@ -25,6 +25,7 @@ __all__ = [
     "add_reconstruction",
     "add_recovery",
     "add_scoring",
+    "add_streaming",
     "given_fields",
     "recipe_of",
     "recovery_of",
@@ -110,7 +111,29 @@ def add_scoring(command: argparse.ArgumentParser, *, learned: bool) -> None:
         group.add_argument("--steps", type=int, default=_ABSENT, help=_help("steps", "of --fusion learned"))
     group.add_argument("--backend", choices=settings.BACKENDS, help="kernels to use; default: automatic")
     group.add_argument("--engine", choices=settings.ENGINES, default="auto", help="how gradients are scored")
-    group.add_argument("--memory", choices=settings.MEMORY, default="auto", help="keep activations, layers, or neither")
+    group.add_argument(
+        "--memory",
+        choices=(*settings.MEMORY, settings.STREAMED),
+        default="auto",
+        help="keep activations, layers' inputs, or neither; streamed: one layer's weights at a time",
+    )
+
+
+def add_streaming(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("models larger than a device, and several processes (torchrun)")
+    group.add_argument(
+        "--weights",
+        choices=settings.WEIGHTS,
+        default="auto",
+        help="where they stay while one layer after the other runs; default: the first of these that has room",
+    )
+    group.add_argument(
+        "--rank-timeout",
+        type=float,
+        metavar="SECONDS",
+        default=settings.RANK_TIMEOUT,
+        help="that processes wait for each other; default: %(default)g",
+    )
 
 
 def add_calibration(command: argparse.ArgumentParser) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "print_recovery",
     "print_recovery_plan",
     "print_search",
+    "print_streaming",
     "print_text",
     "say",
     "write_json",
@@ -172,6 +173,21 @@ def print_text(record: Mapping[str, Any]) -> None:
     text = record.get("text")
     if text:
         say(f"calibration text: {text['samples']:,} samples, {text['tokens']:,} tokens, {text['calib']}")
+
+
+def print_streaming(record: Mapping[str, Any]) -> None:
+    """By how many processes a streamed scoring was done, and where the weights were; nothing of another scoring."""
+    done = record.get("statistics", {})
+    if done.get("memory") != "streamed":
+        return
+    places = {"device": "on the device", "host": "in the host's memory", "files": "in their files"}
+    again = "" if done["resumed_at"] is None else f", on from layer {done['resumed_at']}"
+    by = "one process" if done["ranks"] == 1 else f"{done['ranks']} processes"
+    say(
+        f"  streamed by {by} in {done['runs']} runs{again}: forward {done['seconds_forward']:.1f} s, backward "
+        f"{done['seconds_backward']:.1f} s; weights {places[done['weights']]}, {done['bytes_moved'] / 1e9:.2f} GB "
+        f"moved and {done['seconds_waited']:.1f} s waited for"
+    )
 
 
 def print_proof(proof: Proof) -> None:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 
 from ..checkpoint import atomic_directory
 from ..errors import HywiaError, UsageError
+from . import launched
 from .grammar import parser
 
 __all__ = ["main"]
@@ -55,42 +56,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     atomic_directory.begin()
     arguments = None
-    with _signals():
+    with _signals(), launched.first_speaks():
         try:
-            arguments = parser().parse_args(argv)
+            with launched.first_speaks(errors=True):
+                arguments = parser().parse_args(argv)
+            launched.refuse_several(arguments.command)
             arguments.argv = list(sys.argv[1:] if argv is None else argv)  # recorded: how to repeat the run
             module = _MODULES.get(arguments.command, arguments.command)
             importlib.import_module(f".{module}", __package__).run(arguments)
         except UsageError as error:
-            return _fail(str(error), 2)
+            return _fail(error, str(error), 2)
         except HywiaError as error:
-            return _fail(str(error), 1)
-        except KeyboardInterrupt:
-            return _fail(f"interrupted; {atomic_directory.outcome()}", 128 + signal.SIGINT)
+            return _fail(error, str(error), 1)
+        except KeyboardInterrupt as error:
+            return _fail(error, f"interrupted; {atomic_directory.outcome()}", 128 + signal.SIGINT)
         except _Ended as ended:
             return _fail(
-                f"ended by {signal.Signals(ended.number).name}; {atomic_directory.outcome()}", 128 + ended.number
+                ended, f"ended by {signal.Signals(ended.number).name}; {atomic_directory.outcome()}", 128 + ended.number
             )
-        except BrokenPipeError:
+        except BrokenPipeError as error:
             _give_up_output()
             wrote = getattr(arguments, "output", None) is not None
             return _fail(
+                error,
                 f"nobody reads the output any more; {atomic_directory.outcome()}" if wrote else None,
                 128 + signal.SIGPIPE,
             )
         except OSError as error:
             _give_up_output()
             where = f"{error.filename}: " if error.filename else ""
-            return _fail(f"{where}{error.strerror or error}; {atomic_directory.outcome()}", 1)
+            return _fail(error, f"{where}{error.strerror or error}; {atomic_directory.outcome()}", 1)
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
-            return _fail(f"out of memory ({_first_line(error)}); {_lever(error)}; {atomic_directory.outcome()}", 1)
+            said = f"out of memory ({_first_line(error)}); {_lever(error)}; {atomic_directory.outcome()}"
+            return _fail(error, said, 1)
     return 0
 
 
-def _fail(message: str | None, code: int) -> int:
-    if message is not None:
+def _fail(error: BaseException, message: str | None, code: int) -> int:
+    if message is not None and not launched.is_told(error):
         with suppress(OSError):  # a closed terminal
             print(f"hywia: error: {message}", file=sys.stderr, flush=True)
     return code
@@ -121,6 +126,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 _LEVERS = (  # modules in which memory ran out -> what makes their work smaller; the first that the traceback passes
+    ("scale.", "try --weights host or files, fewer --samples, a shorter --seq-len, or more processes"),
     ("method.reconstruction", "try fewer --reconstruct-samples, or a shorter --seq-len"),
     ("method.mask_learning", "try a shorter --seq-len, or --fusion attention"),
     ("method.head_residual", "try fewer --samples, or a shorter --seq-len"),
@@ -140,4 +146,4 @@ def _lever(error: Exception) -> str:
         if name.startswith("hywia_kernels."):
             passed.add(name.partition(".")[2])
         step = step.tb_next
-    return next((lever for module, lever in _LEVERS if module in passed), _LEVER)
+    return next((lever for module, lever in _LEVERS if any(name.startswith(module) for name in passed)), _LEVER)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import NoReturn
 
+from .. import settings
 from ..deploy import device_profiles, serving_rules
 from . import arguments as shared
 
@@ -57,6 +58,7 @@ def _score(command: argparse.ArgumentParser) -> None:
     shared.add_model(command)
     shared.add_output(command)
     shared.add_scoring(command, learned=False)
+    shared.add_streaming(command)
     shared.add_calibration(command)
     shared.add_reconstruction(command, samples_only=True)
 
@@ -72,9 +74,17 @@ def _prune(command: argparse.ArgumentParser) -> None:
     )
     source.add_argument("--scores", metavar="DIR", help="use what 'hywia score' wrote instead of scoring again")
     source.add_argument(
+        "--cut",
+        choices=settings.CUTS,
+        default="auto",
+        help="with --scores: carry the plan out in memory, or from file to file; default: files where the model does "
+        "not fit in memory",
+    )
+    source.add_argument(
         "--dry-run", action="store_true", help="say what would be done, and what it takes; write nothing"
     )
     shared.add_scoring(command, learned=True)
+    shared.add_streaming(command)
     shared.add_calibration(command)
     shared.add_reconstruction(command)
     shared.add_recovery(command, optional=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from ..checkpoint import history, originals, saving
@@ -18,8 +19,9 @@ from ..recipe import Recipe
 from ..settings import LEARNED
 from ..types import Plan
 from . import arguments as shared
-from . import console, session
+from . import console, launched, session, streaming
 from .dry_run import dry_run
+from .prune_files import cut_from_files, is_cut_from_files
 from .recover import finish
 
 __all__ = ["run"]
@@ -44,9 +46,28 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         dry_run(arguments, recipe, None if measured is None else measured.scores)
         return
-    with session.claimed(arguments, in_place=arguments.in_place, least=_least_bytes(arguments, recipe)):
-        model, tokenizer = session.load_model(arguments)
-        session.proven(model)
+    if is_cut_from_files(arguments, recipe, measured):
+        assert measured is not None
+        _from_files(arguments, recipe, measured)
+        return
+    share = streaming.sharing(arguments, recipe) if measured is None else None
+    if share is not None:
+        share.refuse_to_cut()
+    with ExitStack() as stack:
+        if launched.is_first():
+            least = _least_bytes(arguments, recipe)
+            stack.enter_context(session.claimed(arguments, in_place=arguments.in_place, least=least))
+        if share is None:
+            model, tokenizer = session.load_model(arguments)
+            session.proven(model)
+        else:
+            with share.joined() as ranks:
+                model, tokenizer = share.load(arguments)
+                measured = share.measured(arguments, model, tokenizer, recipe, ranks)
+            if not launched.is_first():
+                return  # the rest is the first process's
+            launched.go_on_alone()
+            console.print_streaming(measured.scores.record)
         if measured is not None and "calibration" in vars(arguments):
             measured = with_text(measured, model, tokenizer, recipe)
         steps: list[dict[str, Any]] = []
@@ -93,15 +114,34 @@ def run(arguments: argparse.Namespace) -> None:
             engine=arguments.engine,
             memory=arguments.memory,
         )
+        if share is not None:
+            share.written(arguments)
         before, after = _on_disk(result, arguments)
         console.print_comparison(before, after)
         if "evaluation" in result.record:
             sides = {**result.record["evaluation"], "before": before, "after": after}
             saving.add_to_record(arguments.output, {"evaluation": sides})
         console.say(f"wrote {arguments.output}")
-    content = {"output": arguments.output, "plan": saving.plan_record(result.plan), "recipe": result.recipe.to_dict()}
-    if before is not None:
-        content |= {"before": before, "after": after}
+    _report(arguments, result, **({} if before is None else {"before": before, "after": after}))
+
+
+def _from_files(arguments: argparse.Namespace, recipe: Recipe, measured: Measured) -> None:
+    steps: list[dict[str, Any]] = []
+
+    def when_planned(plan: Plan) -> None:
+        steps.extend(history.history(arguments.model, plan))
+        console.print_plan(plan)
+        console.print_history(steps, plan)
+
+    with session.claimed(arguments, in_place=arguments.in_place, least=_least_bytes(arguments, recipe)):
+        result = cut_from_files(arguments, recipe, measured, when_planned, steps)
+        console.say(f"wrote {arguments.output}")
+    _report(arguments, result)
+
+
+def _report(arguments: argparse.Namespace, result: Result, **sides: Any) -> None:
+    plan = saving.plan_record(result.plan)
+    content = {"output": arguments.output, "plan": plan, "recipe": result.recipe.to_dict(), **sides}
     console.write_json(arguments.json, content)
 
 
@@ -142,7 +182,7 @@ def _check_with_scores(arguments: argparse.Namespace) -> None:
     """Refuse what would have to change the scores; a text for what comes after them may be another."""
     given = shared.given_fields(arguments)
     refused = {"criterion", *(() if "calibration" in given else _OF_TEXT)} & given.keys()
-    refused |= {name for name in ("engine", "memory") if getattr(arguments, name) != "auto"}
+    refused |= {name for name in ("engine", "memory", "weights") if getattr(arguments, name) != "auto"}
     for name in sorted(refused):
         raise UsageError(f"{name}: does not go with --scores, which holds the outcome of an earlier scoring")
 

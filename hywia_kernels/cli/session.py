@@ -5,29 +5,41 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .. import arch, ops, progress
 from ..checkpoint import atomic_directory, originals
-from ..checkpoint.loading import load
+from ..checkpoint.loading import device_named, load
 from ..checkpoint.replaceable import check_report
-from ..errors import UsageError
+from ..checkpoint.weight_files import weight_bytes_loaded
+from ..engine.memory import free_bytes
+from ..errors import HywiaError, UsageError
 from ..evaluation import Evaluation
 from ..method.derivation import prove
 from ..method.reading import documents, is_local
 from ..recipe import Recipe
+from ..scale.launch import launched_ranks
 from . import console
 
-__all__ = ["begin", "check_scoring", "claimed", "evaluation_of", "load_model", "proven"]
+__all__ = [
+    "begin",
+    "check_room",
+    "check_scoring",
+    "claimed",
+    "evaluation_of",
+    "load_model",
+    "missing_room",
+    "proven",
+]
 
 
 def begin(arguments: argparse.Namespace) -> None:
     """Progress on, other people's bars and notices off where nobody watches; refuse a report that has no place."""
     import transformers
 
-    progress.enable()
+    progress.enable(launched_ranks()[0] == 0)
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -51,7 +63,7 @@ def check_scoring(arguments: argparse.Namespace, recipe: Recipe, text_is_read: b
     Raises:
         UsageError: engine and memory, or a backend, that do not go together. HywiaError: the text cannot be read.
     """
-    for name in ("engine", "memory"):
+    for name in ("engine", "memory", "weights"):
         if recipe.criterion != "hywia" and getattr(arguments, name) != "auto":
             raise UsageError(f"{name}: goes with --criterion hywia, got --criterion {recipe.criterion}")
     if arguments.engine == "autograd" and arguments.memory == "layerwise":
@@ -78,6 +90,33 @@ def evaluation_of(arguments: argparse.Namespace) -> Evaluation:
     )
     assert evaluation.content
     return evaluation
+
+
+def missing_room(name: str, dtype: str, device: Any) -> str | None:
+    """Why a model of this name cannot be in a device's memory, as a clause; None where it can, or where what it takes
+    is not known yet.
+
+    Args:
+        name: the model's. dtype: as `load` takes it. device: a torch device.
+    """
+    folder = originals.source_of(name)
+    if folder is None or not folder.is_dir():
+        return None
+    with suppress(HywiaError):  # loading says what is wrong with it
+        need, free = weight_bytes_loaded(folder, dtype), free_bytes(device)
+        if need > free:
+            return f"its weights take {need / 1e9:,.2f} GB, and {device} has {free / 1e9:,.2f} GB free"
+    return None
+
+
+def check_room(arguments: argparse.Namespace, name: str, what: str) -> None:
+    """Raise HywiaError where a model does not fit in the memory that `what` (work, in words) needs it in."""
+    missing = missing_room(name, arguments.dtype, device_named(arguments.device))
+    if missing is not None:
+        raise HywiaError(
+            f"model: {what} needs all of {name} in memory: {missing}; use a device that holds it (--device), or half "
+            "the bytes where it is stored in float32 (--dtype bfloat16)"
+        )
 
 
 def load_model(arguments: argparse.Namespace, *, quantised: bool = False) -> tuple[Any, Any]:

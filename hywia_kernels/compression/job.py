@@ -90,9 +90,8 @@ def compress(
     clock = Clock(device_of(model))
     with progress.reporting(on_progress):
         if measured is None:
-            measured = measured_with(
-                model, tokenizer, recipe, asked, tokens, clock, backend, engine, memory, order=recipe.order
-            )
+            how: dict[str, Any] = {"backend": backend, "engine": engine, "memory": memory, "orders": (recipe.order,)}
+            measured = measured_with(model, tokenizer, recipe, asked, tokens, clock, **how)
             recipe = with_real_samples(recipe, asked, measured.tokens)
             check_text(recipe, measured.tokens)
         with _dense(model, tokenizer, recipe, work, clock) as dense:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +21,9 @@ from ..method.statistics import calibrate
 from ..method.tokens import digest, prefix
 from ..method.writing import opening
 from ..recipe import Recipe
-from ..settings import EVERY_ORDER, LEARNED
+from ..scale.job import calibrate_streamed
+from ..scale.place import Streaming
+from ..settings import LEARNED, ORDERS
 from ..types import Scores, Statistics
 
 __all__ = ["Clock", "Measured", "device_of", "first_samples", "fused", "measure", "measured_with", "with_text"]
@@ -106,6 +109,7 @@ def measure(
     backend: str | None = None,
     engine: str = "auto",
     memory: str = "auto",
+    streaming: Streaming | None = None,
 ) -> Measured:
     """Text, statistics and scores of a model as a recipe asks for them; the model is left as it was.
 
@@ -113,15 +117,17 @@ def measure(
         model, tokenizer: as `load` gives them. recipe: what is not about scoring may be missing from it.
         tokens: int64 `[samples, seq_len]`, text at hand already, instead of the recipe's.
         backend, engine, memory: see `calibrate`; they change time and memory, not the meaning.
+        streaming: score with one layer's weights at a time, and share that among processes, as `calibrate_streamed`
+            does; engine and memory are not read then.
 
     Raises:
         UsageError: the recipe contradicts itself. HywiaError: the text is too short, or as `calibrate`.
     """
     recipe.check(scoring_only=True)
     prove(model)
-    asked, recipe = recipe.reconstruct_samples, recipe.resolved(device_of(model).type)
-    clock = Clock(device_of(model))
-    return measured_with(model, tokenizer, recipe, asked, tokens, clock, backend, engine, memory, order=EVERY_ORDER)
+    device = device_of(model) if streaming is None else streaming.device
+    asked, recipe = recipe.reconstruct_samples, recipe.resolved(device.type)
+    return measured_with(model, tokenizer, recipe, asked, tokens, Clock(device), backend, engine, memory, streaming)
 
 
 def measured_with(
@@ -134,10 +140,9 @@ def measured_with(
     backend: str | None,
     engine: str,
     memory: str,
-    *,
-    order: str,
+    streaming: Streaming | None = None,
+    orders: Sequence[str] = ORDERS,
 ) -> Measured:
-    """`order`: what is measured, the recipe's own or every one, so that another can be taken later."""
     text: dict[str, Any] = {}
     with clock.time("text"):
         if tokens is None:
@@ -151,10 +156,28 @@ def measured_with(
         if not recipe.scored_samples():
             return Measured(unscored(model), None, tokens, record)
         scored = first_samples(tokens, recipe.samples, "scoring")
-        statistics = calibrate(model, scored, order=order, backend=backend, engine=engine, memory=memory)
+        if streaming is None:
+            statistics = calibrate(model, scored, backend=backend, engine=engine, memory=memory, orders=orders)
+        else:
+            statistics = _streamed(model, scored, recipe, streaming, backend)
     origin = {k: text[k] for k in ("calib", "seed", "bos") if k in text} | {"tokens": scored.numel()}
     statistics = replace(statistics, record={**statistics.record, **origin}, known_finite=True)
     return Measured(fused(statistics, recipe), statistics, tokens, record)
+
+
+def _streamed(model: Any, scored: Tensor, recipe: Recipe, streaming: Streaming, backend: str | None) -> Statistics:
+    return calibrate_streamed(
+        model,
+        scored,
+        order=recipe.order,
+        device=streaming.device,
+        weights=streaming.weights,
+        ranks=streaming.ranks,
+        backend=backend,
+        work=streaming.work,
+        keep_work=True,
+        asked={f"recipe: {name}": json.dumps(value) for name, value in recipe.to_dict().items()},
+    )
 
 
 def fused(statistics: Statistics, recipe: Recipe) -> Scores:
@@ -172,12 +195,17 @@ def first_samples(tokens: Tensor | None, samples: int, what: str) -> Tensor:
     return tokens[:samples]
 
 
-def with_text(measured: Measured, model: Any, tokenizer: Any, recipe: Recipe) -> Measured:
+def with_text(
+    measured: Measured, model: Any, tokenizer: Any, recipe: Recipe, device: torch.device | None = None
+) -> Measured:
     """The same scores with the recipe's text for what comes after scoring.
+
+    Args:
+        device: where the model will run; None: where it is.
 
     Raises:
         HywiaError: as `measure`.
     """
-    asked, recipe = recipe.reconstruct_samples, recipe.resolved(device_of(model).type)
+    asked, recipe = recipe.reconstruct_samples, recipe.resolved((device or device_of(model)).type)
     tokens, text = _read(model, tokenizer, recipe, asked)
     return replace(measured, tokens=tokens, record={**measured.record, "text": text})

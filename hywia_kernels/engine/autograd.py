@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import arch, ops
 from ..progress import Bar
+from ..settings import ORDERS
 from ..types import Group, Member
 from .experts import experts_forward, router_forward, whole_experts
 from .patches import forward_replaced
@@ -38,7 +39,7 @@ class Sink:
         self.parts = [
             (g.members[i], g.units, results.fine[g.name], results.coarse[g.name][i]) for g, i in matrix.members
         ]
-        self.orders, self.scale, self.backend, self.bar = results.orders, scale, backend, bar
+        self.scale, self.backend, self.bar = scale, backend, bar
 
     def __call__(self, weight: Tensor, grad_output: Tensor, inputs: Tensor, offsets: Sequence[int]) -> None:
         """Scores `weight` by the gradient `[tokens, out]` at its output and its input `[tokens, in]`.
@@ -70,7 +71,7 @@ class Sink:
         mean /= samples
         fisher /= samples
         for member, units, fines, _ in self.parts:
-            for fine, order in zip(fines, self.orders, strict=True):
+            for fine, order in zip(fines, ORDERS, strict=True):
                 ops.taylor_importance(
                     _part(weight, member, units),
                     _part(mean, member, units),

@@ -15,13 +15,14 @@ from ..arch.views import parameter_of
 from ..types import Group
 from . import recompute
 from .block import Block, BlockForward, handed_out, no_cache
+from .dispatched import entering_device
 from .experts import experts_forward, router_forward
 from .flash import flash_attention
-from .gated import GatedMlp, gated_forward, watched
+from .gated import GatedMlp, gated_forward, hooks_of, watched
 from .kernels import gate_formula, norm_formula, usable
 from .linear import Scorer, Target, scored_forward, scored_rows
 
-__all__ = ["instrument"]
+__all__ = ["instrument", "instrument_layer"]
 
 Replacements = list[tuple[nn.Module, Any]]
 Targets = dict[nn.Module, tuple[Target, ...]]  # of each module's matrices
@@ -52,19 +53,38 @@ def instrument(
     replacements: Replacements = []
     asked = True
     for i, layer in enumerate(modules[entry.layers]):
-        parts = _Parts(layer, entry, modules, f"{entry.layers}.{i}.", by_layer.get(i, []), scorer)
-        if _is_block(parts):
-            forward = BlockForward(parts.block)
-            asked &= parts.implementation() in ("eager", "sdpa")  # another may call cuBLAS in between
-            replacements.append((layer, forward))
-            replacements += [(m, handed_out(forward, m)) for m in parts.projections()]
-            continue
-        asked = False
-        targets, stacks = parts.targets()
-        replacements += _with_experts(parts, targets, stacks) if stacks else _in_layer(parts, targets)
+        of_layer, asks = _of_layer(entry, modules, i, layer, by_layer.get(i, []), scorer)
+        replacements += of_layer
+        asked &= asks
     if entry.final_norm is not None:
         replacements += _norm(modules[entry.final_norm], model.dtype, scorer.backend)
     return replacements, asked
+
+
+def instrument_layer(
+    model: Any, modules: Mapping[str, Any], layer: int, groups: Sequence[Group], scorer: Scorer
+) -> tuple[Replacements, bool]:
+    """What `instrument` gives for one decoder layer, by its index, whose `groups` these are; the weights of the others
+    need not be there."""
+    entry = arch.architecture(model)
+    return _of_layer(entry, modules, layer, modules[entry.layers][layer], groups, scorer)
+
+
+def _of_layer(
+    entry: arch.Architecture,
+    modules: Mapping[str, Any],
+    index: int,
+    layer: nn.Module,
+    groups: Sequence[Group],
+    scorer: Scorer,
+) -> tuple[Replacements, bool]:
+    parts = _Parts(layer, entry, modules, f"{entry.layers}.{index}.", groups, scorer)
+    if _is_block(parts):
+        forward = BlockForward(parts.block, entering_device(layer))
+        asks = parts.implementation() in ("eager", "sdpa")  # another may call cuBLAS in between
+        return [(layer, forward), *((m, handed_out(forward, m)) for m in parts.projections())], asks
+    targets, stacks = parts.targets()
+    return _with_experts(parts, targets, stacks) if stacks else _in_layer(parts, targets), False
 
 
 @dataclass(frozen=True)
@@ -126,7 +146,7 @@ class _Parts:
                 weight = arch.view(self.modules, member, group.units).detach()
                 alone = weight.shape == stored.shape[-2:]
                 outputs = None if alone else slice(member.start, member.start + group.units * member.group_size)
-                results_of = results.fine[group.name], results.coarse[group.name][i]
+                results_of = results.sums(group.name), results.coarse[group.name][i]
                 target = Target(member, weight, *results_of, outputs, matrix.transposed)
                 if matrix.index is None:
                     targets[module] = _with(targets.get(module, ()), target)
@@ -170,7 +190,9 @@ def _is_block(parts: _Parts) -> bool:
         return False
     attention = parts[entry.attention.module]
     norms = (parts[name] for name in entry.norms)
-    return not watched(layer, attention, *norms, *attention.children(), *parts.gated(), *parts.mlp())
+    # What accelerate does at the layer's door, the node does too; inside, `run_plainly` has taken it off.
+    door = [] if entering_device(layer) is not None and not hooks_of(layer) else [layer]
+    return not watched(*door, attention, *norms, *attention.children(), *parts.gated(), *parts.mlp())
 
 
 def _with(targets: tuple[Target, ...], new: Target) -> tuple[Target, ...]:

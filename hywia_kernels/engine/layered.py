@@ -22,11 +22,11 @@ from .loss import hidden_gradient, targets
 from .patches import forward_replaced
 from .samples import Samples
 
-__all__ = ["hidden_of", "run"]
+__all__ = ["Step", "backward", "hidden_of", "kept_on", "refuse_hooks", "run"]
 
 
 @dataclass
-class _Step:
+class Step:
     """One call of a layer: the hidden states that entered it, the device they were on, and the other arguments."""
 
     hidden: Tensor
@@ -40,11 +40,12 @@ class _Step:
 class _Tape:
     """The steps of one run of samples, and what left the last layer."""
 
-    steps: list[_Step] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     last: Tensor | None = None
 
 
-def _kept(hidden: Tensor, offload: bool) -> Tensor:
+def kept_on(hidden: Tensor, offload: bool) -> Tensor:
+    """Hidden states as they are kept for backward: where they are, or, with `offload`, in the host's pinned memory."""
     if not offload or hidden.device.type != "cuda":
         return hidden.detach()
     host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
@@ -59,7 +60,7 @@ def hidden_of(out: Any) -> Tensor:
 
 def _recording(forward: Callable, tape: _Tape, last: bool, offload: bool, keep: bool) -> Callable:
     def record(hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
-        step = _Step(_kept(hidden, offload), hidden.device, arguments, keywords)
+        step = Step(kept_on(hidden, offload), hidden.device, arguments, keywords)
         tape.steps.append(step)
         out: Any
         if keep and isinstance(forward, BlockForward):
@@ -96,7 +97,8 @@ def _forward(
     return tape, gradient, loss
 
 
-def _backward(layer: nn.Module, step: _Step, gradient: Tensor, scorer: Scorer) -> Tensor:
+def backward(layer: nn.Module, step: Step, gradient: Tensor, scorer: Scorer) -> Tensor:
+    """Runs an instrumented layer again, and back; returns the gradient at what entered it."""
     hidden = step.hidden.to(step.device, non_blocking=True)
     forward: Any = layer.forward
     scorer.replaying = True
@@ -110,6 +112,17 @@ def _backward(layer: nn.Module, step: _Step, gradient: Tensor, scorer: Scorer) -
     finally:
         scorer.replaying = False
     return torch.autograd.grad(out, hidden, gradient.to(out.device))[0]
+
+
+def refuse_hooks(layers: nn.ModuleList) -> None:
+    """Raise HywiaError where a decoder layer has hooks. Backward runs its `forward` alone again, so they would not be
+    called."""
+    for i, layer in enumerate(layers):
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            raise HywiaError(
+                f"model: expected no hooks on decoder layers, got some on layer {i}, which passes that run layers one "
+                "by one ('lean', 'layerwise', 'streamed') cannot follow; remove them, or pass memory='fast'"
+            )
 
 
 def run(
@@ -131,14 +144,9 @@ def run(
         kept_layers: how many of the last layers, where they run as one node, keep all that backward needs.
 
     Raises:
-        HywiaError: a decoder layer has hooks. Backward runs its `forward` alone again, so they would not be called.
+        HywiaError: a decoder layer has hooks.
     """
-    for i, layer in enumerate(layers):
-        if layer._forward_hooks or layer._forward_pre_hooks:
-            raise HywiaError(
-                f"model: expected no hooks on decoder layers, got some on layer {i}, which memory modes 'lean' and "
-                "'layerwise' cannot follow; remove them, or pass memory='fast'"
-            )
+    refuse_hooks(layers)
     tapes, gradients, losses = [], [], []
     for chunk in chunks:
         tape, gradient, loss = _forward(model, layers, chunk, scale, offload, kept_layers)
@@ -153,7 +161,7 @@ def run(
             if scorer.collected is not None:
                 scorer.select(chunk)
                 scorer.collected.begin(chunk.total)
-            gradients[c] = _backward(layer, tapes[c].steps.pop(), gradients[c], scorer)
+            gradients[c] = backward(layer, tapes[c].steps.pop(), gradients[c], scorer)
         collected, scorer.collected = scorer.collected, None
         if collected is not None:
             collected.score(scorer)

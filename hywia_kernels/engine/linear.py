@@ -32,7 +32,7 @@ class Target:
     Attributes:
         member: the matrix as a member of its group.
         weight: the matrix itself; where a parameter holds several, this one's part of it.
-        fine: float32 `[orders, units]`, as `Results` has it; shared with the group's other matrices.
+        fine: float32 `[3, units]`, or `[units]` of one order alone, shared with the group's other matrices.
         coarse: float32 `[samples, units]`.
         outputs: this matrix's part of the layer's output; None for all of it.
         transposed: the weight is stored `[in, out]`, so that input and output gradient change places in the product.
@@ -63,12 +63,10 @@ class Scorer:
 
     def __init__(self, results: Results, samples: Samples, scale: float, backend: str | None, bar: Bar) -> None:
         self.results, self.scale, self.backend, self.bar = results, 1.0 / scale, backend, bar
-        self.order, self._every = results.order, len(results.orders) > 1
-        self.offsets = samples.offsets()
-        if samples.ragged:  # now, while no work is queued that the copy would wait for
-            for device in {sums.device for sums in results.fine.values() if sums.is_cuda}:
-                offsets_on(device, tuple(self.offsets))
+        self.order = results.order
+        self.offsets: list[int] = []
         self._runs: dict[tuple, Callable[..., None]] = {}
+        self._take(samples)
         self.collected: Collected | None = None
         self.replaying = False  # True while a layer is run again for the sake of its backward
         self.strict = False  # True: layers that run as one node ask for torch's deterministic kernels where it matters
@@ -81,6 +79,21 @@ class Scorer:
         """The samples that the next passes run on; padding is dropped before anything is scored."""
         self._rows = {}
         self._cpu_rows = samples.rows() if samples.ragged else None
+
+    def _take(self, samples: Samples) -> None:
+        """The samples' limits, by which backends prepare their calls."""
+        offsets = samples.offsets()
+        if offsets == self.offsets:
+            return
+        self.offsets, self._runs = offsets, {}
+        if samples.ragged:  # now, while no work is queued that the copy would wait for
+            for device in {sums.device for sums in self.results.fine.values() if sums.is_cuda}:
+                offsets_on(device, tuple(offsets))
+
+    def begin(self, samples: Samples) -> None:
+        """What is scored from here on is of these samples, as many as before."""
+        self._take(samples)
+        self.select(samples)
 
     def _without_padding(self, tensor: Tensor) -> Tensor:
         flat = tensor.reshape(-1, tensor.shape[-1])
@@ -116,9 +129,8 @@ class Scorer:
             key += _layout(mapped)
         run = self._runs.get(key)
         call = LinearCall(grad_output, inputs, weight, self.offsets, axis, self.order, size, True, self.scale, mapped)
-        fine = self._fine(target)
         if run is None:
-            out = (fine, target.coarse)
+            out = (target.fine, target.coarse)
             checks.linear_importance(
                 grad_output, inputs, weight, self.offsets, axis, self.order, size, True, self.scale, mapped, out
             )
@@ -129,18 +141,14 @@ class Scorer:
         also = target.also
         more: dict[str, Any] = {}
         if also is not None and also.also is None and getattr(run, "takes_also", False):
-            more["also"] = (also.member.axis, also.member.group_size, self._fine(also), also.coarse)
+            more["also"] = (also.member.axis, also.member.group_size, also.fine, also.coarse)
             self.results.scored(also.member)
             self.bar.step()
         elif also is not None:
             self.score(also, *brought)
-        run(call, fine, target.coarse, True, **more)
+        run(call, target.fine, target.coarse, True, **more)
         self.results.scored(target.member)
         self.bar.step()
-
-    def _fine(self, target: Target) -> Tensor:
-        """A target's fine sums as the op takes them: without the dimension of orders where there is one."""
-        return target.fine if self._every else target.fine[0]
 
     def score_some(self, target: Target, grad_output: Tensor, inputs: Tensor, offsets: Sequence[int]) -> None:
         """Scores one expert's matrix by its tokens. Sample `s` is the rows from `offsets[s]` to `offsets[s + 1]`, and

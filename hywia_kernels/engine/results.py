@@ -10,19 +10,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..settings import EVERY_ORDER, ORDERS
+from ..settings import ORDERS
 from ..types import Group, Member
 
-__all__ = ["Results", "orders_of", "result_bytes"]
+__all__ = ["Results", "result_bytes"]
 
 T = TypeVar("T")
 
 _ALIGN = 64  # float32 numbers: every piece starts on its own 256 bytes
-
-
-def orders_of(order: str) -> tuple[str, ...]:
-    """The rows of fine sums of one order, or of every order."""
-    return ORDERS if order == EVERY_ORDER else (order,)
 
 
 def _sizes(group: Group, samples: int, orders: int) -> tuple[int, int]:
@@ -35,7 +30,7 @@ def _pieces(groups: Sequence[Group], samples: int, orders: int) -> list[int]:
 
 
 def result_bytes(groups: Sequence[Group], samples: int) -> int:
-    """Bytes of the statistics of every order, of `groups` over so many samples."""
+    """Bytes of the statistics of `groups` over so many samples."""
     return 4 * sum(_pieces(groups, samples, len(ORDERS)))
 
 
@@ -57,33 +52,58 @@ class _Beside(Generic[T]):
 
 
 class Results:
-    """The sums of every group: `fine[name]` float32 `[3, units]` (first, second, mixed), or `[1, units]` where one
-    order is measured, and `coarse[name]` float32 `[members, samples, units]`, zero at first. Those of one device share
-    one allocation."""
+    """The sums of every group: `fine[name]` float32 `[orders, units]` and `coarse[name]` float32 `[members, samples,
+    units]`, zero at first. Those of one device share one allocation.
+
+    `orders` are all of ORDERS, or one of them, which takes less time where the backend can do with less. `downloaded`
+    says that `download` will be asked for.
+    """
 
     def __init__(
-        self, modules: Mapping[str, Any], groups: Sequence[Group], samples: int, order: str = EVERY_ORDER
+        self,
+        modules: Mapping[str, Any],
+        groups: Sequence[Group],
+        samples: int,
+        orders: Sequence[str] = ORDERS,
+        *,
+        downloaded: bool = True,
     ) -> None:
-        self.groups, self.samples, self.order = groups, samples, order
-        self.orders = orders_of(order)
+        self.groups, self.samples, self.orders = groups, samples, tuple(orders)
         self.fine: dict[str, Tensor] = {}
         self.coarse: dict[str, Tensor] = {}
         self._flat: list[tuple[Tensor, list[Group]]] = []
         device_of = {g.name: modules[m.module]._parameters[m.parameter].device for g in groups for m in g.members[:1]}
         for device in dict.fromkeys(device_of.values()):
             here = [g for g in groups if device_of[g.name] == device]
-            flat = torch.zeros(sum(self._sizes_of(here)), dtype=torch.float32, device=device)
+            flat = torch.zeros(sum(self._pieces(here)), dtype=torch.float32, device=device)
             self._flat.append((flat, here))
-            for group, piece in zip(here, flat.split(self._sizes_of(here)), strict=True):
+            for group, piece in zip(here, flat.split(self._pieces(here)), strict=True):
                 self.fine[group.name], self.coarse[group.name] = self._views(group, piece)
         self._owner = {(m.module, m.axis, m.start): g.name for g in groups for m in g.members}
         self._missing = {g.name: len(g.members) for g in groups}
         self._ready: dict[str, torch.cuda.Event] = {}
         # Host memory for the copies, allocated and touched by a thread beside the pass: faulting its pages in takes
         # longer than the copies themselves.
-        cuda = [flat for flat, _ in self._flat if flat.device.type == "cuda"]
+        cuda = [flat for flat, _ in self._flat if flat.device.type == "cuda" and downloaded]
         self._pages = {flat.device: _Beside(torch.zeros, flat.numel()) for flat in cuda}
         self._copies: dict[torch.device, _Beside[dict[str, Tensor]]] = {}
+
+    @property
+    def order(self) -> str:
+        """What the ops are asked for."""
+        return "all" if len(self.orders) > 1 else self.orders[0]
+
+    def sums(self, name: str) -> Tensor:
+        """A group's fine sums in the shape in which the ops add to them: `[3, units]` for "all", else `[units]`."""
+        return self.fine[name] if len(self.orders) > 1 else self.fine[name][0]
+
+    def clear(self) -> None:
+        """Makes all sums zero again, for another run of samples."""
+        for flat, _ in self._flat:
+            flat.zero_()
+
+    def _pieces(self, groups: Sequence[Group]) -> list[int]:
+        return _pieces(groups, self.samples, len(self.orders))
 
     def scored(self, member: Member) -> None:
         """Notes that this matrix's scores are on the current stream. Once a group has all of its matrices, it can be
@@ -95,13 +115,11 @@ class Results:
             self._ready[name] = torch.cuda.Event()
             self._ready[name].record(torch.cuda.current_stream(fine.device))
 
-    def _sizes_of(self, groups: Sequence[Group]) -> list[int]:
-        return _pieces(groups, self.samples, len(self.orders))
-
     def _views(self, group: Group, piece: Tensor) -> tuple[Tensor, Tensor]:
-        start = _sizes(group, self.samples, len(self.orders))[0]
+        orders = len(self.orders)
+        start = _sizes(group, self.samples, orders)[0]
         shape = (len(group.members), self.samples, group.units)
-        fine = piece[: len(self.orders) * group.units].view(len(self.orders), group.units)
+        fine = piece[: orders * group.units].view(orders, group.units)
         return fine, piece[start : start + shape[0] * shape[1] * shape[2]].view(shape)
 
     def first_bad(self) -> str | None:
@@ -145,8 +163,8 @@ class Results:
             host |= self._on_host(flat, here)
         fine, coarse = {}, {}
         for group in self.groups:
-            three, signed = self._views(group, host[group.name])
-            fine[group.name] = dict(zip(self.orders, three, strict=True))
+            by_order, signed = self._views(group, host[group.name])
+            fine[group.name] = dict(zip(self.orders, by_order, strict=True))
             coarse[group.name] = signed if straight else signed[:, inverse]
         return fine, coarse
 
@@ -154,12 +172,12 @@ class Results:
         """Group name -> the part of one device's allocation that is its own, on the host."""
         if flat.device in self._copies:
             return self._copies.pop(flat.device).take()
-        return dict(zip([g.name for g in here], flat.cpu().split(self._sizes_of(here)), strict=True))
+        return dict(zip([g.name for g in here], flat.cpu().split(self._pieces(here)), strict=True))
 
     def _copied(self, flat: Tensor, here: Sequence[Group], scoring: torch.cuda.Stream) -> dict[str, Tensor]:
         """Copies a CUDA device's results to the host, by group: each as soon as it is complete, on a stream of its own,
         while backward still runs, or all at once where backward is over."""
-        sizes, names = self._sizes_of(here), [g.name for g in here]
+        sizes, names = self._pieces(here), [g.name for g in here]
         host = self._pages[flat.device].take()
         copies = dict(zip(names, host.split(sizes), strict=True))
         copying = torch.cuda.Stream(flat.device)

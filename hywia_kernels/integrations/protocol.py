@@ -131,7 +131,7 @@ class HyWIAScorer:
         Raises:
             HywiaError: an architecture that `hywia_kernels.groups` does not know, or as `hywia_kernels.calibrate`.
         """
-        statistics = calibrate(model, self.batches, order=self.order, **self.options)
+        statistics = calibrate(model, self.batches, **self.options)
         parts: dict[tuple[str, int], dict[int, tuple[int, Tensor]]] = {}
         for group in statistics.groups:
             coarse = coarse_estimate(statistics.coarse[group.name], self.order)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import arch, ops
 from ..arch.facts import check_finite, fingerprint_and_count
 from ..errors import UsageError
-from ..settings import CRITERIA, FUSIONS, ORDERS
+from ..settings import CRITERIA, FUSIONS
 from ..types import Group, LayerScores, Scores
 from ..versions import versions
 from .scores import fuse
@@ -115,7 +115,4 @@ def score(
         raise UsageError(f"fusion: expected one of {', '.join(FUSIONS)}, got {fusion!r}")
     if batches is None:
         raise UsageError("batches: expected token ids for criterion 'hywia', got None; see hywia_kernels.calibration")
-    if order not in ORDERS:
-        raise UsageError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
-    measured = calibrate(model, batches, order=order, backend=backend, engine=engine, memory=memory)
-    return fuse(measured, fusion, order)
+    return fuse(calibrate(model, batches, backend=backend, engine=engine, memory=memory), fusion, order)

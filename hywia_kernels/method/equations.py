@@ -13,10 +13,10 @@ from torch.nn import functional
 from .. import arch
 from ..engine.patches import forward_replaced
 from ..types import Group, Plan
+from .compaction import unit_entries
 from .layer_runs import seen
 from .layer_targets import LayerTarget, Run
 from .moments import TINY, add_products, cholesky_factor, energy, zero_moments
-from .surgery import unit_entries
 
 __all__ = ["Begun", "Matrix", "NormalEquations", "can_hold", "equations_of", "matrices_of"]
 

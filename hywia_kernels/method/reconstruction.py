@@ -33,13 +33,13 @@ from ..types import Group, Plan
 from .calibration_data import check_tokens, digest
 from .equations import Begun, Matrix, can_hold, equations_of, matrices_of
 from .layer_masks import check_transparent, zero_layers
-from .layer_runs import CHUNK_TOKENS
+from .layer_runs import CHUNK_TOKENS, Weights
 from .layer_targets import LayerTarget, Run, gap_behind, layer_target, run_of
 from .moments import exact_products
 from .narrow_layers import narrowed
 from .surgery import checked_groups, zero_units
 
-__all__ = ["check_ridge", "reconstruct", "through_layers"]
+__all__ = ["check_ridge", "reconstruct", "refitted", "through_layers"]
 
 
 @dataclass
@@ -166,15 +166,27 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
         groups, solved = checked_groups(model, plan), list[tuple[Matrix, _Solved]]()
         errors = through_layers(model, plan, groups, samples, ridge, solved=solved)
         _write(model, plan, groups, solved)
-        record = {
-            "samples": len(samples),
-            "tokens": samples.total,
-            "ridge": ridge,
-            "calibration_sha256": digest(samples.tokens),
-            "relative_error": errors,
-            "seconds": round(time.monotonic() - began, 3),
-        }
-        return replace(plan, fingerprint=fingerprint(model), record={**plan.record, "refit": record})
+        return refitted(plan, fingerprint(model), samples, ridge, errors, began)
+
+
+def refitted(
+    plan: Plan, after: str, samples: Samples, ridge: float, errors: dict[str, list[float]], began: float
+) -> Plan:
+    """The plan of a refitted model.
+
+    Args:
+        plan: of the model before. after: the refitted one's fingerprint. errors: of `through_layers`.
+        began: when the work did, by `time.monotonic`.
+    """
+    record = {
+        "samples": len(samples),
+        "tokens": samples.total,
+        "ridge": ridge,
+        "calibration_sha256": digest(samples.tokens),
+        "relative_error": errors,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    return replace(plan, fingerprint=after, record={**plan.record, "refit": record})
 
 
 def check_ridge(ridge: Any) -> None:
@@ -192,6 +204,7 @@ def through_layers(
     *,
     solved: list[tuple[Matrix, _Solved]] | None = None,
     while_changed: Callable[[int, nn.Module], None] | None = None,
+    weights: Weights | None = None,
 ) -> dict[str, list[float]]:
     """Mask each layer to a plan, refit it and put it back, one after the other: the pass of `reconstruct`, before it
     writes anything. To be run in `apart`.
@@ -200,65 +213,71 @@ def through_layers(
         samples: to refit on; None: the removed units are masked, and nothing is solved.
         solved: is filled with what was; None: it is not kept.
         while_changed: called with a layer's index and the layer while that is masked and refitted.
+        weights: where they are, if not in the model.
 
     Returns:
         For every matrix the relative squared error of its output before and after.
     """
     entry = arch.architecture(model)
     layers: Any = model.get_submodule(entry.layers)
-    devices = dict.fromkeys(p.device for p in layers.parameters())
+    weights = Weights(layers) if weights is None else weights
     gone = () if plan.depth is None else plan.depth.gone
     if gone:
         check_transparent(model)
     errors: dict[str, list[float]] = {}
-    weights = weight_bytes(model)
+    size = weight_bytes(model)
     if samples is not None:
         check_tokens(samples.tokens, model)
-    with exact_products(*devices):
+    with exact_products(*weights.devices):
         chunks = [] if samples is None else samples.sorted().chunks(CHUNK_TOKENS)
-        runs = [run_of(model, layers, chunk) for chunk in chunks]
+        with weights.entrance():
+            runs = [run_of(model, layers, chunk) for chunk in chunks]
         tokens = sum(run.pruned[..., 0].numel() for run in runs)
         same = True  # both models have the same hidden states so far
         what = "reconstructing" if solved is not None else "judging"
         for index, layer in enumerate(progress.track(layers, what)):
             if index in gone:
                 if not any(i not in gone for i in range(index)):  # no layer is before it that could take its part over
-                    for run in runs:
-                        run.dense = run.calls[index](layer, run.dense)
+                    with weights.of([index]):
+                        for run in runs:
+                            run.dense = run.calls[index](layer, run.dense)
                     same = False
                 continue
             gap = gap_behind(layers, index, gone)
-            here = [g for g in groups if g.layer == index]
-            cut = [g for g in here if gap or plan.keep[g.name].numel() < g.units]
-            targets: list[LayerTarget] = []
-            matrices = [] if samples is None else matrices_of(model, plan, here, before_gap=bool(gap))
-            if cut or gap or not same:
-                additive = {m.module: m.additive for m in matrices}
-                targets = [layer_target(layer, index, additive, run, entry.residual is not None, gap) for run in runs]
-            narrow = narrowed(model, cut, plan.keep)
-            with _tried(model, cut), forward_replaced(narrow):
-                for group in here:
-                    zero_units(model, group, plan.keep[group.name])
-                begun: list[Begun] = []
-                for at, matrix in enumerate(matrices):
-                    ends = entry.residual is not None and matrix.additive
-                    assert samples is not None
-                    if entry.residual is None or all(m.additive for m in matrices[at:]):
-                        _give_up_dense(runs)  # no equations to come are about what entered the dense layer
-                    held = tokens * matrix.kept.numel() * matrix.weight.element_size()
-                    hold = ends and at + 1 == len(matrices) and can_hold(held, weights)
-                    equations, begun = equations_of(layer, index, matrix, runs, targets, hold)
-                    change, before, after = equations.solve(ridge * matrix.kept.numel() / samples.total)
-                    values = _solved(matrix, change)
-                    _apply(matrix, values)
-                    if solved is not None:
-                        solved.append((matrix, values))
-                    errors[matrix.name] = [before, after]
-                same = same and not cut and not gap
-                for i, run in enumerate(runs):
-                    run.pruned = begun[i].ended(matrices[-1]) if begun else run.calls[index](layer, run.pruned)
-                    run.dense = run.pruned if same else targets[i].out
-                if while_changed is not None:
-                    while_changed(index, layer)
+            with weights.of([index, *(place for place, _ in gap)]):
+                here = [g for g in groups if g.layer == index]
+                cut = [g for g in here if gap or plan.keep[g.name].numel() < g.units]
+                targets: list[LayerTarget] = []
+                matrices = [] if samples is None else matrices_of(model, plan, here, before_gap=bool(gap))
+                if cut or gap or not same:
+                    additive = {m.module: m.additive for m in matrices}
+                    targets = [
+                        layer_target(layer, index, additive, run, entry.residual is not None, gap) for run in runs
+                    ]
+                narrow = narrowed(model, cut, plan.keep)
+                with _tried(model, cut), forward_replaced(narrow):
+                    for group in here:
+                        zero_units(model, group, plan.keep[group.name])
+                    begun: list[Begun] = []
+                    for at, matrix in enumerate(matrices):
+                        ends = entry.residual is not None and matrix.additive
+                        assert samples is not None
+                        if entry.residual is None or all(m.additive for m in matrices[at:]):
+                            _give_up_dense(runs)  # no equations to come are about what entered the dense layer
+                        held = tokens * matrix.kept.numel() * matrix.weight.element_size()
+                        hold = ends and at + 1 == len(matrices) and can_hold(held, size)
+                        equations, begun = equations_of(layer, index, matrix, runs, targets, hold)
+                        change, before, after = equations.solve(ridge * matrix.kept.numel() / samples.total)
+                        values = _solved(matrix, change)
+                        _apply(matrix, values)
+                        if solved is not None:
+                            solved.append((matrix, values))
+                        errors[matrix.name] = [before, after]
+                    same = same and not cut and not gap
+                    for i, run in enumerate(runs):
+                        run.pruned = begun[i].ended(matrices[-1]) if begun else run.calls[index](layer, run.pruned)
+                        run.dense = run.pruned if same else targets[i].out
+                    if while_changed is not None:
+                        while_changed(index, layer)
         del runs, targets
     return errors

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import UsageError
 from ..ops.reference import standardised_log
-from ..settings import EVERY_ORDER, FUSIONS, ORDERS
+from ..settings import FUSIONS, ORDERS
 from ..types import Group, Scores, Statistics
 
 __all__ = ["blend", "coarse_estimate", "fuse", "prior"]
@@ -21,10 +21,16 @@ def coarse_estimate(samples: Tensor, order: str) -> Tensor:
     unit), or `|mean_s h − ½·mean_s h²|` ("mixed").
     """
     first = None if order == "second" else _mean(samples, square=False)
-    if first is None or order == "mixed":
-        second = 0.5 * _mean(samples, square=True)
-        return (second if first is None else (first - second).abs()).sum(0).float()
-    return first.abs().sum(0).float()
+    second = None if order == "first" else _mean(samples, square=True)
+    return _estimate(first, second)
+
+
+def _estimate(first: Tensor | None, second: Tensor | None) -> Tensor:
+    """The estimate from `mean_s h`, from `mean_s h²`, or from both, float64 `[members, units]` each."""
+    if second is None:
+        assert first is not None
+        return first.abs().sum(0).float()
+    return (0.5 * second if first is None else (first - 0.5 * second).abs()).sum(0).float()
 
 
 def _mean(samples: Tensor, *, square: bool) -> Tensor:
@@ -69,13 +75,21 @@ def blend(fine: Tensor, coarse: Tensor, fusion: str, backend: str, prior: float 
     return (weight * standardised_log(fine) + (1.0 - weight) * standardised_log(coarse)).float()
 
 
+def _coarse(statistics: Statistics, group: Group, order: str, members: slice = slice(None)) -> Tensor:
+    """`coarse_estimate` of some of a group's members, from the samples' own values or from their moments."""
+    if not statistics.moments:
+        return coarse_estimate(statistics.coarse[group.name][members], order)
+    first, second = statistics.moments[group.name][:, members]
+    return _estimate(None if order == "second" else first, None if order == "first" else second)
+
+
 def _loss_estimate(statistics: Statistics, group: Group) -> Tensor:
     """`½·mean_s h²` of the last member, float32 `[units]`: what masking each unit adds to the loss, to second order.
 
     All of a unit's output goes through its last member. The estimate is in the loss's own unit, and so comparable
     between kinds.
     """
-    return coarse_estimate(statistics.coarse[group.name][-1:], "second")
+    return _coarse(statistics, group, "second", slice(-1, None))
 
 
 def fuse(
@@ -91,21 +105,19 @@ def fuse(
         backend: of the op. The vectors are short and on the CPU; float64 gives every machine the same scores.
 
     Raises:
-        UsageError: an unknown fusion or order, or an order that was not measured.
+        UsageError: an unknown fusion or order.
     """
     if fusion not in FUSIONS:
         raise UsageError(f"fusion: expected one of {', '.join(FUSIONS)}, got {fusion!r}")
     if order not in ORDERS:
         raise UsageError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
-    for fine in list(statistics.fine.values())[:1]:
-        if order not in fine:
-            raise UsageError(
-                f"order: expected one that was measured ({', '.join(fine)}), got {order!r}; calibrate with order="
-                f"{order!r} or {EVERY_ORDER!r}"
-            )
+    if order not in statistics.orders:
+        raise UsageError(
+            f"order: expected one that was measured ({', '.join(statistics.orders)}), got {order!r}; score with it"
+        )
     values, loss = {}, {}
     for group in statistics.groups:
-        coarse = coarse_estimate(statistics.coarse[group.name], order)
+        coarse = _coarse(statistics, group, order)
         values[group.name] = blend(statistics.fine[group.name][order], coarse, fusion, backend, prior(group.unit))
         loss[group.name] = _loss_estimate(statistics, group)
     record = {"criterion": "hywia", "fusion": fusion, "order": order, "statistics": dict(statistics.record)}

@@ -28,12 +28,12 @@ from ..engine.linear import Scorer
 from ..engine.memory import MODES, MemoryPlan, plan_memory, plan_whole
 from ..engine.passes import apart
 from ..engine.patches import forward_replaced, reproducible, without_collections
-from ..engine.results import Results, orders_of
+from ..engine.results import Results
 from ..engine.rotary import rotary_replaced
 from ..engine.samples import Samples, padded
 from ..errors import BackendError, HywiaError, UsageError
 from ..progress import Bar
-from ..settings import ENGINES, EVERY_ORDER, MEMORY, ORDERS
+from ..settings import ENGINES, MEMORY, ORDERS
 from ..types import Group, Statistics
 from ..versions import versions
 from .calibration_data import check_tokens, digest
@@ -63,7 +63,7 @@ class _Job:
     engine: str
     plan: MemoryPlan
     backend: str | None
-    taylor: str  # the order that is measured, or every one
+    orders: tuple[str, ...]  # all of them, or one
 
     @property
     def order(self) -> Tensor:
@@ -98,7 +98,7 @@ def _chosen_engine(engine: str, backend: str | None, weight: Tensor) -> tuple[st
 def _run(job: _Job, scale: float, strict: bool) -> tuple[Results, Tensor]:
     """One forward and one backward, without waiting for the device. `strict` asks CUDA for the same bits every run."""
     model, samples = job.model, job.samples
-    results = Results(job.modules, job.groups, len(samples), job.taylor)
+    results = Results(job.modules, job.groups, len(samples), job.orders)
     layers: Any = model.get_submodule(arch.architecture(model).layers)
     with Bar("scoring", sum(len(g.members) for g in job.groups)) as bar:
         if job.engine == "autograd":
@@ -177,10 +177,10 @@ def calibrate(
     model: Any,
     batches: Tensor | Sequence[Tensor],
     *,
-    order: str = EVERY_ORDER,
     backend: str | None = None,
     engine: str = "auto",
     memory: str = "auto",
+    orders: Sequence[str] = ORDERS,
 ) -> Statistics:
     """Fine and per-sample coarse statistics of every unit of a model.
 
@@ -191,7 +191,6 @@ def calibrate(
     Args:
         model: a causal language model of a known architecture, on any device; left as it was, `.grad` untouched.
         batches: token ids int64 `[samples, length]`, or a sequence of such or of single `[length]` samples.
-        order: of the fine sums: "first", "second", "mixed", or "all" of them. On a GPU one takes less time than all.
         backend: of the ops.
         engine: "fused" (`ops.linear_importance` in one backward over all samples), "autograd" (the reference:
             per-sample gradients of one matrix at a time), or "auto": fused, unless the named backend lacks its op
@@ -202,6 +201,7 @@ def calibrate(
             gradients. "auto" is the first of these that fits into the free memory, and the next one when a CUDA device
             runs out all the same; it is lean also where fast would keep more than 0.6 of the weights' bytes (and
             2 GiB), and layerwise for very ragged samples.
+        orders: of the fine sums, those that are asked for; one alone can take less time.
 
     Returns:
         Statistics, on the CPU. The record names engine, memory mode, the estimate of the bytes needed beside the
@@ -209,10 +209,9 @@ def calibrate(
 
     Raises:
         HywiaError: unknown architecture, ids beyond the vocabulary, too little memory, or NaN or Inf in weights that
-            take part or in gradients (named by module). UsageError: malformed batches, unknown order, engine or memory
-            mode.
+            take part or in gradients (named by module). UsageError: malformed batches, unknown engine or memory mode.
     """
-    return measure(model, batches, None, order=order, backend=backend, engine=engine, memory=memory)
+    return measure(model, batches, None, backend=backend, engine=engine, memory=memory, orders=orders)
 
 
 def measure(
@@ -220,10 +219,10 @@ def measure(
     batches: Tensor | Sequence[Tensor],
     groups: tuple[Group, ...] | None,
     *,
-    order: str = EVERY_ORDER,
     backend: str | None = None,
     engine: str = "auto",
     memory: str = "auto",
+    orders: Sequence[str] = ORDERS,
 ) -> Statistics:
     """`calibrate` for other groups than the architecture's own, over the same matrices.
 
@@ -236,17 +235,18 @@ def measure(
     Raises:
         UsageError, HywiaError: as `calibrate`.
     """
-    if order not in (*ORDERS, EVERY_ORDER):
-        raise UsageError(f"order: expected one of {', '.join((*ORDERS, EVERY_ORDER))}, got {order!r}")
     if engine not in ENGINES:
         raise UsageError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
     if memory not in MEMORY:
         raise UsageError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")
+    asked = tuple(order for order in ORDERS if order in orders)
+    if isinstance(orders, str) or not asked or set(orders) - set(asked):
+        raise UsageError(f"orders: expected some of {', '.join(ORDERS)}, got {orders!r}")
     model = unwrapped(model)
     modules = dict(model.named_modules())
     check_held(modules)
     with apart(modules):
-        return _measured(model, modules, batches, groups, order, backend, engine, memory)
+        return _measured(model, modules, batches, groups, backend, engine, memory, asked)
 
 
 def _measured(
@@ -254,10 +254,10 @@ def _measured(
     modules: dict[str, nn.Module],
     batches: Tensor | Sequence[Tensor],
     groups: tuple[Group, ...] | None,
-    order: str,
     backend: str | None,
     engine: str,
     memory: str,
+    orders: tuple[str, ...],
 ) -> Statistics:
     began = time.monotonic()
     own_groups = arch.groups(model, modules)
@@ -292,7 +292,9 @@ def _measured(
                 kernels=kernels,
                 layerwise=MODES[-1] in modes,
             )
-        return _Job(model, groups, modules, linears, samples, engine, plan, backend, order)
+        # The reference pass has all orders from the same gradients.
+        measured = orders if len(orders) == 1 and engine == "fused" else ORDERS
+        return _Job(model, groups, modules, linears, samples, engine, plan, backend, measured)
 
     job = job_for(memory)
     for device in job.devices:
@@ -324,7 +326,6 @@ def _measured(
         "samples": len(samples),
         "seq_len": samples.longest,
         "loss": mean_loss,
-        "orders": list(orders_of(order)),
         "engine": engine,
         "not_fused": reason,
         "left_alone": arch.left_alone(model),
@@ -342,7 +343,7 @@ def _measured(
     }
     return Statistics(
         groups=groups,
-        fine=fine,
+        fine={name: {order: of[order] for order in orders} for name, of in fine.items()},
         coarse=coarse,
         record=record,
         known_finite=True,

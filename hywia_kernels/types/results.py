@@ -73,14 +73,17 @@ class Statistics:
 
     Attributes:
         groups: the groups measured.
-        fine: group name -> order -> float32 `[units]`, summed over members: of "first", "second" and "mixed", or of
-            those that were measured, the same for every group.
+        fine: group name -> order ("first", "second", "mixed"; those that were measured, the same for all groups) ->
+            float32 `[units]`, summed over members.
         coarse: group name -> float32 `[members, samples, units]`: `h_s(u) = Σ G_s·w` over the unit's part of one
-            member, the derivative of sample `s`'s loss with respect to a multiplicative mask on it.
+            member, the derivative of sample `s`'s loss with respect to a multiplicative mask on it. Empty where the
+            samples' own values were not kept.
         parameters: parameters of the whole model (tied ones once).
         fingerprint: of the weights that were measured.
         record: how it was done: samples, seed, calibration hash, backend, device, versions. Read-only, and JSON.
         known_finite: an argument alone, no attribute: the caller has made sure that all values are finite.
+        moments: in the place of `coarse`, group name -> float64 `[2, members, units]`: the means over all samples of
+            `h_s` and of `h_s²`.
 
     Raises:
         HywiaError: a field is not as described here, or holds NaN or Inf; the message names the group.
@@ -93,35 +96,43 @@ class Statistics:
     fingerprint: str
     record: Mapping[str, Any] = field(default_factory=Record)
     known_finite: InitVar[bool] = False
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self, known_finite: bool) -> None:
         groups = by_name(self.groups)
         _check_entries("fine", self.fine, groups)
-        _check_entries("coarse", self.coarse, groups)
-        samples: int | None = None
-        measured: set[str] = set()
+        by_moments = isinstance(self.moments, Mapping) and len(self.moments) > 0
+        if by_moments and isinstance(self.coarse, Mapping) and self.coarse:
+            raise HywiaError("moments: expected coarse estimates by sample or their moments, got both")
+        what, entries = ("moments", self.moments) if by_moments else ("coarse", self.coarse)
+        _check_entries(what, entries, groups)
+        samples, measured = 1, self.orders
+        if not by_moments:
+            first = next(iter(self.coarse.values()))
+            samples = first.shape[1] if isinstance(first, Tensor) and first.dim() == 3 else 1
+            if not samples:
+                raise HywiaError(f"{next(iter(groups))}: expected coarse estimates of at least one sample, got none")
         for name, group in groups.items():
-            orders, coarse = self.fine[name], self.coarse[name]
-            if not isinstance(orders, Mapping) or not orders or not set(orders) <= set(ORDERS):
-                raise HywiaError(
-                    f"{name}: expected fine estimates of the orders {', '.join(ORDERS)}, or some, got {short(orders)}"
-                )
-            measured = measured or set(orders)
-            if set(orders) != measured:
-                raise HywiaError(
-                    f"{name}: expected fine estimates of {', '.join(sorted(measured))}, as of the other groups, got "
-                    f"{', '.join(sorted(orders))}"
-                )
-            for order in orders:
+            orders = self.fine[name]
+            if not isinstance(orders, Mapping) or not measured or set(orders) != set(measured):
+                expected = ", ".join(measured or ORDERS)
+                raise HywiaError(f"{name}: expected fine estimates of the orders {expected}, got {short(orders)}")
+            for order in measured:
                 _check_tensor(name, f"fine {order}", orders[order], (group.units,))
-            if samples is None:
-                samples = coarse.shape[1] if isinstance(coarse, Tensor) and coarse.dim() == 3 else 1
-                if not samples:
-                    raise HywiaError(f"{name}: expected coarse estimates of at least one sample, got none")
-            _check_tensor(name, "coarse", coarse, (len(group.members), samples, group.units))
-            for value in () if known_finite else (*orders.values(), coarse):
+            members = len(group.members)
+            if by_moments:
+                _check_tensor(name, what, entries[name], (2, members, group.units), torch.float64)
+            else:
+                _check_tensor(name, what, entries[name], (members, samples, group.units))
+            for value in () if known_finite else (*orders.values(), entries[name]):
                 _check_finite(name, "statistics", value, "the measurement is damaged: calibrate again")
         _check_model_and_freeze_record(self, parameters=self.parameters)
+
+    @property
+    def orders(self) -> tuple[str, ...]:
+        """The orders that were measured, of ORDERS."""
+        first = next(iter(self.fine.values()), {})
+        return tuple(order for order in ORDERS if order in first) if isinstance(first, Mapping) else ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -169,7 +169,7 @@ def test_second_order_alone_is_that_of_all(model, tokens, samples):
     """By a kernel of its own, which makes the signed sums from the gradients and not from what the weights made."""
     text = tokens if samples == "equal" else [tokens[0, :600], tokens[1, :400], tokens[2, :630]]
     every = hk.calibrate(model, text, engine="fused")
-    one, two = (hk.calibrate(model, text, engine="fused", order="second") for _ in range(2))
+    one, two = (hk.calibrate(model, text, engine="fused", orders=("second",)) for _ in range(2))
     for name, coarse in every.coarse.items():
         assert set(one.fine[name]) == {"second"}
         assert torch.equal(one.fine[name]["second"], two.fine[name]["second"])

@@ -204,25 +204,3 @@ def test_token_ids_beyond_the_vocabulary(gqa, tokens):
 def test_malformed_batches(gqa, bad):
     with pytest.raises(UsageError, match="^batches: expected"):
         hk.calibrate(gqa, bad)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("engine", ["fused", "autograd"])
-def test_one_order_is_that_of_all(gqa, tokens, engine, order):
-    every = hk.calibrate(gqa, tokens, engine=engine)
-    one = hk.calibrate(gqa, tokens, engine=engine, order=order)
-    assert (every.record["orders"], one.record["orders"]) == (list(ORDERS), [order])
-    for name, coarse in every.coarse.items():
-        assert set(one.fine[name]) == {order}
-        assert torch.equal(one.fine[name][order], every.fine[name][order])
-        assert torch.equal(one.coarse[name], coarse)
-    want, got = hk.fuse(every, order=order), hk.fuse(one, order=order)
-    assert all(torch.equal(want.values[name], got.values[name]) for name in want.values)
-
-
-def test_an_order_that_was_not_measured_is_refused(gqa, tokens):
-    with pytest.raises(UsageError, match="order: expected one of first, second, mixed, all, got 'third'"):
-        hk.calibrate(gqa, tokens, order="third")
-    statistics = hk.calibrate(gqa, tokens, order="second")
-    with pytest.raises(UsageError, match=r"order: expected one that was measured \(second\), got 'first'; calibrate"):
-        hk.fuse(statistics, order="first")

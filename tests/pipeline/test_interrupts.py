@@ -60,7 +60,7 @@ def test_an_end_says_what_is_on_the_disk(here, monkeypatch, capsys, how, code, w
     run = ["prune", "model", "-o", "out", *SMALL]
     for owner, name, call, said in (
         (session, "load", 1, "nothing was written"),
-        (saving, "_write_model", 1, "nothing was written"),
+        (saving, "write_model", 1, "nothing was written"),
         (saving, "check_written", 1, "nothing was written"),
         (
             evaluation,
@@ -80,7 +80,7 @@ def test_an_end_says_what_is_on_the_disk(here, monkeypatch, capsys, how, code, w
     whole = contents(here / "out")
     hk.load("out")
     with monkeypatch.context() as patch:
-        _stop_at(patch, saving, "_write_model", 1, how)
+        _stop_at(patch, saving, "write_model", 1, how)
         assert main([*run, "--overwrite"]) == code
     assert f"nothing was written; {here / 'out'} is as it was before" in capsys.readouterr().err
     assert contents(here / "out") == whole

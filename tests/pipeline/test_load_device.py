@@ -26,7 +26,7 @@ def moved(monkeypatch):
         return real(module, *arguments, **keywords)
 
     monkeypatch.setattr(torch.nn.Module, "to", to)
-    monkeypatch.setattr(loading, "_device", lambda device: META)
+    monkeypatch.setattr(loading, "device_named", lambda device: META)
     return held
 
 

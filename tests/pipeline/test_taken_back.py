@@ -12,7 +12,7 @@ from test_passes import Interrupt
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, ops
-from hywia_kernels.method import equations, reconstruction, surgery
+from hywia_kernels.method import compaction, equations, reconstruction, surgery
 from tests.support.tiny import TINY, fresh, make_plan
 
 
@@ -151,6 +151,6 @@ def test_what_is_cut_is_let_go_as_it_goes(gqa, monkeypatch):
 
     cut = {m.module for g in plan.groups if plan.keep[g.name].numel() < g.units for m in g.members}
     alive += [weakref.ref(gqa.get_submodule(name).weight) for name in sorted(cut)]
-    monkeypatch.setattr(surgery.ops, "compact", spy)
+    monkeypatch.setattr(compaction.ops, "compact", spy)
     hk.prune(gqa, plan)
     assert most == list(range(len(alive), 0, -1))

@@ -1,0 +1,7 @@
+"""`python -m hywia_kernels`, which is how torchrun starts the command line."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

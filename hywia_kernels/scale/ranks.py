@@ -1,0 +1,264 @@
+"""The processes that share one scoring: what they agree on, what they add up, and which of them is missing.
+
+torchrun starts the processes and torch.distributed connects them. What could hang goes through the store first: a
+process that waits for others looks once a second whether one of them has failed or is gone, so that the run ends with
+one message that names it, and not with a collective's timeout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ..errors import HywiaError
+from ..settings import RANK_TIMEOUT
+from .launch import launched_ranks
+
+__all__ = ["Ranks", "joined"]
+
+_LOOK = 1.0  # seconds between two looks at the others
+_SHORTEST, _LONGEST = 2e-4, 2e-2  # seconds between two questions to the store; its own wait prints warnings
+
+
+class _Process(NamedTuple):
+    """A process: its host's name, what tells where its number holds, and its number there."""
+
+    host: str
+    place: str
+    pid: int
+
+
+def _place() -> str:
+    """What only processes have in common that see each other's numbers: hosts may share a name."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+class Ranks:
+    """The processes of one scoring. A world of one has no store, and asks nobody.
+
+    Attributes:
+        rank, size: this process among all. here: how many of them are on this host.
+        speaks: whether this process writes, and prints for all of them.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, *, store: Any = None, group: Any = None, timeout: float = RANK_TIMEOUT
+    ) -> None:
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self._store, self._group, self._met = store, group, 0
+        own = _Process(socket.gethostname(), _place(), os.getpid())
+        self._processes = [own]
+        if size > 1:
+            self._processes = [_Process(*told) for told in self.tell(list(own), "the beginning")]
+        self.here = sum(process.place == own.place for process in self._processes)
+
+    @property
+    def speaks(self) -> bool:
+        return self.rank == 0
+
+    def meet(self, what: str) -> None:
+        """Waits until every process has come here.
+
+        Args:
+            what: what they come to, for messages ("layer 17").
+
+        Raises:
+            HywiaError: one has failed, is gone, or has not come within the timeout; the message names it.
+        """
+        if self.size == 1:
+            return
+        self._met += 1
+        at = f"meet/{self._met}"
+        with self._stored():
+            self._store.set(f"{at}/{self.rank}", "")
+            if self._store.add(f"{at}/count", 1) == self.size:
+                self._store.set(f"{at}/all", "")
+        began = looked = time.monotonic()
+        pause = _SHORTEST
+        while not self._known(f"{at}/all"):
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST)
+            if time.monotonic() - looked < _LOOK:
+                continue
+            looked = time.monotonic()
+            self._look()
+            missing = [r for r in range(self.size) if not self._known(f"{at}/{r}")]
+            gone = [r for r in missing if self._gone(r)]
+            if gone:
+                self._look()  # once more: what it said, it said before it ended
+                raise HywiaError(f"{self._named(gone)} ended before {what}, without a message of its own")
+            if missing and time.monotonic() - began > self.timeout:
+                raise HywiaError(
+                    f"{self._named(missing)} did not come to {what} within {self.timeout:g} s of the others; it hangs, "
+                    "or its host is gone (--rank-timeout says how long to wait)"
+                )
+
+    def tell(self, value: Any, what: str) -> list[Any]:
+        """Every process's value, by rank; JSON. `what` as in `meet`, which this is too."""
+        if self.size == 1:
+            return [value]
+        at = f"tell/{self._met}"
+        with self._stored():
+            self._store.set(f"{at}/{self.rank}", json.dumps(value))
+        self.meet(what)
+        with self._stored():
+            return [json.loads(self._store.get(f"{at}/{r}")) for r in range(self.size)]
+
+    def agree(self, facts: Mapping[str, str], what: str) -> None:
+        """Makes sure that all processes have the same facts, name -> value.
+
+        Raises:
+            HywiaError: they differ; the message names the fact, both values and the ranks. The same on all.
+        """
+        told = self.tell(dict(facts), what)
+        for name in facts:
+            values = [other.get(name) for other in told]
+            odd = [r for r, value in enumerate(values) if value != values[0]]
+            if odd:
+                raise HywiaError(
+                    f"{name}: expected the same on all ranks, got {values[0]} on rank 0 and {values[odd[0]]} on "
+                    f"{'rank' if len(odd) == 1 else 'ranks'} {', '.join(map(str, odd))}; start all of them with the "
+                    "same command, files and versions"
+                )
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """Adds the processes' tensors, in place. Where all but one of the addends are zero nothing is rounded."""
+        if self.size > 1:
+            try:
+                dist.all_reduce(values, group=self._group)
+            except RuntimeError as error:  # a process that ended between two looks
+                self._look()
+                raise HywiaError(f"the ranks lost each other: {str(error).splitlines()[0]}") from error
+        return values
+
+    def fail(self, error: BaseException) -> bool:
+        """Lets the others know of an error. Returns whether this process is the one to tell it to the user, as the
+        first one that is still there."""
+        if self.size == 1:
+            return True
+        if not isinstance(error, _Elsewhere):
+            content = json.dumps([self.rank, f"{error}" or type(error).__name__])
+            with suppress(RuntimeError):
+                self._store.compare_set("failed", "", content)
+        first = min((r for r in range(self.size) if not self._gone(r)), default=self.rank)
+        try:
+            return self.rank == first and self._store.add("told", 1) == 1
+        except RuntimeError:  # the store is gone, and with it whoever started the processes
+            return self.rank == first
+
+    def cause(self) -> HywiaError | None:
+        """Why somebody ended this process: what another one failed with, or that one of this host is gone."""
+        try:
+            self._look()
+        except HywiaError as error:
+            return error
+        gone = [r for r in range(self.size) if self._gone(r)]
+        return HywiaError(f"{self._named(gone)} ended, without a message of its own") if gone else None
+
+    def _look(self) -> None:
+        """Raises what another process has failed with."""
+        if not self._known("failed"):
+            return
+        with self._stored():
+            rank, message = json.loads(self._store.get("failed"))
+        if rank != self.rank:
+            raise _Elsewhere(f"rank {rank}: {message}")
+
+    def _known(self, key: str) -> bool:
+        with self._stored():
+            return bool(self._store.check([key]))
+
+    @contextmanager
+    def _stored(self) -> Iterator[None]:
+        try:
+            yield
+        except dist.DistNetworkError:
+            raise HywiaError("the ranks' store is gone: the process that started them has ended") from None
+
+    def _gone(self, rank: int) -> bool:
+        """Whether a process of this host is no more; nothing is known of those of other hosts."""
+        if rank == self.rank or rank >= len(self._processes) or self._processes[rank].place != _place():
+            return False
+        try:
+            with open(f"/proc/{self._processes[rank].pid}/stat", encoding="utf-8") as file:
+                return file.read().rpartition(")")[2].split()[0] in ("Z", "X")
+        except FileNotFoundError:
+            return os.path.isdir("/proc/self")
+        except OSError:
+            return False
+
+    def _named(self, ranks: list[int]) -> str:
+        names = []
+        for r in ranks:
+            known = self._processes[r] if r < len(self._processes) else None
+            names.append(f"rank {r}" if known is None else f"rank {r} (process {known.pid} on {known.host})")
+        return " and ".join(names)
+
+
+class _Elsewhere(HywiaError):
+    """What another process has failed with."""
+
+
+@contextmanager
+def joined(device: torch.device, timeout: float = RANK_TIMEOUT) -> Iterator[Ranks]:
+    """The processes that torchrun started, connected by NCCL on CUDA devices and by gloo on CPUs; a world of one where
+    it started none.
+
+    An error inside is told to the others. One that is to be told by another process carries `told_by_another`.
+
+    Args:
+        device: this process's. timeout: seconds that ranks wait for each other.
+    """
+    rank, size, _ = launched_ranks()
+    if size == 1:
+        yield Ranks()
+        return
+    wait = timedelta(seconds=timeout)
+    store, rank, size = next(dist.rendezvous("env://", timeout=wait))
+    store.set_timeout(wait)
+    options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+    # Nobody enters a collective before all have come to it, so what it waits for is the device's work.
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+        timeout=wait + timedelta(seconds=60),
+        **options,
+    )
+    ranks = None
+    try:
+        ranks = Ranks(rank, size, store=dist.PrefixStore("hywia", store), timeout=timeout)
+        yield ranks
+    except BaseException as error:
+        raised = _told(ranks, error)
+        if raised is error:
+            raise
+        raise raised from error
+    finally:
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def _told(ranks: Ranks | None, error: BaseException) -> BaseException:
+    """The error to raise: that a process is lost, where this one was only ended in consequence."""
+    if ranks is None:
+        return error
+    if not isinstance(error, Exception):
+        error = ranks.cause() or error
+    error.told_by_another = not ranks.fail(error)  # type: ignore[attr-defined]
+    return error

@@ -1,0 +1,225 @@
+"""Run by torchrun in four processes: statistics by one, two and four of them, and what they say of what is wrong.
+
+Rank 0 writes what came of it, as JSON, into the file that is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+import hywia_kernels as hk
+from hywia_kernels.scale.job import calibrate_streamed
+from hywia_kernels.scale.ranks import Ranks
+from hywia_kernels.scale.work import Work
+from tests.support.families import fresh_named
+
+FAMILIES = ("llama", "qwen3", "gpt2", "mixtral")
+SIZES = (1, 2, 4)
+
+
+def texts() -> dict[str, list[torch.Tensor]]:
+    """Sets of token ids: as many runs for every rank, lengths and numbers that fit nothing, fewer runs than ranks."""
+    ids = torch.randint(2, 131, (16, 13), generator=torch.Generator().manual_seed(11))
+    return {"equal": list(ids), "ragged": [row[: 4 + i % 9] for i, row in enumerate(ids[:11])], "few": list(ids[:3])}
+
+
+def digest(statistics) -> str:
+    """Of all bits of the statistics."""
+    found = hashlib.sha256(f"{statistics.fingerprint} {statistics.parameters} {statistics.record['loss']!r}".encode())
+    for group in statistics.groups:
+        for tensor in (statistics.fine[group.name]["second"], statistics.moments[group.name]):
+            found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.double() - other.double()).abs().max() / other.double().abs().max())
+
+
+def against_calibrate(model, ids, statistics) -> dict:
+    """How far the statistics are from those of `calibrate`, and whether the same units go."""
+    whole = hk.calibrate(model, ids, memory="lean")
+    worst = 0.0
+    for group in whole.groups:
+        coarse = whole.coarse[group.name].double()
+        moments = torch.stack([coarse.mean(1), coarse.square().mean(1)])
+        worst = max(worst, relative(statistics.fine[group.name]["second"], whole.fine[group.name]["second"]))
+        worst = max(worst, relative(statistics.moments[group.name], moments))
+    kept = []
+    for ratio in (0.2, 0.5):
+        plans = [hk.plan(hk.fuse(s), group_ratio=ratio) for s in (statistics, whole)]
+        kept.append(all(torch.equal(plans[0].keep[g.name], plans[1].keep[g.name]) for g in whole.groups))
+    return {
+        "worst": worst,
+        "same units": kept,
+        "same facts": [statistics.fingerprint, statistics.parameters] == [whole.fingerprint, whole.parameters],
+    }
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopping(after: int):
+    """A stand-in for `Work.keep_state` that ends the run when a layer is finished."""
+    keep = Work.keep_state
+
+    def stop(self, layer, gradients, facts):
+        keep(self, layer, gradients, facts)
+        if layer == after:
+            raise Stopped
+
+    return stop
+
+
+class Launch:
+    """The four processes, and parts of them that work together."""
+
+    def __init__(self) -> None:
+        self.store, self.rank, self.size = next(dist.rendezvous("env://"))
+        group = dist.PrefixStore("group", self.store)
+        dist.init_process_group("gloo", store=group, rank=self.rank, world_size=self.size)
+        self.groups = {size: dist.new_group(list(range(size))) for size in SIZES}
+        self.count = 0
+
+    def ranks(self, size: int, timeout: float = 60.0) -> Ranks | None:
+        """The first `size` processes; None on the others."""
+        self.count += 1
+        if self.rank >= size:
+            return None
+        store = dist.PrefixStore(f"case{self.count}", self.store)
+        return Ranks(self.rank, size, store=store, group=self.groups[size], timeout=timeout)
+
+    def all_of(self, value):
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def same_bits(launch: Launch) -> dict:
+    found: dict = {}
+    for name in FAMILIES:
+        for kind, ids in texts().items():
+            model, by_size, runs = fresh_named(name), {}, 0
+            for size in SIZES:
+                ranks = launch.ranks(size)
+                if ranks is not None:
+                    statistics = calibrate_streamed(model, ids, ranks=ranks)
+                    by_size[size], runs = digest(statistics), statistics.record["runs"]
+                by_size[size] = sorted({d for d in launch.all_of(by_size.get(size)) if d is not None})
+            found[f"{name} {kind}"] = {"bits": by_size, "runs": runs}
+            if launch.rank == 0:
+                found[f"{name} {kind}"] |= against_calibrate(model, ids, statistics)
+    return found
+
+
+def resumed(launch: Launch, folder: Path) -> dict:
+    """A scoring that is stopped when two of three layers are finished, and goes on with another number of processes."""
+    found, keep = {}, Work.keep_state
+    model, ids = fresh_named("llama"), texts()["ragged"]
+    for stopped_with, resumed_with in ((1, 4), (4, 2), (2, 1)):
+        work = folder / f"{stopped_with}-{resumed_with}"
+        ranks = launch.ranks(stopped_with)
+        if ranks is not None:
+            Work.keep_state = stopping(1)
+            try:
+                calibrate_streamed(model, ids, ranks=ranks, work=work, every=0.0)
+            except Stopped:
+                found[f"{stopped_with}-{resumed_with}"] = {"kept": sorted(p.name for p in work.iterdir())}
+            finally:
+                Work.keep_state = keep
+        launch.all_of(None)
+        ranks = launch.ranks(resumed_with)
+        if ranks is not None:
+            statistics = calibrate_streamed(model, ids, ranks=ranks, work=work, every=0.0)
+            if launch.rank == 0:
+                of = found[f"{stopped_with}-{resumed_with}"]
+                of |= {"bits": digest(statistics), "from": statistics.record["resumed_at"], "left": work.exists()}
+        launch.all_of(None)
+    return found
+
+
+def errors(launch: Launch) -> dict:
+    """What every process raises: of different requests, texts and models, and of NaN on one of them."""
+    model, ids = fresh_named("qwen3"), texts()["equal"]
+    other = [row.clone() for row in ids]
+    other[5][3] += 1
+    changed = fresh_named("qwen3")
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight[3, 4] += 1.0
+    broken, odd = fresh_named("qwen3"), [row.clone() for row in ids]
+    odd[15][:] = 130  # the last run, which the last rank has
+    for row in odd[:15]:
+        row[row == 130] = 129
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[130] = float("inf")
+    last = launch.rank == launch.size - 1
+    cases = {
+        "recipe": (model, ids, {"asked": {"recipe": "b" if last else "a"}}),
+        "tokens": (model, other if last else ids, {}),
+        "weights": (changed if last else model, ids, {}),
+        "nan": (broken, odd, {}),
+    }
+    found = {}
+    for name, (of, text, more) in cases.items():
+        try:
+            calibrate_streamed(of, text, ranks=launch.ranks(launch.size), **more)
+            said = "nothing"
+        except hk.HywiaError as error:
+            said = str(error)
+        found[name] = launch.all_of(said)
+    return found
+
+
+def hung(launch: Launch) -> list[str]:
+    """What the others say when one does not come."""
+    ranks = launch.ranks(launch.size, timeout=3.0)
+    said = "nothing"
+    if launch.rank != 2:
+        try:
+            ranks.meet("layer 7")
+        except hk.HywiaError as error:
+            said = str(error)
+    return launch.all_of(said)
+
+
+def failed(launch: Launch) -> list[list]:
+    """What the others raise when one fails, and who is to tell it."""
+    ranks = launch.ranks(launch.size)
+    try:
+        if launch.rank == 1:
+            raise hk.HywiaError("out of everything")
+        ranks.meet("layer 7")
+        error = None
+    except hk.HywiaError as raised:
+        error = raised
+    return launch.all_of([str(error), ranks.fail(error)])
+
+
+def main(into: str) -> None:
+    torch.set_num_threads(1)
+    launch = Launch()
+    folder = launch.all_of(tempfile.mkdtemp(dir=Path(into).parent) if launch.rank == 0 else None)[0]
+    found = {
+        "bits": same_bits(launch),
+        "resumed": resumed(launch, Path(folder)),
+        "undisturbed": digest(calibrate_streamed(fresh_named("llama"), texts()["ragged"])),
+        "errors": errors(launch),
+        "hung": hung(launch),
+        "failed": failed(launch),
+    }
+    if launch.rank == 0:
+        Path(into).write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,91 @@
+"""One launch of four processes, connected by gloo: the same bits by one, two and four of them, and one clear error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """What `four_ranks.py` found."""
+    into = tmp_path_factory.mktemp("ranks") / "found.json"
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
+    done = subprocess.run(
+        [*program, "-m", "tests.scale.four_ranks", str(into)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(into.read_text())
+
+
+CASES = [f"{name} {kind}" for name in ("llama", "qwen3", "gpt2", "mixtral") for kind in ("equal", "ragged", "few")]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_bits_for_any_number_of_processes(launch, case):
+    found = launch["bits"][case]
+    assert found["runs"] == (3 if case.endswith("few") else 8)
+    assert list(found["bits"]) == ["1", "2", "4"]
+    assert [len(digests) for digests in found["bits"].values()] == [1, 1, 1]  # all processes have the same
+    assert len({digests[0] for digests in found["bits"].values()}) == 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_statistics_are_those_of_calibrate(launch, case):
+    """To float32's rounding: of experts, whose products are of other sizes in a run than in the whole set, both are
+    1.5e-6 from a plain loop in float64."""
+    found = launch["bits"][case]
+    assert 0.0 < found["worst"] < (3e-7 if "mixtral" not in case else 1e-6)
+    assert found["same units"] == [True, True]
+    assert found["same facts"] is True
+
+
+@pytest.mark.parametrize("case", ["1-4", "4-2", "2-1"])
+def test_a_stopped_scoring_goes_on_with_another_number_of_processes(launch, case):
+    found = launch["resumed"][case]
+    gradients = [f"gradient-00001-{run:05d}.safetensors" for run in range(8)]
+    layers = ["layer-00001.safetensors", "layer-00002.safetensors"]
+    assert found["kept"] == [*gradients, *layers, "request.json", "state.json"]
+    assert found["from"] == 1
+    assert found["bits"] == launch["undisturbed"]
+    assert found["left"] is False
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("recipe", "recipe: expected the same on all ranks, got a on rank 0 and b on rank 3; "),
+        ("tokens", "tokens: expected the same on all ranks, got "),
+        ("weights", "model.layers.1.mlp.up_proj: rank 3 read other weights than other ranks; "),
+        ("nan", "loss: expected finite numbers, got NaN or Inf; "),
+    ],
+)
+def test_one_error_on_all_processes(launch, case, words):
+    said = launch["errors"][case]
+    assert len(set(said)) == 1
+    assert said[0].startswith(words)
+
+
+def test_a_process_that_hangs_is_named(launch):
+    said = launch["hung"]
+    assert said[2] == "nothing"
+    assert len({said[0], said[1], said[3]}) == 1
+    assert said[0].startswith("rank 2 (process ")
+    assert "did not come to layer 7 within 3 s" in said[0]
+
+
+def test_an_error_of_one_process_is_told_once(launch):
+    assert [message for message, _ in launch["failed"]] == [
+        "rank 1: out of everything",
+        "out of everything",
+        "rank 1: out of everything",
+        "rank 1: out of everything",
+    ]
+    assert [tells for _, tells in launch["failed"]] == [True, False, False, False]
