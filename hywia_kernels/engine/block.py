@@ -144,9 +144,10 @@ class Block:
         normed = self.norms[0].forward(*kept.first)
         mapped = (None, None, core.value if self.projections[2].bias is None else None)
         del da
+        backwards = (2, 1, 0)
+        self.scorer.together(normed, [(self.targets[i], grads[i], mapped[i]) for i in backwards])
         total: Tensor | None = None
-        for i in (2, 1, 0):
-            self.scorer(self.targets[i], grads[i], normed, mapped[i])
+        for i in backwards:
             part = grads[i] @ self.projections[i].weight
             total = part if total is None else total.add_(part)
         assert total is not None

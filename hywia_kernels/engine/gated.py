@@ -72,8 +72,8 @@ def mlp_backward(mlp: GatedMlp, grad_output: Tensor, g: Tensor, u: Tensor, input
     del dh
     operand = inputs()
     gate, up, _ = mlp.modules
-    mlp.scorer(mlp.up, du, operand, u if up.bias is None else None)
-    mlp.scorer(mlp.gate, dg, operand, g if gate.bias is None else None)
+    mapped = (x if module.bias is None else None for x, module in ((u, up), (g, gate)))
+    mlp.scorer.together(operand, list(zip((mlp.up, mlp.gate), (du, dg), mapped, strict=True)))
     del operand
     # Each product is rounded by itself, as the modules one by one do. Accumulating in the second product would hardly
     # be faster, and in low precision it would differ from the model's own backward.

@@ -18,8 +18,8 @@ from .. import arch
 from ..engine.experts import gated
 from ..engine.patches import forward_replaced
 from ..types import Group
+from .equations import NormalEquations
 from .layer_targets import LayerTarget, Run
-from .moments import NormalEquations
 
 __all__ = ["Sent", "add_tokens", "sent"]
 

@@ -22,96 +22,29 @@ import torch
 from torch import Tensor, nn
 
 from .. import arch, progress
-from ..arch.facts import fingerprint
+from ..arch.facts import fingerprint, weight_bytes
 from ..arch.holding import plain_model
 from ..engine.passes import apart, put_back
+from ..engine.patches import forward_replaced
 from ..engine.samples import Samples, padded
 from ..errors import HywiaError, UsageError
 from ..settings import RIDGE
 from ..types import Group, Plan
 from .calibration_data import check_tokens, digest
-from .compaction import unit_entries
+from .equations import Begun, Matrix, NormalEquations, can_hold, equations_of, matrices_of
 from .expert_refit import Sent, add_tokens, sent
 from .layer_masks import check_transparent, zero_layers
-from .layer_runs import CHUNK_TOKENS, Weights, seen
+from .layer_runs import CHUNK_TOKENS, Weights
 from .layer_targets import LayerTarget, Run, gap_behind, layer_target, run_of
-from .moments import NormalEquations, exact_products
+from .moments import exact_products
+from .narrow_layers import narrowed
 from .surgery import checked_groups, zero_units
 
 __all__ = ["check_ridge", "reconstruct", "refitted", "through_layers"]
 
 
-@dataclass
-class _Matrix:
-    """One matrix to refit: which inputs stay."""
-
-    module: nn.Module
-    name: str
-    weight: Tensor  # [outputs, inputs], shares the parameter's memory
-    bias: Tensor | None
-    kept: Tensor  # int64, ascending, on its device
-    additive: bool  # its output is only added to what leaves the layer
-    expert: Group | None = None  # of whose channels it is, where it is one of a stack
-
-
-def _matrices(model: Any, plan: Plan, groups: Sequence[Group], *, before_gap: bool) -> list[_Matrix]:
-    """The matrices through which the removed units sent their output on, in the order of the forward pass; and the one
-    that sends on what leaves the layer, where layers behind it go, whose part it can take over (`before_gap`).
-
-    Matrices of stacked experts come one by one: each sees only the tokens that are sent to it.
-    """
-    entry = arch.architecture(model)
-    residual = None if entry.residual is None else f"{entry.layers}.{groups[0].layer}.{entry.residual}"
-    chosen = []
-    for group in groups:
-        member, keep = group.members[-1], plan.keep[group.name]
-        if group.kind == "experts":
-            continue
-        if keep.numel() == group.units and not (before_gap and member.module == residual):
-            continue
-        module = model.get_submodule(member.module)
-        weight = arch.view(model, member, group.units)
-        weight = weight if member.axis == 1 else weight.T  # transformers' Conv1D stores [in, out]
-        kept = unit_entries(keep, member.group_size).to(weight.device)
-        if member.index is not None:
-            name = f"{member.module}.{member.parameter}.{member.index}"
-            chosen.append(_Matrix(module, name, weight, None, kept, False, group))
-            continue
-        chosen.append(_Matrix(module, member.module, weight, module.bias, kept, member.module == residual))
-    return chosen
-
-
-def _equations(
-    layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[Run], targets: Sequence[LayerTarget]
-) -> NormalEquations:
-    """Normal equations of one matrix: the pruned model's inputs against what the dense one has and it lacks.
-
-    The layer runs no further than the matrix where what leaves the layer is not asked for, and what the dense layer has
-    there is given up.
-    """
-    bias = matrix.bias is not None
-    normal = NormalEquations(matrix.name, matrix.kept.numel() + bias, len(matrix.weight), matrix.weight.device)
-    for run, goal in zip(runs, targets, strict=True):
-        whole = goal.include_drift and matrix.additive
-        out = run.pruned
-        with seen([matrix.module], stop=not whole) as at:
-            out = run.calls[index](layer, run.pruned)
-        x, got = at[matrix.module]
-        if whole:  # all that the dense layer sends on, less what this one sends on beside the matrix
-            missing = goal.out.float() - out.float()
-        else:
-            missing = goal.outputs.pop(matrix.module).float() - got.float()
-            if goal.include_drift:
-                missing = missing + (run.dense.float() - run.pruned.float())
-        x = run.flat(x).index_select(1, matrix.kept)
-        if bias:
-            x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        normal.add(x, run.flat(missing), goal.energies[matrix.module], goal.weight)
-    return normal
-
-
 def _expert_equations(
-    entry: arch.Architecture, matrix: _Matrix, originals: Mapping[int, Tensor], entered: Sequence[Sent]
+    entry: arch.Architecture, matrix: Matrix, originals: Mapping[int, Tensor], entered: Sequence[Sent]
 ) -> tuple[NormalEquations, int]:
     """`(equations of one expert's matrix, tokens that reach it)`."""
     assert entry.experts is not None
@@ -129,7 +62,7 @@ class _Solved:
     bias: Tensor | None
 
 
-def _solved(matrix: _Matrix, change: Tensor) -> _Solved:
+def _solved(matrix: Matrix, change: Tensor) -> _Solved:
     """In the weight's dtype, which may not hold it.
 
     Raises:
@@ -146,7 +79,7 @@ def _solved(matrix: _Matrix, change: Tensor) -> _Solved:
     return _Solved(columns.cpu(), None if bias is None else bias.cpu())
 
 
-def _apply(matrix: _Matrix, solved: _Solved) -> None:
+def _apply(matrix: Matrix, solved: _Solved) -> None:
     matrix.weight.index_copy_(1, matrix.kept, solved.columns.to(matrix.weight.device))
     if matrix.bias is not None and solved.bias is not None:
         matrix.bias.copy_(solved.bias)
@@ -175,7 +108,7 @@ def _tried(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[int, Tens
         yield {id(parameter): values for parameter, values in before}
 
 
-def _write(model: Any, plan: Plan, groups: Sequence[Group], solved: Sequence[tuple[_Matrix, _Solved]]) -> None:
+def _write(model: Any, plan: Plan, groups: Sequence[Group], solved: Sequence[tuple[Matrix, _Solved]]) -> None:
     """All that was solved, into the model; an interrupt waits until all of it is there."""
     interrupted: KeyboardInterrupt | None = None
     while True:
@@ -216,7 +149,8 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
 
     The hidden states of the text between two layers are held, in the model's dtype, for both models, and inside a layer
     what leaves the dense one and what its attention adds, until the attention's equations are there; wide activations
-    only for a few thousand tokens at a time. Solved columns wait on the host until all are solved: the model is as it
+    only for a few thousand tokens at a time, but for those that enter a layer's last matrix, where they are few beside
+    the weights. Solved columns wait on the host until all are solved: the model is as it
     was until then, but for the layer that is at work, of whose cut parameters a copy is held.
 
     Args:
@@ -242,7 +176,7 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
     model = plain_model(model, changing=True)
     with apart(dict(model.named_modules())):
         samples = padded(batches)
-        groups, solved = checked_groups(model, plan), list[tuple[_Matrix, _Solved]]()
+        groups, solved = checked_groups(model, plan), list[tuple[Matrix, _Solved]]()
         errors = through_layers(model, plan, groups, samples, ridge, solved=solved)
         _write(model, plan, groups, solved)
         return refitted(plan, fingerprint(model), samples, ridge, errors, began)
@@ -281,7 +215,7 @@ def through_layers(
     samples: Samples | None,
     ridge: float,
     *,
-    solved: list[tuple[_Matrix, _Solved]] | None = None,
+    solved: list[tuple[Matrix, _Solved]] | None = None,
     while_changed: Callable[[int, nn.Module], None] | None = None,
     weights: Weights | None = None,
 ) -> dict[str, list[float]]:
@@ -304,12 +238,14 @@ def through_layers(
     if gone:
         check_transparent(model)
     errors: dict[str, list[float]] = {}
+    size = weight_bytes(model)
     if samples is not None:
         check_tokens(samples.tokens, model)
     with exact_products(*weights.devices):
         chunks = [] if samples is None else samples.sorted().chunks(CHUNK_TOKENS)
         with weights.entrance():
             runs = [run_of(model, layers, chunk) for chunk in chunks]
+        tokens = sum(run.pruned[..., 0].numel() for run in runs)
         same = True  # both models have the same hidden states so far
         what = "reconstructing" if solved is not None else "judging"
         for index, layer in enumerate(progress.track(layers, what)):
@@ -325,23 +261,28 @@ def through_layers(
                 here = [g for g in groups if g.layer == index]
                 cut = [g for g in here if gap or plan.keep[g.name].numel() < g.units]
                 targets: list[LayerTarget] = []
-                matrices = [] if samples is None else _matrices(model, plan, here, before_gap=bool(gap))
+                matrices = [] if samples is None else matrices_of(model, plan, here, before_gap=bool(gap))
                 if cut or gap or not same:
                     additive = {m.module: m.additive for m in matrices if m.expert is None}
                     targets = [
                         layer_target(layer, index, additive, run, entry.residual is not None, gap) for run in runs
                     ]
+                narrow = narrowed(model, cut, plan.keep)
                 entered: list[Sent] | None = None
-                with _tried(model, cut) as originals:
+                with _tried(model, cut) as originals, forward_replaced(narrow):
                     for group in here:
                         zero_units(model, group, plan.keep[group.name])
+                    begun: list[Begun] = []
                     for at, matrix in enumerate(matrices):
+                        ends = entry.residual is not None and matrix.additive
                         assert samples is not None
                         if entry.residual is None or all(m.additive for m in matrices[at:]):
                             _give_up_dense(runs)  # no equations to come are about what entered the dense layer
+                        held = tokens * matrix.kept.numel() * matrix.weight.element_size()
+                        hold = ends and at + 1 == len(matrices) and can_hold(held, size)
                         count = samples.total
                         if matrix.expert is None:
-                            equations = _equations(layer, index, matrix, runs, targets)
+                            equations, begun = equations_of(layer, index, matrix, runs, targets, hold)
                         else:  # all experts of a layer see what entered them once
                             if entered is None:
                                 both = zip(runs, targets, strict=True)
@@ -357,7 +298,7 @@ def through_layers(
                         errors[matrix.name] = [before, after]
                     same = same and not cut and not gap
                     for i, run in enumerate(runs):
-                        run.pruned = run.calls[index](layer, run.pruned)
+                        run.pruned = begun[i].ended(matrices[-1]) if begun else run.calls[index](layer, run.pruned)
                         run.dense = run.pruned if same else targets[i].out
                     if while_changed is not None:
                         while_changed(index, layer)

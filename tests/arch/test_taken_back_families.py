@@ -64,9 +64,9 @@ def test_a_refit_of_experts_that_fails_puts_the_router_back(monkeypatch):
     plan = hk.plan(scores, group_ratio={"experts": 0.4, "attention": 0.5}, units=("experts", "attention"), align=1)
     before, said, flags = values(model), numbers(model), hooks_and_forwards(model)
     calls = []
-    original = reconstruction._equations
+    original = reconstruction.equations_of
     monkeypatch.setattr(
-        reconstruction, "_equations", lambda *a: calls.append(1) or (original(*a) if len(calls) < 2 else 1 / 0)
+        reconstruction, "equations_of", lambda *a: calls.append(1) or (original(*a) if len(calls) < 2 else 1 / 0)
     )
     with pytest.raises(ZeroDivisionError):
         hk.reconstruct(model, plan, token_ids())
