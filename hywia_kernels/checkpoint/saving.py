@@ -21,6 +21,7 @@ from ..versions import versions
 from . import atomic_directory, model_card
 from .adaptive import adapted, remote
 from .originals import copy_companions, original
+from .pushing import check_repository, pushed
 from .replaceable import Input
 from .storable import check_storable, storable_generation, storable_state
 from .ties import set_ties
@@ -110,11 +111,9 @@ def _stand_in(entry: arch.Architecture, values: Mapping[str, Any]) -> Any:
 def _as_stock(model: Any) -> Any:
     """A model of the stock class that shares this one's tensors: loading them proves that the config describes them,
     and copies nothing."""
-    from transformers import AutoModelForCausalLM
-
     config = stock_config(model)
     with torch.device("meta"):
-        stock = type(model)(config) if remote.is_remote_code(model) else AutoModelForCausalLM.from_config(config)
+        stock = type(model)(config) if remote.is_remote_code(model) else arch.auto_class(config).from_config(config)
     try:
         stock.load_state_dict(model.state_dict(), assign=True)
     except RuntimeError as refused:
@@ -258,6 +257,7 @@ def save(
     record: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
+    push_to_hub: str | None = None,
 ) -> Path:
     """Write safetensors, config, generation config, tokenizer, a `hywia.json` record and a model card, README.md.
 
@@ -277,18 +277,22 @@ def save(
         record: more to record (arguments, seed, ...), also beside a result's; JSON must be able to hold it.
         overwrite: replace an existing directory that holds a model or scores and nothing else.
         in_place: replace the directory that the model was loaded from.
+        push_to_hub: a repository's name, to which the finished directory is uploaded too; a new one is private.
 
     Returns:
         the path of the directory.
 
     Raises:
-        UsageError: the directory exists and may not be replaced, or both a result and a plan. HywiaError: it cannot be
-            written, no config describes the model, or what was written is not what is in memory.
+        UsageError: the directory exists and may not be replaced, both a result and a plan, or no name of a repository.
+            HywiaError: it cannot be written, no config describes the model, what was written is not what is in memory,
+            or the upload of what was written failed.
     """
     if result is not None:
         if plan is not None:
             raise UsageError("plan: expected a result or a plan, got both; leave the plan out, the result has it")
         plan, record = result.plan, {**result.record, **(record or {})}
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
     path, model = Path(path), plain_model(model)
     source = original(model)
     given: dict[str, Any] = {
@@ -306,6 +310,8 @@ def save(
             write_companions(model, tokenizer, stored, content, folder, path.absolute().name)
             write_model(stored, folder, storable_state(stored), shard_size(model))
             check_written(stored, folder)
+    if push_to_hub is not None:
+        pushed(path, push_to_hub)
     return path
 
 

@@ -52,7 +52,7 @@ def skeleton(
 
 
 def _directory(source: Source, trusted: bool, asked: str) -> Any:
-    judgement = judged(source, trusted=trusted, quantised=False)
+    judgement = judged(source, trusted=trusted, quantised=False, dequantised=True)
     folder = source.path
     if source.from_hub and judgement.code:
         folder = hub.with_code(source.name, folder, source.hub)
@@ -77,6 +77,8 @@ def _built(folder: Path, judgement: Judged, stored: dict[str, Stored], asked: st
     if judgement.code:
         return remote.skeleton(str(folder), _dtype(asked, _configured_dtype(values), stored), values)
     config = loaded_weights.stock_config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # `load` turns it into floating-point numbers
     dtype = _dtype(asked, config.dtype, stored)
     network = loaded_weights.described(config, dtype)
     if _stored_apart(network, folder, stored):

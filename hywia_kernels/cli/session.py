@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import arch, ops, progress
 from ..checkpoint import atomic_directory, originals
+from ..checkpoint.loaded_weights import dequantised
 from ..checkpoint.loading import device_named, load
 from ..checkpoint.replaceable import check_report
 from ..checkpoint.weight_files import weight_bytes_loaded
@@ -130,10 +131,22 @@ def load_model(arguments: argparse.Namespace, *, quantised: bool = False) -> tup
         quantised=quantised,
         revision=arguments.revision,
     )
-    others = [] if quantised or not arch.is_known(model) else arch.left_alone(model)
+    method = dequantised(model)
+    if method not in (None, "gguf"):
+        console.say(f"the checkpoint is quantised ({method}); dequantised to {_dtype(model)}, in which it is written")
+    if not quantised and arch.is_known(model):
+        _say_left_alone(model)
+    return model, tokenizer
+
+
+def _dtype(model: Any) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _say_left_alone(model: Any) -> None:
+    others = arch.left_alone(model)
     if others:
         console.say(f"left alone, being no part of the language decoder: {', '.join(others)}")
-    return model, tokenizer
 
 
 def proven(model: Any) -> Any:
@@ -141,4 +154,5 @@ def proven(model: Any) -> Any:
     proof = prove(model)
     if proof is not None:
         console.print_proof(proof)
+        _say_left_alone(model)
     return model

@@ -242,7 +242,8 @@ def _inputs(group: Group) -> int:
 
 
 def _solved(groups: Any) -> list[Group]:
-    """The groups whose output matrices are solved again: stacked experts' are not."""
+    """The groups whose output matrices are solved again, but for stacked experts': theirs see few tokens each, and
+    take one pass a layer together."""
     return [g for g in groups if g.members[-1].index is None and g.kind != "experts"]
 
 

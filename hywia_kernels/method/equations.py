@@ -35,6 +35,7 @@ class Matrix:
     bias: Tensor | None
     kept: Tensor  # int64, ascending, on its device
     additive: bool  # its output is only added to what leaves the layer
+    expert: Group | None = None  # of whose channels it is, where it is one of a stack
 
     def of_kept(self, inputs: Tensor) -> Tensor:
         """The matrix of the inputs that stay, `[..., kept]`."""
@@ -83,14 +84,14 @@ def matrices_of(model: Any, plan: Plan, groups: Sequence[Group], *, before_gap: 
     """The matrices through which the removed units sent their output on, in the order of the forward pass; and the one
     that sends on what leaves the layer, where layers behind it go, whose part it can take over (`before_gap`).
 
-    Matrices of stacked experts are left as they are: each sees only the tokens that are sent to it.
+    Matrices of stacked experts come one by one: each sees only the tokens that are sent to it.
     """
     entry = arch.architecture(model)
     residual = None if entry.residual is None else f"{entry.layers}.{groups[0].layer}.{entry.residual}"
     chosen = []
     for group in groups:
         member, keep = group.members[-1], plan.keep[group.name]
-        if group.kind == "experts" or member.index is not None:
+        if group.kind == "experts":
             continue
         if keep.numel() == group.units and not (before_gap and member.module == residual):
             continue
@@ -98,6 +99,10 @@ def matrices_of(model: Any, plan: Plan, groups: Sequence[Group], *, before_gap: 
         weight = arch.view(model, member, group.units)
         weight = weight if member.axis == 1 else weight.T  # transformers' Conv1D stores [in, out]
         kept = unit_entries(keep, member.group_size).to(weight.device)
+        if member.index is not None:
+            name = f"{member.module}.{member.parameter}.{member.index}"
+            chosen.append(Matrix(module, name, weight, None, kept, False, group))
+            continue
         chosen.append(Matrix(module, member.module, weight, module.bias, kept, member.module == residual))
     return chosen
 

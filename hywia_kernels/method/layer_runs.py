@@ -75,7 +75,7 @@ def entrance(model: Any, layers: nn.ModuleList, samples: Samples) -> Entrance:
         if not calls:
             entered.append(hidden)
             out: Any = first(hidden, *arguments, **keywords)
-            rest.append(out[1:] if isinstance(out, tuple) else None)
+            rest.append(tuple(out[1:]) if isinstance(out, (tuple, list)) else None)
         calls.append(Call(arguments, keywords))
         return hidden if rest[0] is None else (hidden, *rest[0])
 

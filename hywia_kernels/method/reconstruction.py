@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,7 +31,8 @@ from ..errors import HywiaError, UsageError
 from ..settings import RIDGE
 from ..types import Group, Plan
 from .calibration_data import check_tokens, digest
-from .equations import Begun, Matrix, can_hold, equations_of, matrices_of
+from .equations import Begun, Matrix, NormalEquations, can_hold, equations_of, matrices_of
+from .expert_refit import Sent, add_tokens, sent
 from .layer_masks import check_transparent, zero_layers
 from .layer_runs import CHUNK_TOKENS, Weights
 from .layer_targets import LayerTarget, Run, gap_behind, layer_target, run_of
@@ -40,6 +41,17 @@ from .narrow_layers import narrowed
 from .surgery import checked_groups, zero_units
 
 __all__ = ["check_ridge", "reconstruct", "refitted", "through_layers"]
+
+
+def _expert_equations(
+    entry: arch.Architecture, matrix: Matrix, originals: Mapping[int, Tensor], entered: Sequence[Sent]
+) -> tuple[NormalEquations, int]:
+    """`(equations of one expert's matrix, tokens that reach it)`."""
+    assert entry.experts is not None
+    assert matrix.expert is not None
+    normal = NormalEquations(matrix.name, matrix.kept.numel(), len(matrix.weight), matrix.weight.device)
+    count = add_tokens(normal, matrix.module, entry.experts, matrix.expert, matrix.kept, originals, entered)
+    return normal, count
 
 
 @dataclass
@@ -74,9 +86,9 @@ def _apply(matrix: Matrix, solved: _Solved) -> None:
 
 
 @contextmanager
-def _tried(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
+def _tried(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[int, Tensor]]:
     """One layer's cut groups changed for a while: their parameters have their values again afterwards, and routers
-    their forward (a cut router needs no other)."""
+    their forward (a cut router needs no other). Gives the values by their parameters' `id`."""
     members = [(model.get_submodule(m.module), m) for g in groups for m in (*g.members, *g.vectors)]
     named = [(module, name) for module, m in members for name in (m.parameter, "bias")]
     parameters = {id(p): p for module, name in named if (p := module._parameters.get(name)) is not None}
@@ -93,7 +105,7 @@ def _tried(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
                 router["forward"] = forward
 
     with put_back(restore):
-        yield
+        yield {id(parameter): values for parameter, values in before}
 
 
 def _write(model: Any, plan: Plan, groups: Sequence[Group], solved: Sequence[tuple[Matrix, _Solved]]) -> None:
@@ -132,7 +144,8 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
     with `x̃` the surviving inputs of the matrix in the pruned and so far refitted model, `r` what its output lacks of
     the dense model's, and `w_t` one over the mean square of the dense layer's output. Where the architecture only adds
     the output to the hidden states (`Architecture.residual`), `r` includes what these lack already. Biases are solved
-    too. Stacked experts are cut without a refit: each sees only the tokens that are sent to it.
+    too. Of a stacked expert, `t` are the tokens that the pruned model sends to it, `r` is what its removed channels
+    give for them, and `w_t` has the square of its share; an expert that no token reaches is cut as it is.
 
     The hidden states of the text between two layers are held, in the model's dtype, for both models, and inside a layer
     what leaves the dense one and what its attention adds, until the attention's equations are there; wide activations
@@ -250,12 +263,13 @@ def through_layers(
                 targets: list[LayerTarget] = []
                 matrices = [] if samples is None else matrices_of(model, plan, here, before_gap=bool(gap))
                 if cut or gap or not same:
-                    additive = {m.module: m.additive for m in matrices}
+                    additive = {m.module: m.additive for m in matrices if m.expert is None}
                     targets = [
                         layer_target(layer, index, additive, run, entry.residual is not None, gap) for run in runs
                     ]
                 narrow = narrowed(model, cut, plan.keep)
-                with _tried(model, cut), forward_replaced(narrow):
+                entered: list[Sent] | None = None
+                with _tried(model, cut) as originals, forward_replaced(narrow):
                     for group in here:
                         zero_units(model, group, plan.keep[group.name])
                     begun: list[Begun] = []
@@ -266,8 +280,17 @@ def through_layers(
                             _give_up_dense(runs)  # no equations to come are about what entered the dense layer
                         held = tokens * matrix.kept.numel() * matrix.weight.element_size()
                         hold = ends and at + 1 == len(matrices) and can_hold(held, size)
-                        equations, begun = equations_of(layer, index, matrix, runs, targets, hold)
-                        change, before, after = equations.solve(ridge * matrix.kept.numel() / samples.total)
+                        count = samples.total
+                        if matrix.expert is None:
+                            equations, begun = equations_of(layer, index, matrix, runs, targets, hold)
+                        else:  # all experts of a layer see what entered them once
+                            if entered is None:
+                                both = zip(runs, targets, strict=True)
+                                entered = [sent(layer, index, matrix.module, *one) for one in both]
+                            equations, count = _expert_equations(entry, matrix, originals, entered)
+                            if not count:
+                                continue
+                        change, before, after = equations.solve(ridge * matrix.kept.numel() / count)
                         values = _solved(matrix, change)
                         _apply(matrix, values)
                         if solved is not None:

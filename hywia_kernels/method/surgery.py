@@ -92,7 +92,6 @@ def _replace(parameter: Tensor, kept: Tensor) -> nn.Parameter:
 
 def _follow(model: Any, entry: arch.Architecture, groups: Sequence[Group]) -> None:
     """Bring the numbers that modules and their configs keep for themselves up to date with their parameters."""
-    size = arch.head_dim(model)
     by_layer: list[dict[str, int]] = []
     for layer in sorted({g.layer for g in groups}):
         prefix = f"{entry.layers}.{layer}"
@@ -101,9 +100,10 @@ def _follow(model: Any, entry: arch.Architecture, groups: Sequence[Group]) -> No
         for group in here:
             if group.kind == "attention":
                 width = group.units * group.members[-1].group_size
-                quantities |= {"kv_heads": group.units, "heads": width // size, "width": width}
+                quantities |= {"kv_heads": group.units, "heads": width // arch.head_dim(model, layer), "width": width}
             elif group.kind == "experts" or group.tied_width or group.name == f"{prefix}.mlp":
                 quantities["experts" if group.kind == "experts" else "channels"] = group.units
+                quantities |= {"expert_channels": group.units} if group.tied_width else {}
         by_layer.append(quantities)
         for name, attribute, quantity in entry.attributes:
             _set_attribute(model, f"{prefix}.{name}", attribute, {quantities.get(quantity)})
