@@ -10,8 +10,8 @@ the resident set). Before anything is timed, the fused engine has to agree with 
 the same shape.
 
 Flows, each as `name@samples`: plain; param_first, param_mix (LLM-Pruner); fast, lean, layerwise, auto (`calibrate` with
-that `memory`). Unless `--only` names some, layerwise is left out, and all but plain and auto run at the smallest number
-of samples alone.
+that `memory`, all orders), and with `-second` behind them what a recipe asks for, second order alone. Unless `--only`
+names some, layerwise is left out, and all but plain, auto and auto-second run at the smallest number of samples alone.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import hywia_kernels as hk
 from hywia_kernels.arch.facts import weight_bytes
+from hywia_kernels.settings import ORDERS
 
 from . import llm_pruner, models
 from .agreement import BOUNDS, compare
@@ -41,9 +42,10 @@ MODULE = "benchmarks.bench_engine"
 PLAIN = "plain"
 PEERS = ("param_first", "param_mix")
 MEMORY = ("fast", "lean", "layerwise", "auto")  # of `calibrate`
-FLOWS = (PLAIN, *PEERS, *MEMORY)
-UNASKED = (PLAIN, *PEERS, "fast", "lean", "auto")
-UNASKED_AT_MORE_SAMPLES = (PLAIN, "auto")
+SECOND = "-second"  # the recipe's order alone
+FLOWS = (PLAIN, *PEERS, *MEMORY, *(memory + SECOND for memory in MEMORY))
+UNASKED = (PLAIN, *PEERS, "fast", "lean", "auto", "fast-second", "lean-second")
+UNASKED_AT_MORE_SAMPLES = (PLAIN, "auto", "auto-second")
 
 
 TIMES = dict.fromkeys(("seconds", "seconds_p20", "seconds_p80"), float)
@@ -78,7 +80,8 @@ def flow_call(flow: str, model, tokens: Tensor, batch: int) -> Callable[[], obje
         return lambda: plain(model, tokens, batch)
     if flow in PEERS:
         return lambda: llm_pruner.score(model, tokens, flow)
-    return lambda: hk.calibrate(model, tokens, memory=flow)
+    memory, second = flow.removesuffix(SECOND), flow.endswith(SECOND)
+    return lambda: hk.calibrate(model, tokens, memory=memory, orders=("second",) if second else ORDERS)
 
 
 def planned(samples: Sequence[int], only: Sequence[str]) -> list[tuple[str, int]]:

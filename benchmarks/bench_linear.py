@@ -8,12 +8,14 @@ sample in the operands' dtype, as a user would, and score them in float32.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from hywia_kernels import ops
+from hywia_kernels.ops import cuda_linear
 from hywia_kernels.ops.reference import linear_importance_fp64
 
 from . import cases
@@ -22,6 +24,8 @@ from .cases import LinearCase
 from .harness import COMPILE, EAGER, Candidate, Job, backend_candidates, compiled, main, poison
 
 MM = "mm alone"
+TORCH_SAMPLES = 10  # more gradients at once than this are tens of gigabytes, and one by one they take seconds
+ORDERS = ("first", "second", "mixed")  # rows of "all"
 # Allowed error of a unit's fine sums, relative to the same in float64, and of its coarse sums, relative to its
 # first-order fine sum.
 TOLERANCE = 2e-5
@@ -61,7 +65,24 @@ def reference(case: LinearCase, tensors: Operands) -> tuple[Tensor, Tensor, Tens
         fine.append(sums[0])
         coarse.append(sums[1])
     every, signed = torch.cat(fine, 1), torch.cat(coarse, 1)
-    return (every if case.order == "all" else every[0]), signed, every[0]
+    return (every if case.order == "all" else every[ORDERS.index(case.order)]), signed, every[0]
+
+
+def mapped_of(case: LinearCase, tensors: Operands) -> Tensor:
+    """What the weight makes of the operand whose columns are not the units; see `ops.linear_importance`."""
+    grad_output, inputs, weight = tensors
+    return inputs @ weight.t() if case.axis == 0 else grad_output @ weight
+
+
+def from_mapped(case: LinearCase, tensors: Operands, mapped: Tensor) -> Tensor:
+    """Float64 signed sums from what is mapped, as rounded as that is."""
+    side = tensors[case.axis]
+    pieces = zip(side.split(case.length), mapped.split(case.length), strict=True)
+    return (
+        torch.stack([(a.double() * b.double()).sum(0) for a, b in pieces])
+        .view(case.samples, -1, case.group_size)
+        .sum(2)
+    )
 
 
 def largest_error(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor, Tensor]) -> float:
@@ -83,23 +104,23 @@ def product_error(product: Tensor, tensors: Operands) -> float:
     return float(error / largest)
 
 
-def _scored(mean: Tensor, fisher: Tensor | None, weight: Tensor, axis: int, group_size: int) -> Tensor:
+def _scored(mean: Tensor, fisher: Tensor | None, weight: Tensor, axis: int, order: str, group_size: int) -> Tensor:
     first = mean * weight
     terms = [first]
     if fisher is not None:
         second = 0.5 * fisher * weight * weight
-        terms += [second, first - second]
+        terms = [second] if order == "second" else [first, second, first - second]
     fine = torch.stack([t.abs().sum(1 - axis).view(-1, group_size).sum(1) for t in terms])
-    return fine if fisher is not None else fine[0]
+    return fine if order == "all" else fine[0]
 
 
 def eager(
-    grad_output: Tensor, inputs: Tensor, weight: Tensor, samples: int, axis: int, every: bool, group_size: int
+    grad_output: Tensor, inputs: Tensor, weight: Tensor, samples: int, axis: int, order: str, group_size: int
 ) -> tuple[Tensor, Tensor]:
     """A product per sample, its sums into float32, then the scores."""
     w = weight.float()
     mean = torch.zeros_like(w)
-    fisher = torch.zeros_like(w) if every else None
+    fisher = torch.zeros_like(w) if order != "first" else None
     coarse = []
     for dy, x in zip(grad_output.chunk(samples), inputs.chunk(samples), strict=True):
         gradient = (dy.t() @ x).float()
@@ -110,65 +131,95 @@ def eager(
     mean /= samples
     if fisher is not None:
         fisher /= samples
-    return _scored(mean, fisher, w, axis, group_size), torch.stack(coarse)
+    return _scored(mean, fisher, w, axis, order, group_size), torch.stack(coarse)
 
 
 def batched(
-    grad_output: Tensor, inputs: Tensor, weight: Tensor, samples: int, axis: int, every: bool, group_size: int
+    grad_output: Tensor, inputs: Tensor, weight: Tensor, samples: int, axis: int, order: str, group_size: int
 ) -> tuple[Tensor, Tensor]:
     """The same for a compiler: one batched product, then sums that it can fuse."""
     dy, x = (t.view(samples, -1, t.shape[1]) for t in (grad_output, inputs))
     gradients = torch.bmm(dy.transpose(1, 2), x).float()
     w = weight.float()
     coarse = (gradients * w).sum(2 - axis).view(samples, -1, group_size).sum(2)
-    fisher = gradients.square().mean(0) if every else None
-    return _scored(gradients.mean(0), fisher, w, axis, group_size), coarse
+    fisher = gradients.square().mean(0) if order != "first" else None
+    return _scored(gradients.mean(0), fisher, w, axis, order, group_size), coarse
 
 
 def merged(
-    grad_output: Tensor, inputs: Tensor, weight: Tensor, samples: int, axis: int, every: bool, group_size: int
+    grad_output: Tensor, inputs: Tensor, weight: Tensor, samples: int, axis: int, order: str, group_size: int
 ) -> tuple[Tensor, Tensor]:
     """Without telling the samples apart: one product, first order."""
     gradient = (grad_output.t() @ inputs).float() / samples
     w = weight.float()
-    return _scored(gradient, None, w, axis, group_size), (gradient * w).sum(1 - axis).view(1, -1, group_size).sum(2)
+    signed = (gradient * w).sum(1 - axis).view(1, -1, group_size).sum(2)
+    return _scored(gradient, None, w, axis, order, group_size), signed
+
+
+@contextmanager
+def _by(ways: Mapping[str, object]) -> Iterator[None]:
+    """Backend "cuda" by other ways for a while."""
+    before = dict(cuda_linear.WAYS)
+    cuda_linear.WAYS.update(ways)
+    try:
+        yield
+    finally:
+        cuda_linear.WAYS.update(before)
 
 
 def prepare(case: LinearCase, device: torch.device, backends: Sequence[str]) -> Job:
     tensors = operands(case, device)
     grad_output, inputs, _ = tensors
     expected = reference(case, tensors)
-    plain = (*tensors, case.samples, case.axis, case.order == "all", case.group_size)
+    plain = (*tensors, case.samples, case.axis, case.order, case.group_size)
     jit = compiled(batched if case.per_sample else merged)
     one_by_one = eager if case.per_sample else merged
 
-    def backend(name: str) -> Candidate:
+    mapped = mapped_of(case, tensors) if case.mapped else None
+    # What backend "cuda" makes of it; the others do not read it.
+    rounded_sums = (expected[0], from_mapped(case, tensors, mapped), expected[2]) if mapped is not None else expected
+
+    def backend(name: str, label: str = "", **ways: object) -> Candidate:
         def call():
-            return ops.linear_importance(
-                *tensors,
-                samples=case.samples,
-                axis=case.axis,
-                order=case.order,
-                group_size=case.group_size,
-                per_sample=case.per_sample,
-                backend=name,
-            )
+            with _by(ways):
+                return ops.linear_importance(
+                    *tensors,
+                    samples=case.samples,
+                    axis=case.axis,
+                    order=case.order,
+                    group_size=case.group_size,
+                    per_sample=case.per_sample,
+                    mapped=mapped,
+                    backend=name,
+                )
 
-        return Candidate(name, call)
+        return Candidate(label or name, call, error=lambda run: error(run, name))
 
-    def error(run) -> float:
+    def error(run, name: str = "") -> float:
         poison(*expected, dtype=torch.float32)
-        return largest_error(run(), expected)
+        return largest_error(run(), rounded_sums if name == "cuda" else expected)
+
+    def others(name: str) -> list[Candidate]:
+        """The other ways that backend "cuda" has, as long as it has them."""
+        if name != "cuda" or not case.per_sample:
+            return []
+        found = [backend(name, "cuda, early turn", late_turn=False)]
+        return [*found, backend(name, "cuda, sums kept", inside=False)] if case.order == "second" else found
 
     def mm() -> Tensor:
         return torch.mm(grad_output.t(), inputs)
 
     rounded = ROUNDED[case.dtype]
-    candidates = (
-        Candidate(MM, mm, error=lambda run: product_error(run(), tensors), tolerance=rounded),
+    by_backends = list(backend_candidates("linear_importance", backends, tensors, backend))
+    torch_ways = (
         Candidate(EAGER, lambda: one_by_one(*plain), tolerance=rounded),
         Candidate(COMPILE, lambda: jit(*plain), tolerance=rounded),
-        *backend_candidates("linear_importance", backends, tensors, backend),
+    )
+    candidates = (
+        Candidate(MM, mm, error=lambda run: product_error(run(), tensors), tolerance=rounded),
+        *(torch_ways if case.samples <= TORCH_SAMPLES else ()),
+        *by_backends,
+        *(candidate for made in by_backends for candidate in others(made.name)),
     )
     return Job(candidates, error, TOLERANCE, baseline=MM)
 

@@ -129,7 +129,8 @@ class CompactCase(Matrix):
 class LinearCase(Matrix):
     """One call of `ops.linear_importance`: `samples` samples of `length` tokens through a `rows`×`columns` layer.
 
-    `order` and `per_sample` are the op's: ("first", False), ("first", True) or ("all", True).
+    `order` and `per_sample` are the op's: ("first", False), ("first", True), ("second", True) or ("all", True).
+    `mapped` is handed over, as calibration does where it has it.
     """
 
     order: str
@@ -138,6 +139,7 @@ class LinearCase(Matrix):
     samples: int = 10
     length: int = 128
     group_size: int = 1
+    mapped: bool = False
 
     @property
     def tokens(self) -> int:
@@ -145,13 +147,15 @@ class LinearCase(Matrix):
 
     @property
     def name(self) -> str:
-        order = self.order + ("" if self.per_sample else " mean")
+        order = self.order + ("" if self.per_sample else " mean") + (" mapped" if self.mapped else "")
         return f"{self.named(SHORT[self.dtype], self.group_size)} {self.samples}x{self.length} {order}"
 
     @property
     def bytes(self) -> int:
-        """Output gradients, inputs and weight read once, the float32 results written. No weight gradient."""
-        operands = self.dtype.itemsize * (self.tokens * (self.rows + self.columns) + self.rows * self.columns)
+        """Output gradients, inputs, what is mapped and weight read once, the float32 results written. No weight
+        gradient."""
+        activations = self.rows + self.columns + (self.units_of(1) if self.mapped else 0)
+        operands = self.dtype.itemsize * (self.tokens * activations + self.rows * self.columns)
         fine, coarse = (3 if self.order == "all" else 1), (self.samples if self.per_sample else 1)
         return operands + 4 * self.units_of(self.group_size) * (fine + coarse)
 
@@ -232,13 +236,28 @@ _LINEAR_7B = tuple((*shape, axis) for shape in ((4096, 4096), (11008, 4096), (40
 _LINEAR_70B = ((8192, 8192, 0), (8192, 8192, 1), (1024, 8192, 0), (28672, 8192, 0), (8192, 28672, 1))
 _LINEAR_SMALL = ((1536, 576, 0), (576, 1536, 1))  # SmolLM2-135M: gate and up, down
 
+_SAMPLES = ((4096, 4096, 0), (11008, 4096, 0), (4096, 11008, 1), (28672, 8192, 0))  # at more than ten samples
+_NATURAL = ((4096, 4096, 0), (4096, 4096, 1), (11008, 4096, 0), (4096, 11008, 1), *_LINEAR_70B)
+
 LINEAR_CUDA = (
     *_linear(_LINEAR_7B),
     *_linear(_LINEAR_70B),
+    *(LinearCase(*shape, order, mapped=True) for shape in _NATURAL for order in ("first", "all")),
+    *(LinearCase(*shape, "second") for shape in _NATURAL),
+    *(
+        LinearCase(*shape, order, samples=samples, mapped=order == "all")
+        for samples in (128, 512)
+        for shape in (_SAMPLES if samples == 128 else _SAMPLES[:3])
+        for order in ("second", "all")
+    ),
     LinearCase(4096, 4096, 0, "all", dtype=torch.float16),
     LinearCase(4096, 4096, 0, "all", dtype=torch.float32),
 )
-LINEAR_CUDA_QUICK = (*_linear(_LINEAR_7B[2:3]), LinearCase(4096, 11008, 1, "all"))
+LINEAR_CUDA_QUICK = (
+    *(LinearCase(*shape, order, mapped=order == "all") for shape in _SAMPLES[:3] for order in ("second", "all")),
+    *(LinearCase(11008, 4096, 0, o, samples=n, mapped=o == "all") for n in (128, 512) for o in ("second", "all")),
+    LinearCase(11008, 4096, 0, "first", mapped=True),
+)
 LINEAR_CPU = (
     *_linear(_LINEAR_SMALL, dtype=torch.float32),
     LinearCase(576, 576, 1, "all", dtype=torch.float32),  # o

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -38,6 +40,32 @@ def _status(name: str) -> int:
 def resident() -> int:
     """Bytes of the process in memory."""
     return _status("VmRSS")
+
+
+_WATCH = """
+import select, sys
+peak = 0
+while not select.select([sys.stdin], [], [], 0.001)[0]:
+    with open(f"/proc/{sys.argv[1]}/status") as status:
+        peak = max(peak, next((int(line.split()[1]) for line in status if line.startswith("RssAnon:")), 0))
+print(peak * 1024)
+"""
+
+
+class HostPeak:
+    """The most that a process had of its own memory while the block ran, in bytes above what it had before. Pages of
+    files are the system's to take back, and do not count. Another process looks, since this one may be busy."""
+
+    def __enter__(self) -> HostPeak:
+        self.bytes = 0
+        self._before = _status("RssAnon")
+        command = [sys.executable, "-S", "-c", _WATCH, str(os.getpid())]
+        self._watching = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        told, _ = self._watching.communicate("end")
+        self.bytes = int(told or 0) - self._before
 
 
 class Peak:

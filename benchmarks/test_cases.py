@@ -31,6 +31,12 @@ from .cases import CompactCase, LinearCase, TaylorCase
             "8x4 fp32 cols/2 2x3 all",
             4 * (48 + 24 + 32) + 4 * 2 * (3 + 2),
         ),
+        # What is mapped is a third activation, 6x8.
+        (
+            LinearCase(8, 4, 0, "all", True, torch.bfloat16, 2, 3, mapped=True),
+            "8x4 bf16 rows 2x3 all mapped",
+            2 * (48 + 24 + 48 + 32) + 4 * 8 * (3 + 2),
+        ),
     ],
     ids=lambda value: value.name if hasattr(value, "name") else None,
 )
@@ -45,6 +51,9 @@ def test_flops():
 
 def test_linear_cases_are_distinct_and_cover_the_natural_axes():
     names = [case.name for case in cases.LINEAR_CUDA]
-    assert len(names) == len(set(names)) == 3 * (6 + 5) + 2
+    assert len(names) == len(set(names)) == 3 * (6 + 5) + 2 + 3 * 9 + 2 * (4 + 3)
     for shape in ("11008x4096 bf16 rows", "4096x11008 bf16 cols", "28672x8192 bf16 rows", "8192x28672 bf16 cols"):
-        assert {f"{shape} 10x128 {order}" for order in ("first mean", "first", "all")} <= set(names)
+        orders = ("first mean", "first", "all", "second", "all mapped", "first mapped")
+        assert {f"{shape} 10x128 {order}" for order in orders} <= set(names)
+    for shape in ("4096x4096 bf16 rows", "11008x4096 bf16 rows", "4096x11008 bf16 cols"):
+        assert {f"{shape} {n}x128 {order}" for n in (128, 512) for order in ("second", "all mapped")} <= set(names)

@@ -49,11 +49,15 @@ def test_linear_figures(tmp_path):
     assert by_name["mm alone"]["share_of_baseline"] == "1"
 
 
-@pytest.mark.parametrize("case", [TINY, replace(TINY, axis=0), replace(TINY, order="first", per_sample=False)])
+@pytest.mark.parametrize(
+    "case",
+    [TINY, replace(TINY, axis=0), replace(TINY, order="first", per_sample=False), replace(TINY, order="second")],
+    ids=lambda case: case.name,
+)
 def test_the_torch_candidates_equal_the_reference(case, monkeypatch):
     monkeypatch.setattr(bench_linear, "CHUNK", 100)  # a few units at a time
     tensors = bench_linear.operands(case, CPU)
-    plain = (*tensors, case.samples, case.axis, case.order == "all", case.group_size)
+    plain = (*tensors, case.samples, case.axis, case.order, case.group_size)
     expected = bench_linear.reference(case, tensors)
     for function in (bench_linear.eager, bench_linear.batched) if case.per_sample else (bench_linear.merged,):
         fine, coarse = function(*plain)
@@ -64,6 +68,15 @@ def test_the_torch_candidates_equal_the_reference(case, monkeypatch):
     assert bench_linear.product_error(product, tensors) < 1e-6
     product[3, 5] += 0.01 * product.abs().max()
     assert bench_linear.product_error(product, tensors) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_signed_sums_from_what_is_mapped_are_those_of_the_gradients(axis):
+    case = replace(TINY, axis=axis, mapped=True)
+    tensors = bench_linear.operands(case, CPU)
+    got = bench_linear.from_mapped(case, tensors, bench_linear.mapped_of(case, tensors))
+    _, coarse, scale = bench_linear.reference(case, tensors)
+    assert float(((got - coarse).abs() / scale).max()) < 1e-5
 
 
 def test_two_samples_taken_for_each_other_fail_the_gate(tmp_path):
@@ -90,8 +103,8 @@ def test_engine_figures(tmp_path, capsys):
     assert bench_engine.main([*argv, "--batch", "2", "--csv", str(path), "--json", str(tmp_path / "e.json")]) == 0
     assert "of random weights" in capsys.readouterr().out
     by_flow = {(row["flow"], row["samples"]): row for row in rows.read(path)}
-    smallest = ["plain", "param_first", "param_mix", "fast", "lean", "auto"]
-    assert list(by_flow) == [*((flow, "2") for flow in smallest), ("plain", "3"), ("auto", "3")]
+    smallest = ["plain", "param_first", "param_mix", "fast", "lean", "auto", "fast-second", "lean-second"]
+    assert list(by_flow) == [*((f, "2") for f in smallest), *((f, "3") for f in ("plain", "auto", "auto-second"))]
     parameters = 2 * 256 * 64 + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 176 + 2 * 64) + 64
     for (_, samples), row in by_flow.items():
         seconds, floor = float(row["seconds"]), float(by_flow["plain", samples]["seconds"])
@@ -99,7 +112,8 @@ def test_engine_figures(tmp_path, capsys):
         assert float(row["ratio_to_plain"]) == pytest.approx(seconds / floor, rel=1e-3)
         assert float(row["seconds_per_sample"]) == pytest.approx(seconds / int(samples), rel=1e-3)
         assert (row["weights"], row["runs"], row["layers"], row["length"]) == ("random", "2", "2", "8")
-    assert [by_flow[flow, "2"]["memory"] for flow in ("plain", "fast", "lean")] == ["", "fast", "lean"]
+    flows = ("plain", "fast", "lean", "fast-second")
+    assert [by_flow[flow, "2"]["memory"] for flow in flows] == ["", "fast", "lean", "fast"]
     assert json.loads((tmp_path / "e.json").read_text())["failures"] == []
 
 

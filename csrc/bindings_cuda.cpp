@@ -1,5 +1,6 @@
 // Python module hywia_kernels._cuda: the GPU kernels. They run on the current device, on the stream that is passed.
 #include <cuda_runtime_api.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
@@ -38,28 +39,36 @@ void taylor_importance(const py::tuple& weight, const py::tuple& grad, const py:
     taylor_importance_cuda(args);
 }
 
-// An operand here is (address, row stride); columns follow each other.
-LinearImportanceArgs linear_args(const py::tuple& grad_output, const py::tuple& input, const py::tuple& weight,
-                                 const py::tuple& mapped, int dtype, int64_t tokens, int64_t rows, int64_t columns,
-                                 int64_t offsets, int64_t samples, int axis, int order, int64_t group_size,
-                                 bool per_sample, float scale) {
+// What a call of linear_importance is but for its addresses: made once for all matrices of a shape. `strides` are from
+// row to row, of grad_output, input, weight and mapped; columns follow each other.
+LinearImportanceArgs linear_shape(const std::vector<int64_t>& strides, bool mapped, int dtype, int64_t tokens,
+                                  int64_t rows, int64_t columns, bool ragged, int64_t samples, int axis, int order,
+                                  int64_t group_size, bool per_sample, float scale, bool inside, bool late_turn,
+                                  int64_t table_bytes) {
     LinearImportanceArgs args;
-    const auto address = [](const py::tuple& x) { return pointer<const void>(x[0].cast<int64_t>()); };
-    args.grad_output = address(grad_output), args.grad_output_stride = grad_output[1].cast<int64_t>();
-    args.input = address(input), args.input_stride = input[1].cast<int64_t>();
-    args.weight = address(weight), args.weight_stride = weight[1].cast<int64_t>();
-    args.mapped = address(mapped), args.mapped_stride = mapped[1].cast<int64_t>();
+    args.grad_output_stride = strides.at(0), args.input_stride = strides.at(1), args.weight_stride = strides.at(2);
+    args.mapped_stride = strides.at(3), args.has_mapped = mapped;
     args.dtype = static_cast<DType>(dtype), args.tokens = tokens, args.rows = rows, args.columns = columns;
-    args.offsets = pointer<const int32_t>(offsets), args.samples = samples;
-    args.axis = axis, args.order = static_cast<LinearOrder>(order), args.group_size = group_size;
+    args.ragged = ragged, args.samples = samples, args.axis = axis;
+    args.order = static_cast<LinearOrder>(order), args.group_size = group_size;
     args.per_sample = per_sample, args.scale = scale;
+    args.inside = inside, args.late_turn = late_turn, args.table_bytes = table_bytes;
     return args;
 }
 
-int64_t linear_workspace(const LinearImportanceArgs& args) { return linear_importance_workspace(args); }
+py::dict linear_cut(const LinearImportanceArgs& args, int resident) {
+    const LinearCut cut = linear_importance_cut(args, resident);
+    return py::dict("m_tiles"_a = cut.m_tiles, "n_tiles"_a = cut.n_tiles, "across"_a = cut.across,
+                    "share"_a = cut.share, "steps"_a = cut.steps, "floats"_a = cut.floats,
+                    "signed_slots"_a = cut.signed_slots, "fine_rows"_a = cut.fine_rows);
+}
 
-void linear_importance(LinearImportanceArgs args, int64_t fine, int64_t coarse, bool accumulate, int64_t workspace,
+void linear_importance(LinearImportanceArgs args, int64_t grad_output, int64_t input, int64_t weight, int64_t mapped,
+                       int64_t offsets, int64_t fine, int64_t coarse, bool accumulate, int64_t workspace,
                        int64_t stream) {
+    args.grad_output = pointer<const void>(grad_output), args.input = pointer<const void>(input);
+    args.weight = pointer<const void>(weight), args.mapped = pointer<const void>(mapped);
+    args.offsets = pointer<const int32_t>(offsets);
     args.fine = pointer<float>(fine), args.coarse = pointer<float>(coarse), args.accumulate = accumulate;
     args.workspace = pointer<float>(workspace), args.stream = pointer<void>(stream);
     py::gil_scoped_release release;
@@ -132,13 +141,14 @@ PYBIND11_MODULE(_cuda, m) {
           "stream"_a);
     m.def("taylor_importance_batch", &taylor_importance_batch, py::kw_only(), "matrices"_a, "results"_a, "order"_a,
           "stream"_a);
-    py::class_<LinearImportanceArgs>(m, "LinearImportanceArgs")
-        .def(py::init(&linear_args), py::kw_only(), "grad_output"_a, "input"_a, "weight"_a, "mapped"_a, "dtype"_a,
-             "tokens"_a, "rows"_a, "columns"_a, "offsets"_a, "samples"_a, "axis"_a, "order"_a, "group_size"_a,
-             "per_sample"_a, "scale"_a);
-    m.def("linear_importance_workspace", &linear_workspace, "args"_a);
-    m.def("linear_importance", &linear_importance, "args"_a, py::kw_only(), "fine"_a, "coarse"_a, "accumulate"_a,
-          "workspace"_a, "stream"_a);
+    py::class_<LinearImportanceArgs>(m, "LinearImportance")
+        .def(py::init(&linear_shape), py::kw_only(), "strides"_a, "mapped"_a, "dtype"_a, "tokens"_a, "rows"_a,
+             "columns"_a, "ragged"_a, "samples"_a, "axis"_a, "order"_a, "group_size"_a, "per_sample"_a, "scale"_a,
+             "inside"_a, "late_turn"_a, "table_bytes"_a)
+        .def("workspace", &linear_importance_workspace)
+        .def("cut", &linear_cut, "resident"_a)
+        .def("run", &linear_importance, "grad_output"_a, "input"_a, "weight"_a, "mapped"_a, "offsets"_a, "fine"_a,
+             "coarse"_a, "accumulate"_a, "workspace"_a, "stream"_a);
     m.def("compact", &compact, py::kw_only(), "weight"_a, "out"_a, "keep"_a, "rows"_a, "columns"_a, "row_stride"_a,
           "column_stride"_a, "axis"_a, "element_size"_a, "stream"_a);
 }

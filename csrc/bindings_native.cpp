@@ -1,4 +1,8 @@
 // Python module hywia_kernels._native: the CPU kernels.
+#include <pybind11/stl.h>
+
+#include <vector>
+
 #include "bindings.h"
 
 namespace py = pybind11;
@@ -7,17 +11,21 @@ using namespace pybind11::literals;
 
 namespace {
 
-void taylor_importance(const py::tuple& weight, const py::tuple& grad, const py::tuple& fisher, int64_t units,
-                       int64_t reduce, int64_t group_size, int order, int64_t fine, int64_t signed_sum, bool accumulate,
-                       int threads) {
-    TaylorImportanceArgs args;
-    args.weight = operand(weight), args.grad = operand(grad), args.fisher = operand(fisher);
-    args.units = units, args.reduce = reduce, args.group_size = group_size;
-    args.order = static_cast<Order>(order);
-    args.fine = pointer<float>(fine), args.signed_sum = pointer<float>(signed_sum);
-    args.accumulate = accumulate, args.threads = threads;
+// `matrices`: (weight, grad, fisher, units, reduce, group_size, fine, signed_sum, accumulate), done in this order.
+void taylor_importance(const std::vector<py::tuple>& matrices, int order, int threads) {
+    std::vector<TaylorImportanceArgs> all;
+    for (const py::tuple& fields : matrices) {
+        TaylorImportanceArgs args;
+        args.weight = operand(fields[0]), args.grad = operand(fields[1]), args.fisher = operand(fields[2]);
+        args.units = fields[3].cast<int64_t>(), args.reduce = fields[4].cast<int64_t>();
+        args.group_size = fields[5].cast<int64_t>(), args.order = static_cast<Order>(order);
+        args.fine = pointer<float>(fields[6].cast<int64_t>());
+        args.signed_sum = pointer<float>(fields[7].cast<int64_t>());
+        args.accumulate = fields[8].cast<bool>();
+        all.push_back(args);
+    }
     py::gil_scoped_release release;
-    taylor_importance_cpu(args);
+    taylor_importance_cpu(all.data(), int64_t(all.size()), threads);
 }
 
 void sample_importance(int64_t gradients, const py::tuple& weight, int64_t samples, int64_t rows, int64_t columns,
@@ -78,8 +86,7 @@ void distillation(const py::tuple& student, const py::tuple& teacher, int64_t in
 
 PYBIND11_MODULE(_native, m) {
     m.doc() = "CPU kernels of hywia_kernels; call them through hywia_kernels.ops.";
-    m.def("taylor_importance", &taylor_importance, py::kw_only(), "weight"_a, "grad"_a, "fisher"_a, "units"_a,
-          "reduce"_a, "group_size"_a, "order"_a, "fine"_a, "signed_sum"_a, "accumulate"_a, "threads"_a);
+    m.def("taylor_importance", &taylor_importance, py::kw_only(), "matrices"_a, "order"_a, "threads"_a);
     m.def("sample_importance", &sample_importance, py::kw_only(), "gradients"_a, "weight"_a, "samples"_a, "rows"_a,
           "columns"_a, "axis"_a, "squares"_a, "share"_a, "first"_a, "last"_a, "mean"_a, "square"_a, "fine"_a,
           "coarse"_a, "pitch"_a, "threads"_a);

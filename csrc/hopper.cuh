@@ -70,6 +70,7 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 }
 
 __device__ __forceinline__ void cluster_sync() {
+    __syncwarp();  // `.aligned` wants whole warps, and one thread may come from work of its own
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
@@ -152,6 +153,12 @@ __device__ __forceinline__ void product_commit() { asm volatile("wgmma.commit_gr
 template <int pending>
 __device__ __forceinline__ void product_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+// Keeps the compiler from reading a product's result before the wait that this follows. No instruction.
+template <int count>
+__device__ __forceinline__ void product_fence(float (&d)[count]) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // d[64, n] (+)= a[64, 16] b[16, n], n = 2 · registers; both operands outer-major. `accumulate` 0 overwrites d.

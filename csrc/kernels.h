@@ -29,14 +29,14 @@ struct TaylorImportanceArgs {
     float* fine = nullptr;         // [units / group_size]
     float* signed_sum = nullptr;   // [units / group_size]
     bool accumulate = false;       // add to the outputs instead of overwriting them
-    int threads = 1;               // CPU only
     float* workspace = nullptr;    // CUDA only: taylor_importance_workspace() floats
     unsigned* counters = nullptr;  // CUDA only: kTaylorCounters zeros that no other stream uses; zeros again afterwards
     void* stream = nullptr;        // CUDA only: cudaStream_t
 };
 constexpr int64_t kTaylorCounters = 4096;
 
-void taylor_importance_cpu(const TaylorImportanceArgs& args);
+// Several matrices, whose sums are written or added in their order.
+void taylor_importance_cpu(const TaylorImportanceArgs* matrices, int64_t count, int threads);
 void taylor_importance_cuda(const TaylorImportanceArgs& args);
 int64_t taylor_importance_workspace(const TaylorImportanceArgs& args);  // floats; of the current CUDA device
 
@@ -50,11 +50,13 @@ struct LinearImportanceArgs {
     // input·weightᵀ [tokens, rows] for axis 0, grad_output·weight [tokens, columns] for axis 1, or null: with it the
     // signed sums of a sample are sums of products of activations, and the weight gradient is not asked for them.
     const void* mapped = nullptr;
+    bool has_mapped = false;
     int64_t grad_output_stride = 0, input_stride = 0, weight_stride = 0;  // from row to row; columns follow each other
     int64_t mapped_stride = 0;
     DType dtype = DType::BFloat16;  // of all three
     int64_t tokens = 0, rows = 0, columns = 0;
-    const int32_t* offsets = nullptr;  // [samples + 1] on the device; null: equally long samples
+    bool ragged = false;               // else the samples are equally long
+    const int32_t* offsets = nullptr;  // ragged: [samples + 1] on the device
     int64_t samples = 1;
     int axis = 0;  // 0: units are rows, 1: columns
     LinearOrder order = LinearOrder::First;
@@ -66,10 +68,19 @@ struct LinearImportanceArgs {
     bool accumulate = false;
     float* workspace = nullptr;  // linear_importance_workspace() floats
     void* stream = nullptr;
+    // Ways of doing it that are compiled side by side.
+    bool inside = true;               // order Second reduces each sample's gradient at once, and keeps no sum of them
+    bool late_turn = true;            // a warpgroup hands the tensor cores over when its first stage is done
+    int64_t table_bytes = 512 << 20;  // the most that the clusters' partial sums may take
 };
 
 void linear_importance_cuda(const LinearImportanceArgs& args);          // compute capability 9.0 only
 int64_t linear_importance_workspace(const LinearImportanceArgs& args);  // floats; of the current CUDA device
+// How a call is cut on a device that holds `resident` clusters, without asking a device.
+struct LinearCut {
+    int64_t m_tiles, n_tiles, across, share, steps, floats, signed_slots, fine_rows;
+};
+LinearCut linear_importance_cut(const LinearImportanceArgs& args, int resident);
 
 // Many matrices at once, CUDA only. `results[r].first_matrix` on, `matrices` of them count towards result r.
 struct TaylorBatchMatrix {

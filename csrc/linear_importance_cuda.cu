@@ -1,91 +1,54 @@
 // linear_importance on Hopper: the plan, the tensor maps, the launch, and the pass that adds the clusters' sums.
 #include "linear_importance_cuda.h"
 
-#include <algorithm>
+#include <map>
 #include <mutex>
+#include <utility>
 
 namespace hywia {
 namespace {
 
-constexpr int64_t kTableBytes = 64 << 20;
-constexpr int kProductColumns = 128;      // of a block of linear_products: 16 lanes of 8
-constexpr int64_t kProductBlocks = 1056;  // eight on each of 132 multiprocessors
-
-int64_t outer_size(const LinearImportanceArgs& a) { return a.axis == 0 ? a.rows : a.columns; }
-int64_t inner_size(const LinearImportanceArgs& a) { return a.axis == 0 ? a.columns : a.rows; }
-bool squares(const LinearImportanceArgs& a) { return a.order != LinearOrder::First; }
-
-LinearMode mode_of(const LinearImportanceArgs& a) {
-    if (!a.per_sample || (a.mapped && !squares(a))) return LinearMode::Whole;
-    return a.mapped ? LinearMode::Fine : squares(a) ? LinearMode::Squares : LinearMode::Samples;
-}
-
 const LinearKernel& kernel_of(const LinearImportanceArgs& a) {
     const LinearMode mode = mode_of(a);
-    const bool ragged = a.offsets != nullptr, columns = a.axis == 1;
+    const bool ragged = a.ragged, columns = a.axis == 1;
     return a.dtype == DType::BFloat16 ? linear_kernel_bfloat16(mode, ragged, columns)
                                       : linear_kernel_float16(mode, ragged, columns);
 }
 
+// The launch of so many clusters; `config` points into it.
+struct ClusterLaunch {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute cluster = {};
+
+    ClusterLaunch(const LinearKernel& kernel, int clusters, cudaStream_t stream) {
+        config.gridDim = dim3(unsigned(clusters * kLinearCluster)), config.blockDim = dim3(kernel.threads);
+        config.dynamicSmemBytes = kernel.shared_bytes, config.stream = stream;
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = kLinearCluster, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
+        config.attrs = &cluster, config.numAttrs = 1;
+    }
+    ClusterLaunch(const ClusterLaunch&) = delete;
+};
+
 // Clusters of this kernel that the current device holds at once.
 int resident_clusters(const LinearKernel& kernel) {
-    constexpr int kDevices = 64;
     static std::mutex mutex;
-    static int known[kDevices][kLinearKernels] = {};
+    static std::map<std::pair<int, int>, int> known;  // by device and kernel
     int device = 0;
     HYWIA_CHECK_CUDA(cudaGetDevice(&device));
     const std::lock_guard<std::mutex> guard(mutex);
-    int& count = known[device % kDevices][kernel.index];
+    int& count = known[{device, kernel.index}];
     if (count == 0) {
         HYWIA_CHECK_CUDA(
             cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes));
-        const int blocks = kernel.cluster_m * kernel.cluster_n;
-        cudaLaunchConfig_t config = {};
-        config.gridDim = dim3(blocks), config.blockDim = dim3(kernel.threads);
-        config.dynamicSmemBytes = kernel.shared_bytes;
-        cudaLaunchAttribute cluster = {};
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim.x = blocks, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
-        config.attrs = &cluster, config.numAttrs = 1;
-        HYWIA_CHECK_CUDA(cudaOccupancyMaxActiveClusters(&count, kernel.function, &config));
+        ClusterLaunch launch(kernel, 1, nullptr);
+        HYWIA_CHECK_CUDA(cudaOccupancyMaxActiveClusters(&count, kernel.function, &launch.config));
         if (count < 1) throw std::runtime_error("linear_importance: this GPU holds no cluster of the kernel's size");
     }
     return count;
 }
 
-LinearPlan make_plan(const LinearImportanceArgs& a) {
-    const LinearKernel& kernel = kernel_of(a);
-    LinearPlan plan;
-    plan.cluster_m = kernel.cluster_m, plan.cluster_n = kernel.cluster_n;
-    const int64_t m = kernel.tile_m * kernel.cluster_m, n = kernel.tile_n * kernel.cluster_n;
-    plan.m_tiles = int(divide_up(outer_size(a), m)), plan.n_tiles = int(divide_up(inner_size(a), n));
-    // `whole` writes the mean's signed sums into the row after its fine sum, wanted or not.
-    plan.first_signed = squares(a) ? kLinearFineRows : a.per_sample && a.mapped ? 2 : 1;
-    plan.rows = plan.first_signed + (a.per_sample ? a.samples : 1);
-    plan.row_stride = plan.m_tiles * m;
-    // The table of partial sums grows with `share`. Among the cuts that finish in the fewest steps, take the one whose
-    // operands of one step are the smallest.
-    const int resident = resident_clusters(kernel);
-    const int64_t row_bytes = plan.rows * plan.row_stride * plan.cluster_n * int64_t(sizeof(float));
-    const int64_t most =
-        std::min<int64_t>(std::min(plan.n_tiles, resident), std::max<int64_t>(1, kTableBytes / row_bytes));
-    int64_t best_steps = 0, best_width = 0;
-    for (int share = 1; share <= most; ++share) {
-        const int across = std::min(resident / share, plan.m_tiles);
-        const int groups = int(divide_up(plan.m_tiles, across));
-        const int64_t steps = divide_up(int64_t(groups) * plan.n_tiles, share), width = across * m + share * n;
-        if (share > 1 && (steps > best_steps || (steps == best_steps && width >= best_width))) continue;
-        best_steps = steps, best_width = width;
-        plan.share = share, plan.across = across, plan.groups = groups;
-    }
-    plan.signed_slots = plan.share * plan.cluster_n;
-    if (a.per_sample && a.mapped) {  // enough blocks to fill the GPU, and no more parts than there are tables
-        const int64_t blocks = divide_up(outer_size(a), kProductColumns) * a.samples;
-        const int64_t wanted = std::min(divide_up(kProductBlocks, blocks), divide_up(a.tokens, a.samples * 128));
-        plan.signed_slots = int(std::clamp<int64_t>(wanted, 1, plan.signed_slots));
-    }
-    return plan;
-}
+LinearPlan plan_here(const LinearImportanceArgs& a) { return make_plan(a, resident_clusters(kernel_of(a))); }
 
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                  const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
@@ -120,12 +83,17 @@ CUtensorMap tensor_map(DType dtype, const void* data, int64_t rows, int64_t colu
     return map;
 }
 
+// Sums over tables: `rows` of each, `slots` tables `table` floats apart, from `first` on.
+struct FinishPart {
+    const float* first;
+    int rows, slots;
+    int64_t table;
+    float* out;
+};
+
 struct FinishArgs {
-    const float* partial;
-    LinearPlan plan;
-    int64_t group_size, units;
-    int first_fine, fine_rows, signed_rows;
-    float *fine, *coarse;
+    FinishPart fine, coarse;
+    int64_t row_stride, group_size, units;
     bool accumulate;
 };
 
@@ -134,33 +102,34 @@ template <int lanes>
 __global__ void __launch_bounds__(256) linear_finish(const FinishArgs a) {
     const int64_t at = (int64_t(blockIdx.x) * 256 + threadIdx.x) / lanes;
     const int lane = threadIdx.x % lanes;
-    if (at >= (a.fine_rows + a.signed_rows) * a.units) return;  // whole warps: 256 is a multiple of `lanes`
-    const int64_t row = at / a.units, unit = at - row * a.units;
-    const bool fine = row < a.fine_rows;
-    const int64_t quantity = fine ? a.first_fine + row : a.plan.first_signed + row - a.fine_rows;
-    const int64_t table = a.plan.rows * a.plan.row_stride;
+    if (at >= (a.fine.rows + a.coarse.rows) * a.units) return;  // whole warps: 256 is a multiple of `lanes`
+    int64_t row = at / a.units;
+    const int64_t unit = at - row * a.units;
+    const FinishPart& part = row < a.fine.rows ? a.fine : a.coarse;
+    if (row >= a.fine.rows) row -= a.fine.rows;
     double sum = 0.0;
     for (int64_t i = lane; i < a.group_size; i += lanes) {
-        const float* from = a.partial + quantity * a.plan.row_stride + unit * a.group_size + i;
-        const int slots = fine ? a.plan.share * a.plan.cluster_n : a.plan.signed_slots;
-        for (int s = 0; s < slots; ++s) sum += from[s * table];
+        const float* from = part.first + row * a.row_stride + unit * a.group_size + i;
+        for (int s = 0; s < part.slots; ++s) sum += from[s * part.table];
     }
     for (int mask = 1; mask < lanes; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
     if (lane) return;
-    float* to = fine ? a.fine + row * a.units + unit : a.coarse + (row - a.fine_rows) * a.units + unit;
+    float* to = part.out + row * a.units + unit;
     *to = float(a.accumulate ? *to + sum : sum);
 }
 
 void launch_finish(const LinearImportanceArgs& a, const LinearPlan& plan) {
     FinishArgs f;
-    f.partial = a.workspace, f.plan = plan;
-    f.group_size = a.group_size, f.units = outer_size(a) / a.group_size;
-    f.first_fine = a.order == LinearOrder::Second ? 1 : a.order == LinearOrder::Mixed ? 2 : 0;
-    f.fine_rows = a.order == LinearOrder::All ? kLinearFineRows : 1;
-    f.signed_rows = int(plan.rows - plan.first_signed);
-    f.fine = a.fine, f.coarse = a.coarse, f.accumulate = a.accumulate;
+    // Rows of the forms that make all three orders are theirs; the others make the one that is asked for.
+    const int wanted = a.order == LinearOrder::Second ? 1 : a.order == LinearOrder::Mixed ? 2 : 0;
+    const int first = plan.fine_rows == kLinearFineRows ? wanted : 0;
+    f.fine = {a.workspace + first * plan.row_stride, a.order == LinearOrder::All ? kLinearFineRows : 1, plan.share,
+              plan.fine_table, a.fine};
+    f.coarse = {a.workspace + plan.signed_at, plan.signed_rows, plan.signed_slots, plan.signed_table, a.coarse};
+    f.row_stride = plan.row_stride, f.group_size = a.group_size, f.units = outer_size(a) / a.group_size;
+    f.accumulate = a.accumulate;
     const bool warps = a.group_size >= 8;
-    const int64_t threads = (f.fine_rows + f.signed_rows) * f.units * (warps ? 32 : 1);
+    const int64_t threads = (f.fine.rows + f.coarse.rows) * f.units * (warps ? 32 : 1);
     const auto kernel = warps ? linear_finish<32> : linear_finish<1>;
     kernel<<<unsigned(divide_up(threads, 256)), 256, 0, static_cast<cudaStream_t>(a.stream)>>>(f);
     HYWIA_CHECK_CUDA(cudaGetLastError());
@@ -218,9 +187,8 @@ void launch_products(const LinearImportanceArgs& a, const LinearPlan& plan) {
     p.b = a.mapped, p.b_stride = a.mapped_stride;
     p.columns = int(outer_size(a)), p.length = int(a.tokens / a.samples), p.parts = plan.signed_slots;
     p.offsets = a.offsets, p.scale = a.scale;
-    p.out = a.workspace + plan.first_signed * plan.row_stride;
-    p.part_stride = plan.rows * plan.row_stride, p.sample_stride = plan.row_stride;
-    if (a.samples > 65535) throw std::runtime_error("samples: at most 65535 for one call of the cuda backend");
+    p.out = a.workspace + plan.signed_at;
+    p.part_stride = plan.signed_table, p.sample_stride = plan.row_stride;
     const dim3 grid(unsigned(divide_up(p.columns, kProductColumns)), unsigned(a.samples), unsigned(p.parts));
     const auto kernel = a.dtype == DType::BFloat16 ? linear_products<__nv_bfloat16> : linear_products<__half>;
     kernel<<<grid, 256, 0, static_cast<cudaStream_t>(a.stream)>>>(p);
@@ -230,9 +198,13 @@ void launch_products(const LinearImportanceArgs& a, const LinearPlan& plan) {
 }  // namespace
 
 int64_t linear_importance_workspace(const LinearImportanceArgs& a) {
-    if (a.rows == 0 || a.columns == 0) return 0;
-    const LinearPlan plan = make_plan(a);
-    return int64_t(plan.share) * plan.cluster_n * plan.rows * plan.row_stride;
+    return a.rows == 0 || a.columns == 0 ? 0 : plan_here(a).floats;
+}
+
+LinearCut linear_importance_cut(const LinearImportanceArgs& a, int resident) {
+    const LinearPlan plan = make_plan(a, resident);
+    return {plan.m_tiles, plan.n_tiles, plan.across,       plan.share,
+            plan.steps(), plan.floats,  plan.signed_slots, plan.fine_rows};
 }
 
 void linear_importance_cuda(const LinearImportanceArgs& a) {
@@ -245,8 +217,10 @@ void linear_importance_cuda(const LinearImportanceArgs& a) {
         HYWIA_CHECK_CUDA(cudaMemsetAsync(a.coarse, 0, (a.per_sample ? a.samples : 1) * units * sizeof(float), stream));
         return;
     }
+    if (signed_from_mapped(a) && a.samples > 65535)
+        throw std::runtime_error("samples: at most 65535 for one call of the cuda backend with `mapped`");
     const LinearKernel& kernel = kernel_of(a);
-    const LinearPlan plan = make_plan(a);
+    const LinearPlan plan = plan_here(a);
     const CUtensorMap map_dy =
         tensor_map(a.dtype, a.grad_output, a.tokens, a.rows, a.grad_output_stride, kLinearStepTokens);
     const CUtensorMap map_x = tensor_map(a.dtype, a.input, a.tokens, a.columns, a.input_stride, kLinearStepTokens);
@@ -255,25 +229,18 @@ void linear_importance_cuda(const LinearImportanceArgs& a) {
     LinearKernelArgs p;
     p.offsets = a.offsets;
     p.samples = int(a.samples), p.tokens = int(a.tokens), p.length = int(a.tokens / a.samples);
-    p.plan = plan;
+    p.plan = plan, p.late_turn = a.late_turn;
     p.scale = a.scale;
     p.mean_scale = float(double(a.scale) / double(a.samples));
     p.square_scale = float(double(a.scale) * double(a.scale) / double(a.samples));
     p.partial = a.workspace;
 
-    const int blocks = kernel.cluster_m * kernel.cluster_n;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(unsigned(plan.across * plan.share * blocks)), config.blockDim = dim3(kernel.threads);
-    config.dynamicSmemBytes = kernel.shared_bytes, config.stream = stream;
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = blocks, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster, config.numAttrs = 1;
+    const ClusterLaunch launch(kernel, plan.across * plan.share, stream);
     void* arguments[] = {const_cast<CUtensorMap*>(a.axis == 0 ? &map_dy : &map_x),
                          const_cast<CUtensorMap*>(a.axis == 0 ? &map_x : &map_dy), const_cast<CUtensorMap*>(&map_w),
                          &p};
-    HYWIA_CHECK_CUDA(cudaLaunchKernelExC(&config, kernel.function, arguments));
-    if (a.per_sample && a.mapped) launch_products(a, plan);  // after it: `whole` leaves its own signed sums in a row
+    HYWIA_CHECK_CUDA(cudaLaunchKernelExC(&launch.config, kernel.function, arguments));
+    if (signed_from_mapped(a)) launch_products(a, plan);
     launch_finish(a, plan);
 }
 

@@ -6,20 +6,24 @@
 
 namespace hywia {
 
-constexpr int kTileM = 128, kStepK = kLinearStepTokens;
+constexpr int kTileM = kLinearTileM, kStepK = kLinearStepTokens;
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kLinearThreads = 128 * (kConsumers + 1);
 constexpr uint32_t kChunkBytes = kStepK * 128;    // 64 elements by 64 tokens
 constexpr uint32_t kWeightBytes = 128 * 128 * 2;  // a 128 x 128 tile: two boxes of 64 x 128
 constexpr uint32_t kWeightBoxBytes = kWeightBytes / 2;
 
-// `whole` and `fine` (no signed sums) need the weight only when a tile's product is done: its tile follows through the
-// stages. With signed sums it is read for every sample, and has two buffers of its own.
-template <bool whole, bool signed_sums>
+// When the weight's tile is read decides how it comes. Merged and Sums need it once a tile's products are done: it
+// follows them through the stages. Second takes it into registers before the first product: it comes ahead of them.
+// Samples and Squares read it for every sample, while the next tile's is on its way: it has two buffers of its own.
+template <LinearMode mode>
 struct LinearTile {
-    static constexpr int kN = whole ? 256 : 128;
-    static constexpr int kWeights = whole || !signed_sums ? 0 : 2;
-    static constexpr int kStages = whole ? 4 : 7 - kWeights;
+    static constexpr bool kMerged = mode == LinearMode::Merged;
+    static constexpr bool kAhead = mode == LinearMode::Second;
+    static constexpr bool kSquares = mode == LinearMode::Squares || mode == LinearMode::Sums;
+    static constexpr int kN = linear_tile_n(mode);
+    static constexpr int kWeights = mode == LinearMode::Samples || mode == LinearMode::Squares ? 2 : 0;
+    static constexpr int kStages = kN == 256 ? 4 : 7 - kWeights;
     static constexpr int kAccumulators = kN / 2;
     static constexpr uint32_t kABytes = kTileM * kStepK * 2, kBBytes = kN * kStepK * 2;
     static constexpr uint32_t kStageBytes = kABytes + kBBytes;
@@ -65,26 +69,6 @@ struct Shared {
     }
 };
 
-// This block's place in its cluster, and whom it shares operands with.
-template <int CM, int CN>
-struct Place {
-    int m, n;
-    __device__ __forceinline__ explicit Place(int rank) : m(rank % CM), n(rank / CM) {}
-    __device__ __forceinline__ uint16_t same_m() const {  // blocks that read the same grad_output columns
-        uint16_t mask = 0;
-        for (int i = 0; i < CN; ++i) mask |= uint16_t(1) << (i * CM + m);
-        return mask;
-    }
-    __device__ __forceinline__ uint16_t same_n() const {
-        uint16_t mask = 0;
-        for (int i = 0; i < CM; ++i) mask |= uint16_t(1) << (n * CM + i);
-        return mask;
-    }
-    // Blocks whose copies land in this block's stages: itself, those of one m and those of one n.
-    static constexpr int kSharers = CM + CN - 1;
-    __device__ __forceinline__ int sharer(int i) const { return i < CN ? i * CM + m : n * CM + (m + i - CN + 1) % CM; }
-};
-
 // The tiles of one cluster, in order.
 struct Walk {
     const LinearPlan& plan;
@@ -122,60 +106,66 @@ __device__ __forceinline__ void copy_weight(uint32_t to, const CUtensorMap* map,
     }
 }
 
-// This block's `chunks` of an operand's step, to itself or, where `sharing` blocks of the cluster read them, to
-// `blocks`.
-template <int chunks, int sharing>
-__device__ __forceinline__ void copy_chunks(uint32_t to, const CUtensorMap* map, int place, int column, int token,
-                                            uint32_t barrier, uint16_t blocks) {
-    for (int i = 0; i < chunks; ++i) {
-        const int chunk = sharing == 1 ? i : place * chunks + i;
-        if constexpr (sharing == 1)
-            copy_box(to + chunk * kChunkBytes, map, column + chunk * 64, token, barrier, kEvictNormal);
-        else
-            copy_box_multicast(to + chunk * kChunkBytes, map, column + chunk * 64, token, barrier, blocks,
-                               kEvictNormal);
-    }
-}
-
-template <bool whole, bool signed_sums, bool ragged, bool columns, int CM, int CN>
-__device__ void produce(const LinearKernelArgs& p, const CUtensorMap* map_a, const CUtensorMap* map_b,
-                        const CUtensorMap* map_w, const Shared<LinearTile<whole, signed_sums>>& shared,
-                        Place<CM, CN> place, Walk walk) {
-    using Tile = LinearTile<whole, signed_sums>;
-    constexpr int kAChunks = kTileM / 64 / CN, kBChunks = Tile::kN / 64 / CM;  // this block's part of each operand
+// What one warp of a block fetches. `rank` is the block's place in its cluster: it fetches its own columns of A, and
+// half of B for both blocks.
+template <LinearMode mode, bool ragged, bool columns>
+struct Producer {
+    using Tile = LinearTile<mode>;
+    const LinearKernelArgs& p;
+    const CUtensorMap *map_a, *map_b, *map_w;
+    const Shared<Tile>& shared;
+    int rank;
     Ring<Tile::kStages> ring;
     Ring<Tile::kWeights ? Tile::kWeights : 1> buffer;
-    const uint16_t same_m = place.same_m(), same_n = place.same_n();
-    for (; walk.more(); walk.advance()) {
-        const int m = (walk.m() * CM + place.m) * kTileM, n = (walk.n() * CN + place.n) * Tile::kN;
-        if constexpr (Tile::kWeights > 0) {
-            barrier_wait(shared.weight_empty(buffer.slot), buffer.parity ^ 1);
-            barrier_expect(shared.weight_full(buffer.slot), kWeightBytes);
-            copy_weight<columns>(shared.weight(buffer.slot), map_w, m, n, shared.weight_full(buffer.slot));
-            buffer.advance();
+
+    // Waits for a free stage, of which `bytes` will be filled.
+    __device__ __forceinline__ uint32_t next(uint32_t bytes) {
+        barrier_wait(shared.empty(ring.slot), ring.parity ^ 1);
+        barrier_expect(shared.full(ring.slot), bytes);
+        return shared.full(ring.slot);
+    }
+
+    __device__ __forceinline__ void operands(int m, int n, int token) {
+        constexpr int kHalf = Tile::kN / 64 / kLinearCluster;
+        constexpr uint16_t kBoth = (1 << kLinearCluster) - 1;
+        const uint32_t full = next(Tile::kStageBytes), a = shared.a(ring.slot), b = shared.b(ring.slot);
+        for (int i = 0; i < kTileM / 64; ++i)
+            copy_box(a + i * kChunkBytes, map_a, m + i * 64, token, full, kEvictNormal);
+        for (int i = 0; i < kHalf; ++i) {
+            const int chunk = rank * kHalf + i;
+            copy_box_multicast(b + chunk * kChunkBytes, map_b, n + chunk * 64, token, full, kBoth, kEvictNormal);
         }
-        for (int s = 0; s < (whole ? 1 : p.samples); ++s) {
-            int begin = 0, end = p.tokens;
-            if constexpr (!whole) sample_range<ragged>(p, s, begin, end);
-            for (int token = begin; token < end; token += kStepK) {
-                barrier_wait(shared.empty(ring.slot), ring.parity ^ 1);
-                const uint32_t full = shared.full(ring.slot);
-                barrier_expect(full, Tile::kStageBytes);
-                copy_chunks<kAChunks, CN>(shared.a(ring.slot), map_a, place.n, m, token, full, same_m);
-                copy_chunks<kBChunks, CM>(shared.b(ring.slot), map_b, place.m, n, token, full, same_n);
-                ring.advance();
-            }
-        }
-        if constexpr (Tile::kWeights == 0) {  // the weight's tile follows, 128 columns a stage
-            for (int half = 0; half < Tile::kN / 128; ++half) {
-                barrier_wait(shared.empty(ring.slot), ring.parity ^ 1);
-                barrier_expect(shared.full(ring.slot), kWeightBytes);
-                copy_weight<columns>(shared.a(ring.slot), map_w, m, n + half * 128, shared.full(ring.slot));
-                ring.advance();
-            }
+        ring.advance();
+    }
+
+    __device__ __forceinline__ void weight_in_stages(int m, int n) {
+        for (int half = 0; half < Tile::kN / 128; ++half) {
+            const uint32_t full = next(kWeightBytes);
+            copy_weight<columns>(shared.a(ring.slot), map_w, m, n + half * 128, full);
+            ring.advance();
         }
     }
-}
+
+    __device__ void run(Walk walk) {
+        for (; walk.more(); walk.advance()) {
+            const int m = (walk.m() * kLinearCluster + rank) * kTileM, n = walk.n() * Tile::kN;
+            if constexpr (Tile::kWeights > 0) {
+                const uint32_t full = shared.weight_full(buffer.slot);
+                barrier_wait(shared.weight_empty(buffer.slot), buffer.parity ^ 1);
+                barrier_expect(full, kWeightBytes);
+                copy_weight<columns>(shared.weight(buffer.slot), map_w, m, n, full);
+                buffer.advance();
+            }
+            if constexpr (Tile::kAhead) weight_in_stages(m, n);
+            for (int s = 0; s < (Tile::kMerged ? 1 : p.samples); ++s) {
+                int begin = 0, end = p.tokens;
+                if constexpr (!Tile::kMerged) sample_range<ragged>(p, s, begin, end);
+                for (int token = begin; token < end; token += kStepK) operands(m, n, token);
+            }
+            if constexpr (Tile::kWeights == 0 && !Tile::kAhead) weight_in_stages(m, n);
+        }
+    }
+};
 
 }  // namespace linear
 

@@ -11,11 +11,13 @@
 // The kernels convert in registers, which needs one copy of them per pair of dtypes. The pairs that calibration meets
 // have theirs (`fused`; float16's needs an instruction that not every processor has); every other mix, and every
 // gathered layout, goes through float32 tiles in the L1 cache.
-#include <algorithm>
+//
+// The tasks of all matrices of a batch are shared out at once: a small matrix is one or two of them, and would leave
+// threads without work, and the opening of a parallel region for each takes as long as its sums.
 #include <cmath>
 #include <vector>
 
-#include "common.h"
+#include "taylor_cpu.h"
 
 #ifdef HYWIA_TARGET_CLONES
 #include <immintrin.h>
@@ -24,20 +26,15 @@
 namespace hywia {
 namespace {
 
-constexpr int64_t kLanes = 32;            // independent float32 sums of a row kernel
-constexpr int64_t kTile = 1024;           // elements converted at once: 4 KiB per operand
-constexpr int64_t kFlush = 32;            // float32 additions per sum before it is added in double
+using namespace taylor;
+
 constexpr int64_t kTask = 1 << 19;        // elements per row task, about
-constexpr int64_t kAhead = 512;           // bytes of each operand asked for before they are needed
 constexpr int64_t kStrip = 2048;          // units of a column task: its float32 sums take half of an L1 cache
 constexpr int64_t kColumnTask = 1 << 20;  // elements per column task, about: few tables of sums to add up
-constexpr int64_t kColumnRows = 4;        // rows that a column task adds at once
 constexpr int64_t kColumnTile = 128;      // columns of each that it converts at once, where it must
 constexpr int64_t kNarrow = 32;           // fewer contiguous units than this: not worth a strip, gather instead
 constexpr int64_t kGatherRows = 16;       // units gathered together, so that a cache line read once serves all of them
 constexpr int64_t kGatherTile = 256;      // and elements of each of them
-
-static_assert(kTile <= kLanes * kFlush, "a row tile must not outgrow the float32 sums");
 
 // Tiles of n contiguous elements as float32. `ahead` is what will be converted next: asked for line by line, as this
 // tile is read, so that memory is never idle and never asked for more than it has room to answer.
@@ -108,280 +105,6 @@ void gathered_tile(const Operand& x, int64_t offset, int64_t rows, int64_t n, fl
     }
 }
 
-template <DType dtype>
-HYWIA_INLINE float load(const void* data, int64_t i) {
-    static_assert(dtype != DType::Float16, "float16 goes through tiles: its conversion is a matter of instruction set");
-    if constexpr (dtype == DType::Float32) return static_cast<const float*>(data)[i];
-    if constexpr (dtype == DType::BFloat16) return bfloat16_to_float(static_cast<const uint16_t*>(data)[i]);
-}
-
-// Asks for the kLanes elements from `i` on. The hardware's prefetchers stop at every 4 KiB page; this does not.
-template <DType dtype>
-HYWIA_INLINE void prefetch(const void* data, int64_t i) {
-    const char* at = static_cast<const char*>(data) + i * element_size(dtype);
-    for (int64_t line = 0; line < kLanes * element_size(dtype); line += 64) __builtin_prefetch(at + line);
-}
-
-// One term: the weight in dtype W, gradient and Fisher information in dtype S.
-template <Order order, DType W, DType S>
-HYWIA_INLINE float term(const void* weight, const void* grad, const void* fisher, int64_t i) {
-    const float w = load<W>(weight, i);
-    if constexpr (order == Order::First) return load<S>(grad, i) * w;
-    if constexpr (order == Order::Second) return 0.5f * load<S>(fisher, i) * w * w;
-    if constexpr (order == Order::Mixed) return load<S>(grad, i) * w - 0.5f * load<S>(fisher, i) * w * w;
-}
-
-struct Sums {
-    double fine = 0, signed_sum = 0;
-};
-
-// Sums of n contiguous terms. Lane j always takes the elements j, j + 32, ..., is moved into its double every kTile
-// elements, and the lanes are always added in the same order, whatever the width of the vector unit.
-template <Order order, DType W, DType S, bool memory>
-HYWIA_INLINE void row_sums(const void* w, const void* g, const void* f, int64_t n, Sums& sums) {
-    constexpr int64_t ahead_w = kAhead / element_size(W), ahead_s = kAhead / element_size(S);
-    double fine[kLanes] = {}, signed_sum[kLanes] = {};
-    for (int64_t at = 0; at < n; at += kTile) {
-        float tile_fine[kLanes] = {}, tile_signed[kLanes] = {};
-        const int64_t end = std::min(n, at + kTile), whole = at + (end - at) / kLanes * kLanes;
-        for (int64_t i = at; i < whole; i += kLanes) {
-            if constexpr (memory) prefetch<W>(w, i + ahead_w);
-            if constexpr (memory && order != Order::Second) prefetch<S>(g, i + ahead_s);
-            if constexpr (memory && order != Order::First) prefetch<S>(f, i + ahead_s);
-            for (int64_t j = 0; j < kLanes; ++j) {
-                const float t = term<order, W, S>(w, g, f, i + j);
-                tile_fine[j] += std::fabs(t);
-                tile_signed[j] += t;
-            }
-        }
-        for (int64_t i = whole; i < end; ++i) {
-            const float t = term<order, W, S>(w, g, f, i);
-            tile_fine[i - whole] += std::fabs(t);
-            tile_signed[i - whole] += t;
-        }
-        for (int64_t j = 0; j < kLanes; ++j) {
-            fine[j] += tile_fine[j];
-            signed_sum[j] += tile_signed[j];
-        }
-    }
-    for (int64_t j = 0; j < kLanes; ++j) {
-        sums.fine += fine[j];
-        sums.signed_sum += signed_sum[j];
-    }
-}
-
-// A few rows of one operand, `pitch` elements apart.
-struct Rows {
-    const void* data = nullptr;
-    int64_t pitch = 0;
-};
-
-template <DType dtype>
-HYWIA_INLINE const void* row(Rows x, int64_t r) {
-    return static_cast<const char*>(x.data) + r * x.pitch * element_size(dtype);
-}
-
-// Asks for what comes kAhead bytes later: at the end of these rows, the beginning of the next ones.
-template <DType dtype, int64_t rows>
-HYWIA_INLINE void prefetch_rows(Rows x, int64_t i, int64_t n) {
-    int64_t at = i + kAhead / element_size(dtype);
-    if (at >= n) at += rows * x.pitch - n;
-    for (int64_t r = 0; r < rows; ++r) prefetch<dtype>(row<dtype>(x, r), at);
-}
-
-// Adds `rows` rows of n terms to n sums: a sum is loaded and stored once for all of them.
-template <Order order, DType W, DType S, bool memory, int64_t rows>
-HYWIA_INLINE void column_sums(Rows w, Rows g, Rows f, int64_t n, float* __restrict fine, float* __restrict signed_sum) {
-    const auto add = [&](int64_t i) __attribute__((always_inline)) {
-        float sum = signed_sum[i], magnitude = fine[i];
-        for (int64_t r = 0; r < rows; ++r) {
-            const float t = term<order, W, S>(row<W>(w, r), row<S>(g, r), row<S>(f, r), i);
-            sum += t;
-            magnitude += std::fabs(t);
-        }
-        signed_sum[i] = sum;
-        fine[i] = magnitude;
-    };
-    const int64_t whole = n / kLanes * kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes) {
-        if constexpr (memory) prefetch_rows<W, rows>(w, i, n);
-        if constexpr (memory && order != Order::Second) prefetch_rows<S, rows>(g, i, n);
-        if constexpr (memory && order != Order::First) prefetch_rows<S, rows>(f, i, n);
-        for (int64_t j = 0; j < kLanes; ++j) add(i + j);
-    }
-    for (int64_t i = whole; i < n; ++i) add(i);
-}
-
-template <Order order, DType W, DType S, bool memory>
-HYWIA_INLINE void column_rows(Rows w, Rows g, Rows f, int64_t rows, int64_t n, float* fine, float* signed_sum) {
-    if (rows == kColumnRows) return column_sums<order, W, S, memory, kColumnRows>(w, g, f, n, fine, signed_sum);
-    for (int64_t r = 0; r < rows; ++r)
-        column_sums<order, W, S, memory, 1>({row<W>(w, r), w.pitch}, {row<S>(g, r), g.pitch}, {row<S>(f, r), f.pitch},
-                                            n, fine, signed_sum);
-}
-
-using RowKernel = void (*)(Order, const void* w, const void* g, const void* f, int64_t n, Sums*);
-using ColumnKernel = void (*)(Order, const Rows* wgf, int64_t rows, int64_t n, float* fine, float* signed_sum);
-
-// Templates cannot be cloned per instruction set, hence functions of its own for each pair of dtypes, and for tiles.
-#define HYWIA_KERNELS(NAME, W, S, MEMORY)                                                                           \
-    HYWIA_CLONES void row_##NAME(Order order, const void* w, const void* g, const void* f, int64_t n, Sums* sums) { \
-        if (order == Order::First) row_sums<Order::First, W, S, MEMORY>(w, g, f, n, *sums);                         \
-        if (order == Order::Second) row_sums<Order::Second, W, S, MEMORY>(w, g, f, n, *sums);                       \
-        if (order == Order::Mixed) row_sums<Order::Mixed, W, S, MEMORY>(w, g, f, n, *sums);                         \
-    }                                                                                                               \
-    HYWIA_CLONES void column_##NAME(Order order, const Rows* wgf, int64_t rows, int64_t n, float* fine,             \
-                                    float* signed_sum) {                                                            \
-        const Rows w = wgf[0], g = wgf[1], f = wgf[2];                                                              \
-        if (order == Order::First) column_rows<Order::First, W, S, MEMORY>(w, g, f, rows, n, fine, signed_sum);     \
-        if (order == Order::Second) column_rows<Order::Second, W, S, MEMORY>(w, g, f, rows, n, fine, signed_sum);   \
-        if (order == Order::Mixed) column_rows<Order::Mixed, W, S, MEMORY>(w, g, f, rows, n, fine, signed_sum);     \
-    }
-
-HYWIA_KERNELS(float32, DType::Float32, DType::Float32, true)
-HYWIA_KERNELS(bfloat16, DType::BFloat16, DType::BFloat16, true)
-HYWIA_KERNELS(bfloat16_float32, DType::BFloat16, DType::Float32, true)
-HYWIA_KERNELS(tile, DType::Float32, DType::Float32, false)
-#undef HYWIA_KERNELS
-
-struct Kernels {
-    RowKernel row = nullptr;
-    ColumnKernel column = nullptr;
-};
-
-#ifdef HYWIA_TARGET_CLONES
-// float16 in registers, by the instruction for it. Sums are made in the order in which tiles would make them.
-#define HYWIA_F16C __attribute__((target("arch=x86-64-v3")))
-
-HYWIA_F16C inline __m256 halves(const void* data, int64_t i) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(data) + i)));
-}
-
-HYWIA_F16C inline float half(const void* data, int64_t i) { return _cvtsh_ss(static_cast<const uint16_t*>(data)[i]); }
-
-template <Order order>
-HYWIA_F16C inline __m256 half_terms(const void* w, const void* g, const void* f, int64_t i) {
-    const __m256 weight = halves(w, i);
-    if constexpr (order == Order::First) return _mm256_mul_ps(halves(g, i), weight);
-    const __m256 second =
-        _mm256_mul_ps(_mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(0.5f), halves(f, i)), weight), weight);
-    if constexpr (order == Order::Second) return second;
-    return _mm256_sub_ps(_mm256_mul_ps(halves(g, i), weight), second);
-}
-
-template <Order order>
-HYWIA_F16C inline float half_term(const void* w, const void* g, const void* f, int64_t i) {
-    const float weight = half(w, i);
-    if constexpr (order == Order::First) return half(g, i) * weight;
-    const float second = 0.5f * half(f, i) * weight * weight;
-    if constexpr (order == Order::Second) return second;
-    return half(g, i) * weight - second;
-}
-
-HYWIA_F16C inline __m256 magnitudes(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
-
-template <Order order>
-HYWIA_F16C void half_row_sums(const void* w, const void* g, const void* f, int64_t n, Sums& sums) {
-    constexpr int64_t ahead = kAhead / 2, vectors = kLanes / 8;
-    for (int64_t at = 0; at < n; at += kTile) {
-        __m256 fine[vectors], signed_sum[vectors];
-        for (int64_t v = 0; v < vectors; ++v) fine[v] = signed_sum[v] = _mm256_setzero_ps();
-        const int64_t end = std::min(n, at + kTile), whole = at + (end - at) / kLanes * kLanes;
-        for (int64_t i = at; i < whole; i += kLanes) {
-            prefetch<DType::Float16>(w, i + ahead);
-            if constexpr (order != Order::Second) prefetch<DType::Float16>(g, i + ahead);
-            if constexpr (order != Order::First) prefetch<DType::Float16>(f, i + ahead);
-            for (int64_t v = 0; v < vectors; ++v) {
-                const __m256 t = half_terms<order>(w, g, f, i + 8 * v);
-                fine[v] = _mm256_add_ps(fine[v], magnitudes(t));
-                signed_sum[v] = _mm256_add_ps(signed_sum[v], t);
-            }
-        }
-        alignas(32) float lanes[2][kLanes];
-        for (int64_t v = 0; v < vectors; ++v) {
-            _mm256_store_ps(lanes[0] + 8 * v, fine[v]);
-            _mm256_store_ps(lanes[1] + 8 * v, signed_sum[v]);
-        }
-        for (int64_t i = whole; i < end; ++i) {
-            const float t = half_term<order>(w, g, f, i);
-            lanes[0][i - whole] += std::fabs(t);
-            lanes[1][i - whole] += t;
-        }
-        for (int64_t j = 0; j < kLanes; ++j) {
-            sums.fine += lanes[0][j];
-            sums.signed_sum += lanes[1][j];
-        }
-    }
-}
-
-template <Order order, int64_t rows>
-HYWIA_F16C void half_column_sums(Rows w, Rows g, Rows f, int64_t n, float* __restrict fine,
-                                 float* __restrict signed_sum) {
-    const int64_t whole = n / kLanes * kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes) {
-        prefetch_rows<DType::Float16, rows>(w, i, n);
-        if constexpr (order != Order::Second) prefetch_rows<DType::Float16, rows>(g, i, n);
-        if constexpr (order != Order::First) prefetch_rows<DType::Float16, rows>(f, i, n);
-        for (int64_t j = i; j < i + kLanes; j += 8) {
-            __m256 sum = _mm256_loadu_ps(signed_sum + j), magnitude = _mm256_loadu_ps(fine + j);
-            for (int64_t r = 0; r < rows; ++r) {
-                const __m256 t = half_terms<order>(row<DType::Float16>(w, r), row<DType::Float16>(g, r),
-                                                   row<DType::Float16>(f, r), j);
-                sum = _mm256_add_ps(sum, t);
-                magnitude = _mm256_add_ps(magnitude, magnitudes(t));
-            }
-            _mm256_storeu_ps(signed_sum + j, sum);
-            _mm256_storeu_ps(fine + j, magnitude);
-        }
-    }
-    for (int64_t i = whole; i < n; ++i) {
-        for (int64_t r = 0; r < rows; ++r) {
-            const float t =
-                half_term<order>(row<DType::Float16>(w, r), row<DType::Float16>(g, r), row<DType::Float16>(f, r), i);
-            signed_sum[i] += t;
-            fine[i] += std::fabs(t);
-        }
-    }
-}
-
-template <Order order>
-HYWIA_F16C void half_column_rows(const Rows* wgf, int64_t rows, int64_t n, float* fine, float* signed_sum) {
-    const Rows w = wgf[0], g = wgf[1], f = wgf[2];
-    if (rows == kColumnRows) return half_column_sums<order, kColumnRows>(w, g, f, n, fine, signed_sum);
-    const auto at = [](Rows x, int64_t r) { return Rows{row<DType::Float16>(x, r), x.pitch}; };
-    for (int64_t r = 0; r < rows; ++r) half_column_sums<order, 1>(at(w, r), at(g, r), at(f, r), n, fine, signed_sum);
-}
-
-HYWIA_F16C void row_half(Order order, const void* w, const void* g, const void* f, int64_t n, Sums* sums) {
-    if (order == Order::First) half_row_sums<Order::First>(w, g, f, n, *sums);
-    if (order == Order::Second) half_row_sums<Order::Second>(w, g, f, n, *sums);
-    if (order == Order::Mixed) half_row_sums<Order::Mixed>(w, g, f, n, *sums);
-}
-
-HYWIA_F16C void column_half(Order order, const Rows* wgf, int64_t rows, int64_t n, float* fine, float* signed_sum) {
-    if (order == Order::First) half_column_rows<Order::First>(wgf, rows, n, fine, signed_sum);
-    if (order == Order::Second) half_column_rows<Order::Second>(wgf, rows, n, fine, signed_sum);
-    if (order == Order::Mixed) half_column_rows<Order::Mixed>(wgf, rows, n, fine, signed_sum);
-}
-
-HYWIA_F16C Kernels half_kernels() { return {row_half, column_half}; }
-__attribute__((target("default")))
-#endif
-Kernels half_kernels() {
-    return {};
-}
-
-// The kernels that read these operands as they are; null where there are none.
-Kernels fused(const TaylorImportanceArgs& a) {
-    const DType w = a.weight.dtype, s = a.grad.data ? a.grad.dtype : a.fisher.dtype;
-    if (a.grad.data && a.fisher.data && a.grad.dtype != a.fisher.dtype) return {};
-    if (w == DType::Float32 && s == DType::Float32) return {row_float32, column_float32};
-    if (w == DType::BFloat16 && s == DType::BFloat16) return {row_bfloat16, column_bfloat16};
-    if (w == DType::BFloat16 && s == DType::Float32) return {row_bfloat16_float32, column_bfloat16_float32};
-    if (w == DType::Float16 && s == DType::Float16) return half_kernels();
-    return {};
-}
-
 // Moves a strip's float32 sums into its doubles and clears them.
 HYWIA_CLONES void flush(float* __restrict sums, int64_t n, double* __restrict total) {
     for (int64_t i = 0; i < n; ++i) {
@@ -425,7 +148,7 @@ void contiguous_row(const TaylorImportanceArgs& a, RowKernel kernel, int64_t uni
             return x.data ? contiguous_tile(x, offset_of(x, unit, at), offset_of(x, unit, at + kTile), n, buffer)
                           : nullptr;
         };
-        row_tile(a.order, tile(a.weight, b.weight), tile(a.grad, b.grad), tile(a.fisher, b.fisher), n, &sums);
+        tile_kernels().row(a.order, tile(a.weight, b.weight), tile(a.grad, b.grad), tile(a.fisher, b.fisher), n, &sums);
     }
 }
 
@@ -439,48 +162,13 @@ void gathered_rows(const TaylorImportanceArgs& a, int64_t unit, int64_t rows, in
         };
         tile(a.weight, b.weight), tile(a.grad, b.grad), tile(a.fisher, b.fisher);
         for (int64_t r = 0; r < rows; ++r)
-            row_tile(a.order, b.weight + r * n, b.grad + r * n, b.fisher + r * n, n, sums + r);
+            tile_kernels().row(a.order, b.weight + r * n, b.grad + r * n, b.fisher + r * n, n, sums + r);
     }
 }
 
 void write(const TaylorImportanceArgs& a, int64_t unit, const Sums& sums) {
     a.fine[unit] = float(a.accumulate ? a.fine[unit] + sums.fine : sums.fine);
     a.signed_sum[unit] = float(a.accumulate ? a.signed_sum[unit] + sums.signed_sum : sums.signed_sum);
-}
-
-void by_rows(const TaylorImportanceArgs& a) {
-    const bool contiguous = all_operands(a, [](const Operand& x) { return x.reduce_stride == 1; });
-    const int64_t block = contiguous ? std::clamp(kTask / a.reduce, int64_t(1), int64_t(64)) : kGatherRows;
-    const int64_t pieces = (a.reduce * (contiguous ? 1 : block) + kTask - 1) / kTask;
-    const int64_t length = ((a.reduce + pieces - 1) / pieces + kTile - 1) / kTile * kTile;
-    const int64_t blocks = (a.units + block - 1) / block;
-    const int threads = useful_threads(a.threads, a.units * a.reduce);
-    const RowKernel kernel = fused(a).row;
-    std::vector<Sums> table(a.units * pieces);  // [pieces, units]
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-        for (int64_t at = 0; at < blocks; ++at) {
-            Buffers buffers;
-            const int64_t unit = at * block, rows = std::min(block, a.units - unit);
-            const int64_t begin = std::min(a.reduce, piece * length), end = std::min(a.reduce, begin + length);
-            Sums* sums = table.data() + piece * a.units + unit;
-            if (!contiguous)
-                gathered_rows(a, unit, rows, begin, end, buffers, sums);
-            else
-                for (int64_t r = 0; r < rows; ++r) contiguous_row(a, kernel, unit + r, begin, end, buffers, sums[r]);
-        }
-    }
-    for (int64_t unit = 0; unit < a.units / a.group_size; ++unit) {
-        Sums total;
-        for (int64_t piece = 0; piece < pieces; ++piece) {
-            const Sums* sums = table.data() + piece * a.units + unit * a.group_size;
-            for (int64_t r = 0; r < a.group_size; ++r) {
-                total.fine += sums[r].fine;
-                total.signed_sum += sums[r].signed_sum;
-            }
-        }
-        write(a, unit, total);
-    }
 }
 
 // Adds a few rows of up to kStrip units, converting a tile at a time.
@@ -500,7 +188,7 @@ void tiled_rows(const TaylorImportanceArgs& a, int64_t unit, int64_t width, int6
             return view;
         };
         const Rows operands[3] = {tile(a.weight, b.weight), tile(a.grad, b.grad), tile(a.fisher, b.fisher)};
-        column_tile(a.order, operands, rows, n, fine + first, signed_sum + first);
+        tile_kernels().column(a.order, operands, rows, n, fine + first, signed_sum + first);
     }
 }
 
@@ -527,31 +215,89 @@ void strip_task(const TaylorImportanceArgs& a, ColumnKernel kernel, int64_t unit
     }
 }
 
-void by_columns(const TaylorImportanceArgs& a) {
-    const int64_t strips = (a.units + kStrip - 1) / kStrip;
-    // A matrix of a small model is less than one task of the usual size: then an eighth of it, for threads to share.
-    const int64_t eighth = ((a.reduce + 7) / 8 + kFlush - 1) / kFlush * kFlush;
-    const int64_t length = std::max(kFlush, std::min(eighth, kColumnTask / std::min(a.units, kStrip)));
-    const int64_t pieces = (a.reduce + length - 1) / length;
-    const int threads = useful_threads(a.threads, a.units * a.reduce);
-    const ColumnKernel kernel = fused(a).column;
-    std::vector<double> table(2 * pieces * a.units);  // [pieces, fine and signed, units]
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-        for (int64_t strip = 0; strip < strips; ++strip) {
-            const int64_t unit = strip * kStrip, begin = piece * length;
-            double* fine = table.data() + 2 * piece * a.units + unit;
-            strip_task(a, kernel, unit, std::min(kStrip, a.units - unit), begin, std::min(a.reduce, begin + length),
-                       fine, fine + a.units);
-        }
+// One matrix: how it is cut, and the tasks' sums.
+struct Work {
+    TaylorImportanceArgs a;
+    Kernels kernels;
+    bool columns = false;            // column tasks; else row tasks
+    bool contiguous = false;         // of row tasks: no row is gathered
+    int64_t across = 0;              // blocks of rows, or strips of units
+    int64_t block = 0;               // units of each
+    int64_t pieces = 0, length = 0;  // of the reduction
+    std::vector<double> table;       // row tasks: [pieces, units, fine and signed]; column tasks: [pieces, 2, units]
+
+    int64_t tasks() const { return across * pieces; }
+    explicit Work(const TaylorImportanceArgs& args);
+    void run(int64_t task);
+    void run_rows(int64_t piece, int64_t unit);
+    void finish();
+};
+
+Work::Work(const TaylorImportanceArgs& args) : a(args) {
+    for (Operand* x : {&a.weight, &a.grad, &a.fisher}) {  // the stride of a dimension of size one means nothing
+        if (a.reduce == 1) x->reduce_stride = 1;
+        if (a.units == 1) x->unit_stride = 1;
     }
-    for (int64_t piece = 1; piece < pieces; ++piece)
-        for (int64_t i = 0; i < 2 * a.units; ++i) table[i] += table[2 * piece * a.units + i];
+    if (a.units == 0 || a.reduce == 0) return;
+    kernels = fused(a);
+    contiguous = all_operands(a, [](const Operand& x) { return x.reduce_stride == 1; });
+    columns = all_operands(a, [](const Operand& x) { return x.unit_stride == 1; }) && a.units >= kNarrow &&
+              (!contiguous || a.reduce == 1);
+    if (columns) {
+        block = kStrip;
+        // A matrix of a small model is less than one task of the usual size: then an eighth of it, for threads to
+        // share.
+        const int64_t eighth = ((a.reduce + 7) / 8 + kFlush - 1) / kFlush * kFlush;
+        length = std::max(kFlush, std::min(eighth, kColumnTask / std::min(a.units, kStrip)));
+        pieces = (a.reduce + length - 1) / length;
+    } else {
+        block = contiguous ? std::clamp(kTask / a.reduce, int64_t(1), int64_t(64)) : kGatherRows;
+        pieces = (a.reduce * (contiguous ? 1 : block) + kTask - 1) / kTask;
+        length = ((a.reduce + pieces - 1) / pieces + kTile - 1) / kTile * kTile;
+    }
+    across = (a.units + block - 1) / block;
+    table.resize(2 * pieces * a.units);
+}
+
+void Work::run_rows(int64_t piece, int64_t unit) {
+    Buffers buffers;
+    const int64_t rows = std::min(block, a.units - unit);
+    const int64_t begin = std::min(a.reduce, piece * length), end = std::min(a.reduce, begin + length);
+    Sums sums[64];
+    static_assert(kGatherRows <= 64, "a block of rows is at most 64");
+    if (!contiguous)
+        gathered_rows(a, unit, rows, begin, end, buffers, sums);
+    else
+        for (int64_t r = 0; r < rows; ++r) contiguous_row(a, kernels.row, unit + r, begin, end, buffers, sums[r]);
+    for (int64_t r = 0; r < rows; ++r) {
+        double* const to = table.data() + 2 * (piece * a.units + unit + r);
+        to[0] = sums[r].fine, to[1] = sums[r].signed_sum;
+    }
+}
+
+void Work::run(int64_t task) {
+    const int64_t piece = task / across, unit = task % across * block;
+    if (!columns) return run_rows(piece, unit);
+    const int64_t begin = piece * length;
+    double* const fine = table.data() + 2 * piece * a.units + unit;
+    strip_task(a, kernels.column, unit, std::min(block, a.units - unit), begin, std::min(a.reduce, begin + length),
+               fine, fine + a.units);
+}
+
+// Adds the tasks' sums, in an order that depends on the cut alone.
+void Work::finish() {
+    if (columns)
+        for (int64_t piece = 1; piece < pieces; ++piece)
+            for (int64_t i = 0; i < 2 * a.units; ++i) table[i] += table[2 * piece * a.units + i];
+    const int64_t unit_step = columns ? 1 : 2, signed_at = columns ? a.units : 1, rounds = columns ? 1 : pieces;
     for (int64_t unit = 0; unit < a.units / a.group_size; ++unit) {
         Sums total;
-        for (int64_t i = unit * a.group_size; i < (unit + 1) * a.group_size; ++i) {
-            total.fine += table[i];
-            total.signed_sum += table[a.units + i];
+        for (int64_t piece = 0; piece < rounds; ++piece) {
+            const double* from = table.data() + 2 * piece * a.units + unit * a.group_size * unit_step;
+            for (int64_t i = 0; i < a.group_size; ++i, from += unit_step) {
+                total.fine += from[0];
+                total.signed_sum += from[signed_at];
+            }
         }
         write(a, unit, total);
     }
@@ -559,23 +305,22 @@ void by_columns(const TaylorImportanceArgs& a) {
 
 }  // namespace
 
-void taylor_importance_cpu(const TaylorImportanceArgs& args) {
-    TaylorImportanceArgs a = args;
-    for (Operand* x : {&a.weight, &a.grad, &a.fisher}) {  // the stride of a dimension of size one means nothing
-        if (a.reduce == 1) x->reduce_stride = 1;
-        if (a.units == 1) x->unit_stride = 1;
+void taylor_importance_cpu(const TaylorImportanceArgs* matrices, int64_t count, int threads) {
+    std::vector<Work> work;
+    std::vector<int64_t> first;  // task of each matrix
+    int64_t tasks = 0, elements = 0;
+    work.reserve(count);
+    for (int64_t i = 0; i < count; ++i) {
+        work.emplace_back(matrices[i]);
+        first.push_back(tasks);
+        tasks += work.back().tasks(), elements += matrices[i].units * matrices[i].reduce;
     }
-    if (a.units == 0) return;
-    if (a.reduce == 0) {
-        for (int64_t unit = 0; unit < a.units / a.group_size; ++unit) write(a, unit, Sums{});
-        return;
+#pragma omp parallel for schedule(dynamic) num_threads(useful_threads(threads, elements))
+    for (int64_t task = 0; task < tasks; ++task) {
+        const size_t i = std::upper_bound(first.begin(), first.end(), task) - first.begin() - 1;
+        work[i].run(task - first[i]);
     }
-    const bool rows = all_operands(a, [](const Operand& x) { return x.reduce_stride == 1; });
-    const bool columns = all_operands(a, [](const Operand& x) { return x.unit_stride == 1; });
-    if (columns && a.units >= kNarrow && (!rows || a.reduce == 1))
-        by_columns(a);
-    else
-        by_rows(a);
+    for (Work& one : work) one.finish();
 }
 
 }  // namespace hywia

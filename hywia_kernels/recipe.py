@@ -23,7 +23,7 @@ from .types.record import parsed
 
 __all__ = ["Recipe"]
 
-_REFIT_SAMPLES = {"cpu": 128, "gpu": 1024}  # four passes over them: minutes on two cores, seconds on a GPU
+_REFIT_SAMPLES = {"cpu": 128, "gpu": 1024}  # some two passes over them: minutes on two cores, seconds on a GPU
 _TUPLES = ("layers", "units", "serve")
 
 

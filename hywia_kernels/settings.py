@@ -9,6 +9,7 @@ __all__ = [
     "BACKENDS",
     "BLOCK",
     "CRITERIA",
+    "CUTS",
     "DEFAULT_KINDS",
     "DTYPES",
     "ENGINES",
@@ -44,6 +45,7 @@ CRITERIA = ("hywia", "magnitude", "random")
 FUSIONS = ("attention", "fine", "coarse", "mean", "product")
 LEARNED = "learned"  # a fusion that only a whole recipe has: attention's scores, tuned by masks
 ORDERS = ("first", "second", "mixed")
+CUTS = ("auto", "memory", "files")  # where a plan is carried out
 HEAD_RANKINGS = ("residual", "scores")
 SEARCHES = ("none", "fast", "thorough")  # how the shares of kinds and layers are found: by estimate, or by trying some
 ENGINES = ("auto", "fused", "autograd")

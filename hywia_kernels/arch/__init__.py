@@ -13,6 +13,7 @@ modules themselves, so a model that has been pruned already is described as it n
 add one.
 """
 
+from .classes import auto_class, auto_class_name
 from .configs import text_config
 from .depth import check_depth, keep_layers, layer_parameters
 from .discovery import adopt, architecture, config_widths, decoder, groups, head_dim, is_known, layers_of, left_alone
@@ -31,6 +32,8 @@ __all__ = [
     "Mlp",
     "adopt",
     "architecture",
+    "auto_class",
+    "auto_class_name",
     "check_depth",
     "config_widths",
     "decoder",

@@ -9,13 +9,30 @@ from torch import nn
 
 from .language import Architecture
 
-__all__ = ["checks_of", "stock_head_counts", "text_config"]
+__all__ = ["checks_of", "differs_by_layer", "stock_head_counts", "text_config", "value_of"]
 
 
 def text_config(model: nn.Module) -> Any:
     """The config of the language decoder, which in models of text and images is a part of the whole one."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def value_of(config: Any, name: str) -> Any:
+    """A config's field; None where it has none, or says it of each layer alone."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers': a value of one layer would be taken for that of all
+        return None
+
+
+def differs_by_layer(config: Any, name: str) -> bool:
+    """Whether a config says a field of each layer alone."""
+    try:
+        getattr(config, name, None)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _accepts(config_class: Any, values: Mapping[str, Any]) -> bool:

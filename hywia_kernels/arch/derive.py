@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from .configs import text_config
+from .configs import differs_by_layer, text_config, value_of
 from .language import Alibi, Attention, Experts, Gated, Mlp
 from .views import is_linear, is_transposed, sizes_of
 
 __all__ = ["Hypotheses", "hypotheses", "layers_of"]
 
-_QUERY = {"q_proj", "query", "q_b_proj", "wq", "q_lin", "query_proj", "q"}
+_QUERY = {"q_proj", "query", "q_b_proj", "q_gate_proj", "wq", "q_lin", "query_proj", "q"}
 _KEY = {"k_proj", "key", "wk", "k_lin", "key_proj", "k"}
 _VALUE = {"v_proj", "value", "wv", "v_lin", "value_proj", "v"}
 _BOTH = {"kv_b_proj"}
 _ALL = {"query_key_value", "qkv_proj", "Wqkv", "c_attn", "qkv", "W_pack", "wqkv", "in_proj"}
-_OUTPUT = {"o_proj", "out_proj", "dense", "c_proj", "wo", "out_lin", "proj", "o"}
+_OUTPUT = {"o_proj", "out_proj", "dense", "c_proj", "wo", "Wo", "out_lin", "proj", "o"}
 _GATES = {"gate_proj", "g_proj", "gate", "attn_gate"}
 _GATE_OF_MLP = {"gate_proj", "w1", "gate", "linear_1"}
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+_Named = Sequence[tuple[str, nn.Module]]  # modules of all layers, each by its name in its layer
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "num_query_groups")
 
 
@@ -77,11 +78,12 @@ def hypotheses(model: Any) -> Hypotheses | None:
     config = text_config(model)
     attentions: list[Attention] = []
     taken: set[str] = set()
+    everywhere = [pair for layer in layers for pair in layer.named_modules()]
     for layer in layers:  # one kind of layer at a time, whose names are plain
         own = dict(layer.named_modules())
-        attentions, taken = _attentions(own, {n: m for n, m in own.items() if is_linear(m)}, config)
-        if attentions:
-            break
+        several, owners = _attentions(own, {n: m for n, m in own.items() if is_linear(m)}, config, everywhere)
+        attentions += [one for one in several if one not in attentions]
+        taken |= owners
     experts = tuple(_experts(modules, config))
     inside = tuple(e.module for e in experts)
     others = tuple(f"{name}." for name in (*taken, *inside))
@@ -100,13 +102,15 @@ def _one(names: list[str], leaves: set[str]) -> str | None:
 
 
 def _field(config: Any, names: tuple[str, ...]) -> str:
-    return next((n for n in names if type(getattr(config, n, None)) is int), "")
+    return next((n for n in names if type(value_of(config, n)) is int), "")
 
 
 def _attentions(
-    modules: Mapping[str, Any], linears: Mapping[str, Any], config: Any
+    modules: Mapping[str, Any], linears: Mapping[str, Any], config: Any, everywhere: _Named
 ) -> tuple[list[Attention], set[str]]:
-    """Alternatives for the attention of a layer, and the modules whose linear layers are its own."""
+    """Alternatives for the attention of a layer, and the modules whose linear layers are such ones'."""
+    several: list[Attention] = []
+    taken: set[str] = set()
     heads_field, kv_field = _field(config, _HEADS), _field(config, _KV_HEADS)
     owners = dict.fromkeys(n.partition(".")[0] for n in linears if "." in n)
     for owner in owners:
@@ -124,15 +128,24 @@ def _attentions(
             apart = (fused, fused, fused)
         else:
             continue
-        found = _of_heads(modules, linears, config, owner, apart, output, heads_field, kv_field)
-        return list(found), {owner}
-    return [], set()
+        owner = _inmost(owner, (*apart, output))
+        several += _of_heads(modules, linears, config, everywhere, owner, apart, output, heads_field, kv_field)
+        taken.add(owner)
+    return several, taken
+
+
+def _inmost(owner: str, names: tuple[str, ...]) -> str:
+    """The inmost module in `owner` that holds all of the names."""
+    parts = [name.split(".")[:-1] for name in names]
+    shared = [step[0] for step in itertools.takewhile(lambda step: len(set(step)) == 1, zip(*parts, strict=False))]
+    return ".".join(shared) or owner
 
 
 def _of_heads(
     modules: Mapping[str, Any],
     linears: Mapping[str, Any],
     config: Any,
+    everywhere: _Named,
     owner: str,
     apart: tuple[str, str, str],
     output: str,
@@ -146,17 +159,21 @@ def _of_heads(
     kv_heads = heads if key == value != query else _kv_heads(linears, apart, width, size)
     if not kv_heads or heads % kv_heads:
         return
-    usual = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if differs_by_layer(config, "head_dim"):
+        return
+    usual = value_of(config, "head_dim") or config.hidden_size // heads
     size_field = "" if usual == size else _size_field(config, size)
     if usual != size and not size_field:
         return
-    wide = 1 if query in (key, value) or key == value else sizes_of(linears[query])[0] // width
+    wide = 1
+    if query not in (key, value) and key != value:  # keys may be of another size than values
+        wide = max(1, sizes_of(linears[query])[0] // (heads * sizes_of(linears[key])[0] // kv_heads))
     more = tuple(
         n
         for n in linears
         if n.startswith(f"{owner}.") and _leaf(n) in _GATES and sizes_of(linears[n])[0] in (width, heads)
     )
-    vectors, wide_norms = _vectors(modules, owner, apart, heads, kv_heads, size)
+    vectors, wide_norms = _vectors(everywhere, owner, apart, heads, kv_heads, size)
     base = Attention(
         query,
         key,
@@ -190,8 +207,8 @@ def _kv_heads(linears: Mapping[str, Any], apart: tuple[str, str, str], width: in
     if query == key:
         rows = sizes_of(linears[query])[0] - width
         return rows // (2 * size) if rows > 0 and rows % (2 * size) == 0 else 0
-    rows = sizes_of(linears[key])[0]
-    return rows // size if rows % size == 0 and sizes_of(linears[value])[0] == rows else 0
+    rows, of_keys = sizes_of(linears[value])[0], sizes_of(linears[key])[0]
+    return rows // size if rows % size == 0 and of_keys % (rows // size) == 0 else 0
 
 
 def _size_field(config: Any, size: int) -> str:
@@ -202,15 +219,17 @@ def _size_field(config: Any, size: int) -> str:
 
 
 def _vectors(
-    modules: Mapping[str, Any], owner: str, apart: tuple[str, str, str], heads: int, kv_heads: int, size: int
+    everywhere: _Named, owner: str, apart: tuple[str, str, str], heads: int, kv_heads: int, size: int
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Parameters with entries per head, and the norms among them that take all heads together."""
-    vectors, norms = [], {}
-    for name, module in modules.items():
+    """Parameters with entries per head that any layer has, and the norms among them that take all heads together."""
+    vectors, norms = list[str](), dict[str, str]()
+    for name, module in everywhere:
         if name != owner and not name.startswith(f"{owner}."):
             continue
         for leaf, parameter in module._parameters.items():
             if parameter is None or parameter.dim() != 1 or isinstance(module, nn.Linear) or is_transposed(module):
+                continue
+            if "bias" in leaf and name == owner:  # what is added to the output, as wide as the hidden states
                 continue
             if parameter.numel() in (heads, kv_heads) and parameter.numel() not in (1, size):
                 vectors.append(f"{name}.{leaf}")
@@ -218,7 +237,7 @@ def _vectors(
                 vectors.append(f"{name}.{leaf}")
                 if leaf == "weight":
                     norms[name] = apart[1] if "k" in _leaf(name).split("_")[0] else apart[0]
-    return tuple(vectors), norms
+    return tuple(dict.fromkeys(vectors)), norms
 
 
 def _width_field(config: Any, width: int) -> str:
@@ -311,5 +330,5 @@ def _experts(modules: Mapping[str, Any], config: Any) -> Iterator[Experts]:
 
 
 def _is(config: Any, name: str, value: int | None) -> bool:
-    found = getattr(config, name, None)
+    found = value_of(config, name)
     return type(found) is int and (value is None or found == value)

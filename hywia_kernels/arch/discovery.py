@@ -12,8 +12,8 @@ from ..errors import HywiaError
 from ..types import Group, Member
 from .configs import stock_head_counts, text_config
 from .language import Architecture, Mlp
-from .members import linear_of, on_inputs, on_outputs, unit_parameters, vector_of
-from .parts import expert_groups, headwise_group
+from .members import linear_of, on_inputs, on_outputs, unit_parameters
+from .parts import expert_groups, headwise_group, vectors_of
 from .table import TABLE
 from .views import Modules, sizes_of
 
@@ -83,11 +83,16 @@ def _check_requirements(model: nn.Module, entry: Architecture) -> None:
             )
 
 
-def head_dim(model: nn.Module) -> int:
-    """Features of one attention head."""
-    config, names = text_config(model), architecture(model).attention
+def head_dim(model: nn.Module, layer: int | None = None) -> int:
+    """Features of one attention head: of a layer, or of the layer whose heads are largest."""
+    entry = architecture(model)
+    config, names = text_config(model), entry.attention
     if not names.output:
         return 1  # no head is described
+    if names.size_attribute:
+        layers: Any = layers_of(model)
+        sizes = [getattr(one.get_submodule(names.module), names.size_attribute) for one in layers]
+        return max(sizes) if layer is None else sizes[layer]
     if names.size_field:
         return getattr(config, names.size_field)
     return getattr(config, "head_dim", None) or config.hidden_size // getattr(config, names.heads_field)
@@ -135,7 +140,8 @@ def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: 
     names = entry.attention
     query, key, value, output = (f"{prefix}.{n}" for n in (names.query, names.key, names.value, names.output))
     width = sizes_of(linear_of(modules, output))[1]
-    if (key == value and query != key) or names.wide_query > 1 or names.more:
+    apart = names.size_field and query != key  # heads of another size than their queries and keys
+    if (key == value and query != key) or names.wide_query > 1 or names.more or apart:
         return headwise_group(modules, entry, prefix, layer, size)
     rows = {name: sizes_of(linear_of(modules, name))[0] for name in (query, key, value)}
     if query == key == value:
@@ -165,7 +171,7 @@ def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: 
             on_outputs(modules, value, size, starts[2]),
         )
     members += (on_inputs(modules, output, rep * size),)
-    vectors = tuple(vector_of(modules, f"{prefix}.{name}", kv_heads) for name in names.vectors)
+    vectors = vectors_of(modules, entry, prefix, kv_heads)
     group = Group(
         f"{prefix}.attention",
         "attention",
@@ -178,6 +184,15 @@ def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: 
         width_field=names.kv_heads_field or names.heads_field,
     )
     return group, rep
+
+
+def _has_heads(modules: Modules, entry: Architecture, prefix: str) -> bool:
+    """Whether a layer has all of the entry's attention, and not another kind of it under some of the same names."""
+    names = entry.attention
+    made = [modules.get(f"{prefix}.{name}") for name in (names.query, names.key, names.value, names.output)]
+    if not names.output or None in made:
+        return False
+    return not (names.kept and getattr(modules[f"{prefix}.{names.module}"], names.kept))
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -207,23 +222,25 @@ def groups(model: nn.Module, modules: Modules | None = None) -> tuple[Group, ...
     """
     entry = architecture(model)
     modules = dict(model.named_modules()) if modules is None else modules
-    size = head_dim(model)
+    sizes = [head_dim(model, i) for i in range(len(layers_of(model)))]
     stock: dict[tuple[int, int], tuple[int, ...]] = {}
     found: list[Group] = []
-    for i in range(len(layers_of(model))):
+    for i, size in enumerate(sizes):
         prefix = f"{entry.layers}.{i}"
-        if not entry.partial or (entry.attention.output and f"{prefix}.{entry.attention.output}" in modules):
+        if not entry.partial or _has_heads(modules, entry, prefix):
             attention, rep = _attention_group(modules, entry, prefix, i, size)
             counts = (attention.units, rep)
             if counts not in stock:
                 stock[counts] = stock_head_counts(model, entry, size, *counts)
             found.append(replace(attention, stock_counts=stock[counts]) if stock[counts] else attention)
-        if entry.experts is not None and f"{prefix}.{entry.experts.module}" in modules:
+        plain = entry.experts is None or f"{prefix}.{entry.experts.module}" not in modules
+        if not plain:
+            assert entry.experts is not None
             found += expert_groups(model, modules, entry.experts, prefix, i)
         elif not entry.partial or (entry.mlp.columns and f"{prefix}.{entry.mlp.columns[0]}" in modules):
             found.append(_mlp_group(modules, entry.mlp, prefix, i))
         for branch in entry.branches:
-            if f"{prefix}.{branch.columns[0]}" in modules:
+            if f"{prefix}.{branch.columns[0]}" in modules and not (plain and branch == entry.mlp):
                 name = branch.columns[0].rpartition(".")[0] or branch.columns[0]
                 found.append(_mlp_group(modules, branch, prefix, i, name))
     return tuple(found)
@@ -233,7 +250,7 @@ def config_widths(model: nn.Module, found: Sequence[Group]) -> dict[str, list[in
     """Config field -> width in each layer that has one, as the modules now are. Fields the config does not have, or
     that mean more than a width to it (a head count that gives the heads' size), are left out."""
     entry = architecture(model)
-    names, size = entry.attention, head_dim(model)
+    names = entry.attention
     aliases = getattr(type(text_config(model)), "attribute_map", None) or {}
     widths: dict[str, list[int]] = {}
     seen = set()
@@ -243,7 +260,7 @@ def config_widths(model: nn.Module, found: Sequence[Group]) -> dict[str, list[in
         seen.add(group.tied_width)
         by_field = {group.width_field: group.units}
         if group.kind == "attention":
-            heads = group.units * (group.members[-1].group_size // size)
+            heads = group.units * (group.members[-1].group_size // head_dim(model, group.layer))
             by_field = {names.heads_field: heads, names.kv_heads_field: group.units} if names.free_head_dim else {}
         for field, units in by_field.items():
             if field:

@@ -21,6 +21,7 @@ from .table import TABLE
 __all__ = [
     "FingerprintReading",
     "check_finite",
+    "checksum",
     "count_parameters",
     "fingerprint",
     "fingerprint_and_count",
@@ -77,11 +78,23 @@ def fingerprint(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def fingerprint_and_count(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> tuple[str, int]:
-    """`(fingerprint, count_parameters)` from one walk over the model; from none where its modules are given by name."""
+def checksum(name: str, values: Tensor) -> int:
+    """What a fingerprint takes of one parameter of a model, by its name and values."""
+    return int(_checksums([_sample(name, values)], derived=False))
+
+
+@torch.no_grad()
+def fingerprint_and_count(
+    model: nn.Module, modules: Mapping[str, nn.Module] | None = None, known: Mapping[str, int] | None = None
+) -> tuple[str, int]:
+    """`(fingerprint, count_parameters)` from one walk over the model; from none where its modules are given by name.
+
+    Args:
+        known: name -> `checksum` of parameters whose values need not be here, or not be the model's.
+    """
     modules = dict(model.named_modules()) if modules is None else modules
     reading = FingerprintReading()
-    reading.add(modules)
+    reading.add(modules, known)
     return reading.digest(model, modules), reading.parameters
 
 
@@ -94,12 +107,17 @@ class FingerprintReading:
 
     def __init__(self) -> None:
         self.parameters = 0
-        self._described: dict[str, list[tuple[str, int, _Part, int]]] = {}  # by module: what, and where its sum is
+        self._described: dict[
+            str, list[tuple[str, int, _Part | None, int]]
+        ] = {}  # by module: what, and where its sum is
         self._sums: list[dict[_Part, Tensor]] = []  # of each `add`, on the devices
 
     @torch.no_grad()
-    def add(self, modules: Mapping[str, nn.Module]) -> None:
+    def add(self, modules: Mapping[str, nn.Module], known: Mapping[str, int] | None = None) -> None:
         """Reads modules, by their names in the model, without waiting for a device. Tied tensors must come together.
+
+        Args:
+            known: name -> `checksum` of parameters whose values are not read.
 
         Raises:
             HywiaError: a tensor whose values are not here.
@@ -112,6 +130,9 @@ class FingerprintReading:
             described = self._described.setdefault(prefix, [])
 
             def read(name: str, tensor: Tensor, derived: bool, described: list = described) -> None:
+                if known is not None and name in known:
+                    described.append((f"{name}{tuple(tensor.shape)}", len(self._sums), None, known[name]))
+                    return
                 sample = _sample(name, tensor)
                 part = (sample.device, sample.dtype, derived)
                 described.append(
@@ -143,7 +164,10 @@ class FingerprintReading:
                 merged[part] = torch.cat([merged[part], values]) if part in merged else values
         host = _downloaded(merged)
         return {
-            prefix: [f"{what}{host[part][starts[add][part] + index]}" for what, add, part, index in described]
+            prefix: [
+                f"{what}{index if part is None else host[part][starts[add][part] + index]}"
+                for what, add, part, index in described
+            ]
             for prefix, described in self._described.items()
         }
 

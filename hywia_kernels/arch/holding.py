@@ -159,7 +159,8 @@ def _on_meta_message(module: nn.Module, name: str) -> str:
         where = "on disk or in the host's memory"
         return (
             f"{name}: expected weights that are loaded, got them offloaded by accelerate ({where}); load the model "
-            'without device_map="auto" (or cpu_offload, disk_offload): on one device, or spread over GPUs that hold all'
+            'without device_map="auto" (or cpu_offload, disk_offload): on one device, or spread over GPUs that hold '
+            "all; a plan is also carried out from the files themselves (hk.prune_files)"
         )
     return (
         f"{name}: expected weights with values, got them on the meta device; load the model's weights "

@@ -101,6 +101,9 @@ class Attention:
         size_field: config field of the features that a head gives to the output's matrix; "" for the usual `head_dim`.
         wide_query: how many times the size of a head the query's matrix holds for each query head (2 where each
             head's gate lies behind its query).
+        size_attribute: the attention module's attribute that has the size of its heads, where layers differ in it and
+            no config field says it.
+        kept: the attention module's attribute that is true where heads cannot go, since keys and values are handed on.
         more: further matrices with as many rows for every KV group (gates of heads).
         plain: full names of attention classes that do no more than `o(attend(rotate(q), rotate(k), v))`, by `scaling`
             and causally: calibration writes that out.
@@ -122,6 +125,8 @@ class Attention:
     size_field: str = ""
     wide_query: int = 1
     more: tuple[str, ...] = ()
+    size_attribute: str = ""
+    kept: str = ""
 
     @property
     def module(self) -> str:
@@ -143,8 +148,8 @@ class Architecture:
             attention of another kind), which is left alone.
         derived: made from a model's structure, not written by hand.
         attributes: `(module, attribute, quantity)`: numbers that a layer's modules keep for themselves; the quantity is
-            "heads", "kv_heads", "width" (of all query heads), "channels" or "experts" of that layer. They are set where
-            the layer's module has them.
+            "heads", "kv_heads", "width" (of all query heads), "channels", "experts" or, where a dense MLP lies beside
+            them, "expert_channels" of that layer. They are set where the layer's module has them.
         whole_attributes: the same for modules outside the layers ("" is the model itself); they are set where all
             layers agree.
         config_readers: modules of a layer that read widths from `self.config` in their forward.

@@ -10,12 +10,14 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from .classes import auto_class
+
 __all__ = ["MOST_PARAMETERS", "narrow", "narrow_configs"]
 
 MOST_PARAMETERS = 60_000_000  # of a copy that is still small
 _VOCABULARY = 192
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "num_query_groups", "kv_n_heads")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "model_dim", "emb_dim")
 _HEAD_SIZES = ("head_dim", "attention_head_size", "kv_channels", "d_kv", "v_head_dim", "global_head_dim")
@@ -29,7 +31,13 @@ _SMALL = {
     **{"swa_head_dim": 8, "swa_v_head_dim": 12, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 64},
     **{"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 16, "ssm_state_size": 8},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
-    **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": _VOCABULARY, "num_nextn_predict_layers": 0},
+    **{"linear_num_heads": 2, "linear_head_dim": 8},
+    **{
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": _VOCABULARY,
+        "unpadded_vocab_size": _VOCABULARY,
+        "num_nextn_predict_layers": 0,
+    },
     **{
         "n_groups": 2,
         "mamba_n_groups": 2,
@@ -68,7 +76,10 @@ def _fewer_layers(values: dict[str, Any], most: int) -> None:
     for field, value in values.items():
         if isinstance(value, (list, tuple)) and len(value) == layers and field not in ("architectures",):
             values[field] = [value[i] for i in chosen]
-        elif field in ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices") and value:
+        elif (
+            field in ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers")
+            and value
+        ):
             values[field] = [new for new, old in enumerate(chosen) if old in value] or [0]
     own = values.get("per_layer_config")
     if isinstance(own, dict):
@@ -112,6 +123,7 @@ def _narrower(values: dict[str, Any], size: int) -> None:
     hidden, states_size = values[hidden_field], _field(values, _HEAD_SIZES[:4])
     few = 4 if kv_heads in (None, heads) else 8
     wide = states_size is not None and values[states_size] * heads != hidden
+    values[heads_field] = few
     for field in values:
         number = type(values[field]) is int and values[field] > 0
         if number and "head" in field and ("num" in field or field.startswith("n_")) and "linear" not in field:
@@ -134,6 +146,8 @@ def _narrower(values: dict[str, Any], size: int) -> None:
         if type(values.get(field)) is int:
             values[field] = narrow_hidden
     _narrow_mlps(values, narrow_hidden)
+    for own in (values.get("per_layer_config") or {}).values():
+        _narrower_layer(own, values, few, size)
     if type(values.get("mamba_d_head", values.get("mamba_headdim"))) in (int, str):
         for field in ("mamba_d_head", "mamba_headdim"):
             if field in values:
@@ -143,6 +157,19 @@ def _narrower(values: dict[str, Any], size: int) -> None:
                 values[field] = values.get("mamba_expand", 2) * narrow_hidden // size
     elif type(values.get("mamba_head_dim")) is int:
         values["mamba_head_dim"], values["mamba_num_heads"] = size, 4
+
+
+def _narrower_layer(own: dict[str, Any], values: Mapping[str, Any], few: int, size: int) -> None:
+    """What one layer has instead of the config's values: heads of twice the size, and as many as there are."""
+    for field in own:
+        if field in _HEAD_SIZES:
+            own[field] = 2 * size
+        elif field in _HEADS:
+            own[field] = few
+        elif field in _KV_HEADS:
+            own[field] = values.get(field, few)
+        elif type(own[field]) is int and own[field] > _SMALL.get(field, own[field]):
+            own[field] = _SMALL[field]
 
 
 def _narrow_mlps(values: dict[str, Any], hidden: int) -> None:
@@ -163,14 +190,22 @@ def _all_whole(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(type(v) is int and v > 0 for v in value)
 
 
-def _plain_rotary(values: dict[str, Any]) -> None:
-    """Rotary embedding without factors whose number goes with the head's size; it moves no unit."""
+def _shares(section: Sequence[int], shrink: float) -> list[int]:
+    """Sections of a head's frequencies, in the same proportion of a head that is smaller."""
+    ends = [round(shrink * sum(section[: i + 1])) for i in range(len(section))]
+    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def _plain_rotary(values: dict[str, Any], shrink: float) -> None:
+    """Rotary embedding without factors whose number goes with the head's size, which shrinks; it moves no unit."""
 
     def plain(one: Mapping[str, Any]) -> dict[str, Any]:
         lists = {k: v for k, v in one.items() if not isinstance(v, (list, tuple))}
         if len(lists) == len(one) and "dynamic" not in str(one.get("rope_type")):
             return {**one, "rope_theta": one.get("rope_theta") or 10000.0}
-        kept = {k: v for k, v in lists.items() if k == "partial_rotary_factor"}
+        kept = {k: v for k, v in lists.items() if k in ("partial_rotary_factor", "mrope_interleaved")}
+        if isinstance(one.get("mrope_section"), (list, tuple)):  # of time, height and width
+            kept["mrope_section"] = _shares(one["mrope_section"], shrink)
         return {**kept, "rope_type": "default", "rope_theta": one.get("rope_theta") or 10000.0}
 
     parameters = values.get("rope_parameters")
@@ -180,13 +215,36 @@ def _plain_rotary(values: dict[str, Any]) -> None:
         values["rope_parameters"] = plain(parameters)
 
 
+def _head_size(values: Mapping[str, Any]) -> int:
+    """Features of a head; 0 where the config does not say."""
+    heads_field, hidden_field = _field(values, _HEADS), _field(values, _HIDDEN)
+    if type(values.get("head_dim")) is int:
+        return values["head_dim"]
+    return values[hidden_field] // values[heads_field] if heads_field and hidden_field else 0
+
+
+def _narrow_vision(values: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """A small tower of images, which gives the text's decoder what it takes."""
+    hidden_field = _field(text, _HIDDEN)
+    hidden = text[hidden_field] if hidden_field is not None else 32
+    small = {
+        **dict.fromkeys(("depth", "num_hidden_layers"), 2),
+        **dict.fromkeys(("num_heads", "num_attention_heads"), 2),
+        **{"embed_dim": 32, "intermediate_size": 48, "head_dim": 16, "out_hidden_size": hidden},
+        "hidden_size": hidden if "embed_dim" in values else 32,
+    }
+    changed = {k: small[k] if k in small and type(v) is int else v for k, v in values.items()}
+    return {k: [0] if k.endswith("indexes") and isinstance(v, (list, tuple)) else v for k, v in changed.items()}
+
+
 def _narrowed(values: dict[str, Any], size: int | None, most_layers: int) -> dict[str, Any]:
     values = copy.deepcopy(values)
     _fewer_layers(values, most_layers)
     _smaller(values)
     if size is not None:
+        before = _head_size(values)
         _narrower(values, size)
-        _plain_rotary(values)
+        _plain_rotary(values, size / before if before else 1.0)
     for part in ("attn_config", "ffn_config"):
         if isinstance(values.get(part), dict) and size is not None:
             _smaller(values[part])
@@ -207,7 +265,10 @@ def narrow_configs(config: Any) -> Iterator[Any]:
     inside = isinstance(values.get("text_config"), dict) and config.get_text_config() is not config
     for size, layers in ((16, 2), (32, 2), (64, 2), (None, 2), (None, 1)):
         changed = _narrowed(values["text_config"] if inside else values, size, layers)
-        changed = {**values, "text_config": changed} if inside else changed
+        if inside:
+            changed = {**values, "text_config": changed}
+            if isinstance(values.get("vision_config"), dict) and size is not None:
+                changed["vision_config"] = _narrow_vision(values["vision_config"], changed["text_config"])
         for part in ("quantization_config", "transformers_version", "architectures", "dtype", "torch_dtype"):
             changed.pop(part, None)
         try:
@@ -224,17 +285,16 @@ def narrow(config: Any, *, seed: int = 0) -> Any:
     Weights are large enough for every unit to matter, and norms and biases are away from their usual values.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     for made in narrow_configs(config):
         try:
             with torch.device("meta"):
-                shapes = AutoModelForCausalLM.from_config(copy.deepcopy(made), trust_remote_code=False)
+                shapes = auto_class(made).from_config(copy.deepcopy(made), trust_remote_code=False)
             if sum(p.numel() for p in shapes.parameters()) > MOST_PARAMETERS:
                 continue
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = AutoModelForCausalLM.from_config(made, trust_remote_code=False, dtype=torch.float32).eval()
+                model = auto_class(made).from_config(made, trust_remote_code=False, dtype=torch.float32).eval()
                 _randomise(model)
                 with torch.no_grad():
                     out = model(input_ids=torch.arange(3, 15)[None], use_cache=False)

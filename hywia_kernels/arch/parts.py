@@ -14,7 +14,7 @@ from .language import Architecture, Experts
 from .members import linear_of, on_inputs, on_outputs, unit_parameters, vector_of
 from .views import Modules, sizes_of
 
-__all__ = ["expert_groups", "headwise_group"]
+__all__ = ["expert_groups", "headwise_group", "vectors_of"]
 
 
 def expert_groups(model: nn.Module, modules: Modules, names: Experts, prefix: str, layer: int) -> Iterator[Group]:
@@ -81,6 +81,14 @@ def _whole_experts(model: nn.Module, modules: Modules, names: Experts, prefix: s
     )
 
 
+def vectors_of(modules: Modules, entry: Architecture, prefix: str, units: int) -> tuple[Member, ...]:
+    """A layer's vectors with entries per head; where layers may differ, those that it has."""
+    names = [f"{prefix}.{name}" for name in entry.attention.vectors]
+    if entry.partial:
+        names = [n for n in names if getattr(modules.get(n.rpartition(".")[0]), n.rpartition(".")[2], None) is not None]
+    return tuple(vector_of(modules, name, units) for name in names)
+
+
 def headwise_group(modules: Modules, entry: Architecture, prefix: str, layer: int, size: int) -> tuple[Group, int]:
     """The group of a layer's heads where each matrix has as many rows for every KV group,
     whatever they are; and how many query heads each KV group has."""
@@ -89,7 +97,7 @@ def headwise_group(modules: Modules, entry: Architecture, prefix: str, layer: in
     width = sizes_of(linear_of(modules, output))[1]
     heads = width // size
     together = names.key == names.value
-    units = heads if together else sizes_of(linear_of(modules, f"{prefix}.{names.key}"))[0] // size
+    units = heads if together else sizes_of(linear_of(modules, f"{prefix}.{names.value}"))[0] // size
     made = tuple(dict.fromkeys(f"{prefix}.{n}" for n in (names.query, names.key, names.value, *names.more)))
     rows = {name: sizes_of(linear_of(modules, name))[0] for name in made}
     whole = units > 0 and heads * size == width and heads % units == 0
@@ -97,14 +105,14 @@ def headwise_group(modules: Modules, entry: Architecture, prefix: str, layer: in
         raise HywiaError(f"{prefix}: expected rows {rows} and {width} columns of whole heads of {size}, got others")
     rep = heads // units
     if not together:
-        rows_of_kv = {rows[f"{prefix}.{n}"] for n in (names.key, names.value)}
-        if rows_of_kv != {units * size} or rows[made[0]] != names.wide_query * width:
+        each = rows[f"{prefix}.{names.key}"] // units  # of a head's query and key, which values may not share
+        if rows[f"{prefix}.{names.value}"] != units * size or rows[made[0]] != names.wide_query * heads * each:
             raise HywiaError(f"{prefix}: expected q, k and v rows of whole heads of {size}, got {rows}")
     members = (
         *(on_outputs(modules, name, rows[name] // units) for name in made),
         on_inputs(modules, output, rep * size),
     )
-    vectors = tuple(vector_of(modules, f"{prefix}.{name}", units) for name in names.vectors)
+    vectors = vectors_of(modules, entry, prefix, units)
     group = Group(
         f"{prefix}.attention",
         "attention",

@@ -39,7 +39,7 @@ def _is_grouped(entry: Architecture) -> bool:
 def _units(entry: Architecture) -> str:
     units = ["KV groups" if _is_grouped(entry) else "heads", "channels"]
     if entry.experts is not None:
-        units = [units[0], "channels of experts", "experts"]
+        units = [units[0], "channels of experts", *(["experts"] if entry.experts.router else [])]
     return ", ".join(units)
 
 
@@ -79,6 +79,7 @@ def derived_markdown() -> str:
     for state, names in by_kinds.items():
         rows.append(f"| {state} | {_names(names)} |")
     rows.append(f"| MLP only (`--units mlp`) | {_names(observed.MLP_ONLY)} |")
+    rows.append(f"| language part derived: heads, channels | {_names(observed.IMAGES)} |")
     by_reason: dict[str, list[str]] = {}
     for name, reason in observed.REFUSED.items():
         by_reason.setdefault(reason, []).append(name)

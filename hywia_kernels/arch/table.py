@@ -50,6 +50,35 @@ _GEMMA2 = replace(
     logits=("final_logit_softcapping",),
     residual=None,
 )
+# Heads of sliding layers are smaller than the others', whose values may be their keys. Layers whose keys and values
+# an assistant model takes keep their heads. The smallest models hand them on to other layers, and are refused.
+_GEMMA4 = replace(
+    _GEMMA2,
+    model_types=("gemma4_text",),
+    title="Gemma 4, text alone",
+    attention=replace(
+        _GROUPED_QUERY,
+        rotary="",
+        plain=(),
+        free_head_dim=False,
+        size_attribute="head_dim",
+        kept="store_full_length_kv",
+    ),
+    experts=Experts(
+        module="experts",
+        router="",
+        rows=("gate_up_proj", "gate_up_proj"),
+        columns=("down_proj",),
+        width_field="moe_intermediate_size",
+        count_field="num_experts",
+        chosen_field="top_k_experts",
+    ),
+    branches=(_GATED_MLP,),
+    partial=True,
+    attributes=(*_MLP_ATTRIBUTES, ("experts", "intermediate_dim", "expert_channels")),
+    placeless={"layer_types": None},
+    requires={"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "is_causal": True},
+)
 # Norms come after attention and MLP, round otherwise than LLaMA's, and take all heads' queries (keys) together.
 _OLMO2 = replace(
     _LLAMA,
@@ -117,6 +146,13 @@ TABLE: tuple[Architecture, ...] = (
         title="Gemma 3 with vision",
         layers="model.language_model.layers",
         logits=(),
+    ),
+    _GEMMA4,
+    replace(
+        _GEMMA4,
+        model_types=("gemma4",),
+        title="Gemma 4 (26B-A4B, 31B)",
+        layers="model.language_model.layers",
     ),
     # Multipliers on embeddings, residuals and scores are the model's own; only the head's concerns the loss.
     replace(_LLAMA, model_types=("granite",), title="Granite", logits=("logits_scaling",)),

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ..arch import TABLE
+from ..arch.classes import of_images
 from ..errors import HywiaError
 from .file_kinds import read_json
 
 __all__ = [
+    "DEQUANTISED",
     "MOST_LAYERS",
     "check_code",
     "check_directory",
@@ -49,12 +51,24 @@ _REFUSED = {
     "transformers_weights": "it names other files of weights",
     "per_layer_config": "it makes layers differ in a way that the table of architectures does not describe",
 }
-# What the configs nested in one may say of their type.
-_SUB_TYPES = {"text_config": ("gemma3_text",), "vision_config": ("siglip_vision_model",)}
+# What the configs nested in one of the table's families may say of their type.
+_SUB_TYPES: Mapping[str, tuple[str, ...]] = {
+    "text_config": ("gemma3_text",),
+    "vision_config": ("siglip_vision_model",),
+}
+_OWN_SUB_TYPES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "gemma4": {
+        "text_config": ("gemma4_text",),
+        "vision_config": ("gemma4_vision",),
+        "audio_config": ("gemma4_audio",),
+    },
+}
 _QUANTISERS = (
     *("aqlm", "auto-round", "awq", "bitnet", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm_fp8", "fp8"),
     *("gptq", "higgs", "hqq", "mxfp4", "quanto", "quark", "spqr", "torchao", "vptq"),
 )
+# Those that transformers turns into floating-point numbers while it loads -> the package that it needs for it.
+DEQUANTISED = {"fp8": "accelerate", "mxfp4": "accelerate", "compressed-tensors": "compressed_tensors"}
 _REFERENCE = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")
 
 
@@ -64,16 +78,15 @@ def model_types() -> tuple[str, ...]:
 
 
 def derivable(model_type: Any) -> bool:
-    """Whether the table lacks a type of which transformers has a decoder: an entry is derived from its structure, and
-    proven before it is used."""
+    """Whether the table lacks a type of which transformers has a decoder, alone or as a part of a model of images and
+    text: an entry is derived from its structure, and proven before it is used."""
     from transformers.models.auto import modeling_auto as auto
 
     return (
         isinstance(model_type, str)
-        and model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and (model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or of_images(model_type))
         and model_type not in model_types()
         and model_type not in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-        and model_type not in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         and model_type not in auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
     )
 
@@ -84,9 +97,10 @@ def _why_not(model_type: Any, values: Mapping[str, Any]) -> str:
 
     both = {**auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, **auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES}
     if values.get("is_encoder_decoder") is True or (isinstance(model_type, str) and model_type in both):
-        return "; it is an encoder with a decoder, and only models that are a decoder alone are scored and cut"
-    if isinstance(model_type, str) and model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return "; it is a model of images and text, of which only Gemma 3's are taken: give its text model by itself"
+        return (
+            "; it is an encoder with a decoder, and only models that are a decoder alone are scored and cut here: cut "
+            "it by Torch-Pruning with the scorers of hywia_kernels.integrations, which take any module"
+        )
     return ""
 
 
@@ -142,7 +156,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         _check_fields(f"{path}{where}", part, base)
         if where and "auto_map" in part:
             raise HywiaError(f"model: {path}{where}: expected no auto_map here; code of a checkpoint is not run for it")
-    for name, types in _SUB_TYPES.items():
+    if base not in model_types():
+        _check_nested(path, values, base)
+        return values
+    for name, types in _OWN_SUB_TYPES.get(base, _SUB_TYPES).items():
         part = values.get(name, {})
         if isinstance(part, dict) and part.get("model_type") not in (None, *types):
             raise HywiaError(
@@ -150,6 +167,21 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"which is not supported in a {base} model"
             )
     return values
+
+
+def _check_nested(path: Path, values: dict[str, Any], base: str) -> None:
+    """Refuse nested configs of a family that is derived which name what is not transformers' own: timm's models are
+    fetched from wherever their config says."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    for where, part in _parts(values):
+        kind = part.get("model_type")
+        known = kind is None or (isinstance(kind, str) and kind in CONFIG_MAPPING_NAMES)
+        if where and (not known or str(kind).startswith("timm")):
+            raise HywiaError(
+                f"model: {path}{where}: expected a model_type that transformers has, got {kind!r}, which is not "
+                f"supported in a {base} model"
+            )
 
 
 def _without_config(folder: Path) -> str:
@@ -182,16 +214,23 @@ def _size_fields(base: str) -> set[str]:
     if entry is None:
         return set(_SIZES)
     fields = {entry.mlp.width_field, entry.attention.heads_field, entry.attention.kv_heads_field, *_SIZES}
-    if entry.experts is not None:
+    if entry.experts is not None and not entry.partial:  # others need not have any
         fields |= {entry.experts.width_field, entry.experts.count_field, entry.experts.chosen_field}
     return {field for field in fields if field}
+
+
+def _layers_may_differ(base: str) -> bool:
+    """Whether a family's layers may differ in their configs: what is derived is proven of them, and an entry by hand
+    that takes the heads' size from the layers describes them."""
+    entry = next((entry for entry in TABLE if base in entry.model_types), None)
+    return entry is None or bool(entry.attention.size_attribute)
 
 
 def _check_fields(where: str, values: Mapping[str, Any], base: str) -> None:
     from transformers import PretrainedConfig
 
     for name, value in values.items():
-        if name in _REFUSED and value:
+        if name in _REFUSED and value and not (name == "per_layer_config" and _layers_may_differ(base)):
             raise HywiaError(f"model: {where}: expected no {name} in a checkpoint: {_REFUSED[name]}")
         if name.startswith("__") or callable(getattr(PretrainedConfig, name, None)):
             raise HywiaError(f"model: {where}: expected fields of a model, got {name!r}, which would replace a method")

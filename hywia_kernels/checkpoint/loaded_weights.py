@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..arch import auto_class
 from ..errors import HywiaError
 from . import description
 from .file_kinds import check_kind
@@ -24,6 +25,7 @@ __all__ = [
     "check_gguf",
     "check_stored",
     "check_types",
+    "dequantised",
     "described",
     "gguf",
     "parsed_once",
@@ -36,6 +38,7 @@ __all__ = [
 _REMADE = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention|self_attention)\.(bias|masked_bias))")
 _WHOLE = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
+_DEQUANTISED = "_hywia_stored_as"  # attribute of a model: the method by which its checkpoint was quantised
 _SHOWN = 4  # names in a message
 
 
@@ -165,11 +168,10 @@ def stock_config(folder: Path) -> Any:
 def described(config: Any, dtype: Any = None) -> Any:
     """The model of a config on the meta device, shapes without memory; None as `dtype` takes the config's."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     options = {} if dtype is None else {"dtype": dtype}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False, **options)
+        return auto_class(config).from_config(copy.deepcopy(config), trust_remote_code=False, **options)
 
 
 def stock(folder: Path, dtype: Any, quantised: bool, device: Any = None) -> Any:
@@ -181,16 +183,42 @@ def stock(folder: Path, dtype: Any, quantised: bool, device: Any = None) -> Any:
     Raises:
         HywiaError: the weights are not the model's.
     """
-    from transformers import AutoModelForCausalLM
-
     config = stock_config(folder)
     if not quantised:
         _check_count(folder, config)
     options = {"config": config, "dtype": dtype, "trust_remote_code": False}
-    is_quantised = getattr(config, "quantization_config", None) is not None
-    model, report = read(str(folder), AutoModelForCausalLM, device=None if is_quantised else device, **options)
+    method: Any = getattr(config, "quantization_config", None)
+    if method is not None and not quantised:
+        method["dequantize"] = True  # to what the config calls the model's dtype, 16 bits as a rule
+    model, report = read(str(folder), auto_class(config), device=None if method is not None else device, **options)
     check_complete(report, str(folder), unexpected=not quantised)
+    return model if method is None or quantised else _plain(model, str(method["quant_method"]))
+
+
+def _plain(model: Any, method: str) -> Any:
+    """A dequantised model without the marks of a quantised one, which a saved copy must not have.
+
+    Raises:
+        HywiaError: transformers left a matrix as it was stored.
+    """
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        if name.endswith("weight") and (parameter.element_size() < 2 or not parameter.is_floating_point()):
+            raise HywiaError(
+                f"model: {name} of a checkpoint that is quantised ({method}) is still {parameter.dtype} after loading; "
+                "load the model it was made from"
+            )
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
+    vars(model)[_DEQUANTISED] = method
     return model
+
+
+def dequantised(model: Any) -> str | None:
+    """The method by which a model's checkpoint was quantised, that `load` turned into floating-point numbers."""
+    return vars(model).get(_DEQUANTISED)
 
 
 def _check_count(folder: Path, config: Any) -> None:
@@ -256,12 +284,7 @@ def gguf(path: Path, dtype: Any, device: Any = None) -> Any:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model, report = read(str(path.parent), transformers.AutoModelForCausalLM, device=device, **options)
     check_complete(report, str(path))
-    if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config  # a saved copy must not claim to be quantised
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if name in vars(model):
-            delattr(model, name)
-    return model
+    return _plain(model, "gguf")
 
 
 def check_complete(report: Mapping[str, Any], source: str, *, unexpected: bool = True) -> None:

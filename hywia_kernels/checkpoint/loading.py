@@ -47,7 +47,8 @@ def load(
         trust_remote_code: True runs the Python files of a checkpoint whose family transformers does not have
             (Baichuan-13B, and Baichuan's tokenizer). Nothing of a checkpoint is imported or executed otherwise, nor
             ever from another repository that it names.
-        quantised: take a checkpoint that its config calls quantised. It can be evaluated, not scored or pruned.
+        quantised: take a quantised checkpoint as it is. It can be evaluated, not scored or pruned.
+            Otherwise block FP8, MXFP4 and (with their package) compressed-tensors are dequantised, and saved so.
         revision: a branch, tag or commit of a hub model; None: its main branch.
         token, cache_dir: of the hub's client; None: what it takes itself (HF_TOKEN or a login, HF_HOME).
 
@@ -113,7 +114,7 @@ def _loaded(source: Source, dtype: Any, trusted: bool, quantised: bool, device: 
 
 
 def _directory(source: Source, dtype: Any, trusted: bool, quantised: bool, device: Any) -> tuple[Any, Any]:
-    judgement = judged(source, trusted=trusted, quantised=quantised)
+    judgement = judged(source, trusted=trusted, quantised=quantised, dequantised=True)
     folder, name = source.path, source.name
     if source.from_hub:
         folder = hub.complete(name, folder, code=judgement.code, options=source.hub)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..arch.classes import IMAGES, TEXT, of_images
 from ..errors import HywiaError
 from . import atomic_directory, run_record
 from .metrics import compare
@@ -122,19 +123,23 @@ def _loading(record: Mapping[str, Any], config: Mapping[str, Any], name: str) ->
     own_layers = config.get("model_type") == "hywia_adaptive"
     remote = bool(config.get("auto_map")) and not own_layers
     changed = "module_changes" in config
-    load = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    images = of_images(config.get("base_model_type", config.get("model_type"))) and "text_config" in config
+    model_class, other, others = (
+        (IMAGES, "processor", "AutoProcessor") if images else (TEXT, "tokenizer", "AutoTokenizer")
+    )
+    load = f"from transformers import {model_class}, {others}\n\n"
     trust = ", trust_remote_code=True" if remote else ""
     kind = "remote" if remote else "stock"
     if own_layers or changed:
         load, kind = f"import hywia_kernels  # makes transformers know the layers\n{load}", "adaptive"
         if remote:
             kind = "adaptive-remote"
-    model = f"model = AutoModelForCausalLM.from_pretrained({name!r}{trust})\n"
+    model = f"model = {model_class}.from_pretrained({name!r}{trust})\n"
     if kind == "adaptive-remote":
         load = "import hywia_kernels\n\n"
         model = f"model, tokenizer = hywia_kernels.load({name!r}{trust})"
     else:
-        model += f"tokenizer = AutoTokenizer.from_pretrained({name!r}{trust})"
+        model += f"{other} = {others}.from_pretrained({name!r}{trust})"
     return {
         "kind": kind,
         "reason": reason if isinstance(reason, str) else None,

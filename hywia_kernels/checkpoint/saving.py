@@ -21,13 +21,26 @@ from ..versions import versions
 from . import atomic_directory, model_card
 from .adaptive import adapted, remote
 from .originals import copy_companions, original
+from .pushing import check_repository, pushed
 from .replaceable import Input
 from .storable import check_storable, storable_generation, storable_state
 from .ties import set_ties
 from .verify import check_written
 from .weight_files import weight_files
 
-__all__ = ["RECORD", "add_to_record", "plan_record", "read_record", "save", "stock_config"]
+__all__ = [
+    "RECORD",
+    "add_to_record",
+    "described",
+    "plan_record",
+    "read_record",
+    "record_of",
+    "save",
+    "shard_size",
+    "stock_config",
+    "write_companions",
+    "write_model",
+]
 
 RECORD = "hywia.json"
 
@@ -98,11 +111,9 @@ def _stand_in(entry: arch.Architecture, values: Mapping[str, Any]) -> Any:
 def _as_stock(model: Any) -> Any:
     """A model of the stock class that shares this one's tensors: loading them proves that the config describes them,
     and copies nothing."""
-    from transformers import AutoModelForCausalLM
-
     config = stock_config(model)
     with torch.device("meta"):
-        stock = type(model)(config) if remote.is_remote_code(model) else AutoModelForCausalLM.from_config(config)
+        stock = type(model)(config) if remote.is_remote_code(model) else arch.auto_class(config).from_config(config)
     try:
         stock.load_state_dict(model.state_dict(), assign=True)
     except RuntimeError as refused:
@@ -113,7 +124,7 @@ def _as_stock(model: Any) -> Any:
     return _finished(stock, model)
 
 
-def _described(model: Any) -> tuple[Any, str | None]:
+def described(model: Any) -> tuple[Any, str | None]:
     """`(model, None)` of the stock class, or a model of the adaptive class and the reason why it is not stock."""
     widths = arch.config_widths(model, arch.groups(model))
     differ = [field for field, w in widths.items() if len(set(w)) > 1]
@@ -131,26 +142,26 @@ def _described(model: Any) -> tuple[Any, str | None]:
         raise HywiaError(f"save: the layers' widths cannot be written into a config: {refused}") from refused
 
 
-def _finished(described: Any, model: Any) -> Any:
+def _finished(stored: Any, model: Any) -> Any:
     """The model that will be written, with the dtype and generation config of the one in memory."""
-    described.config.dtype = next(model.parameters()).dtype
+    stored.config.dtype = next(model.parameters()).dtype
     if getattr(model, "generation_config", None) is not None:
-        described.generation_config = storable_generation(model.generation_config)
-    return described
+        stored.generation_config = storable_generation(model.generation_config)
+    return stored
 
 
-def _sharding(model: Any) -> dict[str, int]:
-    """Options of `save_pretrained`: shards no larger than the original's largest, and one file where it had one. None
-    are given where the original's files are not known."""
+def shard_size(model: Any) -> int | None:
+    """Bytes of a file: shards no larger than the original's largest, and one file where it had one. None where the
+    original's files are not known."""
     folder = original(model)
     files: tuple[Path, ...] = ()
     if folder is not None:
         with suppress(HywiaError):  # a GGUF file, or changed since it was loaded
             files = weight_files(folder)
     if not files:
-        return {}
+        return None
     largest = max(f.stat().st_size for f in files)
-    return {"max_shard_size": largest if len(files) > 1 else max(largest, 2 * weight_bytes(model))}
+    return largest if len(files) > 1 else max(largest, 2 * weight_bytes(model))
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
@@ -175,14 +186,21 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _record(plan: Plan | None, record: Mapping[str, Any] | None) -> dict[str, Any]:
-    content: dict[str, Any] = {"versions": versions(), **(record or {})}
+def record_of(model: Any, plan: Plan | None, record: Mapping[str, Any] | None, not_stock: str | None) -> dict[str, Any]:
+    """What a directory's record says.
+
+    Args:
+        model: that is saved. plan: of its cut. record: more to record.
+        not_stock: why no stock config describes the model; None: one does.
+    """
+    base = str(getattr(model, "name_or_path", "") or "")
+    content: dict[str, Any] = {"base": base, "versions": versions(), **(record or {})}
     if plan is not None:
         content["plan"] = plan_record(plan)
         content["kept_units"] = {g.name: plan.keep[g.name].tolist() for g in plan.staying}
         if plan.depth is not None:
             content["kept_units"]["layers"] = list(plan.depth.keep)
-    return content
+    return {**content, "not_stock": not_stock}
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -239,6 +257,7 @@ def save(
     record: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
+    push_to_hub: str | None = None,
 ) -> Path:
     """Write safetensors, config, generation config, tokenizer, a `hywia.json` record and a model card, README.md.
 
@@ -258,18 +277,22 @@ def save(
         record: more to record (arguments, seed, ...), also beside a result's; JSON must be able to hold it.
         overwrite: replace an existing directory that holds a model or scores and nothing else.
         in_place: replace the directory that the model was loaded from.
+        push_to_hub: a repository's name, to which the finished directory is uploaded too; a new one is private.
 
     Returns:
         the path of the directory.
 
     Raises:
-        UsageError: the directory exists and may not be replaced, or both a result and a plan. HywiaError: it cannot be
-            written, no config describes the model, or what was written is not what is in memory.
+        UsageError: the directory exists and may not be replaced, both a result and a plan, or no name of a repository.
+            HywiaError: it cannot be written, no config describes the model, what was written is not what is in memory,
+            or the upload of what was written failed.
     """
     if result is not None:
         if plan is not None:
             raise UsageError("plan: expected a result or a plan, got both; leave the plan out, the result has it")
         plan, record = result.plan, {**result.record, **(record or {})}
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
     path, model = Path(path), plain_model(model)
     source = original(model)
     given: dict[str, Any] = {
@@ -280,24 +303,47 @@ def save(
     }
     with atomic_directory.claim(path, **given):
         check_storable(model)
-        described, reason = _described(model)
-        base = str(getattr(model, "name_or_path", "") or "")
-        content = {"base": base, **_record(plan, record), "not_stock": reason}
+        stored, reason = described(model)
+        content = record_of(model, plan, record, reason)
         with atomic_directory.directory(path, **given) as folder:
             # The weights come last: until they are whole, the directory does not load.
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            (folder / RECORD).write_text(_json(content), encoding="utf-8")
-            model_card.write_card(folder, content, name=path.absolute().name, config=described.config.to_dict())
-            copy_companions(model, tokenizer, folder)
-            _write_model(described, folder, _sharding(model))
-            check_written(described, folder)
+            write_companions(model, tokenizer, stored, content, folder, path.absolute().name)
+            write_model(stored, folder, storable_state(stored), shard_size(model))
+            check_written(stored, folder)
+    if push_to_hub is not None:
+        pushed(path, push_to_hub)
     return path
 
 
-def _write_model(described: Any, folder: Path, sharding: Mapping[str, int]) -> None:
+def write_companions(
+    model: Any, tokenizer: Any, stored: Any, content: Mapping[str, Any], folder: Path, name: str
+) -> None:
+    """Write all of a directory but config and weights.
+
+    Args:
+        model, tokenizer: what is saved. stored: the model as it is described. content: of the record.
+        folder: an empty directory. name: that it will have.
+    """
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    (folder / RECORD).write_text(_json(content), encoding="utf-8")
+    model_card.write_card(folder, content, name=name, config=stored.config.to_dict())
+    copy_companions(model, tokenizer, folder)
+
+
+def write_model(stored: Any, folder: Path, state: Mapping[str, Any] | None, max_shard_size: int | None) -> None:
+    """Write config, generation config and weights, by transformers.
+
+    Args:
+        stored: the model as it is described. folder: the directory.
+        state: the weights; None: the model's. An empty one writes none. max_shard_size: None: transformers' own.
+
+    Raises:
+        HywiaError: transformers cannot write the model.
+    """
+    sharding: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     try:
-        described.save_pretrained(folder, state_dict=storable_state(described), **sharding)
+        stored.save_pretrained(folder, state_dict=state, **sharding)
     except (ValueError, RuntimeError) as refused:
         if isinstance(refused, HywiaError):
             raise

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import HywiaError
+from ..errors import HywiaError, UsageError
+from ..settings import DTYPES
 from . import baichuan, hub, loaded_weights
 from .adaptive import remote
 from .sources import Judged, Source, check_tokenizer, judged, located, need_gguf, refusal
@@ -18,8 +19,10 @@ _STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth")
 
 
-def skeleton(model: str | Path = "smollm2", *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """The model that `load` would give, in eval mode and the stored dtype, with every tensor on the meta device.
+def skeleton(
+    model: str | Path = "smollm2", *, dtype: str = "auto", trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
+    """The model that `load` would give, in eval mode, with every tensor on the meta device.
 
     Weights are neither read nor fetched; of a hub model, only the files that describe it are. Headers of weights that
     lie in a local directory are judged as `load` judges them; a directory with a config alone is taken too. Groups and
@@ -28,15 +31,18 @@ def skeleton(model: str | Path = "smollm2", *, trust_remote_code: bool = False, 
 
     Args:
         model: a hub id, a local directory, a `.gguf` file, or "smollm2", as `load` takes them.
+        dtype: "auto": the stored one; or as `load` takes it.
         trust_remote_code: True runs the Python files of a checkpoint whose family transformers does not have.
         revision: a branch, tag or commit of a hub model.
 
     Raises:
         UsageError, HywiaError: what `load` raises before it reads weights.
     """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     source = located(model, revision)
     try:
-        network = _gguf(source.path) if source.is_gguf else _directory(source, trust_remote_code is True)
+        network = _gguf(source.path, dtype) if source.is_gguf else _directory(source, trust_remote_code is True, dtype)
     except (HywiaError, MemoryError):
         raise
     except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, ... by cause
@@ -45,8 +51,8 @@ def skeleton(model: str | Path = "smollm2", *, trust_remote_code: bool = False, 
     return network.eval()
 
 
-def _directory(source: Source, trusted: bool) -> Any:
-    judgement = judged(source, trusted=trusted, quantised=False)
+def _directory(source: Source, trusted: bool, asked: str) -> Any:
+    judgement = judged(source, trusted=trusted, quantised=False, dequantised=True)
     folder = source.path
     if source.from_hub and judgement.code:
         folder = hub.with_code(source.name, folder, source.hub)
@@ -56,21 +62,24 @@ def _directory(source: Source, trusted: bool) -> Any:
     elif any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
         stored = loaded_weights.check_stored(folder, judgement.values, quantised=False)
         check_tokenizer(folder, source.name, judgement)
-    network = _built(folder, judgement, stored)
+    network = _built(folder, judgement, stored, asked)
     loaded_weights.check_types(network, source.name, judgement.values.get("model_type"))
     settle_tying(network)
     return network
 
 
-def _built(folder: Path, judgement: Judged, stored: dict[str, Stored]) -> Any:
+def _built(folder: Path, judgement: Judged, stored: dict[str, Stored], asked: str) -> Any:
     values = judgement.values
     if judgement.rotary:
-        dtype = _loaded_dtype(_configured_dtype(values), stored)
+        # Where weights are here, theirs counts, whatever the config says.
+        dtype = _dtype(asked, None if stored else _configured_dtype(values), stored)
         return loaded_weights.described(baichuan.llama_config(values), dtype)
     if judgement.code:
-        return remote.skeleton(str(folder), _loaded_dtype(_configured_dtype(values), stored), values)
+        return remote.skeleton(str(folder), _dtype(asked, _configured_dtype(values), stored), values)
     config = loaded_weights.stock_config(folder)
-    dtype = _loaded_dtype(config.dtype, stored)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # `load` turns it into floating-point numbers
+    dtype = _dtype(asked, config.dtype, stored)
     network = loaded_weights.described(config, dtype)
     if _stored_apart(network, folder, stored):
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
@@ -87,10 +96,12 @@ def _configured_dtype(values: dict[str, Any]) -> Any:
     return None if name in (None, "auto") else getattr(torch, str(name).removeprefix("torch."))
 
 
-def _loaded_dtype(configured: Any, stored: dict[str, Stored]) -> Any:
-    """The dtype that loading by "auto" chooses: the config's, or that of the first floating-point tensor stored."""
+def _dtype(asked: str, configured: Any, stored: dict[str, Stored]) -> Any:
+    """The dtype that loading chooses: by "auto" the config's, or that of the first floating-point tensor stored."""
     import torch
 
+    if asked != "auto":
+        return getattr(torch, asked)
     if configured is not None:
         return configured
     first = next((_STORED_DTYPES[t.dtype] for t in stored.values() if t.dtype in _STORED_DTYPES), "float32")
@@ -116,10 +127,10 @@ def _stored_apart(network: Any, folder: Path, stored: dict[str, Stored]) -> bool
     return not torch.equal(*tensors)
 
 
-def _gguf(path: Path) -> Any:
+def _gguf(path: Path, asked: str) -> Any:
     need_gguf()
     config = loaded_weights.check_gguf(path)
-    network = loaded_weights.described(config, _loaded_dtype(config.dtype, {}))
+    network = loaded_weights.described(config, _dtype(asked, config.dtype, {}))
     loaded_weights.check_types(network, str(path), network.config.model_type)
     settle_tying(network)
     return network

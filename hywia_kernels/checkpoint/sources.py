@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,11 +92,12 @@ def _located(model: str | Path, revision: str | None, options: hub.Options) -> S
     return Source(hub.described(name, revision, options), name, from_hub=True, hub=options)
 
 
-def judged(source: Source, *, trusted: bool, quantised: bool) -> Judged:
+def judged(source: Source, *, trusted: bool, quantised: bool, dequantised: bool = False) -> Judged:
     """The description of a directory, once it has been judged.
 
     Args:
         source: a directory. trusted: code of the checkpoint may be run. quantised: a quantised model is taken.
+        dequantised: one that transformers turns into floating-point numbers while it loads is taken too.
 
     Raises:
         HywiaError: it asks for what no checkpoint may, is damaged or of an unknown family, is quantised, or its code is
@@ -105,7 +107,9 @@ def judged(source: Source, *, trusted: bool, quantised: bool) -> Judged:
     values = description.read_config(folder)
     description.check_directory(folder)
     description_text.check_generation(folder)
-    _check_quantisation(name, description.quantisation(values), quantised)
+    _check_quantisation(
+        name, description.quantisation(values), quantised, dequantised and "quantization_config" in values
+    )
     family = description.family(values)
     rotary = baichuan.is_rotary(values)
     coded = description.needs_code(family)
@@ -140,8 +144,16 @@ def check_tokenizer(folder: Path, name: str, judgement: Judged) -> bool:
     return alone
 
 
-def _check_quantisation(name: str, method: str | None, quantised: bool) -> None:
-    if method is not None and not quantised:
+def _check_quantisation(name: str, method: str | None, quantised: bool, whole: bool) -> None:
+    if method is None or quantised:
+        return
+    package = description.DEQUANTISED.get(method) if whole else None
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise HywiaError(
+            f"model: {name} is quantised ({method}), and turning it into floating-point numbers needs the package "
+            f"{package!r}: pip install {package.replace('_', '-')}"
+        )
+    if package is None:
         raise HywiaError(
             f"model: {name} is quantised ({method}); weights that are to be scored and pruned must be floating-point "
             "numbers: load the model it was made from, prune, and quantise the outcome ('hywia eval' takes it as it is)"
@@ -166,8 +178,6 @@ def _first_line(error: BaseException) -> str:
 
 def need_gguf() -> None:
     """Raise HywiaError where the packages that read GGUF files are missing."""
-    import importlib.util
-
     for module in ("gguf", "accelerate"):  # transformers dequantises through the second
         if importlib.util.find_spec(module) is None:
             raise HywiaError(f"model: a GGUF file needs the package {module!r}: pip install 'hywia_kernels[gguf]'")

@@ -18,7 +18,7 @@ from .adaptive import remote
 from .ties import shared
 from .weight_files import weight_files
 
-__all__ = ["check_file", "check_tensors", "check_written"]
+__all__ = ["check_config", "check_file", "check_tensors", "check_written"]
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -74,6 +74,8 @@ def check_file(file: Path, expected: Mapping[str, Tensor]) -> None:
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
     """Equal for tensors that are the same memory, read in the same way."""
+    if tensor.is_meta:
+        return (id(tensor),)
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.dtype
 
 
@@ -113,10 +115,19 @@ def check_written(model: Any, folder: Path) -> None:
         state.pop(name, None)
     # Some families' files have other names and shapes than their modules (experts one by one).
     stored = check_tensors(folder, revert_weight_conversion(model, dict(state)))
-    _check_config(model, state, stored, folder)
+    check_config(model, state, stored, folder)
 
 
-def _check_config(model: Any, state: Mapping[str, Tensor], stored: set[str], folder: Path) -> None:
+def check_config(model: Any, state: Mapping[str, Tensor], stored: set[str], folder: Path) -> None:
+    """Raise unless the config in a directory builds a model's shapes and ties.
+
+    Args:
+        model: as in `check_written`. state: its state dict; of a model on the meta device, with `keep_vars`.
+        stored: the names of it that the files hold.
+
+    Raises:
+        HywiaError: as `check_written`.
+    """
     twin = _built(model, folder)
     shapes = {name: tensor.shape for name, tensor in twin.state_dict().items()}
     for name, tensor in state.items():

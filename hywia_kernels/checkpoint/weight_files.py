@@ -6,6 +6,7 @@ is unpickled, and no file that the directory's index does not name is opened.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = [
     "Stored",
     "named_files",
     "stored_tensors",
+    "weight_bytes_loaded",
     "weight_bytes_stored",
     "weight_files",
 ]
@@ -31,12 +33,14 @@ _ORIGINAL = ("params.json", "consolidated.safetensors", "consolidated.safetensor
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a safetensors file, as the header describes it; the dtype is safetensors' name ("BF16")."""
+    """One tensor of a safetensors file, as the header describes it; the dtype is safetensors' name ("BF16"), and its
+    bytes begin at `begin` of the file."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    begin: int
 
 
 def weight_files(folder: str | Path) -> tuple[Path, ...]:
@@ -94,6 +98,22 @@ def weight_bytes_stored(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in weight_files(folder))
 
 
+def weight_bytes_loaded(folder: str | Path, dtype: str = "auto") -> int:
+    """Bytes that the weights of a directory take in memory.
+
+    Args:
+        dtype: as `load` takes it.
+
+    Raises:
+        HywiaError: as `weight_files`.
+    """
+    tensors = stored_tensors(folder).values()
+    if dtype == "auto":
+        return sum(tensor.bytes for tensor in tensors)
+    size = 4 if dtype == "float32" else 2
+    return sum(size * math.prod(tensor.shape) for tensor in tensors)
+
+
 def stored_tensors(folder: str | Path) -> dict[str, Stored]:
     """Name -> the tensor of that name, by the headers of `weight_files`.
 
@@ -103,11 +123,13 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
     """
     tensors: dict[str, Stored] = {}
     for file, header in _headers(Path(folder)).items():
+        # The values fill the file to its end.
+        first = file.stat().st_size - max(entry["data_offsets"][1] for entry in header.values())
         for name, entry in header.items():
             if name in tensors:
                 raise HywiaError(f"model: both {tensors[name].file.name} and {file.name} in {folder} hold {name!r}")
             begin, end = entry["data_offsets"]
-            tensors[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), end - begin)
+            tensors[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), end - begin, first + begin)
     index = Path(folder) / INDEX
     if _exists(index) and not _exists(Path(folder) / SINGLE):
         for name, file_name in _weight_map(index).items():

@@ -13,6 +13,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Checks, then the evaluation."""
     session.begin(arguments)
     evaluation = session.evaluation_of(arguments)
+    session.check_room(arguments, arguments.model, "an evaluation")
     model, tokenizer = session.load_model(arguments, quantised=True)
     evaluation.check(model, tokenizer)
     measured = evaluation.measure(model, tokenizer, arguments.model)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import NoReturn
 
+from .. import settings
 from ..deploy import device_profiles, serving_rules
 from . import arguments as shared
 
@@ -72,6 +73,13 @@ def _prune(command: argparse.ArgumentParser) -> None:
         "--recipe", metavar="FILE", help="repeat this recipe: a JSON file, or the hywia.json of a pruned model"
     )
     source.add_argument("--scores", metavar="DIR", help="use what 'hywia score' wrote instead of scoring again")
+    source.add_argument(
+        "--cut",
+        choices=settings.CUTS,
+        default="auto",
+        help="with --scores: carry the plan out in memory, or from file to file; default: files where the model does "
+        "not fit in memory",
+    )
     source.add_argument(
         "--dry-run", action="store_true", help="say what would be done, and what it takes; write nothing"
     )

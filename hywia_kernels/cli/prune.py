@@ -21,6 +21,7 @@ from ..types import Plan
 from . import arguments as shared
 from . import console, launched, session, streaming
 from .dry_run import dry_run
+from .prune_files import cut_from_files, is_cut_from_files
 from .recover import finish
 
 __all__ = ["run"]
@@ -44,6 +45,10 @@ def run(arguments: argparse.Namespace) -> None:
     evaluation = None if arguments.no_eval else session.evaluation_of(arguments)
     if arguments.dry_run:
         dry_run(arguments, recipe, None if measured is None else measured.scores)
+        return
+    if is_cut_from_files(arguments, recipe, measured):
+        assert measured is not None
+        _from_files(arguments, recipe, measured)
         return
     share = streaming.sharing(arguments, recipe) if measured is None else None
     if share is not None:
@@ -117,9 +122,26 @@ def run(arguments: argparse.Namespace) -> None:
             sides = {**result.record["evaluation"], "before": before, "after": after}
             saving.add_to_record(arguments.output, {"evaluation": sides})
         console.say(f"wrote {arguments.output}")
-    content = {"output": arguments.output, "plan": saving.plan_record(result.plan), "recipe": result.recipe.to_dict()}
-    if before is not None:
-        content |= {"before": before, "after": after}
+    _report(arguments, result, **({} if before is None else {"before": before, "after": after}))
+
+
+def _from_files(arguments: argparse.Namespace, recipe: Recipe, measured: Measured) -> None:
+    steps: list[dict[str, Any]] = []
+
+    def when_planned(plan: Plan) -> None:
+        steps.extend(history.history(arguments.model, plan))
+        console.print_plan(plan)
+        console.print_history(steps, plan)
+
+    with session.claimed(arguments, in_place=arguments.in_place, least=_least_bytes(arguments, recipe)):
+        result = cut_from_files(arguments, recipe, measured, when_planned, steps)
+        console.say(f"wrote {arguments.output}")
+    _report(arguments, result)
+
+
+def _report(arguments: argparse.Namespace, result: Result, **sides: Any) -> None:
+    plan = saving.plan_record(result.plan)
+    content = {"output": arguments.output, "plan": plan, "recipe": result.recipe.to_dict(), **sides}
     console.write_json(arguments.json, content)
 
 

@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     request.check()
     evaluation = None if arguments.no_eval else session.evaluation_of(arguments)
     with session.claimed(arguments, in_place=in_place):
+        session.check_room(arguments, source, "recovery")
         console.say(f"loading {source}, the dense model")
         dense, tokenizer = load(
             source, dtype=arguments.dtype, device=arguments.device, trust_remote_code=arguments.trust_remote_code

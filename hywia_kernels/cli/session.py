@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .. import arch, ops, progress
 from ..checkpoint import atomic_directory, originals
-from ..checkpoint.loading import load
+from ..checkpoint.loaded_weights import dequantised
+from ..checkpoint.loading import device_named, load
 from ..checkpoint.replaceable import check_report
-from ..errors import UsageError
+from ..checkpoint.weight_files import weight_bytes_loaded
+from ..engine.memory import free_bytes
+from ..errors import HywiaError, UsageError
 from ..evaluation import Evaluation
 from ..method.derivation import prove
 from ..method.reading import documents, is_local
@@ -21,7 +24,16 @@ from ..recipe import Recipe
 from ..scale.launch import launched_ranks
 from . import console
 
-__all__ = ["begin", "check_scoring", "claimed", "evaluation_of", "load_model", "proven"]
+__all__ = [
+    "begin",
+    "check_room",
+    "check_scoring",
+    "claimed",
+    "evaluation_of",
+    "load_model",
+    "missing_room",
+    "proven",
+]
 
 
 def begin(arguments: argparse.Namespace) -> None:
@@ -81,6 +93,33 @@ def evaluation_of(arguments: argparse.Namespace) -> Evaluation:
     return evaluation
 
 
+def missing_room(name: str, dtype: str, device: Any) -> str | None:
+    """Why a model of this name cannot be in a device's memory, as a clause; None where it can, or where what it takes
+    is not known yet.
+
+    Args:
+        name: the model's. dtype: as `load` takes it. device: a torch device.
+    """
+    folder = originals.source_of(name)
+    if folder is None or not folder.is_dir():
+        return None
+    with suppress(HywiaError):  # loading says what is wrong with it
+        need, free = weight_bytes_loaded(folder, dtype), free_bytes(device)
+        if need > free:
+            return f"its weights take {need / 1e9:,.2f} GB, and {device} has {free / 1e9:,.2f} GB free"
+    return None
+
+
+def check_room(arguments: argparse.Namespace, name: str, what: str) -> None:
+    """Raise HywiaError where a model does not fit in the memory that `what` (work, in words) needs it in."""
+    missing = missing_room(name, arguments.dtype, device_named(arguments.device))
+    if missing is not None:
+        raise HywiaError(
+            f"model: {what} needs all of {name} in memory: {missing}; use a device that holds it (--device), or half "
+            "the bytes where it is stored in float32 (--dtype bfloat16)"
+        )
+
+
 def load_model(arguments: argparse.Namespace, *, quantised: bool = False) -> tuple[Any, Any]:
     """`(model, tokenizer)`; says what is left alone of a model with vision."""
     console.say(f"loading {arguments.model}")
@@ -92,10 +131,22 @@ def load_model(arguments: argparse.Namespace, *, quantised: bool = False) -> tup
         quantised=quantised,
         revision=arguments.revision,
     )
-    others = [] if quantised or not arch.is_known(model) else arch.left_alone(model)
+    method = dequantised(model)
+    if method not in (None, "gguf"):
+        console.say(f"the checkpoint is quantised ({method}); dequantised to {_dtype(model)}, in which it is written")
+    if not quantised and arch.is_known(model):
+        _say_left_alone(model)
+    return model, tokenizer
+
+
+def _dtype(model: Any) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _say_left_alone(model: Any) -> None:
+    others = arch.left_alone(model)
     if others:
         console.say(f"left alone, being no part of the language decoder: {', '.join(others)}")
-    return model, tokenizer
 
 
 def proven(model: Any) -> Any:
@@ -103,4 +154,5 @@ def proven(model: Any) -> Any:
     proof = prove(model)
     if proof is not None:
         console.print_proof(proof)
+        _say_left_alone(model)
     return model

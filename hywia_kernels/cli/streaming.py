@@ -57,7 +57,7 @@ class Sharing:
             raise UsageError(
                 f"weights: 'hywia prune' changes a model that is on {self.device}, got weights that stay "
                 f"{_WHERE[self.place]}; score it first ('hywia score ... -o SCORES'), then prune it with --scores "
-                "SCORES on a device that holds it (--device cpu)"
+                "SCORES from its files (--cut files), or on a device that holds it (--device cpu)"
             )
 
     def load(self, arguments: argparse.Namespace) -> tuple[Any, Any]:

@@ -23,10 +23,21 @@ from .measuring import Measured, device_of, first_samples
 __all__ = ["check", "check_text", "with_real_samples", "with_resolved_recovery"]
 
 
-def check(model: Any, tokenizer: Any, recipe: Recipe, measured: Measured | None = None) -> Recipe:
+def check(
+    model: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    measured: Measured | None = None,
+    *,
+    stored_for: torch.device | None = None,
+) -> Recipe:
     """The resolved recipe, once it is sure that the model can meet it; no text is read.
 
     A model of a type that the table of architectures lacks has to prove what is derived of it first (`prove`).
+
+    Args:
+        stored_for: the model's weights are still in their files, so that `measured` cannot be held against them yet;
+            its layers will run on this device.
 
     Raises:
         UsageError: the recipe contradicts itself, or the model cannot meet it: ratio, kinds, layers, servers' rules,
@@ -35,10 +46,11 @@ def check(model: Any, tokenizer: Any, recipe: Recipe, measured: Measured | None 
     recipe.check()
     prove(model)
     asked, searched = recipe.reconstruct_samples, recipe.search
-    recipe = recipe.resolved(device_of(model).type)
+    device = device_of(model) if stored_for is None else stored_for
+    recipe = recipe.resolved(device.type)
     if searched is None and measured is not None and measured.tokens is None:
         recipe = replace(recipe, search="none")  # the usual search needs text; one that was asked for is refused below
-    if measured is not None and measured.scores.fingerprint != fingerprint(model):
+    if measured is not None and stored_for is None and measured.scores.fingerprint != fingerprint(model):
         raise HywiaError(
             "scores: made for another model (the weights differ, or what the config says of them); score this one, "
             "in this dtype"
@@ -56,7 +68,7 @@ def check(model: Any, tokenizer: Any, recipe: Recipe, measured: Measured | None 
     if measured is not None:
         recipe = with_real_samples(recipe, asked, measured.tokens)
         check_text(recipe, measured.tokens)
-    return with_resolved_recovery(model, recipe, device_of(model))
+    return with_resolved_recovery(model, recipe, device)
 
 
 def with_resolved_recovery(model: Any, recipe: Recipe, device: torch.device) -> Recipe:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import progress
+from ..checkpoint.loaded_weights import dequantised
 from ..checkpoint.run_record import score_summary
 from ..deploy import planning
 from ..deploy.hardware import threaded_device_name
@@ -112,6 +113,8 @@ def compress(
                 "seconds": clock.seconds,
                 "scores_summary": score_summary(scores, plan),
             }
+            if dequantised(model) is not None:
+                record["dequantised"] = dequantised(model)
             proof = proven(model)
             if proof is not None:
                 record["proof"] = proof.to_dict()

@@ -195,12 +195,17 @@ def first_samples(tokens: Tensor | None, samples: int, what: str) -> Tensor:
     return tokens[:samples]
 
 
-def with_text(measured: Measured, model: Any, tokenizer: Any, recipe: Recipe) -> Measured:
+def with_text(
+    measured: Measured, model: Any, tokenizer: Any, recipe: Recipe, device: torch.device | None = None
+) -> Measured:
     """The same scores with the recipe's text for what comes after scoring.
+
+    Args:
+        device: where the model will run; None: where it is.
 
     Raises:
         HywiaError: as `measure`.
     """
-    asked, recipe = recipe.reconstruct_samples, recipe.resolved(device_of(model).type)
+    asked, recipe = recipe.reconstruct_samples, recipe.resolved((device or device_of(model)).type)
     tokens, text = _read(model, tokenizer, recipe, asked)
     return replace(measured, tokens=tokens, record={**measured.record, "text": text})

@@ -24,6 +24,7 @@ from ..engine.loss import LOGIT_BYTES
 from ..engine.memory import free_bytes, scoring_bytes
 from ..engine.samples import padded
 from ..errors import UsageError
+from ..method.equations import can_hold
 from ..method.recovery.job import asked_tokens, micro_tokens
 from ..method.recovery.request import Recovery
 from ..method.recovery.tuning import training_bytes
@@ -147,11 +148,11 @@ def estimate(
         + max(
             _writing_bytes(work, min(max(samples, reconstruct_samples), _WRITERS) if writes else 0, seq_len),
             _scoring_bytes(model, groups, samples, seq_len, where),
-            _ranking_bytes(work, groups, scored, seq_len, where),
+            _ranking_bytes(work, groups, scored, seq_len),
             _layer_ranking_bytes(work, layer_samples, seq_len),
-            _reconstruction_bytes(work, groups, reconstruct_samples, seq_len, 1.0 - ratio, where),
+            _reconstruction_bytes(work, groups, reconstruct_samples, seq_len, 1.0 - ratio),
             _recovery_bytes(model, work, recover, 1.0 - ratio, where),
-            _searching_bytes(work, groups, trials, trial_samples, seq_len, 1.0 - ratio, where),
+            _searching_bytes(work, groups, trials, trial_samples, seq_len, 1.0 - ratio),
         ),
         disk_bytes=max(work.weight_bytes - removed * size, 0),
     )
@@ -241,18 +242,20 @@ def _inputs(group: Group) -> int:
 
 
 def _solved(groups: Any) -> list[Group]:
-    """The groups whose output matrices are solved again: stacked experts' are not."""
+    """The groups whose output matrices are solved again, but for stacked experts': theirs see few tokens each, and
+    take one pass a layer together."""
     return [g for g in groups if g.members[-1].index is None and g.kind != "experts"]
 
 
 def _reconstruction(work: Cost, groups: Any, samples: int, seq_len: int, kept: float, rates: Rates) -> float:
-    """Two passes a layer and one for each of its matrices; moments of the surviving inputs with themselves and with the
-    outputs; a factorisation and four triangular products' worth of solving."""
+    """A pass of the dense layer and 0.6 of one for each of its matrices, since none runs further than it must; moments
+    of the surviving inputs with themselves and with the outputs; a factorisation and four triangular products' worth of
+    solving."""
     if not samples or kept == 1.0:
         return 0.0
     solved = _solved(groups)
     tokens, layers = samples * seq_len, max(len(work.kv), 1)
-    passes = (2.0 + len(solved) / layers) * _forward(work, samples, seq_len, logits=False)
+    passes = (1.0 + 0.6 * len(solved) / layers) * _forward(work, samples, seq_len, logits=False)
     moments = factors = 0.0
     for group in solved:
         inputs, outputs = kept * _inputs(group), work.hidden
@@ -293,10 +296,6 @@ def _scoring_bytes(model: Any, groups: Any, samples: int, seq_len: int, device: 
     return scoring_bytes(model, arch.linears(model, groups), groups, text, max(free, 0), kernels=kernels)
 
 
-def _moment_bytes(device: torch.device) -> int:
-    return 8 if device.type == "cpu" else 4
-
-
 def _layer_bytes(work: Cost, tokens: int) -> int:
     """Activations of one layer's widest part, in the model's dtype."""
     widest = max(n + k for n, k in work.matrices)
@@ -311,28 +310,29 @@ def _layer_ranking_bytes(work: Cost, samples: int, seq_len: int) -> int:
     return 4 * tokens * work.hidden * work.element_size + 4 * LOGIT_BYTES + _layer_bytes(work, tokens)
 
 
-def _ranking_bytes(work: Cost, groups: Any, samples: int, seq_len: int, device: torch.device) -> int:
-    """The hidden states, one chunk's activations, and one layer's moments, in float64 too, with factor and inverse."""
+def _ranking_bytes(work: Cost, groups: Any, samples: int, seq_len: int) -> int:
+    """The hidden states, one chunk's activations, and one layer's moments with factor and inverse, in float64."""
     if not samples:
         return 0
     tokens, width = samples * seq_len, max(_head_widths(groups), default=0)
-    moments = width * width * (2 * _moment_bytes(device) + 4 * 8)
+    moments = width * width * 6 * 8
     states = tokens * work.hidden * work.element_size
     return states + moments + _layer_bytes(work, min(tokens, max(_CHUNK_TOKENS, seq_len)))
 
 
-def _reconstruction_bytes(
-    work: Cost, groups: Any, samples: int, seq_len: int, kept: float, device: torch.device
-) -> int:
-    """Hidden states of both models, what leaves the dense layer and what its attention adds, for all tokens; a chunk's
-    activations, one matrix's equations with what solving them makes in float64, and a copy of one layer's weights."""
+def _reconstruction_bytes(work: Cost, groups: Any, samples: int, seq_len: int, kept: float) -> int:
+    """Hidden states of both models, what leaves the dense layer and what its attention adds, for all tokens, and what
+    enters a layer's last matrix where that is held; a chunk's activations, one matrix's equations with what solving
+    them makes, in float64, and a copy of one layer's weights."""
     if not samples or kept == 1.0:
         return 0
     tokens = samples * seq_len
     states = 4 * tokens * work.hidden * work.element_size
     inputs = math.ceil(kept * max((_inputs(g) for g in _solved(groups)), default=0))
-    equations = inputs * (inputs + work.hidden) * (_moment_bytes(device) + 3 * 8)
+    equations = inputs * (inputs + work.hidden) * 4 * 8
     layer = work.weight_bytes // max(len(work.kv), 1)
+    held = tokens * inputs * work.element_size
+    states += held if can_hold(held, work.weight_bytes) else 0
     return states + equations + layer + _layer_bytes(work, min(tokens, max(_CHUNK_TOKENS, seq_len)))
 
 
@@ -347,12 +347,10 @@ def _recovery_bytes(model: Any, work: Cost, recover: Recovery | None, kept: floa
     return int(dense + kept * (training_bytes(model, recover.tune, recover.rank) + activations))
 
 
-def _searching_bytes(
-    work: Cost, groups: Any, trials: int, samples: tuple[int, int], seq_len: int, kept: float, device: torch.device
-) -> int:
+def _searching_bytes(work: Cost, groups: Any, trials: int, samples: tuple[int, int], seq_len: int, kept: float) -> int:
     """What the short reconstruction needs, hidden states of both models on what it is judged on, and some logits."""
     if not trials:
         return 0
     refit, judged = samples
     states = 3 * judged * seq_len * work.hidden * work.element_size
-    return states + 4 * LOGIT_BYTES + _reconstruction_bytes(work, groups, refit, seq_len, kept, device)
+    return states + 4 * LOGIT_BYTES + _reconstruction_bytes(work, groups, refit, seq_len, kept)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..method.moments import add_products, zero_moments
 from ..ops.precision import full_float32
 
 __all__ = ["H100", "Rates", "measured_rates"]
@@ -19,7 +20,7 @@ _SECONDS, _LEAST_ROUNDS = 0.03, 2  # of each measurement
 class Rates:
     """Attributes:
     products: FLOP/s of large matrix products in the model's dtype.
-    moments: FLOP/s of products in the dtype of second moments (float64 on a CPU, float32 without TF32 elsewhere).
+    moments: FLOP/s of second moments, of activations in the model's dtype (see `moments.add_products`).
     factors: FLOP/s of a float64 Cholesky factorisation and inverse, by `n³` for both.
     copies: bytes a second that are read, or written.
     launch: seconds from one decoder layer to the next where the device has nothing to do.
@@ -44,10 +45,10 @@ def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     cuda = device.type == "cuda"
     size, small = (4096, 2048) if cuda else (768, 512)
     with torch.no_grad(), full_float32(device.type):
-        wide = torch.ones(size, size, dtype=torch.float32 if cuda else torch.float64, device=device)
-        moments = 2 * size**3 / _seconds(lambda: wide @ wide, device)
+        wide, own = torch.ones(size, size, device=device), torch.ones(size, size, dtype=dtype, device=device)
+        total = zero_moments(size, size, device)
+        moments = 2 * size**3 / _seconds(lambda: add_products(total, own, wide), device)
     with torch.no_grad():
-        own = torch.ones(size, size, dtype=dtype, device=device)
         products = 2 * size**3 / _seconds(lambda: own @ own, device)
         definite = torch.eye(small, dtype=torch.float64, device=device)
         factors = small**3 / _seconds(lambda: torch.cholesky_inverse(torch.linalg.cholesky(definite)), device)

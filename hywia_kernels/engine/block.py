@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from ..versions import CACHES
 from . import recompute
+from .dispatched import moved
 from .flash import FlashAttention, FlashCore
 from .gated import GatedMlp, mlp_backward, mlp_forward
 from .linear import Scorer, Target
@@ -143,9 +144,10 @@ class Block:
         normed = self.norms[0].forward(*kept.first)
         mapped = (None, None, core.value if self.projections[2].bias is None else None)
         del da
+        backwards = (2, 1, 0)
+        self.scorer.together(normed, [(self.targets[i], grads[i], mapped[i]) for i in backwards])
         total: Tensor | None = None
-        for i in (2, 1, 0):
-            self.scorer(self.targets[i], grads[i], normed, mapped[i])
+        for i in backwards:
             part = grads[i] @ self.projections[i].weight
             total = part if total is None else total.add_(part)
         assert total is not None
@@ -175,17 +177,20 @@ class BlockForward:
     """`forward` for the layer's module while its matrices are scored. Keyword arguments are passed on to the attention.
 
     A pass that runs layers one by one needs no autograd: it hands what `kept` returned with the output to `backward`.
+
+    Args:
+        make: the layer's parts. device: to which what enters is moved; None: it is there.
     """
 
-    def __init__(self, make: Callable[[], Block]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[], Block], device: torch.device | None = None) -> None:
+        self._make, self._device = make, device
 
     @cached_property
     def block(self) -> Block:
         return self._make()
 
     def __call__(self, hidden_states: Tensor, **keywords: Any) -> Tensor:
-        keywords = _without_cache(keywords)
+        hidden_states, keywords = self._entering(hidden_states, keywords)
         block = self.block
         if not (torch.is_grad_enabled() and hidden_states.requires_grad):
             return block.forward(hidden_states, keywords, False, False)[0]
@@ -193,11 +198,18 @@ class BlockForward:
 
     @torch.no_grad()
     def kept(self, hidden_states: Tensor, **keywords: Any) -> tuple[Tensor, Kept]:
-        return self.block.forward(hidden_states, _without_cache(keywords), True, self.block.mlp.skips)
+        hidden_states, keywords = self._entering(hidden_states, keywords)
+        return self.block.forward(hidden_states, keywords, True, self.block.mlp.skips)
 
     @torch.no_grad()
     def backward(self, gradient: Tensor, kept: Kept) -> Tensor:
-        return self.block.backward(gradient, kept)
+        return self.block.backward(gradient if self._device is None else gradient.to(self._device), kept)
+
+    def _entering(self, hidden_states: Tensor, keywords: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        keywords = _without_cache(keywords)
+        if self._device is None:
+            return hidden_states, keywords
+        return hidden_states.to(self._device), moved(keywords, self._device)
 
 
 def _without_cache(keywords: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,23 @@ from .. import arch
 from ..types import Group
 from .results import Results
 
-__all__ = ["experts_forward", "router_forward", "whole_experts"]
+__all__ = ["experts_forward", "gated", "router_forward", "whole_experts"]
 
 # `(inputs, weight, offsets of the samples among the inputs' rows)` to outputs.
 Scored = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def gated(module: Any, made: Sequence[Tensor]) -> Tensor:
+    """An expert's channels of what its matrices of rows give: by the module's own `_apply_gate` where it has one, and
+    else `act_fn(gate) · up`; without a gate, `act_fn` of it."""
+    if len(made) > 1:
+        return module.act_fn(made[0]) * made[1]
+    if not getattr(module, "has_gate", True):
+        return module.act_fn(made[0])
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(made[0])
+    gate, up = made[0].chunk(2, dim=-1)
+    return module.act_fn(gate) * up
 
 
 def experts_forward(
@@ -38,16 +51,6 @@ def experts_forward(
         out = scored[name, expert](states, getattr(module, name)[expert], offsets)
         return out + getattr(module, f"{name}_bias")[expert] if names.biased else out
 
-    def gated(made: list[Tensor]) -> Tensor:
-        if len(made) > 1:
-            return module.act_fn(made[0]) * made[1]
-        if not getattr(module, "has_gate", True):
-            return module.act_fn(made[0])
-        if hasattr(module, "_apply_gate"):
-            return module._apply_gate(made[0])
-        gate, up = made[0].chunk(2, dim=-1)
-        return module.act_fn(gate) * up
-
     def forward(hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         total = torch.zeros_like(hidden)
         boundaries = torch.arange(samples + 1, device=hidden.device) * (len(hidden) // samples)
@@ -58,7 +61,7 @@ def experts_forward(
             offsets = torch.searchsorted(token, boundaries)
             states = hidden[token]
             made = [product(name, expert, states, offsets) for name in rows]
-            out = product(columns, expert, gated(made), offsets)
+            out = product(columns, expert, gated(module, made), offsets)
             out = out * shares[token, rank, None]
             total.index_add_(0, token, out.to(total.dtype))
         return total

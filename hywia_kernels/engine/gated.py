@@ -18,7 +18,7 @@ from torch.nn import functional
 from . import recompute
 from .linear import Scorer, Target
 
-__all__ = ["GatedMlp", "gated_forward", "watched"]
+__all__ = ["GatedMlp", "gated_forward", "hooks_of", "watched"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,16 @@ def watched(*modules: nn.Module) -> bool:
     """Whether a module has hooks, or a `forward` of its own that somebody gave it."""
     for module in modules:
         own = vars(module)
-        if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]:
-            return True
-        if own.get("_backward_pre_hooks"):
+        if "forward" in own or hooks_of(module):
             return True
     return False
+
+
+def hooks_of(module: nn.Module) -> bool:
+    """Whether a module has torch's hooks of any kind."""
+    own = vars(module)
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
+    return bool(hooks or own.get("_backward_pre_hooks"))
 
 
 def mlp_forward(mlp: GatedMlp, inputs: Tensor, skip: bool) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -67,8 +72,8 @@ def mlp_backward(mlp: GatedMlp, grad_output: Tensor, g: Tensor, u: Tensor, input
     del dh
     operand = inputs()
     gate, up, _ = mlp.modules
-    mlp.scorer(mlp.up, du, operand, u if up.bias is None else None)
-    mlp.scorer(mlp.gate, dg, operand, g if gate.bias is None else None)
+    mapped = (x if module.bias is None else None for x, module in ((u, up), (g, gate)))
+    mlp.scorer.together(operand, list(zip((mlp.up, mlp.gate), (du, dg), mapped, strict=True)))
     del operand
     # Each product is rounded by itself, as the modules one by one do. Accumulating in the second product would hardly
     # be faster, and in low precision it would differ from the model's own backward.

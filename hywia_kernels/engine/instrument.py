@@ -15,9 +15,10 @@ from ..arch.views import parameter_of
 from ..types import Group
 from . import recompute
 from .block import Block, BlockForward, handed_out, no_cache
+from .dispatched import entering_device
 from .experts import experts_forward, router_forward
 from .flash import flash_attention
-from .gated import GatedMlp, gated_forward, watched
+from .gated import GatedMlp, gated_forward, hooks_of, watched
 from .kernels import gate_formula, norm_formula, usable
 from .linear import Scorer, Target, scored_forward, scored_rows
 
@@ -79,7 +80,7 @@ def _of_layer(
 ) -> tuple[Replacements, bool]:
     parts = _Parts(layer, entry, modules, f"{entry.layers}.{index}.", groups, scorer)
     if _is_block(parts):
-        forward = BlockForward(parts.block)
+        forward = BlockForward(parts.block, entering_device(layer))
         asks = parts.implementation() in ("eager", "sdpa")  # another may call cuBLAS in between
         return [(layer, forward), *((m, handed_out(forward, m)) for m in parts.projections())], asks
     targets, stacks = parts.targets()
@@ -189,7 +190,9 @@ def _is_block(parts: _Parts) -> bool:
         return False
     attention = parts[entry.attention.module]
     norms = (parts[name] for name in entry.norms)
-    return not watched(layer, attention, *norms, *attention.children(), *parts.gated(), *parts.mlp())
+    # What accelerate does at the layer's door, the node does too; inside, `run_plainly` has taken it off.
+    door = [] if entering_device(layer) is not None and not hooks_of(layer) else [layer]
+    return not watched(*door, attention, *norms, *attention.children(), *parts.gated(), *parts.mlp())
 
 
 def _with(targets: tuple[Target, ...], new: Target) -> tuple[Target, ...]:

@@ -54,8 +54,8 @@ def kept_on(hidden: Tensor, offload: bool) -> Tensor:
 
 
 def hidden_of(out: Any) -> Tensor:
-    """The hidden states among what a layer returns; some layers return a tuple, with attention weights after them."""
-    return out[0] if isinstance(out, tuple) else out
+    """The hidden states among what a layer returns: some return a tuple or list, with attention weights behind."""
+    return out[0] if isinstance(out, (tuple, list)) else out
 
 
 def _recording(forward: Callable, tape: _Tape, last: bool, offload: bool, keep: bool) -> Callable:
@@ -70,7 +70,7 @@ def _recording(forward: Callable, tape: _Tape, last: bool, offload: bool, keep: 
                 out = forward(hidden, *arguments, **keywords)
         if last:
             tape.last = hidden_of(out).detach().requires_grad_()  # the final norm's graph begins here
-            return (tape.last, *out[1:]) if isinstance(out, tuple) else tape.last
+            return (tape.last, *out[1:]) if isinstance(out, (tuple, list)) else tape.last
         return out
 
     return record

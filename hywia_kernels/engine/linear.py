@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn import functional
 from .. import ops
 from ..ops import checks
 from ..ops.calls import LinearCall
+from ..ops.devices import offsets_on
 from ..ops.registry import implementation
 from ..progress import Bar
 from ..types import Member
@@ -63,8 +64,9 @@ class Scorer:
     def __init__(self, results: Results, samples: Samples, scale: float, backend: str | None, bar: Bar) -> None:
         self.results, self.scale, self.backend, self.bar = results, 1.0 / scale, backend, bar
         self.order = results.order
-        self.offsets = samples.offsets()
+        self.offsets: list[int] = []
         self._runs: dict[tuple, Callable[..., None]] = {}
+        self._take(samples)
         self.collected: Collected | None = None
         self.replaying = False  # True while a layer is run again for the sake of its backward
         self.strict = False  # True: layers that run as one node ask for torch's deterministic kernels where it matters
@@ -78,9 +80,19 @@ class Scorer:
         self._rows = {}
         self._cpu_rows = samples.rows() if samples.ragged else None
 
+    def _take(self, samples: Samples) -> None:
+        """The samples' limits, by which backends prepare their calls."""
+        offsets = samples.offsets()
+        if offsets == self.offsets:
+            return
+        self.offsets, self._runs = offsets, {}
+        if samples.ragged:  # now, while no work is queued that the copy would wait for
+            for device in {sums.device for sums in self.results.fine.values() if sums.is_cuda}:
+                offsets_on(device, tuple(offsets))
+
     def begin(self, samples: Samples) -> None:
         """What is scored from here on is of these samples, as many as before."""
-        self.offsets = samples.offsets()
+        self._take(samples)
         self.select(samples)
 
     def _without_padding(self, tensor: Tensor) -> Tensor:
@@ -93,12 +105,18 @@ class Scorer:
 
     def __call__(self, target: Target, grad_output: Tensor, inputs: Tensor, mapped: Tensor | None = None) -> None:
         """Scores a matrix, or keeps its tokens while they are collected. `mapped` is as in `ops.linear_importance`."""
+        self.together(inputs, [(target, grad_output, mapped)])
+
+    def together(self, inputs: Tensor, parts: Iterable[tuple[Target, Tensor, Tensor | None]]) -> None:
+        """Scores matrices that are given the same input, in this order: `(target, grad_output, mapped)` of each."""
         if self.collected is not None:
-            self.collected.add(target, self._without_padding(grad_output), inputs, self._without_padding)
+            for target, grad_output, _ in parts:
+                self.collected.add(target, self._without_padding(grad_output), inputs, self._without_padding)
             return
-        if mapped is not None:
-            mapped = self._without_padding(mapped)
-        self.score(target, self._without_padding(grad_output), self._without_padding(inputs), mapped)
+        inputs = self._without_padding(inputs)
+        for target, grad_output, mapped in parts:
+            kept = None if mapped is None else self._without_padding(mapped)
+            self.score(target, self._without_padding(grad_output), inputs, kept)
 
     def score(self, target: Target, grad_output: Tensor, inputs: Tensor, mapped: Tensor | None = None) -> None:
         """Scores one matrix by all samples' tokens, without padding, as `ops.linear_importance` does with `out=`."""
@@ -110,12 +128,15 @@ class Scorer:
         if mapped is not None:
             key += _layout(mapped)
         run = self._runs.get(key)
+        call = LinearCall(grad_output, inputs, weight, self.offsets, axis, self.order, size, True, self.scale, mapped)
         if run is None:
             out = (target.fine, target.coarse)
             checks.linear_importance(
                 grad_output, inputs, weight, self.offsets, axis, self.order, size, True, self.scale, mapped, out
             )
             run = implementation("linear_importance", self.backend, grad_output, inputs, weight, mapped)
+            if hasattr(run, "prepared"):
+                run = run.prepared(call)
             self._runs[key] = run
         also = target.also
         more: dict[str, Any] = {}
@@ -125,7 +146,6 @@ class Scorer:
             self.bar.step()
         elif also is not None:
             self.score(also, *brought)
-        call = LinearCall(grad_output, inputs, weight, self.offsets, axis, self.order, size, True, self.scale, mapped)
         run(call, target.fine, target.coarse, True, **more)
         self.results.scored(target.member)
         self.bar.step()
@@ -230,9 +250,13 @@ class _ScoredLinear(torch.autograd.Function):
             grad_input = grad_output @ ctx.weight
             ctx.scorer(targets[0], grad_output, inputs, grad_input)
             return grad_input, None, None, None, None, None, None
-        for target in targets:
-            part = grad_output if target.outputs is None else grad_output[..., target.outputs].contiguous()
-            ctx.scorer(target, part, inputs)
+        ctx.scorer.together(
+            inputs,
+            (
+                (t, grad_output if t.outputs is None else grad_output[..., t.outputs].contiguous(), None)
+                for t in targets
+            ),
+        )
         del inputs  # frees a recomputed input before its gradient is allocated
         return grad_output @ ctx.weight, None, None, None, None, None, None
 

@@ -47,6 +47,7 @@ _MODEST, _MODEST_BYTES = 0.6, 2 << 30  # of the weights' bytes, or at all: what 
 _KEPT = 0.05  # of the weights' bytes: what lean spends on keeping its last layers, so as not to run them twice
 _SHARE = 0.9  # of the free memory: the rest is for what the formulas leave out
 _SCRATCH = 64 << 20
+_TABLES, _MOST_TABLES = 16, 512 << 20  # of partial sums of a scoring on CUDA: how many, and bytes of all of them
 _RAGGED = 2.0  # padded tokens per token from which fast and lean would waste more than layerwise costs
 
 
@@ -125,7 +126,7 @@ def _sizes(
     entry = arch.architecture(model)
     kept_by_layer: dict[int, int] = {}
     collected_by_layer: dict[int, int] = {}
-    work = largest = 0
+    work = largest = widest = 0
     element = hidden = 1
     config = arch.text_config(model)
     heads = getattr(config, entry.attention.heads_field, 1)
@@ -139,6 +140,7 @@ def _sizes(
         outside = [shape[1 - m.axis] for m, shape in zip(group.members, shapes, strict=True)]
         hidden = max(outside)
         largest = max(largest, max(s.numel() for s in shapes))
+        widest = max(widest, *inside)
         # A token goes to a few of the experts, and each of those is a group.
         whole = experts.get(group.layer)
         share = whole.min_units / whole.units if group.tied_width and whole is not None else 1.0
@@ -158,7 +160,11 @@ def _sizes(
         both = sum(sum(shape) for shape in shapes) - (len(shapes) - 2) * hidden
         collected_by_layer[group.layer] = collected_by_layer.get(group.layer, 0) + element * both
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    scratch = 8 * 6 * largest  # of a scoring in float64: the weight, a gradient and what is summed
+    if float64:  # the weight, a gradient and what is summed
+        scratch = 8 * 6 * largest
+    else:
+        tables = _TABLES * 4 * (3 + len(samples)) * widest
+        scratch = min(8 * 6 * largest, max(_SCRATCH, min(tables, _MOST_TABLES)))
     return _Sizes(
         kept_all=sum(kept_by_layer.values()),
         kept=max(kept_by_layer.values()),
@@ -166,7 +172,7 @@ def _sizes(
         collected=max(collected_by_layer.values()),
         boundary=element * hidden,
         logits=4 * min(LOGIT_BYTES, 4 * samples.tokens.numel() * vocabulary),
-        fixed=result_bytes(groups, len(samples)) + (scratch if float64 else min(scratch, _SCRATCH)),
+        fixed=result_bytes(groups, len(samples)) + scratch,
         layers=len(kept_by_layer),
     )
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .dispatched import run_plainly
 from .patches import STRICT, WORKSPACE, unhook
 from .rotary import REPLACED
 
@@ -128,6 +129,7 @@ def apart(modules: Mapping[str, nn.Module]) -> Iterator[None]:
             if before.dtype != torch.float32:
                 torch.set_default_dtype(torch.float32)
             before.freeze()
+            run_plainly(modules)
             yield
 
 

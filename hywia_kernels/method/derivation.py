@@ -147,7 +147,7 @@ def _first(
 ) -> Any:
     """The first alternative that holds; where none does, its modules are left alone."""
     ((kind, several),) = alternatives.items()
-    reason = None
+    reason, reasons = None, dict[str, str]()
     for one in several:
         parts: dict[str, Any] = {"attention": None, "mlps": (), "experts": None}
         parts |= {"attentions": {"attention": one}, "mlps": {"mlps": (one,)}, "experts": {"experts": one}}[kind]
@@ -155,10 +155,8 @@ def _first(
         reason = _holds(small, entry, real, thorough)
         if reason is None:
             return one
-    if reason is not None:
-        one = several[0]
-        names = {"attentions": lambda: one.module, "mlps": lambda: one.columns[0], "experts": lambda: one.module}
-        alone[names[kind]()] = reason
+        reasons.setdefault(one.columns[0] if kind == "mlps" else one.module, reason)
+    alone |= reasons
     return None
 
 

@@ -28,7 +28,7 @@ from ..progress import track
 from ..types import Group, Scores
 from .calibration_data import check_tokens
 from .layer_runs import CHUNK_TOKENS, entering, entrance
-from .moments import TINY, cholesky_factor, exact_products, moment_dtype
+from .moments import TINY, add_products, cholesky_factor, damped, exact_products, zero_moments
 
 __all__ = ["HeadResiduals", "head_residuals", "rank_heads"]
 
@@ -68,7 +68,7 @@ def head_residuals(
     `H = Σ_t x_t x_tᵀ + λ` are the second moments of what enters the output matrix `W`, `S` the inputs of one unit or of
     several; `R(S)` is the least squared error of `W x` without them when all other columns may change. The layers are
     run one after the other, on all of the text: the hidden states between two of them are held, in the model's dtype,
-    and one layer's moments, in float32 (float64 on the CPU).
+    and one layer's moments, in float64.
 
     Args:
         model: a causal language model of a known architecture. batches: token ids, as `calibrate` takes them.
@@ -108,8 +108,8 @@ def _measured(model: Any, batches: Tensor | Sequence[Tensor], wanted: Collection
                 x = x.reshape(-1, x.shape[-1])
                 if run.rows is not None:
                     x = x.index_select(0, run.rows.to(x.device))
-                x = x.to(moment_dtype(x.device))
-                gram = x.T @ x if gram is None else gram + x.T @ x
+                gram = zero_moments(x.shape[1], x.shape[1], x.device) if gram is None else gram
+                add_products(gram, x, x)
             assert gram is not None
             residuals[group.name], shares[group.name] = _energies(model, group, gram, samples.total)
     return HeadResiduals(residuals, shares)
@@ -120,19 +120,25 @@ def _energies(model: Any, group: Group, gram: Tensor, tokens: int) -> tuple[Tens
     member = group.members[-1]
     weight = arch.view(model, member, group.units).detach()
     weight = (weight if member.axis == 1 else weight.T).double()
-    gram, size = gram.double(), member.group_size
-    inverse = torch.cholesky_inverse(cholesky_factor(gram, _RIDGE, member.module))
+    size = member.group_size
+    factor = cholesky_factor(gram, _RIDGE, member.module)
+    # H = L·Lᵀ, so the diagonal's blocks of its inverse are products of the columns of L's.
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    of_units = inverse.view(len(gram), group.units, size).transpose(0, 1)  # [units, inputs, size]
     columns = weight.view(len(weight), group.units, size).transpose(0, 1)  # [units, outputs, size]
     roots = torch.linalg.solve_triangular(
-        torch.linalg.cholesky(_blocks(inverse, size)), columns.transpose(1, 2), upper=False
+        torch.linalg.cholesky(of_units.transpose(1, 2) @ of_units), columns.transpose(1, 2), upper=False
     )
     residuals = roots.square().sum((1, 2)).div(tokens).float()
     # In the order in which units go, the leading blocks of the inverse's factor are the factors of what is gone so far,
     # so that one substitution holds the residual of every such set: that of the first k is the first k blocks' square.
-    order = torch.sort(residuals, descending=True, stable=True).indices.flip(0)
+    # With the order reversed H = L·Lᵀ again, and that factor is L⁻ᵀ read backwards: substituting in it is multiplying
+    # by Lᵀ, and no inverse is needed.
+    order = torch.sort(residuals, descending=True, stable=True).indices
     entries = (order[:, None] * size + torch.arange(size, device=order.device)).reshape(-1)
-    factor = torch.linalg.cholesky(inverse[entries][:, entries])
-    steps = torch.linalg.solve_triangular(factor, weight[:, entries].T, upper=False)
+    factor = torch.linalg.cholesky_ex(damped(gram, _RIDGE)[entries][:, entries])[0]
+    steps = factor.T @ weight[:, entries].T
     added = torch.empty_like(residuals, dtype=torch.float64)
     added[order] = steps.square().sum(1).view(group.units, size).sum(1)
     own = (columns @ _blocks(gram, size) * columns).sum()

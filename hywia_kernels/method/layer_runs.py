@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import arch
@@ -14,9 +15,24 @@ from ..engine.layered import hidden_of
 from ..engine.patches import forward_replaced, hooked
 from ..engine.samples import Samples
 
-__all__ = ["CHUNK_TOKENS", "Call", "Entrance", "entering", "entrance", "leaving", "seen"]
+__all__ = ["CHUNK_TOKENS", "Call", "Entrance", "Weights", "entering", "entrance", "leaving", "seen"]
 
 CHUNK_TOKENS = 8192  # that go through a layer together
+
+
+class Weights:
+    """Where the weights are of a model that is run layer by layer: here, all the time."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self.devices: list[torch.device] = list(dict.fromkeys(p.device for p in layers.parameters()))
+
+    def entrance(self) -> AbstractContextManager[None]:
+        """While inside, what comes before the layers has its weights, and the first layer."""
+        return nullcontext()
+
+    def of(self, layers: Sequence[int]) -> AbstractContextManager[None]:
+        """While inside, the layers of these indices have theirs."""
+        return nullcontext()
 
 
 class _Reached(Exception):
@@ -59,7 +75,7 @@ def entrance(model: Any, layers: nn.ModuleList, samples: Samples) -> Entrance:
         if not calls:
             entered.append(hidden)
             out: Any = first(hidden, *arguments, **keywords)
-            rest.append(out[1:] if isinstance(out, tuple) else None)
+            rest.append(tuple(out[1:]) if isinstance(out, (tuple, list)) else None)
         calls.append(Call(arguments, keywords))
         return hidden if rest[0] is None else (hidden, *rest[0])
 

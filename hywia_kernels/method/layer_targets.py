@@ -7,12 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..engine.samples import Samples
 from .layer_runs import Call, entrance, seen
-from .moments import TINY, moment_dtype
+from .moments import TINY, energy
 
 __all__ = ["LayerTarget", "Run", "gap_behind", "layer_target", "run_of"]
 
@@ -78,11 +77,6 @@ def layer_target(
     # The next norm divides by a token's rms, so errors count relative to it; tokens with huge activations (the first of
     # a text, usually) would decide the regression otherwise.
     weight = 1.0 / run.flat(out).float().square().mean(1).clamp(min=TINY)
-    energies = {module: _energy(run.flat(at[module][1].float()), weight) for module in additive}
+    energies = {module: energy(run.flat(at[module][1].float()), weight) for module in additive}
     outputs = {module: at[module][1] for module, adds in additive.items() if not (include_drift and adds)}
     return LayerTarget(out, outputs, energies, weight, include_drift)
-
-
-def _energy(target: Tensor, weight: Tensor) -> Tensor:
-    dtype = moment_dtype(target.device)
-    return (target.to(dtype).square() * weight.to(dtype)[:, None]).sum(dtype=torch.float64)

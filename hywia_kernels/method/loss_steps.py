@@ -64,6 +64,7 @@ def check_steps(model: Any) -> None:
             found.append(calibrate(model, tokens, memory=memory, backend="reference"))
         except ERRORS as error:
             raise failed(f"its pass does not run in memory mode {memory} ({error})", groups, "statistics") from error
+    _check_reached(groups, found[0])
     exact, steps = copy.deepcopy(model).double(), tuple[float, ...](_STEPS)
     if hasattr(exact, "set_experts_implementation"):
         exact.set_experts_implementation("eager")  # the others have no float64
@@ -82,6 +83,17 @@ def check_steps(model: Any) -> None:
             what = f"they differ from finite differences of the loss by {apart:.1e} at {of[0].members[index].module}"
             raise failed(what, of, "statistics")
     raise failed(f"together they differ from finite differences of the loss by {worst:.1e}", groups, "statistics")
+
+
+def _check_reached(groups: Sequence[Group], statistics: Statistics) -> None:
+    """Text goes through every group, so that its statistics say something; experts may be chosen by no token of a few.
+
+    Raises:
+        HywiaError: a group has none, as a layer that runs for images alone.
+    """
+    for group in groups:
+        if not group.tied_width and group.kind != "experts" and not bool(statistics.coarse[group.name].any()):
+            raise failed("no text reaches it, so nothing says what its units are worth", [group], "statistics")
 
 
 def _step_error(
@@ -137,6 +149,7 @@ def check_gradients(model: Any) -> None:
     tokens = sample_tokens(model, 1, 12)
     groups = arch.groups(model)
     statistics = calibrate(model, tokens)
+    _check_reached(groups, statistics)
     last = {(g.kind, len(g.members), bool(g.tied_width)): g for g in groups if g.kind != "experts"}
     with apart(dict(model.named_modules())), torch.enable_grad():
         for group in last.values():

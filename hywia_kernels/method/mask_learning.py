@@ -80,7 +80,7 @@ def _skipped(model: Any, depth: Depth | None) -> Iterator[None]:
     """Within the context the layers that go hand on what enters them."""
 
     def hand_on(module: nn.Module, entered: tuple, out: Any) -> Any:
-        return (entered[0], *out[1:]) if isinstance(out, tuple) else entered[0]
+        return (entered[0], *out[1:]) if isinstance(out, (tuple, list)) else entered[0]
 
     layers = arch.layers_of(model)
     with hooked([(layers[i], hand_on) for i in (() if depth is None else depth.gone)]):

@@ -11,14 +11,67 @@ from torch import Tensor
 from ..errors import HywiaError
 from ..ops.precision import full_float32
 
-__all__ = ["TINY", "cholesky_factor", "exact_products", "moment_dtype"]
+__all__ = ["TINY", "add_products", "cholesky_factor", "damped", "energy", "exact_products", "zero_moments"]
 
 TINY = 1e-30
+# Rows that are multiplied in float32 (CUDA: summed up by tensor cores, which cut off what they add: after 2,048 rows up
+# to 2e-6 of a sum) before they are added in float64. Fewer rows would make the additions cost as much as the products.
+_CPU_ROWS, _CUDA_ROWS = 1024, 2048
+_PARTS = {torch.bfloat16: 1, torch.float16: 2}  # bfloat16 numbers that add up to one of these; float32: three
 
 
-def moment_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which moments are added up: float64 on the CPU, float32 elsewhere, where float64 is too slow."""
-    return torch.float64 if device.type == "cpu" else torch.float32
+def zero_moments(rows: int, columns: int, device: torch.device) -> Tensor:
+    """A sum that `add_products` can add to: float64 `[rows, columns]`."""
+    return torch.zeros(rows, columns, dtype=torch.float64, device=device)
+
+
+def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += leftᵀ · right`, as exact as float32 products of all rows at once, or more so.
+
+    On the CPU these are float32 products of some rows at a time. On CUDA they are made of products of bfloat16, which
+    are exact in float32: a float32 number is the sum of three of them. Of the parts' products those are left out that
+    are below float32's own rounding, so that a bfloat16 operand and a float32 one take three products, and two float32
+    ones six. Elsewhere, and for float64, they are products in the operands' own dtype.
+
+    Args:
+        total: float64 `[a, b]` on the operands' device; see `zero_moments`.
+        left: `[tokens, a]`. right: `[tokens, b]`. Any floating dtype.
+    """
+    on_cuda = left.device.type == "cuda" and torch.float64 not in (left.dtype, right.dtype)
+    step = _CUDA_ROWS if on_cuda else _CPU_ROWS
+    for begin in range(0, len(left), step):
+        a, b = left[begin : begin + step], right[begin : begin + step]
+        total += _of_parts(a, b) if on_cuda else _plain(a, b)
+
+
+def _plain(left: Tensor, right: Tensor) -> Tensor:
+    wide = torch.float64 if torch.float64 in (left.dtype, right.dtype) else torch.float32
+    return left.to(wide).T @ right.to(wide)
+
+
+def _of_parts(left: Tensor, right: Tensor) -> Tensor:
+    """One product, whose rows are the parts' rows one after the other. The smallest come first: what a tensor core cuts
+    off goes by the sum so far."""
+    a, b = bfloat16_parts(left), bfloat16_parts(right)
+    pairs = sorted((i + j, i, j) for i in range(len(a)) for j in range(len(b)) if i + j < 3)[::-1]
+    stacked = torch.cat([a[i] for _, i, _ in pairs]), torch.cat([b[j] for _, _, j in pairs])
+    return torch.mm(stacked[0].T, stacked[1], out_dtype=torch.float32)  # type: ignore[call-overload]
+
+
+def bfloat16_parts(x: Tensor) -> list[Tensor]:
+    """bfloat16 tensors, the largest first, that add up to `x`: exactly, but for numbers so small that a part of theirs
+    underflows."""
+    count, rest, parts = _PARTS.get(x.dtype, 3), x.float(), list[Tensor]()
+    for number in range(count):
+        parts.append(rest.bfloat16())
+        if number + 1 < count:
+            rest = rest - parts[-1].float()
+    return parts
+
+
+def energy(x: Tensor, weight: Tensor) -> Tensor:
+    """`Σ_t weight_t · |x_t|²` as a float64 number. `x`: `[tokens, n]`, `weight`: `[tokens]`, both float32."""
+    return (x.square().sum(1, dtype=torch.float64) * weight).sum()
 
 
 def exact_products(*devices: torch.device) -> Any:
@@ -29,8 +82,15 @@ def exact_products(*devices: torch.device) -> Any:
     return full_float32("cuda") if any(d.type == "cuda" for d in devices) else nullcontext()
 
 
+def damped(gram: Tensor, ridge: float) -> Tensor:
+    """`gram + ridge · mean(diag) · 1`."""
+    moments = gram.clone()
+    moments.diagonal().add_(ridge * gram.diagonal().mean() + TINY)
+    return moments
+
+
 def cholesky_factor(gram: Tensor, ridge: float, what: str) -> Tensor:
-    """Lower Cholesky factor of `gram + ridge · mean(diag) · 1`, float64 `[inputs, inputs]`; one wait for the device.
+    """Lower Cholesky factor of `damped`, float64 `[inputs, inputs]`; one wait for the device.
 
     Args:
         gram: float64 `[inputs, inputs]`, left as it is.
@@ -40,9 +100,7 @@ def cholesky_factor(gram: Tensor, ridge: float, what: str) -> Tensor:
     Raises:
         HywiaError: activations that are NaN or Inf, or moments that no positive ridge makes definite.
     """
-    damped = gram.clone()
-    damped.diagonal().add_(ridge * gram.diagonal().mean() + TINY)
-    factor, failed = torch.linalg.cholesky_ex(damped)
+    factor, failed = torch.linalg.cholesky_ex(damped(gram, ridge))
     # Not left to the factorisation: whether NaN fails in it depends on the library.
     finite, definite = torch.stack([torch.isfinite(gram).all(), failed == 0]).tolist()
     if not finite:

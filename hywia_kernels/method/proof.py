@@ -116,8 +116,6 @@ def check_saved(model: Any) -> None:
     Raises:
         HywiaError: it does not.
     """
-    from transformers import AutoModelForCausalLM
-
     tokens = sample_tokens(model, 2, 12)
     layers = 1 + max(g.layer for g in arch.groups(model))
     cached = _runs_with_cache(model, tokens)
@@ -133,7 +131,9 @@ def check_saved(model: Any) -> None:
                 _check_cache(pruned, tokens, want, plan)
             with tempfile.TemporaryDirectory(prefix="hywia-proof-") as folder:
                 save(pruned, None, Path(folder) / "model", plan=plan)
-                again = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
+                again = (
+                    arch.auto_class(model.config).from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
+                )
                 error = error_of(logits_of(again, tokens), want)
                 if not error <= _RELOADED:
                     raise failed(f"a saved model reloads to logits that differ by {error:.1e}", cuts_of(plan), "a save")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,121 +22,36 @@ import torch
 from torch import Tensor, nn
 
 from .. import arch, progress
-from ..arch.facts import fingerprint
+from ..arch.facts import fingerprint, weight_bytes
 from ..arch.holding import plain_model
 from ..engine.passes import apart, put_back
+from ..engine.patches import forward_replaced
 from ..engine.samples import Samples, padded
 from ..errors import HywiaError, UsageError
 from ..settings import RIDGE
 from ..types import Group, Plan
 from .calibration_data import check_tokens, digest
+from .equations import Begun, Matrix, NormalEquations, can_hold, equations_of, matrices_of
+from .expert_refit import Sent, add_tokens, sent
 from .layer_masks import check_transparent, zero_layers
-from .layer_runs import CHUNK_TOKENS, seen
+from .layer_runs import CHUNK_TOKENS, Weights
 from .layer_targets import LayerTarget, Run, gap_behind, layer_target, run_of
-from .moments import TINY, cholesky_factor, exact_products, moment_dtype
-from .surgery import checked_groups, unit_entries, zero_units
+from .moments import exact_products
+from .narrow_layers import narrowed
+from .surgery import checked_groups, zero_units
 
-__all__ = ["check_ridge", "reconstruct", "through_layers"]
-
-
-@dataclass
-class _Matrix:
-    """One matrix to refit: which inputs stay."""
-
-    module: nn.Module
-    name: str
-    weight: Tensor  # [outputs, inputs], shares the parameter's memory
-    bias: Tensor | None
-    kept: Tensor  # int64, ascending, on its device
-    additive: bool  # its output is only added to what leaves the layer
+__all__ = ["check_ridge", "reconstruct", "refitted", "through_layers"]
 
 
-class _NormalEquations:
-    """`Σ w·x xᵀ` and `Σ w·r xᵀ` of a weighted regression of residuals `r` on inputs `x`, added up chunk by chunk.
-
-    float64 on the CPU, float32 products elsewhere; a matrix with a bias has a constant input at the end.
-    """
-
-    def __init__(self, name: str, inputs: int, outputs: int, device: torch.device) -> None:
-        self.name = name
-        self.dtype = moment_dtype(device)
-        self.gram = torch.zeros(inputs, inputs, dtype=self.dtype, device=device)
-        self.cross = torch.zeros(inputs, outputs, dtype=self.dtype, device=device)
-        self.energy = torch.zeros((), dtype=torch.float64, device=device)
-        self.target = torch.zeros((), dtype=torch.float64, device=device)
-
-    def add(self, x: Tensor, residual: Tensor, target: Tensor, weight: Tensor) -> None:
-        """`target`: weighted energy of what the matrix gives in the dense model, a float64 number."""
-        x, residual, weight = x.to(self.dtype), residual.to(self.dtype), weight.to(self.dtype)[:, None]
-        weighted = x * weight
-        self.gram += weighted.T @ x
-        self.cross += weighted.T @ residual
-        self.energy += (residual.square() * weight).sum(dtype=torch.float64)
-        self.target += target.to(self.target.device)
-
-    def solve(self, ridge: float) -> tuple[Tensor, float, float]:
-        """`(change of the weight [inputs, outputs], relative squared error before, and after)`, in float64.
-
-        Raises:
-            HywiaError: activations that are NaN or Inf, or equations without a solution.
-        """
-        gram, cross = self.gram.double(), self.cross.double()
-        change = torch.cholesky_solve(cross, cholesky_factor(gram, ridge, self.name))
-        after = self.energy - 2 * (change * cross).sum() + (change * (gram @ change)).sum()
-        scale = self.target.clamp(min=TINY)
-        return change, float(self.energy / scale), float(after / scale)
-
-
-def _matrices(model: Any, plan: Plan, groups: Sequence[Group], *, before_gap: bool) -> list[_Matrix]:
-    """The matrices through which the removed units sent their output on, in the order of the forward pass; and the one
-    that sends on what leaves the layer, where layers behind it go, whose part it can take over (`before_gap`).
-
-    Matrices of stacked experts are left as they are: each sees only the tokens that are sent to it.
-    """
-    entry = arch.architecture(model)
-    residual = None if entry.residual is None else f"{entry.layers}.{groups[0].layer}.{entry.residual}"
-    chosen = []
-    for group in groups:
-        member, keep = group.members[-1], plan.keep[group.name]
-        if group.kind == "experts" or member.index is not None:
-            continue
-        if keep.numel() == group.units and not (before_gap and member.module == residual):
-            continue
-        module = model.get_submodule(member.module)
-        weight = arch.view(model, member, group.units)
-        weight = weight if member.axis == 1 else weight.T  # transformers' Conv1D stores [in, out]
-        kept = unit_entries(keep, member.group_size).to(weight.device)
-        chosen.append(_Matrix(module, member.module, weight, module.bias, kept, member.module == residual))
-    return chosen
-
-
-def _equations(
-    layer: nn.Module, index: int, matrix: _Matrix, runs: Sequence[Run], targets: Sequence[LayerTarget]
-) -> _NormalEquations:
-    """Normal equations of one matrix: the pruned model's inputs against what the dense one has and it lacks.
-
-    The layer runs no further than the matrix where what leaves the layer is not asked for, and what the dense layer has
-    there is given up.
-    """
-    bias = matrix.bias is not None
-    normal = _NormalEquations(matrix.name, matrix.kept.numel() + bias, len(matrix.weight), matrix.weight.device)
-    for run, goal in zip(runs, targets, strict=True):
-        whole = goal.include_drift and matrix.additive
-        out = run.pruned
-        with seen([matrix.module], stop=not whole) as at:
-            out = run.calls[index](layer, run.pruned)
-        x, got = at[matrix.module]
-        if whole:  # all that the dense layer sends on, less what this one sends on beside the matrix
-            missing = goal.out.float() - out.float()
-        else:
-            missing = goal.outputs.pop(matrix.module).float() - got.float()
-            if goal.include_drift:
-                missing = missing + (run.dense.float() - run.pruned.float())
-        x = run.flat(x).index_select(1, matrix.kept)
-        if bias:
-            x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        normal.add(x, run.flat(missing), goal.energies[matrix.module], goal.weight)
-    return normal
+def _expert_equations(
+    entry: arch.Architecture, matrix: Matrix, originals: Mapping[int, Tensor], entered: Sequence[Sent]
+) -> tuple[NormalEquations, int]:
+    """`(equations of one expert's matrix, tokens that reach it)`."""
+    assert entry.experts is not None
+    assert matrix.expert is not None
+    normal = NormalEquations(matrix.name, matrix.kept.numel(), len(matrix.weight), matrix.weight.device)
+    count = add_tokens(normal, matrix.module, entry.experts, matrix.expert, matrix.kept, originals, entered)
+    return normal, count
 
 
 @dataclass
@@ -147,7 +62,7 @@ class _Solved:
     bias: Tensor | None
 
 
-def _solved(matrix: _Matrix, change: Tensor) -> _Solved:
+def _solved(matrix: Matrix, change: Tensor) -> _Solved:
     """In the weight's dtype, which may not hold it.
 
     Raises:
@@ -164,16 +79,16 @@ def _solved(matrix: _Matrix, change: Tensor) -> _Solved:
     return _Solved(columns.cpu(), None if bias is None else bias.cpu())
 
 
-def _apply(matrix: _Matrix, solved: _Solved) -> None:
+def _apply(matrix: Matrix, solved: _Solved) -> None:
     matrix.weight.index_copy_(1, matrix.kept, solved.columns.to(matrix.weight.device))
     if matrix.bias is not None and solved.bias is not None:
         matrix.bias.copy_(solved.bias)
 
 
 @contextmanager
-def _tried(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
+def _tried(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[int, Tensor]]:
     """One layer's cut groups changed for a while: their parameters have their values again afterwards, and routers
-    their forward (a cut router needs no other)."""
+    their forward (a cut router needs no other). Gives the values by their parameters' `id`."""
     members = [(model.get_submodule(m.module), m) for g in groups for m in (*g.members, *g.vectors)]
     named = [(module, name) for module, m in members for name in (m.parameter, "bias")]
     parameters = {id(p): p for module, name in named if (p := module._parameters.get(name)) is not None}
@@ -190,10 +105,10 @@ def _tried(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
                 router["forward"] = forward
 
     with put_back(restore):
-        yield
+        yield {id(parameter): values for parameter, values in before}
 
 
-def _write(model: Any, plan: Plan, groups: Sequence[Group], solved: Sequence[tuple[_Matrix, _Solved]]) -> None:
+def _write(model: Any, plan: Plan, groups: Sequence[Group], solved: Sequence[tuple[Matrix, _Solved]]) -> None:
     """All that was solved, into the model; an interrupt waits until all of it is there."""
     interrupted: KeyboardInterrupt | None = None
     while True:
@@ -229,11 +144,13 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
     with `x̃` the surviving inputs of the matrix in the pruned and so far refitted model, `r` what its output lacks of
     the dense model's, and `w_t` one over the mean square of the dense layer's output. Where the architecture only adds
     the output to the hidden states (`Architecture.residual`), `r` includes what these lack already. Biases are solved
-    too. Stacked experts are cut without a refit: each sees only the tokens that are sent to it.
+    too. Of a stacked expert, `t` are the tokens that the pruned model sends to it, `r` is what its removed channels
+    give for them, and `w_t` has the square of its share; an expert that no token reaches is cut as it is.
 
     The hidden states of the text between two layers are held, in the model's dtype, for both models, and inside a layer
     what leaves the dense one and what its attention adds, until the attention's equations are there; wide activations
-    only for a few thousand tokens at a time. Solved columns wait on the host until all are solved: the model is as it
+    only for a few thousand tokens at a time, but for those that enter a layer's last matrix, where they are few beside
+    the weights. Solved columns wait on the host until all are solved: the model is as it
     was until then, but for the layer that is at work, of whose cut parameters a copy is held.
 
     Args:
@@ -259,18 +176,30 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
     model = plain_model(model, changing=True)
     with apart(dict(model.named_modules())):
         samples = padded(batches)
-        groups, solved = checked_groups(model, plan), list[tuple[_Matrix, _Solved]]()
+        groups, solved = checked_groups(model, plan), list[tuple[Matrix, _Solved]]()
         errors = through_layers(model, plan, groups, samples, ridge, solved=solved)
         _write(model, plan, groups, solved)
-        record = {
-            "samples": len(samples),
-            "tokens": samples.total,
-            "ridge": ridge,
-            "calibration_sha256": digest(samples.tokens),
-            "relative_error": errors,
-            "seconds": round(time.monotonic() - began, 3),
-        }
-        return replace(plan, fingerprint=fingerprint(model), record={**plan.record, "refit": record})
+        return refitted(plan, fingerprint(model), samples, ridge, errors, began)
+
+
+def refitted(
+    plan: Plan, after: str, samples: Samples, ridge: float, errors: dict[str, list[float]], began: float
+) -> Plan:
+    """The plan of a refitted model.
+
+    Args:
+        plan: of the model before. after: the refitted one's fingerprint. errors: of `through_layers`.
+        began: when the work did, by `time.monotonic`.
+    """
+    record = {
+        "samples": len(samples),
+        "tokens": samples.total,
+        "ridge": ridge,
+        "calibration_sha256": digest(samples.tokens),
+        "relative_error": errors,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    return replace(plan, fingerprint=after, record={**plan.record, "refit": record})
 
 
 def check_ridge(ridge: Any) -> None:
@@ -286,8 +215,9 @@ def through_layers(
     samples: Samples | None,
     ridge: float,
     *,
-    solved: list[tuple[_Matrix, _Solved]] | None = None,
+    solved: list[tuple[Matrix, _Solved]] | None = None,
     while_changed: Callable[[int, nn.Module], None] | None = None,
+    weights: Weights | None = None,
 ) -> dict[str, list[float]]:
     """Mask each layer to a plan, refit it and put it back, one after the other: the pass of `reconstruct`, before it
     writes anything. To be run in `apart`.
@@ -296,59 +226,81 @@ def through_layers(
         samples: to refit on; None: the removed units are masked, and nothing is solved.
         solved: is filled with what was; None: it is not kept.
         while_changed: called with a layer's index and the layer while that is masked and refitted.
+        weights: where they are, if not in the model.
 
     Returns:
         For every matrix the relative squared error of its output before and after.
     """
     entry = arch.architecture(model)
     layers: Any = model.get_submodule(entry.layers)
-    devices = dict.fromkeys(p.device for p in layers.parameters())
+    weights = Weights(layers) if weights is None else weights
     gone = () if plan.depth is None else plan.depth.gone
     if gone:
         check_transparent(model)
     errors: dict[str, list[float]] = {}
+    size = weight_bytes(model)
     if samples is not None:
         check_tokens(samples.tokens, model)
-    with exact_products(*devices):
+    with exact_products(*weights.devices):
         chunks = [] if samples is None else samples.sorted().chunks(CHUNK_TOKENS)
-        runs = [run_of(model, layers, chunk) for chunk in chunks]
+        with weights.entrance():
+            runs = [run_of(model, layers, chunk) for chunk in chunks]
+        tokens = sum(run.pruned[..., 0].numel() for run in runs)
         same = True  # both models have the same hidden states so far
         what = "reconstructing" if solved is not None else "judging"
         for index, layer in enumerate(progress.track(layers, what)):
             if index in gone:
                 if not any(i not in gone for i in range(index)):  # no layer is before it that could take its part over
-                    for run in runs:
-                        run.dense = run.calls[index](layer, run.dense)
+                    with weights.of([index]):
+                        for run in runs:
+                            run.dense = run.calls[index](layer, run.dense)
                     same = False
                 continue
             gap = gap_behind(layers, index, gone)
-            here = [g for g in groups if g.layer == index]
-            cut = [g for g in here if gap or plan.keep[g.name].numel() < g.units]
-            targets: list[LayerTarget] = []
-            matrices = [] if samples is None else _matrices(model, plan, here, before_gap=bool(gap))
-            if cut or gap or not same:
-                additive = {m.module: m.additive for m in matrices}
-                targets = [layer_target(layer, index, additive, run, entry.residual is not None, gap) for run in runs]
-            with _tried(model, cut):
-                for group in here:
-                    zero_units(model, group, plan.keep[group.name])
-                for at, matrix in enumerate(matrices):
-                    assert samples is not None
-                    if entry.residual is None or all(m.additive for m in matrices[at:]):
-                        _give_up_dense(runs)  # no equations to come are about what entered the dense layer
-                    change, before, after = _equations(layer, index, matrix, runs, targets).solve(
-                        ridge * matrix.kept.numel() / samples.total
-                    )
-                    values = _solved(matrix, change)
-                    _apply(matrix, values)
-                    if solved is not None:
-                        solved.append((matrix, values))
-                    errors[matrix.name] = [before, after]
-                same = same and not cut and not gap
-                for i, run in enumerate(runs):
-                    run.pruned = run.calls[index](layer, run.pruned)
-                    run.dense = run.pruned if same else targets[i].out
-                if while_changed is not None:
-                    while_changed(index, layer)
+            with weights.of([index, *(place for place, _ in gap)]):
+                here = [g for g in groups if g.layer == index]
+                cut = [g for g in here if gap or plan.keep[g.name].numel() < g.units]
+                targets: list[LayerTarget] = []
+                matrices = [] if samples is None else matrices_of(model, plan, here, before_gap=bool(gap))
+                if cut or gap or not same:
+                    additive = {m.module: m.additive for m in matrices if m.expert is None}
+                    targets = [
+                        layer_target(layer, index, additive, run, entry.residual is not None, gap) for run in runs
+                    ]
+                narrow = narrowed(model, cut, plan.keep)
+                entered: list[Sent] | None = None
+                with _tried(model, cut) as originals, forward_replaced(narrow):
+                    for group in here:
+                        zero_units(model, group, plan.keep[group.name])
+                    begun: list[Begun] = []
+                    for at, matrix in enumerate(matrices):
+                        ends = entry.residual is not None and matrix.additive
+                        assert samples is not None
+                        if entry.residual is None or all(m.additive for m in matrices[at:]):
+                            _give_up_dense(runs)  # no equations to come are about what entered the dense layer
+                        held = tokens * matrix.kept.numel() * matrix.weight.element_size()
+                        hold = ends and at + 1 == len(matrices) and can_hold(held, size)
+                        count = samples.total
+                        if matrix.expert is None:
+                            equations, begun = equations_of(layer, index, matrix, runs, targets, hold)
+                        else:  # all experts of a layer see what entered them once
+                            if entered is None:
+                                both = zip(runs, targets, strict=True)
+                                entered = [sent(layer, index, matrix.module, *one) for one in both]
+                            equations, count = _expert_equations(entry, matrix, originals, entered)
+                            if not count:
+                                continue
+                        change, before, after = equations.solve(ridge * matrix.kept.numel() / count)
+                        values = _solved(matrix, change)
+                        _apply(matrix, values)
+                        if solved is not None:
+                            solved.append((matrix, values))
+                        errors[matrix.name] = [before, after]
+                    same = same and not cut and not gap
+                    for i, run in enumerate(runs):
+                        run.pruned = begun[i].ended(matrices[-1]) if begun else run.calls[index](layer, run.pruned)
+                        run.dense = run.pruned if same else targets[i].out
+                    if while_changed is not None:
+                        while_changed(index, layer)
         del runs, targets
     return errors

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import arch, ops, progress
+from .. import arch, progress
 from ..arch.facts import fingerprint
 from ..arch.holding import plain_model
 from ..checkpoint.adaptive.alibi_hywia_adaptive import SURVIVORS, keep_heads
 from ..engine.passes import plain_modes, put_back
 from ..errors import HywiaError
-from ..types import Group, Member, Plan, check_together
+from ..types import Group, Plan, check_together
+from .compaction import Parts, by_parameter, compact, compact_bias, rescaled, unit_entries
 from .layer_masks import zero_layers
 from .undo import Removed, Undo, complement
 
-__all__ = ["mask", "prune", "resize", "unit_entries", "zero_units"]
-
-_Parts = list[tuple[Member, Group]]
-
-
-def unit_entries(units: Tensor, group_size: int) -> Tensor:
-    """Row or column indices of the units, int64, ascending; each unit has `group_size` consecutive ones."""
-    return (units[:, None] * group_size + torch.arange(group_size)).reshape(-1)
+__all__ = ["check_fingerprint", "check_groups", "cut_structure", "mask", "prune", "resize", "zero_units"]
 
 
 def _removed(group: Group, keep: Tensor) -> Tensor:
@@ -34,20 +28,31 @@ def _removed(group: Group, keep: Tensor) -> Tensor:
     return complement(group.units, keep)
 
 
-def _kept_entries(size: int, parts: Sequence[tuple[Member, Group]], keep: Mapping[str, Tensor]) -> Tensor:
-    """Indices that stay of an axis of `size`, on which the parts' units lie; entries that belong to no unit stay."""
-    stays = torch.ones(size, dtype=torch.bool)
-    for member, group in parts:
-        stays[member.start + unit_entries(_removed(group, keep[group.name]), member.group_size)] = False
-    return stays.nonzero()[:, 0]
-
-
 def checked_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
-    """The plan's groups that stay, all of whose groups are the model's; nothing is changed.
+    """The plan's groups that stay, once it is seen that the plan is the model's; nothing is changed.
 
     Raises:
-        HywiaError: the groups or weights are not those that the plan was made for, a group would keep too few units,
-            groups that must stay equal would not, or the family's config cannot describe the layers that stay.
+        HywiaError: as `check_groups` and `check_fingerprint`.
+    """
+    groups = check_groups(model, plan)
+    check_fingerprint(plan, fingerprint(model))
+    return groups
+
+
+def check_fingerprint(plan: Plan, found: str) -> None:
+    """Raise HywiaError where the weights, of this fingerprint, are not those that the plan was made for."""
+    if found != plan.fingerprint:
+        raise HywiaError(
+            "plan: made from the scores of another model (the weights differ); score this model, in this dtype"
+        )
+
+
+def check_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
+    """The plan's groups that stay, all of whose groups are the model's; no weight is read.
+
+    Raises:
+        HywiaError: the groups are not those that the plan was made for, a group would keep too few units, groups that
+            must stay equal would not, or the family's config cannot describe the layers that stay.
     """
     groups = arch.groups(model)
     if groups != plan.groups:
@@ -56,10 +61,6 @@ def checked_groups(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
         raise HywiaError(
             f"plan: made for another model, or this one is pruned already (first difference: "
             f"{differ[0] if differ else 'its groups'}); plan again from this model's scores"
-        )
-    if fingerprint(model) != plan.fingerprint:
-        raise HywiaError(
-            "plan: made from the scores of another model (the weights differ); score this model, in this dtype"
         )
     if plan.depth is not None:
         if plan.depth.parameters != arch.layer_parameters(model):
@@ -89,45 +90,8 @@ def _replace(parameter: Tensor, kept: Tensor) -> nn.Parameter:
     return nn.Parameter(kept, requires_grad=parameter.requires_grad)
 
 
-def _by_parameter(groups: Sequence[Group]) -> dict[tuple[str, str], _Parts]:
-    """Every parameter that groups lie on, with all its members, vectors last."""
-    parts: dict[tuple[str, str], _Parts] = {}
-    for group in groups:
-        for member in (*group.members, *group.vectors):
-            parts.setdefault((member.module, member.parameter), []).append((member, group))
-    return parts
-
-
-def _compact(
-    parameter: Tensor, parts: _Parts, keep: Mapping[str, Tensor], backend: str | None
-) -> tuple[Tensor, list[Removed]]:
-    """The part of a parameter that stays, and the parts that go."""
-    stacked = [part for part in parts if part[0].index is not None]
-    whole = [part for part in parts if part[0].index is None]
-    if whole:
-        axis = whole[0][0].axis
-        flat = parameter.flatten(1) if parameter.dim() > 2 else parameter
-        entries = _kept_entries(flat.shape[axis], whole, keep)
-        if entries.numel() < flat.shape[axis]:
-            kept, gone = ops.compact(flat, entries, axis, backend=backend), [Removed(parameter, axis, entries)]
-            return kept.unflatten(1, parameter.shape[1:]) if parameter.dim() > 2 else kept, gone
-    if not stacked or all(keep[g.name].numel() == g.units for _, g in stacked):
-        return parameter, []
-    axis, size = stacked[0][0].axis, parameter.shape[1 + stacked[0][0].axis]
-    per_matrix = [
-        _kept_entries(size, [part for part in stacked if part[0].index == e], keep) for e in range(len(parameter))
-    ]
-    shape = list(parameter.shape)
-    shape[1 + axis] = per_matrix[0].numel()
-    out = parameter.detach().new_empty(shape)
-    for matrix, entries, into in zip(parameter, per_matrix, out, strict=True):
-        ops.compact(matrix, entries, axis, out=into, backend=backend)
-    return out, [Removed(parameter, axis, entries, of=e) for e, entries in enumerate(per_matrix)]
-
-
 def _follow(model: Any, entry: arch.Architecture, groups: Sequence[Group]) -> None:
     """Bring the numbers that modules and their configs keep for themselves up to date with their parameters."""
-    size = arch.head_dim(model)
     by_layer: list[dict[str, int]] = []
     for layer in sorted({g.layer for g in groups}):
         prefix = f"{entry.layers}.{layer}"
@@ -136,9 +100,10 @@ def _follow(model: Any, entry: arch.Architecture, groups: Sequence[Group]) -> No
         for group in here:
             if group.kind == "attention":
                 width = group.units * group.members[-1].group_size
-                quantities |= {"kv_heads": group.units, "heads": width // size, "width": width}
+                quantities |= {"kv_heads": group.units, "heads": width // arch.head_dim(model, layer), "width": width}
             elif group.kind == "experts" or group.tied_width or group.name == f"{prefix}.mlp":
                 quantities["experts" if group.kind == "experts" else "channels"] = group.units
+                quantities |= {"expert_channels": group.units} if group.tied_width else {}
         by_layer.append(quantities)
         for name, attribute, quantity in entry.attributes:
             _set_attribute(model, f"{prefix}.{name}", attribute, {quantities.get(quantity)})
@@ -219,21 +184,12 @@ def _follow_changes(model: Any, widths: Mapping[str, Sequence[int]]) -> None:
 
 
 def _rescale(model: Any, entry: arch.Architecture, group: Group, kept: int, undo: Undo) -> None:
-    """Rescale a norm over all heads, and the matrix before it, so that the cut does not change the norm's output.
-
-    The norm divides by the rms over fewer features after the cut. With the survivors' rows scaled by c = √(kept /
-    units) their mean square is what it was with zeros in place of the removed ones, and 1/c in the norm's weight gives
-    the same output, eps included.
-    """
-    scale = (kept / group.units) ** 0.5
-    prefix = f"{entry.layers}.{group.layer}"
-    for norm, linear in entry.attention.wide_norms.items():
-        matrix, module = model.get_submodule(f"{prefix}.{linear}"), model.get_submodule(f"{prefix}.{norm}")
-        # Replaced: a product in place could not be taken back exactly.
-        undo.replace(matrix, "weight", matrix.weight.detach() * scale, None)
-        if matrix.bias is not None:
-            undo.replace(matrix, "bias", matrix.bias.detach() * scale, None)
-        undo.replace(module, "weight", module.weight.detach() / scale, None)
+    """Rescale a norm over all heads, and the matrix before it, as `rescaled` says."""
+    for (name, leaf), change in rescaled(entry, group, kept):
+        module = model.get_submodule(name)
+        if getattr(module, leaf, None) is not None:
+            # Replaced: a product in place could not be taken back exactly.
+            undo.replace(module, leaf, change(getattr(module, leaf).detach()), None)
 
 
 def _keep_slopes(model: Any, entry: arch.Architecture, group: Group, keep: Tensor, heads: int) -> None:
@@ -274,22 +230,50 @@ def prune(model: Any, plan: Plan, *, backend: str | None = None) -> None:
             done = True
 
 
+def cut_structure(model: Any, plan: Plan) -> tuple[Group, ...]:
+    """Give a model without memory, in place, the shapes, attributes and config that the cut model has.
+
+    Returns:
+        the groups that stay, as they were.
+
+    Raises:
+        HywiaError: as `check_groups`.
+    """
+    groups = check_groups(model, plan)
+    _cut_groups(model, plan, groups, None, Undo(model), by_parameter(groups).items())
+    return groups
+
+
 def _cut(model: Any, plan: Plan, backend: str | None, undo: Undo) -> None:
-    entry = arch.architecture(model)
     groups = checked_groups(model, plan)
+    steps = progress.track(list(by_parameter(groups).items()), "cutting")
+    _cut_groups(model, plan, groups, backend, undo, steps)
+
+
+def _cut_groups(
+    model: Any,
+    plan: Plan,
+    groups: Sequence[Group],
+    backend: str | None,
+    undo: Undo,
+    steps: Iterable[tuple[tuple[str, str], Parts]],
+) -> None:
+    entry = arch.architecture(model)
     heads = getattr(arch.text_config(model), entry.attention.heads_field, 0)
     cut = {g.name for g in groups if plan.keep[g.name].numel() < g.units}
-    for (name, leaf), parts in progress.track(list(_by_parameter(groups).items()), "cutting"):
+    for (name, leaf), parts in steps:
         if not any(group.name in cut for _, group in parts):
             continue
         module = model.get_submodule(name)
         biased = [part for part in parts if part[0].bias is not None]
-        kept, removed = _compact(getattr(module, leaf).detach(), parts, plan.keep, backend)
-        undo.replace(module, leaf, kept, removed)
+        whole = getattr(module, leaf).detach()
+        kept, selected = compact(whole, parts, plan.keep, backend)
+        undo.replace(module, leaf, kept, [Removed(whole, *part) for part in selected])
+        del whole
         if biased:
             bias = getattr(module, biased[0][0].bias or "").detach()
-            entries = _kept_entries(bias.numel(), biased, plan.keep)
-            undo.replace(module, "bias", ops.compact(bias, entries, backend=backend), [Removed(bias, 0, entries)])
+            kept, selected = compact_bias(bias, biased, plan.keep, backend)
+            undo.replace(module, "bias", kept, [Removed(bias, *part) for part in selected])
             del bias
     for group in groups:
         if group.kind == "attention" and group.name in cut:
@@ -327,7 +311,7 @@ def resize(model: Any, counts: Mapping[str, int]) -> None:
             raise HywiaError(f"resize: {name} has slopes that belong to heads; a count does not say which stay")
     wanted = {name: counts.get(name, group.units) for name, group in groups.items()}
     check_together(list(groups.values()), wanted)
-    for (name, leaf), parts in _by_parameter(list(groups.values())).items():
+    for (name, leaf), parts in by_parameter(list(groups.values())).items():
         module = model.get_submodule(name)
         parameter = getattr(module, leaf)
         shape, bias = list(parameter.shape), 0

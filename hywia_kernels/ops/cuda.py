@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from .calls import BatchCall, LinearCall, TaylorCall
+from .cuda_linear import prepared
 from .devices import on, stream
-from .native import DTYPE_CODES, ORDER_CODES, compact_sizes, extension, operand, taylor_arguments
+from .native import ORDER_CODES, compact_sizes, extension, operand
 
 OPS = ("taylor_importance", "linear_importance", "compact", "taylor_importance_batch")
-
-LINEAR_ORDER_CODES = {**ORDER_CODES, "all": 3}
 
 
 def _extension() -> Any:
@@ -155,8 +154,22 @@ def _counters(device: int) -> Tensor:
     return _kept_counters[key]
 
 
+def _taylor_arguments(call: TaylorCall) -> dict[str, Any]:
+    """The operands and sizes of a call, as the extension takes them."""
+    axis = call.axis
+    return {
+        "weight": operand(call.weight, axis),
+        "grad": operand(call.grad, axis),
+        "fisher": operand(call.fisher, axis),
+        "units": call.weight.shape[axis],
+        "reduce": call.weight.shape[1 - axis],
+        "group_size": call.group_size,
+        "order": ORDER_CODES[call.order],
+    }
+
+
 def taylor_importance(call: TaylorCall, fine: Tensor, signed: Tensor, accumulate: bool) -> None:
-    extension, device, arguments = _extension(), call.weight.device, taylor_arguments(call)
+    extension, device, arguments = _extension(), call.weight.device, _taylor_arguments(call)
     with on(device):
         # The caching allocator ties the workspace to the current stream, so it may be freed when this returns.
         floats = extension.taylor_importance_workspace(**arguments)
@@ -173,46 +186,12 @@ def taylor_importance(call: TaylorCall, fine: Tensor, signed: Tensor, accumulate
         )
 
 
-def _pitch(tensor: Tensor) -> int:
-    """Elements from one row to the next. The stride of a single row means nothing, and may be unaligned."""
-    return tensor.stride(0) if tensor.shape[0] > 1 else -(-tensor.shape[1] // 8) * 8
-
-
 def linear_importance(call: LinearCall, fine: Tensor, coarse: Tensor, accumulate: bool) -> None:
-    extension = _extension()
-    grad_output, input, weight, offsets, axis, order, group_size, per_sample, scale, mapped = call
-    samples, tokens = call.samples, offsets[-1]
-    equal = tokens % samples == 0 and offsets == list(range(0, tokens + 1, tokens // samples))
-    on_device = None if equal else torch.tensor(offsets, dtype=torch.int32).to(weight.device, non_blocking=True)
-    arguments = extension.LinearImportanceArgs(
-        grad_output=(grad_output.data_ptr(), _pitch(grad_output)),
-        input=(input.data_ptr(), _pitch(input)),
-        weight=(weight.data_ptr(), _pitch(weight)),
-        mapped=(0, 0) if mapped is None else (mapped.data_ptr(), _pitch(mapped)),
-        dtype=DTYPE_CODES[weight.dtype],
-        tokens=tokens,
-        rows=weight.shape[0],
-        columns=weight.shape[1],
-        offsets=0 if on_device is None else on_device.data_ptr(),
-        samples=samples,
-        axis=axis,
-        order=LINEAR_ORDER_CODES[order],
-        group_size=group_size,
-        per_sample=per_sample,
-        scale=scale,
-    )
-    with on(weight.device):
-        workspace = torch.empty(
-            extension.linear_importance_workspace(arguments), dtype=torch.float32, device=weight.device
-        )
-        extension.linear_importance(
-            arguments,
-            fine=fine.data_ptr(),
-            coarse=coarse.data_ptr(),
-            accumulate=accumulate,
-            workspace=workspace.data_ptr(),
-            stream=stream(weight.device),
-        )
+    prepared(call)(call, fine, coarse, accumulate)
+
+
+# For callers with many matrices of a shape.
+linear_importance.prepared = prepared  # type: ignore[attr-defined]
 
 
 def compact(weight: Tensor, keep: Tensor, axis: int, out: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -79,26 +80,25 @@ def compact_sizes(weight: Tensor, axis: int, out: Tensor) -> dict[str, int]:
     }
 
 
-def taylor_arguments(call: TaylorCall) -> dict[str, Any]:
-    """The operands and sizes of a call, as the extensions take them."""
-    axis = call.axis
-    return {
-        "weight": operand(call.weight, axis),
-        "grad": operand(call.grad, axis),
-        "fisher": operand(call.fisher, axis),
-        "units": call.weight.shape[axis],
-        "reduce": call.weight.shape[1 - axis],
-        "group_size": call.group_size,
-        "order": ORDER_CODES[call.order],
-    }
-
-
 def taylor_importance(call: TaylorCall, fine: Tensor, signed: Tensor, accumulate: bool) -> None:
+    _taylor([(call, fine, signed, accumulate)], call.order)
+
+
+def _taylor(matrices: Sequence[tuple[TaylorCall, Tensor, Tensor, bool]], order: str) -> None:
     _extension().taylor_importance(
-        **taylor_arguments(call),
-        fine=fine.data_ptr(),
-        signed_sum=signed.data_ptr(),
-        accumulate=accumulate,
+        matrices=[
+            (
+                *(operand(x, call.axis) for x in call.operands),
+                call.weight.shape[call.axis],
+                call.weight.shape[1 - call.axis],
+                call.group_size,
+                fine.data_ptr(),
+                signed.data_ptr(),
+                accumulate,
+            )
+            for call, fine, signed, accumulate in matrices
+        ],
+        order=ORDER_CODES[order],
         threads=torch.get_num_threads(),
     )
 
@@ -212,11 +212,13 @@ def attention_fusion(fine: Tensor, coarse: Tensor, temperature: float, score: Te
 
 
 def taylor_importance_batch(call: BatchCall, fine: list[Tensor], signed: list[Tensor], accumulate: bool) -> None:
-    """One matrix after the other, since a call takes next to no time on the CPU."""
+    """All matrices in one parallel region: small ones by themselves are too little for the threads."""
     begun: set[int] = set()  # results that a matrix was written to
+    matrices = []
     for matrix, result in zip(call.matrices, call.into, strict=True):
-        taylor_importance(matrix, fine[result], signed[result], accumulate or result in begun)
+        matrices.append((matrix, fine[result], signed[result], accumulate or result in begun))
         begun.add(result)
+    _taylor(matrices, call.order)
 
 
 def _logits(logits: Tensor, scale: float, cap: float | None) -> tuple[int, int, int, float, float]:

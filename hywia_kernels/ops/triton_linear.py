@@ -21,6 +21,7 @@ from torch import Tensor
 from . import kernels_triton_linear as kernels
 from . import linear_configs as configs
 from .calls import LinearCall
+from .devices import offsets_on
 from .linear_configs import Config
 from .linear_cut import Cut, cut, form_of, longest
 
@@ -108,11 +109,7 @@ def launch(
     if weight_descriptor:
         block = [config.block_u, config.block_r]
         w = TensorDescriptor.from_tensor(weight, block if axis == 0 else block[::-1])
-    offsets = None
-    if plan.ragged:
-        offsets = torch.tensor(call.offsets, dtype=torch.int32)
-        if device.type == "cuda":
-            offsets = offsets.pin_memory().to(device, non_blocking=True)
+    offsets = offsets_on(device, tuple(call.offsets)) if plan.ragged else None
     count = min(plan.tiles, plan.tiles_per_launch)
     partial = torch.empty((count, plan.rows, config.block_u), dtype=torch.float32, device=device)
     add = accumulate or plan.tiles > count

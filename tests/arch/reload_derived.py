@@ -8,7 +8,7 @@ import json
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import hywia_kernels  # noqa: F401  checkpoints whose layers differ are loaded by it
 
@@ -19,7 +19,8 @@ def main() -> None:
     tokens, results = torch.tensor(content["tokens"]), []
     for job in content["jobs"]:
         try:
-            model = AutoModelForCausalLM.from_pretrained(job["folder"]).eval()
+            auto = AutoModelForImageTextToText if job.get("images") else AutoModelForCausalLM
+            model = auto.from_pretrained(job["folder"]).eval()
             with torch.no_grad():
                 torch.save(model(input_ids=tokens, use_cache=False).logits, job["out"])
             ids = [

@@ -18,6 +18,7 @@ from hywia_kernels.checkpoint.skeleton import skeleton
 from hywia_kernels.cli import main
 from tests.support.comparison import logits, relative
 from tests.support.cuts import CUTS, layer_plan, make_plan
+from tests.support.directories import assert_equal_directories
 from tests.support.families import fresh_named, randomised, token_ids
 from tests.support.structure import check_alike
 from tests.support.tokenizers import text, write_tokenizer
@@ -253,3 +254,20 @@ def test_skeletons(seven, thirteen, tmp_path):
     hk.save(model, tokenizer, tmp_path / "cut", plan=plan)
     assert json.loads((tmp_path / "cut" / "config.json").read_text())["module_changes"]
     check_alike(skeleton(tmp_path / "cut", trust_remote_code=True), hk.load(tmp_path / "cut", **trusted)[0])
+
+
+@pytest.mark.parametrize("which", ["seven", "Baichuan2", "thirteen"])
+def test_files_to_files_is_prune_and_save(which, request, tmp_path):
+    """Packed matrices are taken apart and the head brought to length on the way; or the checkpoint's code runs."""
+    trusted = {"trust_remote_code": which == "thirteen"}
+    folder = request.getfixturevalue("thirteen") if which == "thirteen" else request.getfixturevalue("seven")[0]
+    if which == "Baichuan2":
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**content, "z_loss_weight": 0}))
+    for cut in ("mlp", "adaptive"):
+        model, tokenizer = hk.load(folder, **trusted)
+        plan = make_plan(model, cut)
+        hk.prune_files(folder, plan, tmp_path / f"files-{cut}" / "out", **trusted)
+        hk.prune(model, plan)
+        hk.save(model, tokenizer, tmp_path / f"memory-{cut}" / "out", plan=plan)
+        assert_equal_directories(tmp_path / f"files-{cut}" / "out", tmp_path / f"memory-{cut}" / "out")

@@ -108,7 +108,7 @@ class TestContract:
         hk.mask(masked, plan)
         after = hk.reconstruct(refitted, plan, text, ridge=1e-2)
         errors = after.record["refit"]["relative_error"]
-        assert len(errors) == sum(1 for g in plan.groups if g.members[-1].index is None and g.kind != "experts")
+        assert len(errors) == sum(1 for g in plan.groups if g.kind != "experts")
         assert all(new < old for old, new in errors.values())
         want = logits(model, text)
         assert relative(logits(refitted, text), want) < relative(logits(masked, text), want)
@@ -227,22 +227,77 @@ def test_a_refitted_model_is_cut_as_it_was_solved(family):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_experts_are_cut_but_not_refitted(name):
-    for cut in ("mlp", "experts"):
-        model = fresh_named(name)
-        plan = make_plan(model, cut)
-        masked = copy.deepcopy(model)
-        hk.mask(masked, plan)
-        after = hk.reconstruct(model, plan, token_ids())
-        dense_mlps = [g for g in plan.groups if g.kind == "mlp" and g.members[-1].index is None]
-        assert len(after.record["refit"]["relative_error"]) == (len(dense_mlps) if cut == "mlp" else 0)
-        experts = [n for n, _ in model.named_parameters() if "experts." in n]
-        parameters, want = dict(model.named_parameters()), dict(masked.named_parameters())
-        assert experts
-        assert all(torch.equal(parameters[n], want[n]) for n in experts)
-        if cut == "experts":
-            hk.prune(model, after)
-            assert relative(logits(model, token_ids()), logits(masked, token_ids())) <= 1e-5
+def test_whole_experts_go_without_a_refit(name):
+    model = fresh_named(name)
+    plan = make_plan(model, "experts")
+    masked = copy.deepcopy(model)
+    hk.mask(masked, plan)
+    after = hk.reconstruct(model, plan, token_ids())
+    assert after.record["refit"]["relative_error"] == {}
+    experts = [n for n, _ in model.named_parameters() if "experts." in n]
+    parameters, want = dict(model.named_parameters()), dict(masked.named_parameters())
+    assert experts
+    assert all(torch.equal(parameters[n], want[n]) for n in experts)
+    hk.prune(model, after)
+    assert relative(logits(model, token_ids()), logits(masked, token_ids())) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_are_refitted_on_the_tokens_that_reach_them(name):
+    """The first layer's experts, against a regression written out: this text, these shares, this ridge."""
+    model, tokens = fresh_named(name), torch.randint(2, 131, (30, 14), generator=torch.Generator().manual_seed(5))
+    plan = make_plan(model, "mlp")
+    dense, layer = copy.deepcopy(model), model.model.layers[0]
+    seen, out = [], []
+    hooks = [
+        dense.model.layers[0].mlp.experts.register_forward_pre_hook(lambda _, args: seen.append(args)),
+        dense.model.layers[0].register_forward_hook(
+            lambda *a: out.append(a[2][0] if isinstance(a[2], tuple) else a[2])
+        ),
+    ]
+    logits(dense, tokens)
+    for hook in hooks:
+        hook.remove()
+    (hidden, chosen, shares), weight = seen[0], 1.0 / out[0].flatten(0, 1).square().mean(1)
+    hk.reconstruct(model, plan, tokens, ridge=0.3)
+    stack = dense.model.layers[0].mlp.experts
+    for expert in range(5):
+        keep = plan.keep[f"model.layers.0.mlp.{expert}"]
+        token, rank = (chosen == expert).nonzero(as_tuple=True)
+        assert 0 < len(token) < len(hidden)
+        gate, up = (hidden[token] @ stack.gate_up_proj[expert].T).chunk(2, -1)
+        active, down = (torch.nn.functional.silu(gate) * up).double(), stack.down_proj[expert].double()
+        scale = (weight[token] * shares[token, rank] ** 2).double().sqrt()[:, None]
+        x, y = (scale * active)[:, keep], scale * (active @ down.T)
+        gram = x.T @ x
+        penalty = 0.3 * len(keep) / len(token) * gram.diagonal().mean()
+        missing = x.T @ (y - x @ down[:, keep].T)
+        want = down[:, keep] + torch.linalg.solve(gram + penalty * torch.eye(len(keep)), missing).T
+        got = layer.mlp.experts.down_proj[expert].double()
+        assert relative(got[:, keep], want) <= 1e-5
+        assert relative(got[:, keep], down[:, keep]) > 1e-2, "the refit must matter"
+        gone = [j for j in range(got.shape[1]) if j not in keep.tolist()]
+        assert not got[:, gone].any()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_and_heads_go_in_one_plan(name):
+    """As many experts stay as a token is sent to, and the cut model is the masked one, and loads again."""
+    model, tokens = fresh_named(name), token_ids()
+    plan = hk.plan(
+        hk.score(model, criterion="random"),
+        group_ratio={"experts": 0.6, "attention": 0.34},
+        units=("experts", "attention"),
+    )
+    widths = {
+        kind: {plan.keep[g.name].numel() for g in plan.groups if g.kind == kind} for kind in ("experts", "attention")
+    }
+    assert widths == {"experts": {2}, "attention": {2}}
+    masked = copy.deepcopy(model)
+    hk.mask(masked, plan)
+    hk.prune(model, plan)
+    assert model.config.num_experts_per_tok == 2
+    assert relative(logits(model, tokens), logits(masked, tokens)) <= 1e-5
 
 
 @pytest.mark.parametrize(

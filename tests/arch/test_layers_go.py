@@ -23,7 +23,8 @@ from tests.support.shapes import distinct
 from tests.support.tokenizers import write_tokenizer
 from tests.support.unchanged import assert_as_it_was, hooks_and_forwards, numbers, values
 
-every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+GOING = tuple(f for f in FAMILIES if not f.name.startswith("gemma4"))  # of which whole layers can go
+every_family = pytest.mark.parametrize("family", GOING, ids=lambda f: f.name)
 KEPT = ((0, 2), (1, 2), (1,))
 
 
@@ -89,8 +90,8 @@ def test_a_mask_stands_for_the_cut(family):
 def test_saved_and_reloaded_in_a_fresh_process(tmp_path):
     """Whole layers alone by stock transformers without this package; with unequal widths by the adaptive classes."""
     tokens, jobs, wanted = token_ids(), [], []
-    for family in FAMILIES:
-        for layout in ("uniform", "adaptive") if family in distinct(FAMILIES) else ("uniform",):
+    for family in GOING:
+        for layout in ("uniform", "adaptive") if family in distinct(GOING) else ("uniform",):
             model = fresh(family)
             plan = layer_plan(model, (0, 2), units=() if layout == "uniform" else ("mlp",), only=2)
             hk.prune(model, plan)
@@ -111,7 +112,7 @@ def test_saved_and_reloaded_in_a_fresh_process(tmp_path):
         assert result["ids"] == ids, job["folder"]
 
 
-@pytest.mark.parametrize("family", distinct(FAMILIES), ids=lambda f: f.name)
+@pytest.mark.parametrize("family", distinct(GOING), ids=lambda f: f.name)
 def test_a_cut_of_layers_that_fails_is_taken_back(family, monkeypatch):
     model, text = fresh(family), token_ids()
     plan = layer_plan(model, (0, 2), units=("mlp",))
@@ -149,7 +150,7 @@ def test_types_of_layers_go_along(name, tmp_path):
 def test_experts_of_every_second_layer_are_named_anew():
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    family = next(f for f in FAMILIES if f.name == "qwen3_moe")
+    family = next(f for f in GOING if f.name == "qwen3_moe")
     fields = family.config | dict(num_hidden_layers=5, mlp_only_layers=[3], decoder_sparse_step=2, vocab_size=131)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **fields)).eval()
     kinds = [hasattr(layer.mlp, "experts") for layer in model.model.layers]

@@ -9,7 +9,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels import ops
-from hywia_kernels.method import reconstruction, surgery
+from hywia_kernels.method import compaction, reconstruction, surgery
 from tests.support.families import FAMILIES, fresh, token_ids
 from tests.support.unchanged import assert_as_it_was, hooks_and_forwards, numbers, values
 
@@ -34,7 +34,7 @@ def test_a_cut_that_fails_is_taken_back(name, kind, at, monkeypatch):
         logits = model(text).logits
     other = copy.deepcopy(model)
     calls, original = [], ops.compact
-    monkeypatch.setattr(surgery.ops, "compact", lambda *a, **k: calls.append(1) or original(*a, **k))
+    monkeypatch.setattr(compaction.ops, "compact", lambda *a, **k: calls.append(1) or original(*a, **k))
     hk.prune(other, plan)
     failing = {"first": 1, "middle": len(calls) // 2, "last": len(calls), "follow": None}[at]
     del calls[:]
@@ -43,7 +43,7 @@ def test_a_cut_that_fails_is_taken_back(name, kind, at, monkeypatch):
         monkeypatch.setattr(surgery, "_follow_config", lambda *a: follow(*a) or 1 / 0)
     else:
         monkeypatch.setattr(
-            surgery.ops,
+            compaction.ops,
             "compact",
             lambda *a, **k: calls.append(1) or (original(*a, **k) if len(calls) < failing else 1 / 0),
         )
@@ -64,9 +64,9 @@ def test_a_refit_of_experts_that_fails_puts_the_router_back(monkeypatch):
     plan = hk.plan(scores, group_ratio={"experts": 0.4, "attention": 0.5}, units=("experts", "attention"), align=1)
     before, said, flags = values(model), numbers(model), hooks_and_forwards(model)
     calls = []
-    original = reconstruction._equations
+    original = reconstruction.equations_of
     monkeypatch.setattr(
-        reconstruction, "_equations", lambda *a: calls.append(1) or (original(*a) if len(calls) < 2 else 1 / 0)
+        reconstruction, "equations_of", lambda *a: calls.append(1) or (original(*a) if len(calls) < 2 else 1 / 0)
     )
     with pytest.raises(ZeroDivisionError):
         hk.reconstruct(model, plan, token_ids())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 
 import pytest
 import torch
@@ -106,10 +107,76 @@ def test_offloaded_layer_inputs_give_the_same_bits(model, tokens, monkeypatch):
 
     monkeypatch.setattr(memory, "CHUNK_TOKENS", 1280)
     here = hk.calibrate(model, tokens, memory="layerwise")
-    original = layered.run
-    monkeypatch.setattr(layered, "run", lambda *a: original(*a[:5], True, *a[6:]))
+    original, kept, held = layered.run, layered._kept, []
+
+    def offloaded(model, layers, chunks, scorer, scale, offload, kept_layers=0):
+        assert offload is False
+        return original(model, layers, chunks, scorer, scale, True, kept_layers)
+
+    def noted(hidden, offload):
+        held.append(kept(hidden, offload))
+        return held[-1]
+
+    monkeypatch.setattr(layered, "run", offloaded)
+    monkeypatch.setattr(layered, "_kept", noted)
     there = hk.calibrate(model, tokens, memory="layerwise")
+    assert len(held) == model.config.num_hidden_layers * 3  # a run of samples each
+    assert all(hidden.is_pinned() for hidden in held)
     assert all(torch.equal(here.coarse[n], there.coarse[n]) for n in here.coarse)
+    assert all(torch.equal(here.fine[n][o], there.fine[n][o]) for n in here.fine for o in ORDERS)
+
+
+MODES = {
+    "autocast": lambda: torch.autocast("cuda", dtype=torch.float16),
+    "inference mode": torch.inference_mode,
+    "a default device": lambda: torch.device("cuda"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_callers_modes_change_nothing(model, tokens, mode):
+    want = hk.calibrate(model, tokens, engine="fused", memory="fast")
+    with MODES[mode]():
+        got = hk.calibrate(model, tokens, engine="fused", memory="fast")
+    assert all(torch.equal(want.coarse[n], got.coarse[n]) for n in want.coarse)
+    assert all(torch.equal(want.fine[n][o], got.fine[n][o]) for n in want.fine for o in ORDERS)
+
+
+def test_two_threads_on_streams_of_their_own(model, tokens):
+    """Passes take turns, each on the stream that is current in its thread, and neither disturbs the other."""
+    want = hk.calibrate(model, tokens, engine="fused")
+    others = copy.deepcopy(model)
+    got: dict[int, hk.Statistics] = {}
+
+    def run(number, own):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            got[number] = hk.calibrate(own, tokens, engine="fused")
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=run, args=(i, own)) for i, own in enumerate((model, others))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(got) == [0, 1]
+    for found in got.values():
+        assert all(torch.equal(want.coarse[n], found.coarse[n]) for n in want.coarse)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("samples", ["equal", "ragged"])
+def test_second_order_alone_is_that_of_all(model, tokens, samples):
+    """By a kernel of its own, which makes the signed sums from the gradients and not from what the weights made."""
+    text = tokens if samples == "equal" else [tokens[0, :600], tokens[1, :400], tokens[2, :630]]
+    every = hk.calibrate(model, text, engine="fused")
+    one, two = (hk.calibrate(model, text, engine="fused", orders=("second",)) for _ in range(2))
+    for name, coarse in every.coarse.items():
+        assert set(one.fine[name]) == {"second"}
+        assert torch.equal(one.fine[name]["second"], two.fine[name]["second"])
+        assert torch.equal(one.coarse[name], two.coarse[name])
+        want = every.fine[name]["second"].double()
+        assert float(((one.fine[name]["second"] - want).abs() / want.clamp(min=1e-30)).max()) <= 2e-5
+        assert float((one.coarse[name] - coarse).abs().max() / coarse.abs().max()) <= 1e-2
 
 
 def test_the_estimate_covers_the_peak(model, tokens):

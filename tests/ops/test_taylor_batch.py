@@ -268,3 +268,34 @@ def test_a_layout_of_each_kind():
     weights = [lay(matrix(m[:2], torch.float32, "contiguous", i), "stepped") for i, m in enumerate(COUPLED)]
     call = made(COUPLED, "first", "cpu")._replace(weights=weights)
     assert_right("native", call)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_native_gives_the_bits_of_the_matrices_one_by_one(threads):
+    """Tasks of all matrices are shared out at once; every sum is still made in the order of its own matrix."""
+    need("native", OP)
+    shapes = [(576, 600, 0, 192, 0), (192, 576, 0, 64, 0), (1536, 576, 0, 1, 1), (576, 1536, 1, 1, 1), (0, 4, 0, 1, 2)]
+    generator = torch.Generator().manual_seed(4)
+    weights, grads = ([torch.randn(s[:2], generator=generator) for s in shapes] for _ in range(2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = ops.taylor_importance_batch(
+            weights,
+            grads,
+            axes=[s[2] for s in shapes],
+            group_sizes=[s[3] for s in shapes],
+            into=[s[4] for s in shapes],
+            backend="native",
+        )
+    finally:
+        torch.set_num_threads(before)
+    want: dict[int, ops.TaylorImportance] = {}
+    for weight, grad, (*_, axis, size, result) in zip(weights, grads, shapes, strict=True):
+        want[result] = ops.taylor_importance(
+            weight, grad, axis=axis, group_size=size, out=want.get(result), backend="native"
+        )
+    assert len(got) == 3
+    for result, sums in enumerate(got):
+        assert torch.equal(bits(sums.fine), bits(want[result].fine))
+        assert torch.equal(bits(sums.signed), bits(want[result].signed))

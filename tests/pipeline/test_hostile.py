@@ -190,6 +190,11 @@ def test_changes_of_modules_that_no_pruning_makes(hostile, fields, message):
     [
         (dict(text_config={"auto_map": LLAMA}), "expected no auto_map here"),
         (dict(vision_config={"model_type": "timm_wrapper", "architecture": "hf-hub:a/b"}), "siglip_vision_model"),
+        (
+            dict(model_type="llava", vision_config={"model_type": "timm_wrapper", "architecture": "hf-hub:a/b"}),
+            "expected a model_type that transformers has, got 'timm_wrapper'",
+        ),
+        (dict(model_type="llava", text_config={"model_type": "evil"}), "expected a model_type that transformers has"),
         (dict(fusion_config={"patch_embeddings": True}), "it patches model classes"),
         (dict(distributed_config={"tp_size": 2}), "it sets up processes"),
         (dict(transformers_weights="../other.safetensors"), "it names other files"),
@@ -232,7 +237,7 @@ def test_generation_is_transformers_own(hostile):
         (dict(quant_method="gptq", bits=4), r"is quantised \(gptq\); .*'hywia eval' takes it"),
         (dict(quant_method="bitsandbytes", load_in_4bit=True), r"quantised \(bitsandbytes\)"),
         (dict(load_in_8bit=True), r"quantised \(bitsandbytes\)"),
-        (dict(quant_method="fp8"), r"quantised \(fp8\)"),
+        (dict(quant_method="higgs"), r"quantised \(higgs\)"),
         (dict(quant_method="torchao", quant_type="int4_weight_only"), r"quantised \(torchao\)"),
         (dict(quant_method="evil.Quantizer"), "expected one of .*got 'evil.Quantizer'"),
         (dict(), "expected one of .*got None"),

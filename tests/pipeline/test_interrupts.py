@@ -16,7 +16,7 @@ from hywia_kernels import evaluation
 from hywia_kernels.checkpoint import saving
 from hywia_kernels.cli import console, main, session
 from hywia_kernels.compression import job
-from hywia_kernels.method import reconstruction
+from hywia_kernels.method import equations, reconstruction
 from tests.support.tiny import TINY, fresh
 
 SMALL = ["--ratio", "0.2", "--criterion", "random", "--align", "4", "--text", "text.txt", "--block", "16"]
@@ -60,7 +60,7 @@ def test_an_end_says_what_is_on_the_disk(here, monkeypatch, capsys, how, code, w
     run = ["prune", "model", "-o", "out", *SMALL]
     for owner, name, call, said in (
         (session, "load", 1, "nothing was written"),
-        (saving, "_write_model", 1, "nothing was written"),
+        (saving, "write_model", 1, "nothing was written"),
         (saving, "check_written", 1, "nothing was written"),
         (
             evaluation,
@@ -80,7 +80,7 @@ def test_an_end_says_what_is_on_the_disk(here, monkeypatch, capsys, how, code, w
     whole = contents(here / "out")
     hk.load("out")
     with monkeypatch.context() as patch:
-        _stop_at(patch, saving, "_write_model", 1, how)
+        _stop_at(patch, saving, "write_model", 1, how)
         assert main([*run, "--overwrite"]) == code
     assert f"nothing was written; {here / 'out'} is as it was before" in capsys.readouterr().err
     assert contents(here / "out") == whole
@@ -151,7 +151,7 @@ def test_memory_that_runs_out_names_the_lever(here, monkeypatch, capsys, how, wh
 
 
 def test_the_refits_memory_has_its_own_lever(here, monkeypatch, capsys):
-    monkeypatch.setattr(reconstruction._NormalEquations, "solve", _out_of_memory)
+    monkeypatch.setattr(equations.NormalEquations, "solve", _out_of_memory)
     run = ["prune", "model", "-o", "out", "--ratio", "0.2", "--calib", "text.txt", "--samples", "3", "--seq-len", "16"]
     assert main([*run, "--align", "4", "--no-eval", "--units", "mlp"]) == 1
     assert "try fewer --reconstruct-samples" in capsys.readouterr().err

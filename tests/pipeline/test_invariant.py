@@ -10,7 +10,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
-from hywia_kernels.method import surgery
+from hywia_kernels.method import compaction, surgery
 from tests.support.comparison import logits, relative
 from tests.support.cuts import masked_logits
 from tests.support.processes import run_jobs
@@ -94,7 +94,7 @@ def test_wrong_kv_stride_is_caught(gqa, tokens, monkeypatch):
     """Cut query heads {k, k + KV, ...} with KV head k, as other tools do, and the invariant breaks."""
     plan = make_plan(gqa, "attention")
     want = masked_logits(gqa, plan, tokens)
-    right = surgery.unit_entries
+    right = compaction.unit_entries
 
     def planted(units, group_size):
         if group_size != 16:  # q rows and o columns: two heads of 8
@@ -102,7 +102,7 @@ def test_wrong_kv_stride_is_caught(gqa, tokens, monkeypatch):
         heads = torch.cat([units, units + 3]).sort().values
         return right(heads, 8)
 
-    monkeypatch.setattr(surgery, "unit_entries", planted)
+    monkeypatch.setattr(compaction, "unit_entries", planted)
     hk.prune(gqa, plan)
     assert relative(logits(gqa, tokens), want) > 1e-2
 

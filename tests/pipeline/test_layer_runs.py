@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import hywia_kernels as hk
-from hywia_kernels.method import head_residual, reconstruction
+from hywia_kernels.method import equations, head_residual, reconstruction
 from hywia_kernels.method.head_residual import head_residuals
+from hywia_kernels.method.moments import add_products, zero_moments
 from tests.support.cuts import make_plan
 from tests.support.tiny import TINY, fresh
 
@@ -49,14 +50,14 @@ def test_heads_of_some_layers_are_those_of_all(model, text):
 def test_moments_are_those_of_a_run_of_the_whole_model(gqa, text):
     """Bit for bit, run by run in the same order."""
     module, grams = gqa.model.layers[1].self_attn.o_proj, []
-    hook = module.register_forward_pre_hook(lambda _, a: grams.append(a[0].reshape(-1, a[0].shape[-1]).double()))
+    hook = module.register_forward_pre_hook(lambda _, a: grams.append(a[0].reshape(-1, a[0].shape[-1])))
     with torch.no_grad():
         for run in text.split(4):
             gqa.model(run)
     hook.remove()
-    gram = grams[0].T @ grams[0]
-    for x in grams[1:]:
-        gram = gram + x.T @ x
+    gram = zero_moments(grams[0].shape[1], grams[0].shape[1], text.device)
+    for x in grams:
+        add_products(gram, x, x)
     group = next(g for g in hk.groups(gqa) if g.name == "model.layers.1.attention")
     residuals, shares = head_residual._energies(gqa, group, gram, text.numel())
     found = head_residuals(gqa, text)
@@ -73,13 +74,35 @@ def test_head_ranking_runs_no_further_than_the_last_output_matrix(gqa, text):
     assert counts == {"o": [3, 0], "mlp": [0, 0], "next": [0, 0], "first": [6, 6]}
 
 
-def test_the_attention_s_equations_run_no_further_than_its_output_matrix(gqa, text):
+@pytest.mark.parametrize("held", [True, False])
+def test_layers_run_no_further_and_no_more_often_than_needed(gqa, text, monkeypatch, held):
+    if not held:
+        monkeypatch.setattr(equations, "_HELD_BYTES", 0)
+        monkeypatch.setattr(equations, "_HELD", 0.0)
     layer = gqa.model.layers[1]
     counts = counted({"o": layer.self_attn.o_proj, "mlp": layer.mlp})
-    hk.refit(gqa, make_plan(gqa, "both"), text)
-    # Dense, the equations of o, those of down, and refitted; three runs of each.
-    assert counts["o"][0] == 12
-    assert counts["mlp"] == [9, 9]
+    hk.reconstruct(gqa, make_plan(gqa, "both"), text)
+    # Dense, the equations of o, and those of down; three runs of each. Where the last matrix's inputs are not held, the
+    # refitted layer is run too.
+    assert counts["o"][0] == (9 if held else 12)
+    assert counts["mlp"] == ([6, 6] if held else [9, 9])
+
+
+@pytest.mark.parametrize("cut", ["both", "mlp", "attention"])
+@pytest.mark.parametrize("family", range(len(TINY)))
+def test_held_inputs_end_a_layer_as_running_it_again_does(monkeypatch, text, family, cut):
+    """But for the order in which the last product's terms are added."""
+    models = fresh(TINY[family]), fresh(TINY[family])
+    plan = make_plan(models[0], cut)
+    after = [hk.reconstruct(models[0], plan, text)]
+    monkeypatch.setattr(equations, "_HELD_BYTES", 0)
+    monkeypatch.setattr(equations, "_HELD", 0.0)
+    after.append(hk.reconstruct(models[1], plan, text))
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5), name
+    errors = [x.record["refit"]["relative_error"] for x in after]
+    for name, (before, solved) in errors[0].items():
+        assert errors[1][name] == pytest.approx([before, solved], rel=1e-4)
 
 
 @pytest.mark.parametrize(("cut", "states"), [("both", 3), ("mlp", 2), ("attention", 3)])
@@ -95,15 +118,23 @@ def test_hidden_states_that_are_held(monkeypatch, text, cut, states):
     for layer in model.model.layers:
         for module in (layer, layer.self_attn.o_proj, layer.mlp.down_proj):
             module.register_forward_hook(keep)
-    real = reconstruction._NormalEquations.solve
+    ended = equations.Begun.ended
+
+    def end(self, matrix):
+        out = ended(self, matrix)
+        refs.append(weakref.ref(out))
+        return out
+
+    monkeypatch.setattr(equations.Begun, "ended", end)
+    real = equations.NormalEquations.solve
 
     def solve(self, ridge):
         gc.collect()
         most.append(len({t.data_ptr() for r in refs if (t := r()) is not None and t.shape[-1] == 48}))
         return real(self, ridge)
 
-    monkeypatch.setattr(reconstruction._NormalEquations, "solve", solve)
+    monkeypatch.setattr(equations.NormalEquations, "solve", solve)
     plan = make_plan(model, cut)
-    hk.refit(model, plan, text)
+    hk.reconstruct(model, plan, text)
     assert len(most) == sum(plan.keep[g.name].numel() < g.units for g in plan.groups)
     assert max(most) == states * 3, "of three runs of samples; what the equations were made of is gone"

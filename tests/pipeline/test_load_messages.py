@@ -144,7 +144,7 @@ def test_sizes_of_another_model(saved, fields):
         hk.load(saved)
 
 
-@pytest.mark.parametrize("model_type", ["t5", "llava", "lama", "LLAMA", 3, None, ["llama"], {}])
+@pytest.mark.parametrize("model_type", ["t5", "whisper", "lama", "LLAMA", 3, None, ["llama"], {}])
 def test_a_family_that_is_not_supported(saved, model_type):
     (saved / "model.safetensors").write_bytes(b"not there yet")
     edit(saved, model_type=model_type)

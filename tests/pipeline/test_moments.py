@@ -9,8 +9,16 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError
+from hywia_kernels.method import moments
 from hywia_kernels.method.head_residual import head_residuals
-from hywia_kernels.method.moments import cholesky_factor, exact_products
+from hywia_kernels.method.moments import (
+    add_products,
+    bfloat16_parts,
+    cholesky_factor,
+    energy,
+    exact_products,
+    zero_moments,
+)
 from hywia_kernels.ops.precision import full_float32
 from tests.support.tiny import TINY, fresh, make_plan
 
@@ -164,6 +172,7 @@ def test_the_factor_is_of_the_damped_moments():
     kept = gram.clone()
     want = gram + 0.5 * gram.diagonal().mean() * torch.eye(5, dtype=torch.float64)
     factor = cholesky_factor(gram, 0.5, "x")
+    torch.testing.assert_close(moments.damped(gram, 0.5), want, rtol=1e-12, atol=1e-12)
     assert torch.equal(gram, kept)
     torch.testing.assert_close(factor @ factor.T, want, rtol=1e-12, atol=1e-12)
     assert bool((factor.triu(1) == 0).all())
@@ -173,3 +182,87 @@ def test_the_factor_is_of_the_damped_moments():
     bad[1, 2] = float("nan")  # above the diagonal, where a factorisation need not look
     with pytest.raises(HywiaError, match=r"^x: expected finite activations"):
         cholesky_factor(bad, 0.5, "x")
+
+
+def correlated(tokens, columns, dtype, seed=0):
+    """Activations with a few large columns, a few large tokens, and much in common."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(tokens, 4, generator=generator) @ torch.randn(4, columns, generator=generator)
+    x = shared + 0.3 * torch.randn(tokens, columns, generator=generator)
+    x[:, ::17] *= 30.0
+    x[::101] *= 20.0
+    return x.to(dtype)
+
+
+def error(total, left, right):
+    """Largest error of a moment, as a share of the product of its two columns' norms."""
+    left, right = left.double(), right.double()
+    return float(((total - left.T @ right).abs() / (left.norm(dim=0)[:, None] * right.norm(dim=0))).max())
+
+
+def summed(left, right):
+    total = zero_moments(left.shape[1], right.shape[1], left.device)
+    add_products(total, left, right)
+    return total
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_products_are_as_exact_as_float32s(dtype, tokens):
+    """And sums that were there are added to."""
+    x, weight = correlated(tokens, 60, dtype), torch.rand(tokens, generator=torch.Generator().manual_seed(1)) + 0.1
+    left = x.float() * weight[:, None]
+    total = summed(left, x)
+    whole = (left.T @ x.float()).double()
+    assert error(total, left, x) <= max(2e-7, 1.05 * error(whole, left, x))
+    before = total.clone()
+    add_products(total, left, x)
+    torch.testing.assert_close(total, 2 * before, rtol=1e-12, atol=0)
+
+
+def test_products_of_float64_are_float64s():
+    x = torch.randn(3000, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert error(summed(x, x), x, x) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_parts_add_up_to_the_number(dtype):
+    x = correlated(40, 50, dtype, seed=3)
+    parts = bfloat16_parts(x)
+    assert len(parts) == {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]
+    assert all(part.dtype is torch.bfloat16 for part in parts)
+    assert torch.equal(sum(part.double() for part in parts), x.double())
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "products"),
+    [
+        (torch.float32, torch.bfloat16, 3),
+        (torch.bfloat16, torch.float32, 3),
+        (torch.float32, torch.float32, 6),
+        (torch.float16, torch.float32, 5),
+        (torch.bfloat16, torch.bfloat16, 1),
+    ],
+    ids=str,
+)
+def test_products_of_parts_are_as_exact_as_float32s(monkeypatch, left, right, products):
+    """What a GPU's tensor cores are asked for, in exact arithmetic: the parts left out do not count."""
+    taken = []
+
+    def mm(a, b, out_dtype=None):
+        assert (a.dtype, b.dtype, out_dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+        taken.append(a.shape[1])
+        return a.double() @ b.double()
+
+    monkeypatch.setattr(torch, "mm", mm)
+    a, b = correlated(700, 30, left, seed=4), correlated(700, 20, right, seed=5)
+    total = moments._of_parts(a, b)
+    assert taken == [700 * products]
+    assert error(total, a, b) <= 2**-24
+
+
+def test_energy_is_weighted_and_in_float64():
+    x = torch.full((3, 4), 1e18)
+    weight = torch.tensor([1.0, 0.5, 0.25])
+    assert energy(x, weight).dtype is torch.float64
+    assert float(energy(x, weight)) == pytest.approx(1.75 * 4e36, rel=1e-6)

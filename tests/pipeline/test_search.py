@@ -157,7 +157,7 @@ def test_a_divergence_that_is_no_number_is_refused(gqa, text):
         judge.divergence(make_plan(gqa, "both"))
 
 
-STEPS = [(reconstruction, s, a) for s in ("_equations", "_apply", "zero_units") for a in (1, 4)]
+STEPS = [(reconstruction, s, a) for s in ("equations_of", "_apply", "zero_units") for a in (1, 4)]
 STEPS += [(judging, "leaving", 1), (judging, "mean_divergence", 1)]
 
 

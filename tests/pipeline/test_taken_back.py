@@ -12,7 +12,7 @@ from test_passes import Interrupt
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, ops
-from hywia_kernels.method import reconstruction, surgery
+from hywia_kernels.method import compaction, equations, reconstruction, surgery
 from tests.support.tiny import TINY, fresh, make_plan
 
 
@@ -33,7 +33,7 @@ def assert_as_it_was(model, before):
         assert torch.equal(now[name], value), name
 
 
-STEPS = [(step, at) for step in ("_equations", "_solved", "_apply", "zero_units") for at in (1, 2, 4, 6)]
+STEPS = [(step, at) for step in ("equations_of", "_solved", "_apply", "zero_units") for at in (1, 2, 4, 6)]
 STEPS.append(("layer_target", 3))
 
 
@@ -89,13 +89,13 @@ def whole_of(now, before, after):
 def test_a_solution_that_the_dtype_cannot_hold_is_refused(gqa, text, monkeypatch):
     plan = make_plan(gqa, "mlp")
     before = values(gqa)
-    original = reconstruction._NormalEquations.solve
+    original = equations.NormalEquations.solve
 
     def huge(self, ridge):
         change, *errors = original(self, ridge)
         return change * float("inf"), *errors
 
-    monkeypatch.setattr(reconstruction._NormalEquations, "solve", huge)
+    monkeypatch.setattr(equations.NormalEquations, "solve", huge)
     with pytest.raises(HywiaError, match=r"layers\.0\.mlp\.down_proj: its solution is beyond the range of float32"):
         hk.reconstruct(gqa, plan, text)
     assert_as_it_was(gqa, before)
@@ -151,6 +151,6 @@ def test_what_is_cut_is_let_go_as_it_goes(gqa, monkeypatch):
 
     cut = {m.module for g in plan.groups if plan.keep[g.name].numel() < g.units for m in g.members}
     alive += [weakref.ref(gqa.get_submodule(name).weight) for name in sorted(cut)]
-    monkeypatch.setattr(surgery.ops, "compact", spy)
+    monkeypatch.setattr(compaction.ops, "compact", spy)
     hk.prune(gqa, plan)
     assert most == list(range(len(alive), 0, -1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ import hywia_kernels as hk
 from hywia_kernels.arch import narrow
 from hywia_kernels.method import derivation
 
+_SECTIONS = {"rope_theta": 1e6, "mrope_section": [16, 24, 24], "rope_type": "default"}
 # Fields that published checkpoints state and transformers' defaults lack, or by which they show more of the family.
 FIELDS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "head_dim": 64},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 8},
@@ -25,6 +29,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
+    "qwen2_vl": {"text_config": {"rope_parameters": _SECTIONS}},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": _SECTIONS}},
 }
 
 
@@ -51,11 +57,15 @@ def prompt() -> torch.Tensor:
     return torch.randint(5, 190, (2, 12), generator=torch.Generator().manual_seed(11))
 
 
-def small(model_type: str, seed: int = 1):
-    """A small random model of a family; None where none can be made of its default config."""
+def config_of(model_type: str):
     from transformers import AutoConfig
 
-    return narrow.narrow(AutoConfig.for_model(model_type, **FIELDS.get(model_type, {})), seed=seed)
+    return AutoConfig.for_model(model_type, **FIELDS.get(model_type, {}))
+
+
+def small(model_type: str, seed: int = 1):
+    """A small random model of a family; None where none can be made of its default config."""
+    return narrow.narrow(config_of(model_type), seed=seed)
 
 
 def status_of(proof: derivation.Proof) -> str:
@@ -67,9 +77,9 @@ def status_of(proof: derivation.Proof) -> str:
 def pruned(model_type: str, folder: Path) -> Outcome:
     """Derive, prove, cut by the recipe's steps and save a family's small model."""
     model = small(model_type)
-    if model is None:
-        return Outcome("no small model can be made of transformers' default config")
     try:
+        if model is None:
+            derivation.derived(SimpleNamespace(config=config_of(model_type)))
         proof = hk.prove(model)
     except hk.HywiaError as refused:
         return Outcome(f"refused: {refused}")

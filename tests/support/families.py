@@ -93,6 +93,22 @@ _WIDE = dict(**_GQA, head_dim=10)  # six heads of ten: not the hidden size
 _SLIDING = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
 _VISION = dict(_SIZES, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
 _NO_STOCK_HEADS = ("mlp",)
+# Every second layer has heads of twice the size, fewer keys, and values that are its keys.
+_GEMMA4: dict[str, Any] = dict(
+    _WIDE,
+    num_hidden_layers=4,
+    sliding_window=5,
+    layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    global_head_dim=12,
+    num_global_key_value_heads=2,
+    attention_k_eq_v=True,
+    hidden_size_per_layer_input=0,
+    final_logit_softcapping=4.0,
+    vocab_size=131,
+    max_position_embeddings=64,
+)
+_GEMMA4_VISION = dict(_SIZES, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16)
+_GEMMA4_VISION |= dict(patch_size=4, position_embedding_size=16)
 
 
 def _neox(name: str, heads: int, **fields: Any) -> Family:
@@ -169,6 +185,15 @@ FAMILIES: tuple[Family, ...] = (
         _grouped(2, 10),
         _gated(44),
         layers="model.language_model.layers",
+    ),
+    Family("gemma4_text", _GEMMA4, _grouped(2, 10), _gated(44), stock=_NO_STOCK_HEADS),
+    Family(
+        "gemma4",
+        dict(text_config=_GEMMA4, vision_config=_GEMMA4_VISION, audio_config=None),
+        _grouped(2, 10),
+        _gated(44),
+        layers="model.language_model.layers",
+        stock=_NO_STOCK_HEADS,
     ),
     Family("olmo2", _GQA, _grouped(2, 6), _gated(44)),
     Family("olmo3", _GQA | _SLIDING, _grouped(2, 6), _gated(44)),

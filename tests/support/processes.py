@@ -13,13 +13,15 @@ import torch
 
 
 def run_python(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> str:
-    """What `python *arguments` prints; fails with its errors where it fails."""
+    """What `python *arguments` prints, this repository's tests and benchmarks at hand; fails with its errors where it
+    fails."""
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment},
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": path, **environment},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

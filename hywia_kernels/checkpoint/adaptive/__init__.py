@@ -32,14 +32,15 @@ def _register_config() -> None:
 
 
 def _register_model() -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     from . import modeling_hywia_adaptive as modeling
     from .configuration_hywia_adaptive import HywiaAdaptiveConfig
 
     made = getattr(modeling, "HywiaAdaptiveForCausalLM", None)
     if made is not None:  # otherwise its own import is what imports transformers, and this step follows it again
-        AutoModelForCausalLM.register(HywiaAdaptiveConfig, made, exist_ok=True)
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+            auto.register(HywiaAdaptiveConfig, made, exist_ok=True)
 
 
 # Module -> what to do as soon as it has been imported.
@@ -102,9 +103,9 @@ _LOCK = threading.Lock()
 
 
 def register() -> None:
-    """Make `AutoConfig` and `AutoModelForCausalLM` load adaptive checkpoints, now or when transformers is imported.
+    """Make `AutoConfig` and the auto classes of models load adaptive checkpoints, now or when transformers is imported.
 
-    Where transformers has been imported, two classes are registered with it. Where it has not, a finder is put in front
+    Where transformers has been imported, classes are registered with it. Where it has not, a finder is put in front
     of `sys.meta_path` which waits for the modules of `_AFTER` and has the classes registered after them; it leaves
     other modules alone. Nothing else of the interpreter or of transformers is changed; a second call adds nothing.
     """

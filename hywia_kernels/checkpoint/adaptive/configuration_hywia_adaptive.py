@@ -12,7 +12,7 @@ import functools
 
 from transformers import AutoConfig, PretrainedConfig
 
-__all__ = ["HywiaAdaptiveConfig", "adaptive_fields", "base_config", "bookkeeping_fields", "config_class"]
+__all__ = ["HywiaAdaptiveConfig", "adaptive_fields", "auto_class", "base_config", "bookkeeping_fields", "config_class"]
 
 MODEL_TYPE = "hywia_adaptive"
 bookkeeping_fields = ("model_type", "auto_map", "architectures", "transformers_version", "dtype")  # of any config
@@ -50,15 +50,26 @@ def config_class(base_model_type):
     It has this module's name and the general class's, because that is what transformers writes into `auto_map`.
     """
     family = type(AutoConfig.for_model(base_model_type))
+    auto = auto_class(family)
     content = {"model_type": MODEL_TYPE, "_auto_class": "AutoConfig", "__module__": __name__, "__doc__": family.__doc__}
     made = type(HywiaAdaptiveConfig.__name__, (family,), content)
-    from transformers import AutoModelForCausalLM
-
     # Where the general class is registered, a config of the special one must find its model too.
-    if HywiaAdaptiveConfig in AutoModelForCausalLM._model_mapping:
-        model_class = AutoModelForCausalLM._model_mapping[HywiaAdaptiveConfig]
-        AutoModelForCausalLM.register(made, model_class, exist_ok=True)
+    if HywiaAdaptiveConfig in auto._model_mapping:
+        auto.register(made, auto._model_mapping[HywiaAdaptiveConfig], exist_ok=True)
     return made
+
+
+def auto_class(family):
+    """The auto class of the models of a family's config class: of images and text, where no class of language models
+    has them with their images."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    whole = AutoModelForImageTextToText._model_mapping.get(family, None)
+    text = AutoModelForCausalLM._model_mapping.get(family, None)
+    composite = "text_config" in getattr(family, "sub_configs", {})
+    return (
+        AutoModelForImageTextToText if composite and whole is not None and whole is not text else AutoModelForCausalLM
+    )
 
 
 def base_config(config):

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .alibi_hywia_adaptive import SURVIVORS, keep_heads
 from .configuration_hywia_adaptive import (
     HywiaAdaptiveConfig,
     adaptive_fields,
+    auto_class,
     base_config,
     bookkeeping_fields,
     config_class,
@@ -51,18 +52,23 @@ class HywiaAdaptiveForCausalLM(PreTrainedModel):
 def model_class(base_model_type):
     """The family's causal language model, its modules changed as the config says when it is built."""
     adaptive = config_class(base_model_type)
-    family: Any = AutoModelForCausalLM._model_mapping[adaptive.__mro__[1]]
+    auto = auto_class(adaptive.__mro__[1])
+    family: Any = auto._model_mapping[adaptive.__mro__[1]]
 
     def __init__(self, config, *args, **kwargs):
         family.__init__(self, config, *args, **kwargs)
         change_modules(self, config.module_changes)
 
+    def _supports_default_dynamic_cache(cls):
+        return family._supports_default_dynamic_cache()  # which tells families by the names of their classes
+
     content = {
         "__init__": __init__,
+        "_supports_default_dynamic_cache": classmethod(_supports_default_dynamic_cache),
         "__module__": __name__,
         "__doc__": family.__doc__,
         "config_class": adaptive,
-        "_auto_class": "AutoModelForCausalLM",
+        "_auto_class": auto.__name__,
     }
     return type(HywiaAdaptiveForCausalLM.__name__, (family,), content)
 
@@ -162,7 +168,8 @@ def describe_changes(model, stock=None):
     """
     if stock is None:
         with torch.device("meta"):
-            stock = AutoModelForCausalLM.from_config(base_config(model.config))
+            config = base_config(model.config)
+            stock = auto_class(type(config)).from_config(config)
     modules, expected = dict(model.named_modules()), dict(stock.named_modules())
     if modules.keys() != expected.keys():
         raise ValueError(f"model: expected its family's modules, differs in {sorted(modules.keys() ^ expected.keys())}")
