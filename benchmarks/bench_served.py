@@ -39,7 +39,7 @@ from hywia_kernels.evaluation import blocks
 from hywia_kernels.method.reading import bundled_text
 from hywia_kernels.method.writing import prompt_tokens
 
-from . import gguf_files
+from . import gguf_files, memory
 from .served_engines import Engine, LlamaCpp, RefusedError, Transformers, Vllm
 from .session import Session, add_dtype, argv_of, at_least, common_arguments, make_parser, parse
 
@@ -92,6 +92,8 @@ class Reference:
         self.model, self.tokenizer = held.model, held.tokenizer
         self.prompts = [prompt_tokens(self.model, self.tokenizer, text)[0].tolist() for text in PROMPTS]
         self.tokens = held.write(self.prompts, new)
+        self.model.cpu()  # an engine takes the whole GPU
+        memory.free(device)
 
     def against(self, written: Sequence[Sequence[int]]) -> Agreement:
         """How far an engine's tokens go with these."""
@@ -107,8 +109,7 @@ class Reference:
     @torch.no_grad()
     def _logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Of the token behind these, `[vocabulary]`."""
-        device = self.model.get_input_embeddings().weight.device
-        return self.model(torch.tensor([ids], device=device)).logits[0, -1]
+        return self.model(torch.tensor([ids])).logits[0, -1]
 
 
 def speed(engine: Engine, sequences: int, context: int, new: int, vocabulary: int, runs: int, clock: str) -> dict:

@@ -23,7 +23,7 @@ def _library() -> Any:
     return llama_cpp
 
 
-def quantised(source: Path, target: Path, name: str, threads: int = 1) -> Path:
+def quantised(source: Path, target: Path, name: str) -> Path:
     """`source`, a GGUF file of floats, as one of `FORMATS`, by `llama_model_quantize`.
 
     Raises:
@@ -32,7 +32,7 @@ def quantised(source: Path, target: Path, name: str, threads: int = 1) -> Path:
     library, said = _library(), []
     library.set_log_callback(lambda level, text: said.append(text))
     settings = library.LlamaModelQuantizeParams()
-    settings.ftype, settings.nthread = FORMATS[name], threads
+    settings.ftype, settings.nthread = FORMATS[name], torch.get_num_threads()
     try:
         library.model_quantize(str(source), str(target), settings)
     except RuntimeError as error:
@@ -56,7 +56,7 @@ def counted(path: Path) -> str:
     return ", ".join(f"{name} {count}" for name, count in Counter(types(path).values()).most_common())
 
 
-def perplexity(path: Path, tokens: Tensor, threads: int = 1) -> float:
+def perplexity(path: Path, tokens: Tensor) -> float:
     """As `hywia_kernels.perplexity` of int64 `[blocks, block]`, with llama.cpp's logits of the file."""
     library = _library()
 
@@ -68,7 +68,7 @@ def perplexity(path: Path, tokens: Tensor, threads: int = 1) -> float:
     model = Model(str(path), library.LlamaModelParams())
     settings = library.LlamaContextParams()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = tokens.shape[1]
-    settings.n_threads = settings.n_threads_batch = threads
+    settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
     context = library.LlamaContext(model, settings)
     total = 0.0
     try:

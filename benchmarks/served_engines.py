@@ -83,13 +83,13 @@ class Transformers:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp's server, with a slot a sequence and continuous batching.
+    """A GGUF file in llama.cpp's server, with a slot a sequence and continuous batching, on torch's number of threads.
 
     Args:
         path: the file. sequences: at once, at most. length: tokens of one, prompt included.
     """
 
-    def __init__(self, path: Path, sequences: int, length: int, threads: int = 1):
+    def __init__(self, path: Path, sequences: int, length: int):
         import xllamacpp
 
         self.version = metadata.version("xllamacpp")
@@ -99,7 +99,7 @@ class LlamaCpp:
         settings = xllamacpp.CommonParams()
         settings.model.path = str(path)
         settings.n_parallel, settings.n_ctx = sequences, sequences * length
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
         settings.port = 0  # a free one, of this machine alone
         settings.warmup = False
         settings.verbosity = 1  # errors
