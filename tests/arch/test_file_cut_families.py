@@ -49,7 +49,9 @@ def assert_same_cut(source, cut, tmp_path, **options):
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_files_to_files_is_prune_and_save(family, tmp_path):
     source = written(fresh(family), tmp_path / "in")
-    cuts = ["both", "adaptive", "layers", *(["experts"] if family.experts else [])]
+    cuts = ["both", "adaptive", *(["experts"] if family.experts else [])]
+    if not family.name.startswith("gemma4"):  # whose layers stay: what they compute depends on their places
+        cuts.append("layers")
     for cut in cuts:
         assert_same_cut(source, cut, tmp_path)
 
