@@ -234,6 +234,32 @@ def criteria(settings: Sequence[str] = _SHARES) -> str:
     return markdown(["", "samples scored", *settings], lines) + sources(used)
 
 
+_SERVED = {"smollm2": "dense", "smollm2-20": "20 % less", "smollm2-50": "50 % less"}
+_FORMATS = {"float32": "transformers, float32", **{name: f"llama.cpp, {name}" for name in ("F16", "Q8_0", "Q4_K_M")}}
+_AT_ONCE = ("1", "16", "64")
+
+
+def served() -> str:
+    """SmolLM2 by engine and format: size, agreement, perplexity and speed."""
+    by = latest((row for row in read("served") if row["sequences"]), "checkpoint", "format", "sequences")
+    told = latest((row for row in read("served") if row["perplexity"]), "checkpoint", "format")
+    lines = []
+    for checkpoint, shown in _SERVED.items():
+        for form, where in _FORMATS.items():
+            row = told.get((checkpoint, form))
+            if row is None:
+                continue
+            size = f"{float(row['file_bytes']) / 1e6:.0f}" if row["file_bytes"] else ""
+            gap = f", {float(row['gap']):.2g} apart" if row["gap"] else ""
+            rates = [by.get((checkpoint, form, number)) for number in _AT_ONCE]
+            speeds = ["" if rate is None else figure(rate["tokens_per_second"]) for rate in rates]
+            agreed = f"{row['same']} of {row['asked']}{gap}"
+            lines.append([f"{shown}: {where}", size, agreed, figure(row["perplexity"]), *speeds])
+    heads = [f"{number} at once" for number in _AT_ONCE]
+    headings = ["", "MB", "tokens as transformers", "perplexity", f"tokens a CPU second, {heads[0]}", *heads[1:]]
+    return markdown(headings, lines) + sources([*told.values(), *by.values()])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "scorers": scorers,
@@ -241,5 +267,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "scoring": scoring,
     "distillation": distillation,
     "criteria": criteria,
+    "served": served,
     "criteria short": lambda: criteria(("A50", "B60")),
 }

@@ -8,9 +8,12 @@ Each rule was read in its project's source (vLLM and llama.cpp of 2026, TGI of J
 * TGI, `custom_modeling/flash_*_modeling.py`: query heads, KV heads and sharded dimensions are divided by the number of
   shards. Its Llama code takes hidden_size / num_attention_heads for the size of a head whatever `head_dim` says, so a
   Llama with fewer heads is stored as Mistral, whose code reads `head_dim` (`checkpoint.saving`).
-* llama.cpp, `convert_hf_to_gguf.py` and the quantiser: any width converts, as long as KV heads divide query heads,
-  which whole groups always do: no rule. Rows are quantised in blocks of 32 (Q4_0, Q8_0, ...) or 256 (K-quants); others
-  fall back to larger types. Those are rules by name, no refusals, and not among the defaults.
+* llama.cpp, `convert_hf_to_gguf.py` and the server: any width converts and runs, as long as KV heads divide query
+  heads, which whole groups always do: no rule. Its quantiser takes rows in blocks of 32 (Q4_0, Q8_0) or 256 (K-quants).
+  It refuses Q4_0 and Q8_0 to a model with a row of another length. Q4_K_M takes every model: a matrix with other rows
+  becomes Q5_0 or Q8_0 where they are multiples of 32, and stays F16 where they are not. So it did in llama.cpp b9190
+  (`benchmarks/test_quantiser.py`). Those are rules by name, since the file of floats is served, and not among the
+  defaults. They speak of the rows that a cut shortens; all others have the hidden size, which no cut changes.
 
 A server does not take a model that breaks a hard rule, so hard rules hold for what is not cut as well. All of them are
 about sharing a model between GPUs: a model for one GPU breaks none.
@@ -108,10 +111,14 @@ def constraints(serve: Sequence[str] = DEFAULT, tensor_parallel: int = 1) -> tup
         Constraint("tgi.width", f"channels are a multiple of {n}", _divisible("mlp", n, _units)),
     )
     # GPTQ's and AWQ's kernel ("marlin"): a shard's inputs are multiples of 128, its outputs of 64.
-    blocks = (("llama.cpp.blocks", 32), ("llama.cpp.k_quants", 256), ("vllm.marlin", 128 * n))
+    blocks = (
+        ("llama.cpp.blocks", 32, ", or llama.cpp's quantiser refuses Q4_0 and Q8_0"),
+        ("llama.cpp.k_quants", 256, ", or its K-quants store them in larger types"),
+        ("vllm.marlin", 128 * n, ""),
+    )
     extra = tuple(
-        Constraint(name, f"rows of down and o are multiples of {size}", _whole_rows(size), hard=False)
-        for name, size in blocks
+        Constraint(name, f"rows of down and o are multiples of {size}{otherwise}", _whole_rows(size), hard=False)
+        for name, size, otherwise in blocks
     )
     chosen: list[Constraint] = []
     for name in serve:

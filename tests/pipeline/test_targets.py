@@ -107,7 +107,8 @@ def attention(units, per_unit, size=8):
 
 
 def test_rules_of_servers():
-    rules = {c.name: c for c in serving_rules.constraints((*serving_rules.SERVERS, "llama.cpp.k_quants"), 4)}
+    named = ("llama.cpp.blocks", "llama.cpp.k_quants")
+    rules = {c.name: c for c in serving_rules.constraints((*serving_rules.SERVERS, *named), 4)}
     group = attention(8, 2)
     admitted = {name: [u for u in range(1, 9) if c.admits(group, u)] for name, c in rules.items()}
     assert admitted["vllm.heads"] == [2, 4, 6, 8]
@@ -115,6 +116,8 @@ def test_rules_of_servers():
     assert admitted["tgi.kv_heads"] == [4, 8]
     assert not any(name.startswith("llama.cpp.h") for name in rules), "KV heads always divide query heads"
     assert admitted["llama.cpp.k_quants"] == []  # 16 entries a unit: none of 8 units makes 256
+    assert admitted["llama.cpp.blocks"] == [2, 4, 6, 8]
+    assert rules["llama.cpp.blocks"].says.endswith("or llama.cpp's quantiser refuses Q4_0 and Q8_0")
     assert admitted["vllm.width"] == list(range(1, 9))
     limited = serving_rules.allowed(tuple(rules.values()))
     assert limited(group, list(range(1, 9))) == [8], "the present width is no cut"
