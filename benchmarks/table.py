@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hywia_kernels import ops
 
 from . import rows
+from .document_tables import markdown
 from .environment import REPOSITORY
 from .harness import COMPILE, EAGER
 
@@ -54,11 +55,6 @@ OPS: dict[str, tuple[Column, ...]] = {
     ),
     "compact": _BANDWIDTH,
 }
-
-
-def _markdown(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    table = [headings, ["---"] * len(headings), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in table)
 
 
 def _source(row: Row) -> str:
@@ -102,7 +98,7 @@ def ops_tables(measured: Sequence[Row]) -> list[str]:
                     best = min((r for n, r in case.items() if n in ops.BACKENDS), key=lambda r: float(r["work_us"]))
                     lines.append([name, *(text(case, best) for _, text in columns)])
                     shown.append(best)
-            table = _markdown(["case", *(heading for heading, _ in columns)], lines)
+            table = markdown(["case", *(heading for heading, _ in columns)], lines)
             sources = "; ".join(dict.fromkeys(_source(row) for row in shown))
             tables.append(f"`{op}`, {sources}.\n\n{table}")
     return tables
@@ -132,7 +128,7 @@ def engine_tables(measured: Sequence[Row]) -> list[str]:
             )
         headings = ["flow", "samples", "s", "ms a sample", "× forward + backward", "peak GB", "× weights"]
         title = f"Scoring a whole model: {shape}, {layers} layers, {dtype}, {weights} weights"
-        tables.append(f"{title}; {_source(list(flows.values())[-1])}.\n\n{_markdown(headings, lines)}")
+        tables.append(f"{title}; {_source(list(flows.values())[-1])}.\n\n{markdown(headings, lines)}")
     return tables
 
 
