@@ -13,7 +13,7 @@ from ..types import Group, Member
 from .configs import stock_head_counts, text_config
 from .language import Architecture, Mlp
 from .members import linear_of, on_inputs, on_outputs, unit_parameters
-from .parts import expert_groups, headwise_group, vectors_of
+from .parts import attention_group, expert_groups, headwise_group
 from .table import TABLE
 from .views import Modules, sizes_of
 
@@ -171,19 +171,7 @@ def _attention_group(modules: Modules, entry: Architecture, prefix: str, layer: 
             on_outputs(modules, value, size, starts[2]),
         )
     members += (on_inputs(modules, output, rep * size),)
-    vectors = vectors_of(modules, entry, prefix, kv_heads)
-    group = Group(
-        f"{prefix}.attention",
-        "attention",
-        layer,
-        kv_heads,
-        "head" if rep == 1 else "kv_group",
-        members,
-        unit_parameters(modules, members, vectors),
-        vectors=vectors,
-        width_field=names.kv_heads_field or names.heads_field,
-    )
-    return group, rep
+    return attention_group(modules, entry, prefix, layer, kv_heads, rep, members), rep
 
 
 def _has_heads(modules: Modules, entry: Architecture, prefix: str) -> bool:

@@ -14,7 +14,7 @@ from .language import Architecture, Experts
 from .members import linear_of, on_inputs, on_outputs, unit_parameters, vector_of
 from .views import Modules, sizes_of
 
-__all__ = ["expert_groups", "headwise_group", "vectors_of"]
+__all__ = ["attention_group", "expert_groups", "headwise_group"]
 
 
 def expert_groups(model: nn.Module, modules: Modules, names: Experts, prefix: str, layer: int) -> Iterator[Group]:
@@ -81,12 +81,30 @@ def _whole_experts(model: nn.Module, modules: Modules, names: Experts, prefix: s
     )
 
 
-def vectors_of(modules: Modules, entry: Architecture, prefix: str, units: int) -> tuple[Member, ...]:
+def _vectors_of(modules: Modules, entry: Architecture, prefix: str, units: int) -> tuple[Member, ...]:
     """A layer's vectors with entries per head; where layers may differ, those that it has."""
     names = [f"{prefix}.{name}" for name in entry.attention.vectors]
     if entry.partial:
         names = [n for n in names if getattr(modules.get(n.rpartition(".")[0]), n.rpartition(".")[2], None) is not None]
     return tuple(vector_of(modules, name, units) for name in names)
+
+
+def attention_group(
+    modules: Modules, entry: Architecture, prefix: str, layer: int, units: int, rep: int, members: tuple[Member, ...]
+) -> Group:
+    """The group of a layer's heads, or KV groups of `rep` query heads, of these members and the layer's vectors."""
+    vectors = _vectors_of(modules, entry, prefix, units)
+    return Group(
+        f"{prefix}.attention",
+        "attention",
+        layer,
+        units,
+        "head" if rep == 1 else "kv_group",
+        members,
+        unit_parameters(modules, members, vectors),
+        vectors=vectors,
+        width_field=entry.attention.kv_heads_field or entry.attention.heads_field,
+    )
 
 
 def headwise_group(modules: Modules, entry: Architecture, prefix: str, layer: int, size: int) -> tuple[Group, int]:
@@ -112,16 +130,4 @@ def headwise_group(modules: Modules, entry: Architecture, prefix: str, layer: in
         *(on_outputs(modules, name, rows[name] // units) for name in made),
         on_inputs(modules, output, rep * size),
     )
-    vectors = vectors_of(modules, entry, prefix, units)
-    group = Group(
-        f"{prefix}.attention",
-        "attention",
-        layer,
-        units,
-        "head" if rep == 1 else "kv_group",
-        members,
-        unit_parameters(modules, members, vectors),
-        vectors=vectors,
-        width_field=names.kv_heads_field or names.heads_field,
-    )
-    return group, rep
+    return attention_group(modules, entry, prefix, layer, units, rep, members), rep

@@ -7,10 +7,8 @@ conversions that transformers applies while it loads are applied here to as many
 from __future__ import annotations
 
 import copy
-import os
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import baichuan, loaded_weights
+from . import baichuan, loaded_weights, weight_files
 from .weight_files import Stored
 
 __all__ = ["Bundle", "bundles_of", "merged", "read", "read_ahead"]
@@ -170,20 +168,7 @@ def merged(bundles: Iterable[Bundle]) -> Bundle:
 
 def read_ahead(bundles: Iterable[Bundle]) -> None:
     """Ask the system to have the files' pages of bundles in memory when they are read."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    by_file: dict[Path, list[Stored]] = {}
-    for bundle in bundles:
-        for stored in bundle.sources.values():
-            by_file.setdefault(stored.file, []).append(stored)
-    for file, tensors in by_file.items():
-        with suppress(OSError):  # a hint, which some filesystems refuse
-            handle = os.open(file, os.O_RDONLY)
-            try:
-                for stored in tensors:
-                    os.posix_fadvise(handle, stored.begin, stored.bytes, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(handle)
+    weight_files.read_ahead((s.file, s.begin, s.bytes) for bundle in bundles for s in bundle.sources.values())
 
 
 def read(model: Any, bundle: Bundle) -> dict[str, Tensor]:

@@ -7,6 +7,9 @@ is unpickled, and no file that the directory's index does not name is opened.
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +22,7 @@ __all__ = [
     "SINGLE",
     "Stored",
     "named_files",
+    "read_ahead",
     "stored_tensors",
     "weight_bytes_loaded",
     "weight_bytes_stored",
@@ -209,3 +213,20 @@ def _why_no_weights(folder: Path) -> str:
     if others:
         return f"model: {folder} holds {others[0]}, but neither {SINGLE} nor {INDEX}; rename it if it is the model"
     return f"model: {folder} holds no *.safetensors file; expected {SINGLE}, or {INDEX} and the files it names"
+
+
+def read_ahead(spans: Iterable[tuple[Path, int, int]]) -> None:
+    """Ask the system to have parts of files in memory when they are read: of each its file, first byte and bytes."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    by_file: dict[Path, list[tuple[int, int]]] = {}
+    for file, begin, count in spans:
+        by_file.setdefault(file, []).append((begin, count))
+    for file, parts in by_file.items():
+        with suppress(OSError):  # a hint, which some filesystems refuse
+            handle = os.open(file, os.O_RDONLY)
+            try:
+                for begin, count in parts:
+                    os.posix_fadvise(handle, begin, count, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)

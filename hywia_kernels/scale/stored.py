@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.file_kinds import read_header
-from ..checkpoint.weight_files import Stored
+from ..checkpoint.weight_files import Stored, read_ahead
 from .weights import Table
 
 __all__ = ["Pinned", "Place", "Source", "StoredWeights", "Views", "flat_offsets", "places_of"]
@@ -166,20 +165,8 @@ class StoredWeights:
 
     def coming(self, table: Table) -> None:
         """Asks the system to read a layer's pages ahead."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        by_file: dict[Path, list[Place]] = {}
-        for name in table.names:
-            for place in self.places[name]:
-                by_file.setdefault(place.file, []).append(place)
-        for file, places in by_file.items():
-            with suppress(OSError):  # a hint, which some filesystems refuse
-                handle = os.open(file, os.O_RDONLY)
-                try:
-                    for place in places:
-                        os.posix_fadvise(handle, place.start, place.end - place.start, os.POSIX_FADV_WILLNEED)
-                finally:
-                    os.close(handle)
+        places = (place for name in table.names for place in self.places[name])
+        read_ahead((place.file, place.start, place.end - place.start) for place in places)
 
 
 class Views:
