@@ -125,7 +125,7 @@ class _Checkpoint:
                 self.llama_cpp()
 
     def vllm(self) -> Vllm:
-        fields = ("tensor_parallel", "eager", "share", "dummy", "quantization", "remote")
+        fields = ("tensor_parallel", "eager", "share", "dummy", "quantization", "remote", "implementation")
         settings = VllmSettings(**{name: getattr(self.arguments, name) for name in fields})
         return Vllm(self.path, self.most, self.length, self.arguments.dtype, settings)
 
@@ -206,6 +206,9 @@ def add_vllm(parser: argparse.ArgumentParser) -> None:
     of.add_argument("--share", type=float, help="of the GPU's memory that it takes; default: vLLM's own")
     of.add_argument("--dummy", action="store_true", help="the directories hold configs; weights are random")
     of.add_argument("--quantization", metavar="NAME", help="fp8: the weights become so as they are loaded")
+    of.add_argument(
+        "--implementation", metavar="NAME", help="transformers: its code of the family with vLLM's attention"
+    )
     of.add_argument("--remote", action="store_true", help="run a directory's code: Nemotron-NAS blocks need it")
 
 

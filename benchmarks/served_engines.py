@@ -145,6 +145,7 @@ class VllmSettings:
         dummy: the directory has a config alone; vLLM fills in random weights, and there is no tokenizer.
         quantization: by which vLLM makes weights smaller as it loads them, as "fp8"; None: not.
         remote: code that the directory carries may run, without which vLLM does not read Nemotron-NAS blocks.
+        implementation: "transformers" runs the family's own code with vLLM's attention; None: vLLM's own model.
     """
 
     tensor_parallel: int = 1
@@ -153,6 +154,7 @@ class VllmSettings:
     dummy: bool = False
     quantization: str | None = None
     remote: bool = False
+    implementation: str | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Of `vllm.LLM`."""
@@ -165,6 +167,8 @@ class VllmSettings:
             given["quantization"] = self.quantization
         if self.remote:
             given["trust_remote_code"] = True
+        if self.implementation is not None:
+            given["model_impl"] = self.implementation
         return given
 
 

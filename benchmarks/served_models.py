@@ -23,6 +23,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels.checkpoint.decilm import write_decilm
+from hywia_kernels.deploy import serving_rules
 from tests.support.tokenizers import byte_tokenizer
 
 from . import models
@@ -49,7 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": dict(_GQA, no_rope_layers=[1, 1, 1, 0]),
     "olmo2": _GQA,
     "olmo3": dict(_GQA, sliding_window=16, layer_types=["sliding_attention", "full_attention"] * 2),
-    "phi": dict(_GQA, partial_rotary_factor=0.5),
+    "phi": dict(_SIZES, partial_rotary_factor=0.5),
     "phi3": _GQA,
     "starcoder2": dict(_GQA, use_bias=True),
     "gpt_neox": dict(_SIZES, rotary_pct=0.5),
@@ -59,9 +60,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": dict(_EXPERTS, num_local_experts=4),
     "qwen3_moe": dict(_EXPERTS, num_experts=4, moe_intermediate_size=128, decoder_sparse_step=1),
 }
-# Kinds of units that a family's stock config can lose, the same share in each layer; not named: both.
+# Kinds of units that a family can lose, the same share in each layer, so that its stock config describes it and vLLM
+# takes it; not named: both.
 CUTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gemma2", "gemma3_text", "gpt_neox", "opt", "gpt2"), ("mlp",)),
+    **dict.fromkeys(serving_rules.VLLM_GUESSES_HEADS, ("mlp",)),
     "bloom": (),
 }
 _BOTH = ("mlp", "attention")
@@ -90,11 +93,11 @@ def plan_of(model: Any, units: Sequence[str], layers: tuple[int, int] | None = N
     return hk.plan(scores, group_ratio=0.25, units=tuple(units), layers=layers, align=32)
 
 
-def write_families(folder: Path, names: Sequence[str]) -> None:
+def write_families(folder: Path, names: Sequence[str], cut: Sequence[str] | None = None) -> None:
     for name in names:
         torch.manual_seed(3)
         model = tiny(name)
-        units = CUTS.get(name, _BOTH)
+        units = CUTS.get(name, _BOTH) if cut is None else cut
         if units:
             hk.prune(model, plan_of(model, units))
         hk.save(model, byte_tokenizer(), folder / name)
@@ -130,9 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("families", "shapes", "layers"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="*", help="default: all")
+    parser.add_argument("--cut", nargs="*", choices=_BOTH, help="of families, whatever vLLM takes; default: see CUTS")
     given = parser.parse_args(argv_of(argv))
     if given.what == "families":
-        write_families(given.folder, given.names or list(FAMILIES))
+        write_families(given.folder, given.names or list(FAMILIES), given.cut)
     elif given.what == "shapes":
         write_shapes(given.folder, given.names or list(SHAPES))
     else:
