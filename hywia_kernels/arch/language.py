@@ -22,14 +22,15 @@ class Mlp:
     """Channels: row `j` of each of `rows` and column `j` of each of `columns`, with the rows' biases.
 
     A module named k times in `rows` holds k matrices one after the other, in that order (Phi-3's gate and up).
-    `width_field` is the config's field of the width, "" where the config has none. `gated` lets calibration compute
-    the product again instead of keeping it.
+    `width_field` is the config's field of the width, "" where the config has none; `width_alias` is another, which
+    transformers does not read and servers do. `gated` lets calibration compute the product again instead of keeping it.
     """
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     width_field: str
     gated: Gated | None = None
+    width_alias: str = ""
 
 
 @dataclass(frozen=True)
