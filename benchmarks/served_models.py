@@ -7,12 +7,13 @@
 `families` writes a directory for each of the table of README that is served as text: random weights in bfloat16, heads
 of 32, cut by a quarter of the units that the family's stock config can lose (see `CUTS`), and the tokenizer of bytes.
 `shapes` writes LLaMA-7B's config with so many heads and channels and nothing else, for vLLM's `--load-format dummy`.
-`layers` writes a tiny LLaMA with fewer heads whose layers differ in channels: `blocks` as Nemotron-NAS blocks for vLLM (`--remote`), and
-`twin` for transformers (`--reference`).
+`layers` writes a tiny LLaMA with fewer heads whose layers differ in channels: `blocks` as Nemotron-NAS blocks for vLLM
+(`--remote`), and `twin` for transformers (`--reference`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -123,8 +124,10 @@ def write_shapes(folder: Path, names: Sequence[str]) -> None:
 def write_layers(folder: Path) -> None:
     torch.manual_seed(3)
     model = tiny("llama")
-    hk.prune(model, plan_of(model, ("attention",)))
-    hk.prune(model, plan_of(model, ("mlp",), layers=(1, 3)))
+    heads, channels = plan_of(model, ("attention",)), plan_of(model, ("mlp",), layers=(1, 3))
+    keep = {name: (heads if name.endswith("attention") else channels).keep[name] for name in heads.keep}
+    left = heads.parameters_after + channels.parameters_after - heads.parameters_before
+    hk.prune(model, dataclasses.replace(channels, keep=keep, parameters_after=left))
     write_decilm(model, byte_tokenizer(), folder / "blocks")
     hk.save(model, byte_tokenizer(), folder / "twin")
 
