@@ -99,7 +99,8 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, position: Tens
         out, shared = torch.empty_like(query), heads // kv_heads
         _whole[(batch * kv_heads,)](
             query, keys, values, position, out, shared, length, scale, D=size,
-            HEADS=max(_LEAST, triton.next_power_of_2(shared)), BLOCK=_SMALL_BLOCK, FLOAT32="tf32" if tf32() else "ieee", num_warps=2,
+            HEADS=max(_LEAST, triton.next_power_of_2(shared)), BLOCK=_SMALL_BLOCK,
+            FLOAT32="tf32" if tf32() else "ieee", num_warps=2,
         )  # fmt: skip
         return out
     pieces = triton.cdiv(length, BLOCK)
