@@ -26,6 +26,8 @@ _VALUE = {"v_proj", "value", "wv", "v_lin", "value_proj", "v"}
 _BOTH = {"kv_b_proj"}
 _ALL = {"query_key_value", "qkv_proj", "Wqkv", "c_attn", "qkv", "W_pack", "wqkv", "in_proj"}
 _OUTPUT = {"o_proj", "out_proj", "dense", "c_proj", "wo", "Wo", "out_lin", "proj", "o"}
+_HANDS_ON = "store_full_length_kv"  # attribute of attentions whose keys and values later layers take
+_SPARSE = "activation_sparsity"  # attribute of MLPs, positive where features are held against the mean of all
 _GATES = {"gate_proj", "g_proj", "gate", "attn_gate"}
 _GATE_OF_MLP = {"gate_proj", "w1", "gate", "linear_1"}
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
@@ -186,6 +188,7 @@ def _of_heads(
         size_field=size_field,
         wide_query=wide,
         more=more,
+        kept=_HANDS_ON if type(getattr(modules[owner], _HANDS_ON, None)) is bool else "",
     )
     interleavings = (False, True) if query == key else (False,)
     for interleaved, norms, alibi in itertools.product(
@@ -268,7 +271,9 @@ def _mlps(modules: Mapping[str, Any], linears: Mapping[str, Any], config: Any) -
                 ups.sort(key=lambda n: _leaf(n) not in _GATE_OF_MLP)
                 plain = Mlp(tuple(ups), (down,), field)
                 gated = _gated(modules, owner, ups)
-                yield (Mlp(plain.rows, plain.columns, field, gated), plain) if gated else (plain,)
+                several = (replace(plain, gated=gated), plain) if gated else (plain,)
+                sparse = type(getattr(modules.get(owner), _SPARSE, None)) is float
+                yield (*several, *(replace(m, kept=_SPARSE) for m in several)) if sparse else several
             elif len(fused) == 1 and not ups:
                 yield (Mlp((fused[0], fused[0]), (down,), field),)
             else:

@@ -30,6 +30,7 @@ _CHANNELS_AND_HEADS = (
     "exaone4",
     "exaone_moe",
     "falcon",
+    "gemma3n_text",
     "glm",
     "glm4",
     "glm4_moe",
@@ -44,6 +45,7 @@ _CHANNELS_AND_HEADS = (
     "hunyuan_v1_dense",
     "hunyuan_v1_moe",
     "hy_v3",
+    "hy_v4",
     "hyperclovax",
     "internlm3",
     "iquestcoder",
@@ -132,7 +134,6 @@ REASONS: Mapping[str, str] = {
     "no small copy of its config can be made": "no small copy of its config",
     "no part of it is understood": "nothing of its structure could be derived",
     "a saved model does not reload to the same logits": "a saved model reloads to logits that differ",
-    "its layers do not run by themselves": "its layers do not run one at a time",
 }
 
 # Family -> why it is refused.
@@ -183,7 +184,6 @@ REFUSED: Mapping[str, str] = {
             "ctrl",
             "dbrx",
             "falcon_mamba",
-            "gemma3n_text",
             "hrm_text",
             "jetmoe",
             "mamba",
@@ -192,5 +192,4 @@ REFUSED: Mapping[str, str] = {
         "no part of it is understood",
     ),
     "falcon_h1": "a saved model does not reload to the same logits",
-    "hy_v4": "its layers do not run by themselves",
 }
