@@ -20,9 +20,9 @@ from .views import is_linear, is_transposed, sizes_of
 
 __all__ = ["Hypotheses", "hypotheses", "layers_of"]
 
-_QUERY = {"q_proj", "query", "q_b_proj", "q_gate_proj", "wq", "q_lin", "query_proj", "q"}
-_KEY = {"k_proj", "key", "wk", "k_lin", "key_proj", "k"}
-_VALUE = {"v_proj", "value", "wv", "v_lin", "value_proj", "v"}
+_QUERY = {"q_proj", "query", "q_b_proj", "q_gate_proj", "wq", "Wq", "q_lin", "query_proj", "q"}
+_KEY = {"k_proj", "key", "wk", "Wk", "k_lin", "key_proj", "k"}
+_VALUE = {"v_proj", "value", "wv", "Wv", "v_lin", "value_proj", "v"}
 _BOTH = {"kv_b_proj"}
 _ALL = {"query_key_value", "qkv_proj", "Wqkv", "c_attn", "qkv", "W_pack", "wqkv", "in_proj"}
 _OUTPUT = {"o_proj", "out_proj", "dense", "c_proj", "wo", "Wo", "out_lin", "proj", "o"}
@@ -175,7 +175,8 @@ def _of_heads(
         for n in linears
         if n.startswith(f"{owner}.") and _leaf(n) in _GATES and sizes_of(linears[n])[0] in (width, heads)
     )
-    vectors, wide_norms = _vectors(everywhere, owner, apart, heads, kv_heads, size)
+    # A norm beside the output's matrix alone is of the hidden states, which may be as wide as all heads.
+    vectors, wide_norms = _vectors(everywhere, _inmost(owner, apart), apart, heads, kv_heads, size)
     base = Attention(
         query,
         key,

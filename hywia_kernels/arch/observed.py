@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["DERIVED", "IMAGES", "MLP_ONLY", "REASONS", "REFUSED"]
+__all__ = ["DECODERS", "DERIVED", "IMAGES", "MLP_ONLY", "REASONS", "REFUSED"]
 
 _CHANNELS_AND_HEADS = (
     "afmoe",
@@ -20,6 +20,7 @@ _CHANNELS_AND_HEADS = (
     "cohere",
     "cohere2",
     "cohere_compass_text",
+    "ctrl",
     "cwm",
     "deepseek_v3",
     "deepseek_v32",
@@ -101,9 +102,29 @@ _EXPERTS_TOO = (
     "qwen3_next",
 )
 
+# Families of encoders, which are causal where their config says `is_decoder`, as it does not by default.
+DECODERS = (
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+)
+
 # Family -> kinds of units that can go.
 DERIVED: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(_CHANNELS_AND_HEADS, ("mlp", "attention")),
+    **dict.fromkeys((*_CHANNELS_AND_HEADS, *DECODERS), ("mlp", "attention")),
+    "dbrx": ("attention",),
     **dict.fromkeys(_EXPERTS_TOO, ("mlp", "attention", "experts")),
 }
 
@@ -130,7 +151,7 @@ IMAGES = ("llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 
 # Why a family is refused -> what its refusal says.
 REASONS: Mapping[str, str] = {
-    "not causal without `is_decoder`": "this is no causal language model",
+    "not causal": "this is no causal language model",
     "no small copy of its config can be made": "no small copy of its config",
     "no part of it is understood": "nothing of its structure could be derived",
     "a saved model does not reload to the same logits": "a saved model reloads to logits that differ",
@@ -138,29 +159,7 @@ REASONS: Mapping[str, str] = {
 
 # Family -> why it is refused.
 REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(
-        (
-            "bert",
-            "bert-generation",
-            "big_bird",
-            "camembert",
-            "cpmant",
-            "data2vec-text",
-            "electra",
-            "ernie",
-            "megatron-bert",
-            "rembert",
-            "roberta",
-            "roberta-prelayernorm",
-            "roc_bert",
-            "roformer",
-            "xlm",
-            "xlm-roberta",
-            "xlm-roberta-xl",
-            "xlnet",
-        ),
-        "not causal without `is_decoder`",
-    ),
+    **dict.fromkeys(("cpmant", "xlm", "xlnet"), "not causal"),
     **dict.fromkeys(
         (
             "blt",
@@ -181,8 +180,6 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         (
             "bitnet",
-            "ctrl",
-            "dbrx",
             "falcon_mamba",
             "hrm_text",
             "jetmoe",

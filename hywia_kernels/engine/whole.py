@@ -24,11 +24,13 @@ def run(model: Any, samples: Samples, scale: float) -> Tensor:
     with torch.enable_grad():
         embedding = model.get_input_embeddings()
         embedded = embedding(tokens).detach().requires_grad_()
-        if arch.architecture(model).together:  # layers may have embeddings of the tokens besides
-            with forward_replaced([(embedding, lambda *_, **__: embedded)]):
+        entry = arch.architecture(model)
+        entered = embedded.clone() if entry.derived else embedded  # which some families scale in place
+        if entry.together:  # layers may have embeddings of the tokens besides
+            with forward_replaced([(embedding, lambda *_, **__: entered)]):
                 hidden = arch.decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state
         else:
-            hidden = arch.decoder(model)(inputs_embeds=embedded, use_cache=False).last_hidden_state
+            hidden = arch.decoder(model)(inputs_embeds=entered, use_cache=False).last_hidden_state
         gradient, loss = hidden_gradient(model, hidden, wanted, scale)
         torch.autograd.grad(hidden, embedded, gradient)
     return loss

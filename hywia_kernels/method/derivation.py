@@ -135,7 +135,13 @@ def derived(model: Any, small: Any = None, *, thorough: bool = False, together: 
             f"could be derived ({why}); CONTRIBUTING.md says how to describe it by hand"
         )
     arch.adopt(small, entry)
-    entry = replace(entry, logits=loss.stated_changes(small))
+    try:
+        entry = replace(entry, logits=loss.stated_changes(small))
+    except ERRORS as error:
+        raise HywiaError(
+            f"model: what a {model.config.model_type} model makes of its final hidden states could not be run apart "
+            f"({error}); CONTRIBUTING.md says how to describe it by hand"
+        ) from error
     arch.adopt(small, entry)
     groups = arch.groups(small)
     alone |= dict.fromkeys(_undescribed(small, entry, alone), "it stays as it is")

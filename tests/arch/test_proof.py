@@ -209,7 +209,7 @@ def test_an_encoder_is_refused():
     """BERT's config says `is_decoder=False`: every token sees what comes behind it."""
     from transformers import AutoConfig
 
-    small = narrow.narrow(AutoConfig.for_model("bert"), seed=2)
+    small = narrow.narrow(AutoConfig.for_model("bert", is_decoder=False), seed=2)
     with pytest.raises(HywiaError, match="no causal language model"):
         derivation.derived(small, small)
 
