@@ -137,7 +137,7 @@ def fitted(model: Any, recipe: Recipe) -> Recipe:
     """
     if not architecture(model).together:
         return recipe
-    alone = {"reconstruct": False, "search": "none", "head_ranking": "scores"}
+    alone: dict[str, Any] = {"reconstruct": False, "search": "none", "head_ranking": "scores"}
     for name, value in alone.items():
         if getattr(recipe, name) not in (None, value):
             raise UsageError(

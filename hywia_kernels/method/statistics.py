@@ -269,7 +269,7 @@ def _measured(
     weight: Any = arch.view(modules, groups[0].members[0], groups[0].units)
     engine, ran_on, reason = _chosen_engine(engine, backend, weight.detach())
     experts = next((g.members[0].module for g in groups if g.tied_width), None)
-    modes = MODES if engine == "fused" and experts is None else MODES[:-1]
+    modes: tuple[str, ...] = MODES if engine == "fused" and experts is None else MODES[:-1]
     if arch.architecture(model).together:
         if memory not in ("auto", "fast"):
             raise UsageError(
