@@ -75,7 +75,8 @@ def derived_markdown() -> str:
     rows = ["| state | `model_type` |", "| --- | --- |"]
     by_kinds: dict[str, list[str]] = {}
     for name, kinds in observed.DERIVED.items():
-        by_kinds.setdefault(f"derived: {_KINDS[tuple(kinds)]}", []).append(name)
+        state = "derived where the config says `is_decoder`" if name in observed.DECODERS else "derived"
+        by_kinds.setdefault(f"{state}: {_KINDS[tuple(kinds)]}", []).append(name)
     for state, names in by_kinds.items():
         rows.append(f"| {state} | {_names(names)} |")
     rows.append(f"| MLP only (`--units mlp`) | {_names(observed.MLP_ONLY)} |")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import HywiaError
-from ..types import Plan, Scores
+from ..types import Plan, Scores, channels_of_gone_experts
 
 __all__ = [
     "KindWidths",
@@ -115,7 +115,7 @@ class Reduction:
 
 
 def score_summary(scores: Scores, plan: Plan) -> list[dict[str, Any]]:
-    """What a record keeps of the scores: one mapping per group of a layer that stays, where units may go.
+    """What a record keeps of the scores: one mapping per group of a layer and an expert that stay, where units may go.
 
     Its keys are "group", "kind", "layer", "units" and "kept"; "quantiles", which are the least score, the lower
     quartile, the median, the upper quartile and the largest score; "least_kept" and "largest_removed", which are scores
@@ -125,7 +125,10 @@ def score_summary(scores: Scores, plan: Plan) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if plan.record.get("units") == ["layers"]:
         return rows
+    gone = channels_of_gone_experts(plan.staying, plan.keep)
     for group in plan.staying:
+        if group.name in gone:
+            continue
         values = scores.values[group.name].double()
         kept = torch.zeros(group.units, dtype=torch.bool)
         kept[plan.keep[group.name]] = True

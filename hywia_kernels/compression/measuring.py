@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import HywiaError
+from ..arch import architecture
+from ..errors import HywiaError, UsageError
 from ..method.calibration_data import calibration
 from ..method.criteria import score, unscored
 from ..method.derivation import prove
@@ -124,8 +125,26 @@ def measure(
     recipe.check(scoring_only=True)
     prove(model)
     device = device_of(model) if streaming is None else streaming.device
-    asked, recipe = recipe.reconstruct_samples, recipe.resolved(device.type)
+    asked, recipe = recipe.reconstruct_samples, fitted(model, recipe).resolved(device.type)
     return measured_with(model, tokenizer, recipe, asked, tokens, Clock(device), backend, engine, memory, streaming)
+
+
+def fitted(model: Any, recipe: Recipe) -> Recipe:
+    """The recipe with what follows from a model of which no layer runs by itself (`Architecture.together`).
+
+    Raises:
+        UsageError: it asks for what runs layers one at a time.
+    """
+    if not architecture(model).together:
+        return recipe
+    alone: dict[str, Any] = {"reconstruct": False, "search": "none", "head_ranking": "scores"}
+    for name, value in alone.items():
+        if getattr(recipe, name) not in (None, value):
+            raise UsageError(
+                f"{name}: expected {value!r} for a model whose layers hand on more than hidden states, so that none of "
+                f"them runs by itself, got {getattr(recipe, name)!r}; leave it out"
+            )
+    return replace(recipe, **alone)
 
 
 def measured_with(
@@ -204,6 +223,6 @@ def with_text(
     Raises:
         HywiaError: as `measure`.
     """
-    asked, recipe = recipe.reconstruct_samples, recipe.resolved((device or device_of(model)).type)
+    asked, recipe = recipe.reconstruct_samples, fitted(model, recipe).resolved((device or device_of(model)).type)
     tokens, text = _read(model, tokenizer, recipe, asked)
     return replace(measured, tokens=tokens, record={**measured.record, "text": text})

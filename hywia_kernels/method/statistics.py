@@ -269,7 +269,13 @@ def _measured(
     weight: Any = arch.view(modules, groups[0].members[0], groups[0].units)
     engine, ran_on, reason = _chosen_engine(engine, backend, weight.detach())
     experts = next((g.members[0].module for g in groups if g.tied_width), None)
-    modes = MODES if engine == "fused" and experts is None else MODES[:-1]
+    modes: tuple[str, ...] = MODES if engine == "fused" and experts is None else MODES[:-1]
+    if arch.architecture(model).together:
+        if memory not in ("auto", "fast"):
+            raise UsageError(
+                f"memory: expected auto or fast where layers hand on more than hidden states, got {memory!r}"
+            )
+        modes, memory = MODES[:1], "fast"
     if memory == "layerwise" and memory not in modes:
         raise UsageError(
             f"memory: expected auto, fast or lean with engine {engine!r}"
