@@ -29,6 +29,7 @@ __all__ = [
     "kind_widths",
     "mapping",
     "plain",
+    "prompt_of",
     "reading",
     "recovery_text",
     "reduction",
@@ -280,6 +281,12 @@ def evaluation_text(record: Mapping[str, Any]) -> str | None:
     if isinstance(text.get("block"), int) and isinstance(text.get("blocks"), int):
         parts.append(f"{text['blocks']:,} blocks of {text['block']:,} tokens")
     return ", ".join(parts)
+
+
+def prompt_of(record: Mapping[str, Any]) -> str | None:
+    """The text that both models were asked to continue, in one line; None where the record does not say."""
+    prompt = mapping(record.get("arguments")).get("prompt")
+    return " ".join(prompt.split()) if isinstance(prompt, str) else None
 
 
 def recovery_text(record: Mapping[str, Any]) -> str | None:
