@@ -1,7 +1,7 @@
-"""Writes the tables of README and docs/ from the CSV files: `python -m benchmarks.documents [--check]`.
+"""Writes the tables of README and docs/ and README's figure from the CSV files: `python -m benchmarks.documents`.
 
 A table stands between two marks, `<!-- table NAME -->` and `<!-- end of table -->`, and is one of
-`document_tables.TABLES`. With `--check` nothing is written, and documents that are not what the files say are named.
+`document_tables.TABLES`. With `--check` nothing is written, and files that are not what the rows say are named.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import document_figure
 from .document_tables import TABLES
 from .environment import REPOSITORY
 
@@ -47,9 +48,11 @@ def written(text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("files", nargs="*", type=Path, help="default: README.md and docs/*.md")
+    parser.add_argument("files", nargs="*", type=Path, help="default: README.md, docs/*.md and the figure")
     arguments = parser.parse_args(argv)
     old = []
+    if not arguments.files and document_figure.write(arguments.check):
+        old.append(str(document_figure.PATH))
     for path in arguments.files or documents():
         before = path.read_text(encoding="utf-8")
         after = written(before)
