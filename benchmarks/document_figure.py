@@ -13,9 +13,9 @@ from pathlib import Path
 
 from hywia_kernels.cli import charts
 
-from .document_rows import latest, read
+from .document_rows import Line, latest, read
 from .environment import REPOSITORY
-from .quality_rows import METHODS, dense, found, of
+from .quality_rows import METHODS, dense, found, of, samples_of
 from .recoveries import NONE
 
 PATH = REPOSITORY / "docs" / "quality.svg"
@@ -31,10 +31,10 @@ def _share(value: float) -> float:
     return round(100 * value, 1)
 
 
-def _settings(lines: Sequence[dict[str, str]]) -> tuple[str, ...]:
+def _settings(lines: Sequence[Line]) -> tuple[str, ...]:
     """Shares of all parameters in every layer where there are rows of them, else shares of the middle layers' units."""
     deep = ("P30", "P50")
-    return deep if any(of(lines, "recipe", setting, NONE).lines for setting in deep) else ("A50", "B60")
+    return deep if any(row["setting"] in deep and row["criterion"] == "recipe" for row in lines) else ("A50", "B60")
 
 
 def perplexities() -> tuple[Series, dict[str, tuple[int, int]]]:
@@ -47,8 +47,9 @@ def perplexities() -> tuple[Series, dict[str, tuple[int, int]]]:
     for colour, (method, told) in enumerate(METHODS.items()):
         for recovery, suffix in _RECOVERIES.items():
             points = []
-            for setting in settings:
-                runs = of(lines, method, setting, recovery)
+            counts = samples_of(lines, method, recovery)
+            for setting in settings if counts else ():
+                runs = of(lines, method, counts[-1], setting, recovery)
                 value, removed = runs.perplexity(_TEXT), runs.mean("removed")
                 if value is not None and removed is not None:
                     points.append((_share(removed), round(value[0], 1)))

@@ -92,21 +92,29 @@ def dense(lines: Sequence[Line]) -> Runs:
     return runs(lines, lambda row: row["criterion"] == "dense")
 
 
-def of(lines: Sequence[Line], method: str, setting: str, recovery: str) -> Runs:
-    """A criterion's rows with the number of samples that the latest of them scored."""
-    mine = [
-        row
+def of(lines: Sequence[Line], method: str, samples: str, setting: str, recovery: str) -> Runs:
+    """The rows of a criterion that scored so many samples."""
+    wanted = (method, samples, setting, recovery)
+    return runs(
+        lines, lambda row: wanted == (row["criterion"], row["samples"], row["setting"], row["recovery"] or NONE)
+    )
+
+
+def samples_of(lines: Sequence[Line], method: str, recovery: str) -> list[str]:
+    """Numbers of samples that a criterion scored in any of the settings, in the order of their latest rows."""
+    counts = [
+        row["samples"]
         for row in lines
-        if (row["criterion"], row["setting"], row["recovery"] or NONE) == (method, setting, recovery)
+        if row["setting"] in SETTINGS and (row["criterion"], row["recovery"] or NONE) == (method, recovery)
     ]
-    return runs(mine, lambda row: row["samples"] == mine[-1]["samples"])
+    return list(dict.fromkeys(reversed(counts)))[::-1]
 
 
-def present(lines: Sequence[Line]) -> list[tuple[str, str]]:
-    """The methods and recoveries that any setting has, without recovery first."""
+def present(lines: Sequence[Line]) -> list[tuple[str, str, str]]:
+    """The methods, their numbers of samples, and recoveries that any setting has, without recovery first."""
     return [
-        (method, recovery)
+        (method, samples, recovery)
         for recovery in RECOVERIES
         for method in METHODS
-        if any(of(lines, method, setting, recovery).lines for setting in SETTINGS)
+        for samples in sorted(samples_of(lines, method, recovery), key=int)
     ]

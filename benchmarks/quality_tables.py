@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from .document_rows import Line, markdown, sources
 from .quality_rows import METHODS, RECOVERIES, SETTINGS, Runs, dense, found, of, present, text_name
 
@@ -37,30 +35,25 @@ def _count(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
-def _samples(all_runs: Sequence[Runs]) -> str:
-    return ", ".join(f"{int(s):,}" for s in dict.fromkeys(row["samples"] for r in all_runs for row in r.lines))
-
-
 def short() -> str:
     """A line for each method and recovery: perplexity on WikiText-2 by setting; tasks and cost of the deepest cut.
     Columns without a figure are left out."""
     lines = found()
     used: list[Line] = []
     whole = dense(lines)
-    shown = {"dense": ("dense", "", dict.fromkeys(SETTINGS, whole))}
-    for method, recovery in present(lines):
-        by_setting = {s: of(lines, method, s, recovery) for s in SETTINGS}
-        shown[f"{method} {recovery}"] = (METHODS[method], RECOVERIES[recovery], by_setting)
+    shown = [("dense", "", "", dict.fromkeys(SETTINGS, whole))]
+    for method, samples, recovery in present(lines):
+        by_setting = {s: of(lines, method, samples, s, recovery) for s in SETTINGS}
+        shown.append((METHODS[method], RECOVERIES[recovery], f"{int(samples):,}", by_setting))
     head = ["", "recovery", "samples scored"]
     head += [f"{name} ({told})" for name, (told, _) in SETTINGS.items()]
     head += [f"tasks, {_DEEP}", f"seconds, {_DEEP}"]
     table = []
-    for key, (name, recovery, by_setting) in shown.items():
+    for name, recovery, samples, by_setting in shown:
         settings = list(by_setting.values())
         used += [row for runs in settings for row in runs.lines]
         deep = by_setting[_DEEP]
-        spent = None if key == "dense" else _seconds(deep, "seconds", "text_seconds", "recovery_seconds")
-        samples = "" if key == "dense" else _samples(settings)
+        spent = None if name == "dense" else _seconds(deep, "seconds", "text_seconds", "recovery_seconds")
         cells = [_perplexity(runs, _TEXT) for runs in settings]
         table.append([name, recovery, samples, *cells, _tasks(deep), _count(spent)])
     empty = {i for i in range(3, len(head)) if not any(line[i] for line in table[1:])}
@@ -75,10 +68,10 @@ def whole() -> str:
     used: list[Line] = []
     table = []
 
-    def add(name: str, method: str, recovery: str, runs: Runs) -> None:
+    def add(name: str, method: str, recovery: str, samples: str, runs: Runs) -> None:
         used.extend(runs.lines)
         removed = runs.mean("removed")
-        told = [name, method, recovery, "" if method == "dense" else _samples([runs])]
+        told = [name, method, recovery, samples]
         told += ["" if method == "dense" or removed is None else f"{100 * removed:.1f} %"]
         told += [_perplexity(runs, text) for text in texts]
         divergence = runs.mean("divergence")
@@ -86,12 +79,12 @@ def whole() -> str:
         costs = [] if method == "dense" else [("seconds",), ("text_seconds", "recovery_seconds")]
         table.append([*told, *([_count(_seconds(runs, *c)) for c in costs] or ["", ""]), str(len(runs.seeds))])
 
-    add("", "dense", "", dense(lines))
+    add("", "dense", "", "", dense(lines))
     for setting in SETTINGS:
-        for method, recovery in present(lines):
-            runs = of(lines, method, setting, recovery)
+        for method, samples, recovery in present(lines):
+            runs = of(lines, method, samples, setting, recovery)
             if runs.lines:
-                add(setting, METHODS[method], RECOVERIES[recovery], runs)
+                add(setting, METHODS[method], RECOVERIES[recovery], f"{int(samples):,}", runs)
     head = ["", "method", "recovery", "samples scored", "parameters less", *(text_name(text) for text in texts)]
     head += ["divergence", "tasks", "s to cut", "s to recover", "runs"]
     empty = {i for i in range(4, len(head)) if not any(line[i] for line in table)}

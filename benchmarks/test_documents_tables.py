@@ -99,6 +99,7 @@ def quality(monkeypatch):
         quality_row("lp:param_second", "P30", 999, date="2026-01-01"),
         quality_row("lp:param_second", "P30", 200),
         quality_row("lp:param_second", "P30", 242, seed="1"),
+        quality_row("lp:param_second", "P30", 150, samples="96"),
         quality_row("recipe", "P30", 100, samples="96"),
         quality_row("recipe", "P30", 70, recovery="self", samples="96", divergence="0.25", **costs),
         quality_row("recipe", "P30", 40, recovery="self", samples="96", divergence="0.25", text=NOVEL, **costs),
@@ -117,6 +118,7 @@ def test_short_table_of_quality(quality):
         "| --- | --- | --- | --- | --- | --- | --- |\n"
         "| dense |  |  | 50.0 | 50.0 | 43.2 ± 0.5 |  |\n"
         "| LLM-Pruner | none | 10 | 220.0 ± 21.0 |  |  |  |\n"
+        "| LLM-Pruner | none | 96 | 150.0 |  |  |  |\n"
         "| **this package** | none | 96 | 100.0 |  |  |  |\n"
         "| **this package** | this package's | 96 | 70.0 | 90.0 | 43.2 ± 0.5 | 40 |\n\n"
         "*GPU (torch 2, CUDA 13): 2026-02-02 at abc.*"
@@ -124,12 +126,13 @@ def test_short_table_of_quality(quality):
 
 
 def test_whole_table_of_quality(quality):
-    assert quality_tables.whole().splitlines()[:7] == [
+    assert quality_tables.whole().splitlines()[:8] == [
         "|  | method | recovery | samples scored | parameters less | WikiText-2 | a novel | divergence | tasks "
         "| s to cut | s to recover | runs |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         "|  | dense |  |  |  | 50.0 | 30.0 |  | 43.2 ± 0.5 |  |  | 1 |",
         "| P30 | LLM-Pruner | none | 10 | 30.1 % | 220.0 ± 21.0 |  |  |  |  |  | 2 |",
+        "| P30 | LLM-Pruner | none | 96 | 30.1 % | 150.0 |  |  |  |  |  | 1 |",
         "| P30 | **this package** | none | 96 | 30.1 % | 100.0 |  |  |  |  |  | 1 |",
         "| P30 | **this package** | this package's | 96 | 30.1 % | 70.0 | 40.0 | 0.250 |  | 4.0 | 36 | 1 |",
         "| P50 | **this package** | this package's | 96 | 50.0 % | 90.0 |  |  | 43.2 ± 0.5 | 4.0 | 36 | 1 |",
@@ -139,7 +142,7 @@ def test_whole_table_of_quality(quality):
 def test_curves_of_the_figure(quality):
     curves, looks = document_figure.perplexities()
     assert curves == {
-        "LLM-Pruner": [(0.0, 50.0), (30.1, 220.0)],
+        "LLM-Pruner": [(0.0, 50.0), (30.1, 150.0)],
         "this package": [(0.0, 50.0), (30.1, 100.0)],
         "this package, recovered": [(0.0, 50.0), (30.1, 70.0), (50.0, 90.0)],
     }

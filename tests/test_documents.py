@@ -155,7 +155,7 @@ def test_figures_of_quality_are_those_measured():
     columns = [cell.strip() for cell in header.split("|")[1:-1]]
     table = text[text.index(header) :].split("\n\n")[0].splitlines()[2:]
     measured = _measured()
-    assert len(table) == 12
+    assert len(table) >= 12
     for line in table:
         cells = dict(zip(columns, (cell.strip().strip("*") for cell in line.split("|")[1:-1]), strict=True))
         criterion = ROWS[max((row for row in ROWS if cells[""].startswith(row)), key=len)]
