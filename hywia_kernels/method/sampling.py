@@ -18,10 +18,11 @@ from ..engine.memory import free_bytes
 from ..engine.static_driver import StaticDriver, capture, drivable
 from ..errors import HywiaError
 from ..ops.precision import tensor_float32
+from ..settings import ByDevice
 
 __all__ = ["WRITING_SHARE", "Sampler", "batch_of", "driven", "even", "uniforms"]
 
-_BATCH = {"cpu": 64, "gpu": 4096}  # sequences at once: about the most that makes a token cheaper
+_BATCH = ByDevice(cpu=64, gpu=4096)  # sequences at once: about the most that makes a token cheaper
 WRITING_SHARE = 0.5  # of the free memory that caches and logits may take
 
 
@@ -71,8 +72,7 @@ def batch_of(model: Any, samples: int, length: int) -> int:
 
 def even(samples: int, device_type: str) -> int:
     """Samples of a batch, where all are alike and about as large as is fast on a "cpu", "cuda" or other device."""
-    usual = _BATCH["cpu" if device_type == "cpu" else "gpu"]
-    return -(-samples // max(1, round(samples / usual)))
+    return -(-samples // max(1, round(samples / _BATCH.on(device_type))))
 
 
 def driven(model: Any, starts: Tensor, uniform: Tensor, ordinary: list[int], batch: int) -> Tensor | None:

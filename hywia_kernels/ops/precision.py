@@ -8,7 +8,7 @@ import torch
 
 from .switch import Held, Switch
 
-__all__ = ["full_float32", "tensor_float32"]
+__all__ = ["full_float32", "tensor_float32", "tf32"]
 
 
 _FULL = ("none", "ieee")
@@ -59,3 +59,8 @@ def tensor_float32() -> Held:
     """A context in which products on CUDA devices are TF32's: eleven bits, summed in float32. For what needs no more,
     such as text that is drawn at random."""
     return _NARROW.held()
+
+
+def tf32() -> bool:
+    """Whether products on CUDA devices are TF32's now."""
+    return bool(_BACKENDS.cuda.matmul.fp32_precision == "tf32")

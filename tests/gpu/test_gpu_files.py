@@ -42,7 +42,7 @@ def test_a_refit_from_files_is_the_one_in_memory(family, tmp_path):
     for (name, got), other in zip(cut.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(got.cpu(), other.cpu(), rtol=1e-5, atol=1e-5 * float(other.abs().max()), msg=name)
     assert {p.device.type for p in stored.model.parameters()} == {"meta"}
-    assert {b.device.type for b in stored.model.buffers()} == {"cpu"}
+    assert {b.device.type for b in stored.model.buffers()} <= {"cpu"}
 
 
 def test_a_refit_takes_a_layer_s_memory(tmp_path):
