@@ -32,9 +32,11 @@ def _share(value: float) -> float:
 
 
 def _settings(lines: Sequence[Line]) -> tuple[str, ...]:
-    """Shares of all parameters in every layer where there are rows of them, else shares of the middle layers' units."""
+    """Shares of all parameters in every layer where other methods have rows of them, else shares of the middle layers'
+    units."""
     deep = ("P30", "P50")
-    return deep if any(row["setting"] in deep and row["criterion"] == "recipe" for row in lines) else ("A50", "B60")
+    others = [method for method in METHODS if method != "recipe"]
+    return deep if any(row["setting"] in deep and row["criterion"] in others for row in lines) else ("A50", "B60")
 
 
 def perplexities() -> tuple[Series, dict[str, tuple[int, int]]]:

@@ -68,6 +68,14 @@ def cut() -> str:
     return markdown(["less", "s", "GB before", "GB after", "MB beside the model"], lines) + sources(by.values())
 
 
+def recipe() -> str:
+    """A whole run step by step, and LLM-Pruner's scoring beside it."""
+    steps = {"param_mix": "LLM-Pruner's param_mix, its scoring alone", "all": "the recipe, all of it"}
+    by = latest((row for row in read("recipe") if row["shape"] == "7b" and not int(row["recover_tokens"])), "step")
+    lines = [[steps.get(row["step"], row["step"]), figure(row["seconds"])] for row in by.values()]
+    return markdown(["step", "s"], lines) + sources(by.values())
+
+
 def captured(widths: dict[str, str], phases: dict[tuple[str, str, str], str]) -> str:
     """As `document_tables.speed`, of steps that are captured without the compiler: ms, times dense."""
     found = [row for row in read("speed", "H100") if row["mode"] == "captured" and row["shape"] == "7b"]

@@ -179,7 +179,7 @@ def plain(value: Any) -> str:
 
 
 def spans(widths: Sequence[int]) -> str:
-    """Widths by layer as text: `1,536` when all are equal, `1,536 x4, 768 x24, 1,536 x2` otherwise. Layers that went,
+    """Widths by layer as text: `1,536` when all are equal, `1,536 x4, 768 x25, 1,536` otherwise. Layers that went,
     whose width is 0, are left out."""
     runs: list[list[int]] = []
     for width in (w for w in widths if w):
@@ -187,7 +187,7 @@ def spans(widths: Sequence[int]) -> str:
             runs[-1][1] += 1
         else:
             runs.append([width, 1])
-    return f"{runs[0][0]:,}" if len(runs) == 1 else ", ".join(f"{w:,} x{n}" for w, n in runs)
+    return f"{runs[0][0]:,}" if len(runs) == 1 else ", ".join(f"{w:,} x{n}" if n > 1 else f"{w:,}" for w, n in runs)
 
 
 def _counts(value: Any) -> list[int] | None:
