@@ -43,6 +43,13 @@ def test_marks_that_are_wrong_are_refused(text, message):
         documents.written(text)
 
 
+def test_output_of_a_command():
+    page = "a\n<!-- output: hywia info -->\n```text\nold\n```\n\n```\nhywia info\n```\n"
+    assert documents.with_output(page, "1\n2\n") == page.replace("old", "1\n2")
+    with pytest.raises(ValueError, match="expected one '<!-- output"):
+        documents.with_output("a\n", "1\n")
+
+
 def test_figures_come_from_the_latest_row(monkeypatch):
     run = {"torch": "2", "triton": "3", "cuda": "13", "threads": "", "device": "GPU", "commit": "abc"}
     row = {
