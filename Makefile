@@ -2,8 +2,8 @@
 # make test   set everything up and pass every test
 # make oldest the tests that meet transformers, the templates and numpy, on the oldest versions that pyproject.toml allows
 # make lint   the checks of .pre-commit-config.yaml
-# make docs   the tables of README and docs/, from the files of figures and the table of families
-# make bench  the tables of README on this machine, from fresh figures in $(BENCH)
+# make docs   the tables and the figure of README and docs/, from the files of figures and the table of families
+# make bench  the tables of docs/ on this machine, from fresh figures in $(BENCH)
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -48,7 +48,6 @@ lint: setup
 
 docs: setup
 	$(BIN)/python -m benchmarks.documents
-	$(BIN)/python -m hywia_kernels.arch.support README.md
 	$(BIN)/python -m hywia_kernels.arch.support docs/models.md
 
 demo: setup

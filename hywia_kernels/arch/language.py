@@ -142,7 +142,7 @@ class Architecture:
 
     Attributes:
         model_types: values of `config.model_type` it serves.
-        title: the models, as README names them.
+        title: the models, as docs/models.md names them.
         layers: path of the decoder's list of layers.
         mlp, attention, experts: the units' structure inside one layer.
         branches: further MLPs of a layer, beside its experts or its `mlp` (shared experts), where a layer has them.

@@ -1,4 +1,4 @@
-"""The table as README shows it, and the families beside it as docs/models.md does.
+"""The table of families and those beside it, as docs/models.md shows them.
 
 `python -m hywia_kernels.arch.support` prints both, and writes those that a named file has marks for.
 """
@@ -16,7 +16,8 @@ from .table import TABLE
 
 __all__ = ["BEGIN", "END", "derived_markdown", "markdown", "written"]
 
-BEGIN, END = "<!-- support table: python -m hywia_kernels.arch.support README.md -->", "<!-- end of support table -->"
+BEGIN = "<!-- support table: python -m hywia_kernels.arch.support docs/models.md -->"
+END = "<!-- end of support table -->"
 DERIVED_BEGIN = "<!-- derived families: python -m hywia_kernels.arch.support docs/models.md -->"
 DERIVED_END = "<!-- end of derived families -->"
 
