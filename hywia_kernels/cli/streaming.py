@@ -122,7 +122,7 @@ def sharing(arguments: argparse.Namespace, recipe: Recipe) -> Sharing | None:
         raise UsageError(f"memory: expected auto or {STREAMED} for {why}, got {arguments.memory}")
     # What works on a model in memory, or in a way of its own, is not changed without being asked.
     plain = arguments.command == "score" and (arguments.memory, arguments.engine, arguments.dtype) == ("auto",) * 3
-    if not asked and not (plain and recipe.order == "second"):
+    if not asked and not plain:
         return None
     device = device_of_rank(arguments.device)
     fitting = place_for(_weight_bytes(arguments), device)
@@ -131,11 +131,6 @@ def sharing(arguments: argparse.Namespace, recipe: Recipe) -> Sharing | None:
     place = fitting if arguments.weights == "auto" else arguments.weights
     if arguments.engine == "autograd":
         raise UsageError("engine: expected auto or fused for a streamed scoring, got autograd")
-    if recipe.order != "second":
-        raise UsageError(
-            "order: expected second for a streamed scoring, since sums of other orders do not add up over samples, "
-            f"got {recipe.order}; score in one process on a device that holds the model"
-        )
     if place == "files" and arguments.dtype != "auto":
         raise UsageError(
             f"dtype: expected auto for weights that stay in their files, got {arguments.dtype}; store them in that "

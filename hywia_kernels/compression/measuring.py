@@ -169,7 +169,7 @@ def _streamed(model: Any, scored: Tensor, recipe: Recipe, streaming: Streaming, 
     return calibrate_streamed(
         model,
         scored,
-        order=recipe.order,
+        orders=(recipe.order,),
         device=streaming.device,
         weights=streaming.weights,
         ranks=streaming.ranks,

@@ -11,6 +11,8 @@
     place     where the weights stay, by what is free
     work      what a stopped run goes on from
     agreement whether all processes read the same weights
+    operands  operands of a layer's matrices, kept until all runs have brought theirs
+    exchange  orders that do not add up over samples: operands change hands, and processes score some units each
     layers    the streamed pass: forward, then backward, a layer at a time for all samples
     scoring   one scoring: what its processes agree on, the pass, its statistics
     job       calibrate_streamed

@@ -19,7 +19,8 @@ from ..engine.patches import without_collections
 from ..engine.samples import padded
 from ..errors import HywiaError, UsageError
 from ..method.calibration_data import check_tokens
-from ..settings import ORDERS, WEIGHTS
+from ..method.statistics import checked_orders
+from ..settings import WEIGHTS
 from ..types import Statistics
 from .mapped import stored_of
 from .ranks import Ranks
@@ -35,7 +36,7 @@ def calibrate_streamed(
     model: Any,
     batches: Tensor | Sequence[Tensor],
     *,
-    order: str = "second",
+    orders: Sequence[str] = ("second",),
     device: torch.device | str | None = None,
     weights: str = "auto",
     ranks: Ranks | None = None,
@@ -45,8 +46,8 @@ def calibrate_streamed(
     asked: dict[str, str] | None = None,
     every: float = EVERY,
 ) -> Statistics:
-    """Statistics of every unit, as `calibrate`'s, with one layer's weights at a time: fine sums of the second order,
-    and the moments of `h_s` in the place of the samples' own values.
+    """Statistics of every unit, as `calibrate`'s, with one layer's weights at a time, and the moments of `h_s` in the
+    place of the samples' own values.
 
     The same model, set and kind of device give the same bits, whatever the number of processes and wherever the weights
     are. (On CPUs the number of torch's threads enters the last bits of matrix products; torchrun sets it to one.)
@@ -55,8 +56,8 @@ def calibrate_streamed(
         model: a loaded model, on one device, or one whose weights are in files, as `open_mapped` gives it; left as it
             was.
         batches: as `calibrate` takes them; the same on all processes.
-        order: "second". The fine sums of the others need all samples' gradients of a weight together, which no process
-            has.
+        orders: of the fine sums, some of ORDERS. Sums of "second" alone add up over samples; for the others the
+            processes exchange operands, layer by layer (see `scale.exchange`).
         device: where the layers run; None: where the model's embedding is.
         weights: where they stay meanwhile: "device", "host" (of a model in the host's memory), "files", or "auto":
             where the model has them.
@@ -73,15 +74,9 @@ def calibrate_streamed(
 
     Raises:
         HywiaError: as `calibrate`; a process is gone or hangs; processes were asked for different things.
-        UsageError: an order or a place that does not go.
+        UsageError: orders or a place that do not go.
     """
-    if order not in ORDERS:
-        raise UsageError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
-    if order != "second":
-        raise UsageError(
-            "order: expected second for a streamed scoring, since sums of other orders do not add up over samples, got "
-            f"{order!r}; use --order second, or --memory layerwise on one device that holds the model"
-        )
+    wanted = checked_orders(orders)
     if weights not in WEIGHTS:
         raise UsageError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
     model = unwrapped(model)
@@ -98,7 +93,7 @@ def calibrate_streamed(
             stack.enter_context(torch.cuda.device(target))
         stack.enter_context(apart(modules))
         stack.enter_context(without_collections())
-        job = _job(model, modules, batches, order, target, weights, ranks, backend)
+        job = _job(model, modules, batches, wanted, target, weights, ranks, backend)
         return job.statistics(Path(work) if work is not None else None, keep_work, asked or {}, every)
 
 
@@ -106,7 +101,7 @@ def _job(
     model: Any,
     modules: dict[str, nn.Module],
     batches: Any,
-    order: str,
+    orders: tuple[str, ...],
     device: torch.device,
     weights: str,
     ranks: Ranks,
@@ -130,7 +125,7 @@ def _job(
         groups,
         samples,
         runs,
-        order,
+        orders,
         device,
         first.dtype,
         place,

@@ -19,8 +19,10 @@ from ..engine.rotary import rotary_replaced
 from ..engine.samples import Samples
 from ..errors import HywiaError
 from ..method.calibration_data import digest
+from ..settings import ORDERS
 from ..types import Group, Statistics
 from ..versions import versions
+from .exchange import exchanged, kept_columns
 from .layers import NotFinite, Streamed
 from .mapped import stored_of
 from .ranks import Ranks
@@ -42,7 +44,7 @@ class Scoring:
     Attributes:
         modules: all of the model's, by name. runs: of the samples. device: this process's. dtype: of the layers.
         place: where their weights stay. layers, outside: parameters of each layer, and of the rest.
-        backend: that was asked for. ran_on: that was chosen.
+        orders: of the fine sums. backend: that was asked for. ran_on: that was chosen.
     """
 
     model: Any
@@ -50,7 +52,7 @@ class Scoring:
     groups: tuple[Group, ...]
     samples: Samples
     runs: list[Samples]
-    order: str
+    orders: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
     place: str
@@ -59,6 +61,11 @@ class Scoring:
     ranks: Ranks
     backend: str | None
     ran_on: str
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """One order, or all of them, from which those that were asked for are taken."""
+        return self.orders if len(self.orders) == 1 else ORDERS
 
     def weights(self) -> Weights:
         if self.place == "device":
@@ -81,6 +88,9 @@ class Scoring:
         kept = int(tokens * hidden * element * len(self.layers))
         free = torch.cuda.mem_get_info(self.device)[0]
         coming = 0 if self.place == "device" else 2 * max(t.bytes for t in self.layers)
+        if exchanged(self.measured):
+            first = [g for g in self.groups if g.layer == self.groups[0].layer]
+            coming += int(tokens * element * kept_columns(self.modules, first))
         if kept <= 0.5 * (free - coming):
             return False
         if kept * self.ranks.here > _HOST_SHARE * free_on_host():
@@ -101,7 +111,7 @@ class Scoring:
             "runs": len(self.runs),
             "structure": hashlib.sha256(str(shapes).encode()).hexdigest(),
             "config": hashlib.sha256(mathematics(self.model)).hexdigest(),
-            "order": self.order,
+            "orders": ", ".join(self.measured),
             "backend": self.ran_on,
             "device": self.device.type,
             "versions": versions(),
@@ -127,7 +137,7 @@ class Scoring:
         moments: dict[str, Tensor] = {}
         for i, layout in enumerate(done.layouts):
             of_fine, of_moments = layout.finished(done.totals[i], len(self.samples))
-            fine |= of_fine
+            fine |= {name: {order: of[order] for order in self.orders} for name, of in of_fine.items()}
             moments |= of_moments
         cuda = self.device.type == "cuda"
         record = {
@@ -146,6 +156,7 @@ class Scoring:
             "offloaded": offload,
             "peak_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else None,
             "bytes_moved": weights.moved,
+            "bytes_exchanged": done.received,
             "seconds_waited": round(weights.waited, 3),
             "seconds_prepared": round(prepared, 3),
             "seconds_forward": done.seconds["forward"],
@@ -184,7 +195,7 @@ class Scoring:
                 self.ranks,
                 work,
                 device=self.device,
-                order=self.order,
+                orders=self.measured,
                 scale=scales[0],
                 backend=self.backend,
                 strict=strict,

@@ -81,6 +81,33 @@ def test_a_killed_rank_ends_the_run_with_one_message_and_its_work_goes_on(folder
 
 
 @pytest.mark.slow
+def test_all_orders_are_shared(folder):
+    for processes in (1, 2):
+        done = command(
+            folder,
+            processes,
+            "score",
+            "model",
+            "-o",
+            f"first-{processes}",
+            *SCORING,
+            "--order",
+            "first",
+            "--memory",
+            "streamed",
+        )
+        assert done.returncode == 0, done.stderr
+    statistics = [hk.load_scores(folder / f"first-{processes}")[1] for processes in (1, 2)]
+    assert [s.orders for s in statistics] == [("first",), ("first",)]
+    for group in statistics[0].groups:
+        one, other = (s.fine[group.name]["first"] for s in statistics)
+        assert torch.equal(one, other)
+        assert float(one.min()) > 0.0
+    assert same(folder / "first-1", folder / "first-2")
+    assert not same(folder / "first-1", folder / "alone")
+
+
+@pytest.mark.slow
 def test_only_the_first_process_prints_and_writes(folder):
     shared = command(folder, 2, "score", "model", "-o", "shared", *SCORING)
     assert shared.returncode == 0, shared.stderr
@@ -96,20 +123,22 @@ def test_only_the_first_process_prints_and_writes(folder):
 
 
 @pytest.mark.slow
-def test_prune_shares_its_scoring(folder):
+@pytest.mark.parametrize("order", ["second", "first"])
+def test_prune_shares_its_scoring(folder, order):
     arguments = ("--ratio", "0.3", "--search", "none", "--refit-samples", "8", "--align", "4", "--no-eval", *SCORING)
-    for processes, name in ((1, "pruned-alone"), (2, "pruned-shared")):
+    arguments += ("--order", order)
+    names = [f"{order}-alone", f"{order}-shared"]
+    for processes, name in enumerate(names, 1):
         done = command(folder, processes, "prune", "model", "-o", name, *arguments, "--memory", "streamed")
         assert done.returncode == 0, done.stderr
         assert done.stdout.count(f"wrote {name}") == 1
-    weights = [(folder / name / "model.safetensors").read_bytes() for name in ("pruned-alone", "pruned-shared")]
+    weights = [(folder / name / "model.safetensors").read_bytes() for name in names]
     assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--order", "first", "--memory", "streamed"], "order: expected second for a streamed scoring"),
         (["--engine", "autograd", "--memory", "streamed"], "engine: expected auto or fused for a streamed scoring"),
         (["--criterion", "magnitude", "--memory", "streamed"], "memory: goes with --criterion hywia"),
         (["--memory", "lean", "--weights", "files"], "memory: expected auto or streamed for --weights files, got lean"),
