@@ -20,14 +20,13 @@ from ..engine.samples import padded
 from ..errors import HywiaError, UsageError
 from ..method.calibration_data import check_tokens
 from ..method.statistics import checked_orders
-from ..settings import WEIGHTS
+from ..settings import STATE_SECONDS, WEIGHTS
 from ..types import Statistics
 from .mapped import stored_of
 from .ranks import Ranks
 from .runs import runs_of
 from .scoring import Scoring
 from .weights import Table, tables
-from .work import EVERY
 
 __all__ = ["calibrate_streamed"]
 
@@ -44,7 +43,7 @@ def calibrate_streamed(
     work: str | Path | None = None,
     keep_work: bool = False,
     asked: dict[str, str] | None = None,
-    every: float = EVERY,
+    every: float = STATE_SECONDS,
 ) -> Statistics:
     """Statistics of every unit, as `calibrate`'s, with one layer's weights at a time, and the moments of `h_s` in the
     place of the samples' own values.
