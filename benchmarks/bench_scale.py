@@ -117,7 +117,7 @@ def opened(arguments: argparse.Namespace, place: str, device: torch.device, rank
         byte_tokenizer().save_pretrained(folder)
         del made
     ranks.meet("the files")
-    return hk.open_mapped(folder, device=device)[0]
+    return hk.open_stored(folder)
 
 
 def measure(arguments: argparse.Namespace, place: str, device: torch.device, ranks: Ranks) -> list[dict[str, Any]]:

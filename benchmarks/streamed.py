@@ -38,7 +38,7 @@ def device_of_process(device: torch.device) -> torch.device:
 def placed(source: Path, place: str, device: torch.device) -> Any:
     """The model of a directory, its layers' weights in the host's memory or in their files."""
     if place == "files":
-        return _scale("mapped").open_mapped(source, device=device)[0]
+        return hk.open_stored(source)
     return hk.load(source, device="cpu")[0]
 
 

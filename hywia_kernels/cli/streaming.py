@@ -16,12 +16,12 @@ from ..checkpoint.loading import load
 from ..checkpoint.originals import source_of
 from ..checkpoint.skeleton import skeleton
 from ..checkpoint.sources import BUNDLED
+from ..checkpoint.stored_model import open_stored
 from ..compression import Measured, measure
 from ..errors import HywiaError, UsageError
 from ..evaluation import stored_bytes
 from ..recipe import Recipe
 from ..scale.launch import launched_ranks
-from ..scale.mapped import open_mapped
 from ..scale.place import Streaming, device_of_rank, place_for
 from ..scale.ranks import Ranks, joined
 from ..scale.work import beside
@@ -61,18 +61,15 @@ class Sharing:
             )
 
     def load(self, arguments: argparse.Namespace) -> tuple[Any, Any]:
-        """`(model, tokenizer)`, the weights where they are to stay."""
+        """`(model, tokenizer)`, the weights where they are to stay: loaded, or stored."""
         console.say(f"loading {arguments.model}; its layers' weights stay {_WHERE[self.place]}")
+        given: dict[str, Any] = {name: getattr(arguments, name) for name in ("dtype", "trust_remote_code", "revision")}
         if self.place == "files":
-            model, tokenizer = open_mapped(arguments.model, device=self.device, revision=arguments.revision)
-        else:
-            model, tokenizer = load(
-                arguments.model,
-                dtype=arguments.dtype,
-                device=str(self.device) if self.place == "device" else "cpu",
-                trust_remote_code=arguments.trust_remote_code,
-                revision=arguments.revision,
-            )
+            stored = open_stored(arguments.model, **given)
+            session.proven(stored.model)
+            return stored, stored.tokenizer
+        where = str(self.device) if self.place == "device" else "cpu"
+        model, tokenizer = load(arguments.model, device=where, **given)
         return session.proven(model), tokenizer
 
     def measured(
@@ -131,11 +128,6 @@ def sharing(arguments: argparse.Namespace, recipe: Recipe) -> Sharing | None:
     place = fitting if arguments.weights == "auto" else arguments.weights
     if arguments.engine == "autograd":
         raise UsageError("engine: expected auto or fused for a streamed scoring, got autograd")
-    if place == "files" and arguments.dtype != "auto":
-        raise UsageError(
-            f"dtype: expected auto for weights that stay in their files, got {arguments.dtype}; store them in that "
-            "dtype first, or pass --weights host"
-        )
     if place != "device" and recipe.calibration is None:
         raise UsageError(
             f"calib: expected a text for a model that does not stay on {device}, which would take too long to write "

@@ -4,8 +4,7 @@
     runs      the calibration set in pieces that depend on the model and the set alone
     sums      what one layer's statistics are while they are added up
     ranks     the processes that share one scoring: what they agree on, and who is missing
-    stored    a checkpoint's tensors, read where they lie
-    mapped    a model whose layers' weights stay in their files
+    stored    where layers are read from: pinned memory, or a stored model's files
     weights   layers' weights, each at hand while its layer runs
     slots     layers on their way to a device, two at a time
     place     where the weights stay, by what is free

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import arch, ops
 from ..arch.holding import check_held, unwrapped
+from ..checkpoint.stored_model import StoredModel
 from ..engine import loss
 from ..engine.layered import refuse_hooks
 from ..engine.passes import apart
@@ -19,13 +20,14 @@ from ..engine.patches import without_collections
 from ..engine.samples import padded
 from ..errors import HywiaError, UsageError
 from ..method.calibration_data import check_tokens
+from ..method.derivation import prove
 from ..method.statistics import checked_orders
 from ..settings import STATE_SECONDS, WEIGHTS
 from ..types import Statistics
-from .mapped import stored_of
 from .ranks import Ranks
 from .runs import runs_of
 from .scoring import Scoring
+from .stored import FileWeights
 from .weights import Table, tables
 
 __all__ = ["calibrate_streamed"]
@@ -52,12 +54,11 @@ def calibrate_streamed(
     are. (On CPUs the number of torch's threads enters the last bits of matrix products; torchrun sets it to one.)
 
     Args:
-        model: a loaded model, on one device, or one whose weights are in files, as `open_mapped` gives it; left as it
-            was.
+        model: a loaded model, on one device, or what `open_stored` gave; left as it was.
         batches: as `calibrate` takes them; the same on all processes.
         orders: of the fine sums, some of ORDERS. Sums of "second" alone add up over samples; for the others the
             processes exchange operands, layer by layer (see `scale.exchange`).
-        device: where the layers run; None: where the model's embedding is.
+        device: where the layers run; None: where the model's embedding is, of a stored model the CPU.
         weights: where they stay meanwhile: "device", "host" (of a model in the host's memory), "files", or "auto":
             where the model has them.
         ranks: the processes that share the samples; None: this one alone. One of several must be given a device of its
@@ -78,13 +79,17 @@ def calibrate_streamed(
     wanted = checked_orders(orders)
     if weights not in WEIGHTS:
         raise UsageError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
+    source = None
+    if isinstance(model, StoredModel):
+        source, model = FileWeights(model), model.model
+        prove(model)
     model = unwrapped(model)
     modules = dict(model.named_modules())
-    stored = stored_of(model)
-    if stored is None:
+    if source is None:
         check_held(modules)
     ranks = ranks or Ranks()
-    target = model.get_input_embeddings().weight.device if device is None else torch.device(device)
+    here = model.get_input_embeddings().weight.device if source is None else torch.device("cpu")
+    target = here if device is None else torch.device(device)
     if target.type == "cuda" and target.index is None:
         target = torch.device("cuda", torch.cuda.current_device())
     with ExitStack() as stack:
@@ -92,13 +97,14 @@ def calibrate_streamed(
             stack.enter_context(torch.cuda.device(target))
         stack.enter_context(apart(modules))
         stack.enter_context(without_collections())
-        job = _job(model, modules, batches, wanted, target, weights, ranks, backend)
+        job = _job(model, modules, source, batches, wanted, target, weights, ranks, backend)
         return job.statistics(Path(work) if work is not None else None, keep_work, asked or {}, every)
 
 
 def _job(
     model: Any,
     modules: dict[str, nn.Module],
+    source: FileWeights | None,
     batches: Any,
     orders: tuple[str, ...],
     device: torch.device,
@@ -112,7 +118,7 @@ def _job(
     loss.check_head(model)
     refuse_hooks(arch.layers_of(model))
     of_layers, outside = tables(model, modules)
-    place = _place(model, of_layers, device, weights)
+    place = _place(source, of_layers, device, weights)
     first: Any = of_layers[0].originals[0]
     example = torch.empty(1, 1, dtype=first.dtype, device=device)
     ran_on = ops.choose("linear_importance", backend, example, example, example)
@@ -128,6 +134,7 @@ def _job(
         device,
         first.dtype,
         place,
+        source,
         of_layers,
         outside,
         ranks,
@@ -136,14 +143,14 @@ def _job(
     )
 
 
-def _place(model: Any, layers: Sequence[Table], device: torch.device, weights: str) -> str:
+def _place(source: FileWeights | None, layers: Sequence[Table], device: torch.device, weights: str) -> str:
     """Where the weights stay: where they are, or where they are asked to be.
 
     Raises:
         UsageError: they are not there. HywiaError: they are on several devices.
     """
     devices = {p.device for table in layers for p in table.originals}
-    if stored_of(model) is not None:
+    if source is not None:
         if weights not in ("auto", "files"):
             raise UsageError(f"weights: expected auto or files for a model whose weights are in files, got {weights!r}")
         return "files"
@@ -154,7 +161,7 @@ def _place(model: Any, layers: Sequence[Table], device: torch.device, weights: s
         )
     where = devices.pop()
     if weights == "files":
-        raise UsageError("weights: 'files' goes with a model that open_mapped gave; this one is loaded")
+        raise UsageError("weights: 'files' goes with a model that open_stored gave; this one is loaded")
     if weights == "device" and where != device:
         raise UsageError(f"weights: 'device' goes with a model on {device}, got one on {where}; load it there")
     if weights == "host" and where.type != "cpu":

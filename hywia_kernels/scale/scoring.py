@@ -24,10 +24,9 @@ from ..types import Group, Statistics
 from ..versions import versions
 from .exchange import exchanged, kept_columns
 from .layers import NotFinite, Streamed
-from .mapped import stored_of
 from .ranks import Ranks
 from .slots import Slots
-from .stored import Pinned, Views
+from .stored import FileWeights, Pinned, Views
 from .weights import Resident, Table, Weights, moved_to
 from .work import Work
 
@@ -43,8 +42,8 @@ class Scoring:
 
     Attributes:
         modules: all of the model's, by name. runs: of the samples. device: this process's. dtype: of the layers.
-        place: where their weights stay. layers, outside: parameters of each layer, and of the rest.
-        orders: of the fine sums. backend: that was asked for. ran_on: that was chosen.
+        place: where their weights stay. source: of a stored model's. layers, outside: parameters of each layer, and of
+            the rest. orders: of the fine sums. backend: that was asked for. ran_on: that was chosen.
     """
 
     model: Any
@@ -56,6 +55,7 @@ class Scoring:
     device: torch.device
     dtype: torch.dtype
     place: str
+    source: FileWeights | None
     layers: list[Table]
     outside: Table
     ranks: Ranks
@@ -70,13 +70,11 @@ class Scoring:
     def weights(self) -> Weights:
         if self.place == "device":
             return Resident()
-        source = stored_of(self.model)
-        if self.place == "host" and source is None:
+        if self.source is None:
             return Slots(self.layers, Pinned(self.layers, self.device), self.device, "host")
-        assert source is not None
         if self.device.type == "cpu":
-            return Views(self.layers, source)
-        return Slots(self.layers, source, self.device, "files")
+            return Views(self.layers, self.source)
+        return Slots(self.layers, self.source, self.device, "files")
 
     def offload(self) -> bool:
         """Whether what enters the layers is kept on the host: where the device has no room for it beside two layers."""
@@ -126,7 +124,9 @@ class Scoring:
             torch.cuda.reset_peak_memory_stats(self.device)
         outside: Any = nullcontext()
         if self.model.get_input_embeddings().weight.device != self.device:
-            outside = moved_to(self.device, self.outside, self.modules)
+            originals = [p.detach() for p in self.outside.originals]
+            held = originals if self.source is None else self.source.tensors(self.outside)
+            outside = moved_to(self.device, self.outside, self.modules, held)
         with outside, rotary_replaced(self.model, self.backend):
             offload, resumed = self.offload(), work.state.get("layer")
             start = time.monotonic()

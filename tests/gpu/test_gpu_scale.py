@@ -46,7 +46,7 @@ def equal(one, other) -> bool:
 def peak_of(place: str, folder: Path):
     """`(statistics, bytes allocated at the most beside what was there before)`."""
     if place == "files":
-        model, _ = hk.open_mapped(folder, device="cuda:0")
+        model = hk.open_stored(folder)
     else:
         model, _ = hk.load(folder, device="cuda:0" if place == "device" else "cpu")
     torch.cuda.synchronize()
@@ -64,7 +64,7 @@ def test_the_same_bits_wherever_the_weights_are(folder):
     for place, (other, peak) in made.items():
         assert equal(statistics, other), place
         assert other.fingerprint == whole.fingerprint
-        # Two layers, and what lies outside of the layers, which of files' models was there before.
+        # Two layers, and what lies outside of the layers.
         assert peak < resident + (0 if place == "device" else 2.6 * layer), place
     for group in statistics.groups:
         one, other = statistics.fine[group.name]["second"], whole.fine[group.name]["second"]

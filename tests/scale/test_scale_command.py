@@ -142,7 +142,6 @@ def test_prune_shares_its_scoring(folder, order):
         (["--engine", "autograd", "--memory", "streamed"], "engine: expected auto or fused for a streamed scoring"),
         (["--criterion", "magnitude", "--memory", "streamed"], "memory: goes with --criterion hywia"),
         (["--memory", "lean", "--weights", "files"], "memory: expected auto or streamed for --weights files, got lean"),
-        (["--dtype", "float32", "--weights", "files"], "dtype: expected auto for weights that stay in their files"),
     ],
 )
 def test_what_does_not_go_together_is_refused(folder, monkeypatch, capsys, arguments, words):
