@@ -169,8 +169,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # a process that ended between two looks
-            self._look()
-            raise HywiaError(f"the ranks lost each other: {str(error).splitlines()[0]}") from error
+            lost = HywiaError(f"the ranks lost each other: {str(error).splitlines()[0]}")
+            raise self.cause() or lost from error
 
     def fail(self, error: BaseException) -> bool:
         """Lets the others know of an error. Returns whether this process is the one to tell it to the user, as the

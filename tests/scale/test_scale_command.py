@@ -64,7 +64,7 @@ def test_the_scores_are_those_of_an_ordinary_scoring(folder, monkeypatch):
 def test_a_killed_rank_ends_the_run_with_one_message_and_its_work_goes_on(folder, rank):
     output = f"killed-{rank}"
     arguments = ("score", "model", "-o", output, *SCORING)
-    killed = command(folder, 2, rank, 1, *arguments, module=("tests.scale.killed_rank",))
+    killed = command(folder, 2, "killed", rank, 1, *arguments, module=("tests.scale.killed_rank",))
     assert killed.returncode != 0
     said = [line for line in killed.stderr.splitlines() if line.startswith("hywia: error:")]
     assert len(said) == 1
@@ -78,6 +78,32 @@ def test_a_killed_rank_ends_the_run_with_one_message_and_its_work_goes_on(folder
     assert "streamed by one process in 8 runs, on from layer 1:" in again.stdout
     assert same(folder / output, folder / "alone")
     assert not work.exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_and_the_run_ends(folder):
+    arguments = ("score", "model", "-o", "hung", *SCORING, "--rank-timeout", "5")
+    hung = command(folder, 2, "hangs", 1, 1, *arguments, module=("tests.scale.killed_rank",))
+    assert hung.returncode != 0
+    said = [line for line in hung.stderr.splitlines() if line.startswith("hywia: error:")]
+    assert len(said) == 1
+    assert "rank 1 (process " in said[0]
+    assert "did not come to layer 0 within 5 s of the others; it hangs" in said[0]
+    assert json.loads((folder / ".hung.hywia-scoring" / "state.json").read_text())["layer"] == 1
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_lost_while_operands_change_hands_is_named(folder):
+    arguments = ("score", "model", "-o", "lost", *SCORING, "--order", "first")
+    lost = command(folder, 2, "lost", 1, 10, *arguments, module=("tests.scale.killed_rank",))
+    assert lost.returncode != 0
+    said = [line for line in lost.stderr.splitlines() if line.startswith("hywia: error:")]
+    assert len(said) == 1
+    assert "rank 1 (process " in said[0]
+    assert not (folder / "lost").exists()
+    again = command(folder, 2, *arguments)
+    assert again.returncode == 0, again.stderr
+    assert ", on from layer 2:" in again.stdout
 
 
 @pytest.mark.slow
