@@ -126,8 +126,8 @@ def gate(given: argparse.Namespace, session: Session) -> bool:
 
 
 def placed(given: argparse.Namespace, place: str, source: Path, device: torch.device) -> Any:
-    """The model with its weights where they are to stay."""
-    if place == "files":
+    """The model with its weights where they are to stay; from files where they are in a checkpoint."""
+    if source.exists() and place != "device":
         return open_stored(source)
     where = device if place == "device" else torch.device("cpu")
     return streamed.built(given.shape, given.layers, given.dtype, device, where, given.seed)
@@ -141,7 +141,7 @@ def stream(given: argparse.Namespace, session: Session, folder: Path) -> None:
         total = torch.cuda.get_device_properties(given.device).total_memory
         torch.cuda.set_per_process_memory_fraction(given.gpu_gb * 1e9 / total, given.device)
     for place in places if gate(given, session) else ():
-        model = placed(given, place, source, given.device)
+        model = placed(given, place, source if place == "files" else folder / "none", given.device)
         facts = {**described(model, given), "place": place, "ranks": 1, "length": given.length}
         for samples in given.samples:
             tokens = streamed.token_ids(samples, given.length, given.seed)
@@ -189,7 +189,7 @@ def ranks(given: argparse.Namespace, session: Session, folder: Path) -> None:
     if not gate(given, session):
         return
     places = given.places or ["device"]
-    if "files" in places:
+    if set(places) - {"device"}:  # which the processes of a host hold together, or read
         checkpoints.write(folder / "model", given.shape, given.layers, given.dtype, given.device)
     alone: dict[tuple[str, int], float] = {}
     units: dict[int, str] = {}

@@ -3,8 +3,9 @@
 Seconds are the larger of two that overlap. The compute is that of the same tokens on GPUs that hold the model: the
 seconds of a token and a parameter that the measured pass over LLaMA-7B's shapes took, times the tokens, times the
 parameters that a token meets, over the GPUs. The transfers are twice the layers' bytes over the rate at which a
-process gets them: it moves all of them over its own link, whatever the number of processes, and the processes of a
-host read a file once.
+process gets them: from files it moves all of them over its own link, whatever the number of processes, and the
+processes of a host read a file once; what they hold together in the host's memory each moves a part of, and gathers the
+others' over the link between GPUs, one after the other here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from . import models
 
 LINK = 50e9  # bytes a second from pinned memory to a GPU over PCIe 5, assumed
+NVLINK = 450e9  # bytes a second that a GPU gets from the others of a host, assumed
 DISK = 7e9  # bytes a second of one host's NVMe, assumed
 ELEMENT = 2  # bytes of a number in bfloat16
 LENGTH = 128  # tokens of a sample
@@ -106,9 +108,9 @@ DEEPSEEK_671B = Model(
 )
 CASES = (
     *(Case(LLAMA_70B, 1, 1, weights, samples) for weights in ("host", "files") for samples in (96, 1024)),
-    *(Case(LLAMA_70B, 8, 1, "files", samples) for samples in (96, 1024)),
+    *(Case(LLAMA_70B, 8, 1, weights, samples) for weights in ("host", "files") for samples in (96, 1024)),
     *(Case(LLAMA_405B, 1, 1, weights, samples) for weights in ("host", "files") for samples in (96, 1024)),
-    *(Case(DEEPSEEK_671B, 32, 4, "files", samples) for samples in (96, 1024)),
+    *(Case(DEEPSEEK_671B, 32, 4, weights, samples) for weights in ("host", "files") for samples in (96, 1024)),
 )
 
 
@@ -126,12 +128,13 @@ def cost(case: Case, rate: float) -> Cost:
     """
     of, tokens = case.model, case.samples * LENGTH
     outside = of.vocabulary * of.hidden
-    moved = 2 * of.all_layers * ELEMENT
-    processes = case.gpus // case.hosts
+    moved, mates, held = 2 * of.all_layers * ELEMENT, case.gpus // case.hosts, case.weights == "host"
+    together = moved / mates / LINK + moved * (mates - 1) / mates / NVLINK
+    parts = 1 / mates if held and mates > 1 else 0.0
     return Cost(
         compute=tokens * (of.met + outside) * rate / case.gpus,
-        transfer=moved / (LINK if case.weights == "host" else min(LINK, DISK)),
-        weights=(2 * outside + 2 * of.layer) * ELEMENT,
+        transfer=together if held else moved / min(LINK, DISK),
+        weights=(2 * outside + 2 * of.layer * (1 + parts)) * ELEMENT,
         hidden=tokens / case.gpus * of.hidden * ELEMENT * (of.layers + 2),
-        host=of.all_layers * ELEMENT * processes if case.weights == "host" else 2 * of.layer * ELEMENT,
+        host=of.all_layers * ELEMENT if held else 2 * of.layer * ELEMENT,
     )

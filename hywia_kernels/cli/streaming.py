@@ -38,11 +38,13 @@ class Sharing:
     """How a command's scoring is streamed.
 
     Attributes:
-        device: this process's. place: where the weights stay. timeout: seconds that processes wait for each other.
+        device: this process's. place: where the weights stay. shared: a host's processes hold them there together.
+        timeout: seconds that processes wait for each other.
     """
 
     device: torch.device
     place: str
+    shared: bool
     timeout: float
 
     @contextmanager
@@ -64,7 +66,7 @@ class Sharing:
         """`(model, tokenizer)`, the weights where they are to stay: loaded, or stored."""
         console.say(f"loading {arguments.model}; its layers' weights stay {_WHERE[self.place]}")
         given: dict[str, Any] = {name: getattr(arguments, name) for name in ("dtype", "trust_remote_code", "revision")}
-        if self.place == "files":
+        if self.place == "files" or self.shared:
             stored = open_stored(arguments.model, **given)
             session.proven(stored.model)
             return stored, stored.tokenizer
@@ -122,7 +124,9 @@ def sharing(arguments: argparse.Namespace, recipe: Recipe) -> Sharing | None:
     if not asked and not plain:
         return None
     device = device_of_rank(arguments.device)
-    fitting = place_for(_weight_bytes(arguments), device)
+    source = source_of(arguments.model)
+    packed = arguments.model in BUNDLED or (source is not None and source.is_file())  # GGUF, which each process loads
+    fitting = place_for(_weight_bytes(arguments), device, shared=size > 1 and not packed)
     if not asked and fitting == "device":
         return None
     place = fitting if arguments.weights == "auto" else arguments.weights
@@ -133,4 +137,4 @@ def sharing(arguments: argparse.Namespace, recipe: Recipe) -> Sharing | None:
             f"calib: expected a text for a model that does not stay on {device}, which would take too long to write "
             "one; name a file or data set (--calib)"
         )
-    return Sharing(device, place, arguments.rank_timeout)
+    return Sharing(device, place, place == "host" and size > 1 and not packed, arguments.rank_timeout)

@@ -7,6 +7,7 @@
     stored    where layers are read from: pinned memory, or a stored model's files
     weights   layers' weights, each at hand while its layer runs
     slots     layers on their way to a device, two at a time
+    shards    layers that the processes of a host hold together, and gather
     place     where the weights stay, by what is free
     work      what a stopped run goes on from
     agreement whether all processes read the same weights

@@ -59,8 +59,8 @@ def calibrate_streamed(
         orders: of the fine sums, some of ORDERS. Sums of "second" alone add up over samples; for the others the
             processes exchange operands, layer by layer (see `scale.exchange`).
         device: where the layers run; None: where the model's embedding is, of a stored model the CPU.
-        weights: where they stay meanwhile: "device", "host" (of a model in the host's memory), "files", or "auto":
-            where the model has them.
+        weights: where they stay meanwhile: "device", "host" (of a model in the host's memory; or of a stored one, which
+            the processes of a host then hold together), "files", or "auto": where the model has them.
         ranks: the processes that share the samples; None: this one alone. One of several must be given a device of its
             own.
         backend: of the ops.
@@ -151,9 +151,9 @@ def _place(source: FileWeights | None, layers: Sequence[Table], device: torch.de
     """
     devices = {p.device for table in layers for p in table.originals}
     if source is not None:
-        if weights not in ("auto", "files"):
-            raise UsageError(f"weights: expected auto or files for a model whose weights are in files, got {weights!r}")
-        return "files"
+        if weights not in ("auto", "host", "files"):
+            raise UsageError(f"weights: expected auto, host or files for a stored model, got {weights!r}; load it")
+        return "host" if weights == "host" else "files"
     if len(devices) > 1:
         raise HywiaError(
             f"model: expected all layers on one device for a streamed scoring, got them on "

@@ -144,6 +144,11 @@ class Streamed:
             self._backward(unfinished, bar)
         self.seconds = {"forward": round(middle - began, 3), "backward": round(time.monotonic() - middle, 3)}
 
+    @property
+    def _sweeps(self) -> bool:
+        """Whether this process has the layers' weights at hand, as it must where others gather them with it."""
+        return bool(self.mine) or self.weights.together
+
     def _node(self, nodes: dict[int, _Node], layer: int, samples: Samples) -> _Node:
         """The instrumented layer for a run; those of other runs of its size serve too."""
         size = len(samples)
@@ -172,7 +177,7 @@ class Streamed:
         inside = f"{self.prefix}."
         reading.add({name: module for name, module in self.modules.items() if not name.startswith(inside)})
         whole = unfinished == len(self.layers)
-        with closing(self.weights.sweep(range(unfinished) if self.mine else [])) as sweep, torch.no_grad():
+        with closing(self.weights.sweep(range(unfinished) if self._sweeps else [])) as sweep, torch.no_grad():
             for i in sweep:
                 of_layer = f"{inside}{i}"
                 reading.add({n: m for n, m in self.modules.items() if n == of_layer or n.startswith(f"{of_layer}.")})
@@ -233,7 +238,7 @@ class Streamed:
                 run.gradient = self.work.gradient(unfinished, j, self.device)
         pending: tuple[int, Tensor, dict[int, Tensor]] | None = None
         order = range(unfinished - 1, -1, -1)
-        with closing(self.weights.sweep(order) if self.mine else iter_of(order)) as sweep:
+        with closing(self.weights.sweep(order) if self._sweeps else iter_of(order)) as sweep:
             for i in sweep:
                 rows = self._score(i)
                 if pending is not None:

@@ -51,7 +51,7 @@ class Ranks:
     """The processes of one scoring. A world of one has no store, and asks nobody.
 
     Attributes:
-        rank, size: this process among all. here: how many of them are on this host.
+        rank, size: this process among all. mates: those on this host. here: how many.
         speaks: whether this process writes, and prints for all of them.
         received: bytes that `exchange` has brought from others so far.
     """
@@ -65,7 +65,8 @@ class Ranks:
         self._processes = [own]
         if size > 1:
             self._processes = [_Process(*told) for told in self.tell(list(own), "the beginning")]
-        self.here = sum(process.place == own.place for process in self._processes)
+        self.mates = [r for r, process in enumerate(self._processes) if process.place == own.place]
+        self.here = len(self.mates)
 
     @property
     def speaks(self) -> bool:
@@ -142,6 +143,36 @@ class Ranks:
             with self._together():
                 dist.all_reduce(values, group=self._group)
         return values
+
+    def host_group(self) -> Any:
+        """The processes of this host, for `gather`; None where this one is alone. Called by all processes that torchrun
+        started, since each must know of every host's."""
+        if self.size == 1:
+            return None
+        places = [process.place for process in self._processes]
+        hosts = [[r for r, place in enumerate(places) if place == host] for host in dict.fromkeys(places)]
+        groups = [dist.new_group(host) for host in hosts]
+        return groups[hosts.index(self.mates)]
+
+    def give_back(self, group: Any) -> None:
+        """Ends a group of `host_group`."""
+        if group is not None:
+            with suppress(RuntimeError):  # others are gone
+                dist.destroy_process_group(group)
+
+    def gather(self, into: Tensor, part: Tensor, group: Any) -> Any:
+        """Begins to put the parts of a host's processes one behind the other; `wait` for what is returned. Bytes."""
+        if group is None:
+            into.copy_(part)
+            return None
+        with self._together():
+            return dist.all_gather_into_tensor(into, part, group=group, async_op=True)
+
+    def wait(self, begun: Any) -> None:
+        """Until what was gathered is there, for what the device does next."""
+        if begun is not None:
+            with self._together():
+                begun.wait()
 
     def exchange(self, parts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
         """Sends each process its part; returns what came from all of them, one below the other, bit for bit.

@@ -25,6 +25,7 @@ from ..versions import versions
 from .exchange import exchanged, kept_columns
 from .layers import NotFinite, Streamed
 from .ranks import Ranks
+from .shards import Shards
 from .slots import Slots
 from .stored import FileWeights, Pinned, Views
 from .weights import Resident, Table, Weights, moved_to
@@ -72,6 +73,8 @@ class Scoring:
             return Resident()
         if self.source is None:
             return Slots(self.layers, Pinned(self.layers, self.device), self.device, "host")
+        if self.place == "host":
+            return Shards(self.layers, self.source, self.device, self.ranks)
         if self.device.type == "cpu":
             return Views(self.layers, self.source)
         return Slots(self.layers, self.source, self.device, "files")

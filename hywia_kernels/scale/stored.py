@@ -118,7 +118,7 @@ class FileWeights:
 class Views:
     """Weights that the CPU works on where they lie in their files: nothing is copied."""
 
-    place = "files"
+    place, together = "files", False
 
     def __init__(self, tables: Sequence[Table], source: FileWeights) -> None:
         self.tables, self.source = tables, source

@@ -20,9 +20,11 @@ class Weights(Protocol):
 
     Attributes:
         place: one of WEIGHTS but "auto". moved: bytes that were moved so far. waited: seconds spent waiting for them.
+        together: whether all processes must sweep, those without runs too.
     """
 
     place: str
+    together: bool
     moved: int
     waited: float
 
@@ -38,7 +40,7 @@ class Weights(Protocol):
 class Resident:
     """Weights of a model that is on the device: nothing moves."""
 
-    place, moved, waited = "device", 0, 0.0
+    place, together, moved, waited = "device", False, 0, 0.0
 
     def sweep(self, order: Sequence[int]) -> Generator[int, None, None]:
         yield from order

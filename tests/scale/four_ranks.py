@@ -15,10 +15,13 @@ import torch
 from torch import distributed as dist
 
 import hywia_kernels as hk
+from hywia_kernels.scale import ranks as ranks_module
 from hywia_kernels.scale.job import calibrate_streamed
 from hywia_kernels.scale.ranks import Ranks
+from hywia_kernels.scale.weights import tables
 from hywia_kernels.scale.work import Work
 from tests.support.families import fresh_named
+from tests.support.tokenizers import byte_tokenizer
 
 FAMILIES = ("llama", "qwen3", "gpt2", "mixtral")
 SIZES = (1, 2, 4)
@@ -141,6 +144,40 @@ def same_bits(launch: Launch) -> dict:
     return found
 
 
+def held_together(launch: Launch, folder: Path) -> dict:
+    """Stored models of which the processes of a host hold a part each: all four on one, and two on each of two."""
+    found: dict = {}
+    real = ranks_module._place
+    for name, kind, orders in (("llama", "few", SECOND), ("gpt2", "ragged", SECOND), ("mixtral", "equal", FIRST)):
+        ids = texts()[kind]
+        if launch.rank == 0:
+            fresh_named(name).save_pretrained(folder / name, max_shard_size="30KB")
+            byte_tokenizer().save_pretrained(folder / name)
+        launch.all_of(None)
+        stored = hk.open_stored(folder / name)
+        alone = calibrate_streamed(fresh_named(name), ids, orders=orders)
+        of: dict = {"alone": digest(alone)}
+        for hosts in (1, 2):
+            ranks_module._place = lambda hosts=hosts: f"host {launch.rank * hosts // launch.size}"
+            try:
+                statistics = calibrate_streamed(
+                    stored, ids, orders=orders, weights="host", ranks=launch.ranks(launch.size)
+                )
+            finally:
+                ranks_module._place = real
+            record = statistics.record
+            of[f"{hosts}"] = launch.all_of([digest(statistics), record["weights"], record["bytes_moved"]])
+        of["layers"] = 2 * layer_bytes(stored.model)
+        of["meta"] = all(p.is_meta for p in stored.model.parameters())
+        found[name] = of
+    return found
+
+
+def layer_bytes(model) -> int:
+    of_layers, _ = tables(model, dict(model.named_modules()))
+    return sum(table.bytes for table in of_layers)
+
+
 def resumed(launch: Launch, folder: Path) -> dict:
     """A scoring that is stopped when two of three layers are finished, and goes on with another number of processes."""
     found, keep = {}, Work.keep_state
@@ -240,6 +277,7 @@ def main(into: str) -> None:
     folder = launch.all_of(tempfile.mkdtemp(dir=Path(into).parent) if launch.rank == 0 else None)[0]
     found = {
         "bits": same_bits(launch),
+        "held together": held_together(launch, Path(folder)),
         "resumed": resumed(launch, Path(folder)),
         "undisturbed": {
             orders[0]: digest(calibrate_streamed(fresh_named("llama"), texts()["ragged"], orders=orders))

@@ -134,6 +134,14 @@ def test_all_orders_are_shared(folder):
 
 
 @pytest.mark.slow
+def test_processes_of_a_host_hold_the_weights_together(folder):
+    done = command(folder, 2, "score", "model", "-o", "together", *SCORING, "--weights", "host")
+    assert done.returncode == 0, done.stderr
+    assert "its layers' weights stay in the host's memory" in done.stdout
+    assert same(folder / "together", folder / "alone")
+
+
+@pytest.mark.slow
 def test_only_the_first_process_prints_and_writes(folder):
     shared = command(folder, 2, "score", "model", "-o", "shared", *SCORING)
     assert shared.returncode == 0, shared.stderr

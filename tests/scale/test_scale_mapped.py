@@ -54,6 +54,16 @@ def test_the_same_statistics_wherever_the_weights_are(family, tmp_path):
     assert {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in tmp_path.iterdir()} == before
 
 
+def test_a_stored_model_is_held_by_the_host(tmp_path):
+    stored(FAMILIES[4], tmp_path)
+    loaded, _ = hk.load(tmp_path)
+    one, other = calibrate_streamed(loaded, IDS), calibrate_streamed(hk.open_stored(tmp_path), IDS, weights="host")
+    assert other.record["weights"] == "host"
+    assert equal(one, other)
+    with pytest.raises(hk.UsageError, match="weights: expected auto, host or files for a stored model, got 'device'"):
+        calibrate_streamed(hk.open_stored(tmp_path), IDS, weights="device")
+
+
 def test_another_dtype_is_that_of_loading(tmp_path):
     stored(FAMILIES[4], tmp_path)
     loaded, _ = hk.load(tmp_path, dtype="bfloat16")

@@ -60,6 +60,19 @@ def test_only_what_does_not_add_up_changes_hands(launch):
     assert launch["bits"]["llama equal first"]["exchanged"] == pytest.approx(of_all, rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_weights_that_a_host_holds_together_give_the_same_bits(launch, name):
+    """Each process has a quarter of every layer, or half where two are on a host; what pads a part is little."""
+    found = launch["held together"][name]
+    for hosts, share in (("1", 4), ("2", 2)):
+        assert {told[0] for told in found[hosts]} == {found["alone"]}
+        assert {told[1] for told in found[hosts]} == {"host"}
+        moved = {told[2] for told in found[hosts]}
+        assert len(moved) == 1
+        assert found["layers"] / share <= moved.pop() < 1.3 * found["layers"] / share
+    assert found["meta"] is True
+
+
 @pytest.mark.parametrize("case", ["1-4 second", "4-2 second", "2-1 second", "4-2 first"])
 def test_a_stopped_scoring_goes_on_with_another_number_of_processes(launch, case):
     found = launch["resumed"][case]
