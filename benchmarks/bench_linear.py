@@ -8,14 +8,12 @@ sample in the operands' dtype, as a user would, and score them in float32.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hywia_kernels import ops
-from hywia_kernels.ops import cuda_linear
 from hywia_kernels.ops.reference import linear_importance_fp64
 
 from . import cases
@@ -156,17 +154,6 @@ def merged(
     return _scored(gradient, None, w, axis, order, group_size), signed
 
 
-@contextmanager
-def _by(ways: Mapping[str, object]) -> Iterator[None]:
-    """Backend "cuda" by other ways for a while."""
-    before = dict(cuda_linear.WAYS)
-    cuda_linear.WAYS.update(ways)
-    try:
-        yield
-    finally:
-        cuda_linear.WAYS.update(before)
-
-
 def prepare(case: LinearCase, device: torch.device, backends: Sequence[str]) -> Job:
     tensors = operands(case, device)
     grad_output, inputs, _ = tensors
@@ -179,38 +166,29 @@ def prepare(case: LinearCase, device: torch.device, backends: Sequence[str]) -> 
     # What backend "cuda" makes of it; the others do not read it.
     rounded_sums = (expected[0], from_mapped(case, tensors, mapped), expected[2]) if mapped is not None else expected
 
-    def backend(name: str, label: str = "", **ways: object) -> Candidate:
+    def backend(name: str) -> Candidate:
         def call():
-            with _by(ways):
-                return ops.linear_importance(
-                    *tensors,
-                    samples=case.samples,
-                    axis=case.axis,
-                    order=case.order,
-                    group_size=case.group_size,
-                    per_sample=case.per_sample,
-                    mapped=mapped,
-                    backend=name,
-                )
+            return ops.linear_importance(
+                *tensors,
+                samples=case.samples,
+                axis=case.axis,
+                order=case.order,
+                group_size=case.group_size,
+                per_sample=case.per_sample,
+                mapped=mapped,
+                backend=name,
+            )
 
-        return Candidate(label or name, call, error=lambda run: error(run, name))
+        return Candidate(name, call, error=lambda run: error(run, name))
 
     def error(run, name: str = "") -> float:
         poison(*expected, dtype=torch.float32)
         return largest_error(run(), rounded_sums if name == "cuda" else expected)
 
-    def others(name: str) -> list[Candidate]:
-        """The other ways that backend "cuda" has, as long as it has them."""
-        if name != "cuda" or not case.per_sample:
-            return []
-        found = [backend(name, "cuda, early turn", late_turn=False)]
-        return [*found, backend(name, "cuda, sums kept", inside=False)] if case.order == "second" else found
-
     def mm() -> Tensor:
         return torch.mm(grad_output.t(), inputs)
 
     rounded = ROUNDED[case.dtype]
-    by_backends = list(backend_candidates("linear_importance", backends, tensors, backend))
     torch_ways = (
         Candidate(EAGER, lambda: one_by_one(*plain), tolerance=rounded),
         Candidate(COMPILE, lambda: jit(*plain), tolerance=rounded),
@@ -218,8 +196,7 @@ def prepare(case: LinearCase, device: torch.device, backends: Sequence[str]) -> 
     candidates = (
         Candidate(MM, mm, error=lambda run: product_error(run(), tensors), tolerance=rounded),
         *(torch_ways if case.samples <= TORCH_SAMPLES else ()),
-        *by_backends,
-        *(candidate for made in by_backends for candidate in others(made.name)),
+        *backend_candidates("linear_importance", backends, tensors, backend),
     )
     return Job(candidates, error, TOLERANCE, baseline=MM)
 

@@ -13,6 +13,7 @@ from . import (
     bench_engine,
     bench_integrations,
     bench_pruned,
+    bench_recipe,
     bench_width,
     environment,
     harness,
@@ -111,6 +112,7 @@ PUBLISHED = {
     "width": bench_width,
     "quality": quality,
     "distillation": bench_distillation,
+    "recipe": bench_recipe,
 }
 
 

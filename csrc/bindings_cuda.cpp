@@ -43,8 +43,7 @@ void taylor_importance(const py::tuple& weight, const py::tuple& grad, const py:
 // row to row, of grad_output, input, weight and mapped; columns follow each other.
 LinearImportanceArgs linear_shape(const std::vector<int64_t>& strides, bool mapped, int dtype, int64_t tokens,
                                   int64_t rows, int64_t columns, bool ragged, int64_t samples, int axis, int order,
-                                  int64_t group_size, bool per_sample, float scale, bool inside, bool late_turn,
-                                  int64_t table_bytes) {
+                                  int64_t group_size, bool per_sample, float scale, int64_t table_bytes) {
     LinearImportanceArgs args;
     args.grad_output_stride = strides.at(0), args.input_stride = strides.at(1), args.weight_stride = strides.at(2);
     args.mapped_stride = strides.at(3), args.has_mapped = mapped;
@@ -52,7 +51,7 @@ LinearImportanceArgs linear_shape(const std::vector<int64_t>& strides, bool mapp
     args.ragged = ragged, args.samples = samples, args.axis = axis;
     args.order = static_cast<LinearOrder>(order), args.group_size = group_size;
     args.per_sample = per_sample, args.scale = scale;
-    args.inside = inside, args.late_turn = late_turn, args.table_bytes = table_bytes;
+    args.table_bytes = table_bytes;
     return args;
 }
 
@@ -144,7 +143,7 @@ PYBIND11_MODULE(_cuda, m) {
     py::class_<LinearImportanceArgs>(m, "LinearImportance")
         .def(py::init(&linear_shape), py::kw_only(), "strides"_a, "mapped"_a, "dtype"_a, "tokens"_a, "rows"_a,
              "columns"_a, "ragged"_a, "samples"_a, "axis"_a, "order"_a, "group_size"_a, "per_sample"_a, "scale"_a,
-             "inside"_a, "late_turn"_a, "table_bytes"_a)
+             "table_bytes"_a)
         .def("workspace", &linear_importance_workspace)
         .def("cut", &linear_cut, "resident"_a)
         .def("run", &linear_importance, "grad_output"_a, "input"_a, "weight"_a, "mapped"_a, "offsets"_a, "fine"_a,

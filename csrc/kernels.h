@@ -68,9 +68,6 @@ struct LinearImportanceArgs {
     bool accumulate = false;
     float* workspace = nullptr;  // linear_importance_workspace() floats
     void* stream = nullptr;
-    // Ways of doing it that are compiled side by side.
-    bool inside = true;               // order Second reduces each sample's gradient at once, and keeps no sum of them
-    bool late_turn = true;            // a warpgroup hands the tensor cores over when its first stage is done
     int64_t table_bytes = 512 << 20;  // the most that the clusters' partial sums may take
 };
 

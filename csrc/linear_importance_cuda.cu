@@ -229,7 +229,7 @@ void linear_importance_cuda(const LinearImportanceArgs& a) {
     LinearKernelArgs p;
     p.offsets = a.offsets;
     p.samples = int(a.samples), p.tokens = int(a.tokens), p.length = int(a.tokens / a.samples);
-    p.plan = plan, p.late_turn = a.late_turn;
+    p.plan = plan;
     p.scale = a.scale;
     p.mean_scale = float(double(a.scale) / double(a.samples));
     p.square_scale = float(double(a.scale) * double(a.scale) / double(a.samples));

@@ -12,7 +12,6 @@ struct LinearKernelArgs {
     const int32_t* offsets;  // [samples + 1], or null: `length` tokens each
     int samples, length, tokens;
     LinearPlan plan;
-    bool late_turn;
     float scale, mean_scale, square_scale;  // of G_s, of their sum, of the sum of their squares
     float* partial;                         // tables as LinearPlan says
 };

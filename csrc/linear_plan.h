@@ -39,7 +39,7 @@ constexpr int64_t divide_round_up(int64_t a, int64_t b) { return (a + b - 1) / b
 inline LinearMode mode_of(const LinearImportanceArgs& a) {
     const bool first = a.order == LinearOrder::First;
     if (!a.per_sample || (a.has_mapped && first)) return LinearMode::Merged;
-    if (a.order == LinearOrder::Second && a.inside) return LinearMode::Second;
+    if (a.order == LinearOrder::Second) return LinearMode::Second;
     return a.has_mapped ? LinearMode::Sums : first ? LinearMode::Samples : LinearMode::Squares;
 }
 // Whether linear_products makes the samples' signed sums.

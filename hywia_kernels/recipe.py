@@ -23,7 +23,9 @@ from .types.record import parsed
 
 __all__ = ["Recipe"]
 
-_REFIT_SAMPLES = {"cpu": 128, "gpu": 1024}  # some two passes over them: minutes on two cores, seconds on a GPU
+_REFIT_SAMPLES = settings.ByDevice(
+    cpu=128, gpu=1024
+)  # some two passes over them: minutes on two cores, seconds on a GPU
 _TUPLES = ("layers", "units", "serve")
 
 
@@ -224,7 +226,7 @@ class Recipe:
         search = self.search
         if search is None:
             search = "fast" if self.ratio is not None and self._open(layout) and self.criterion == "hywia" else "none"
-        usual = _REFIT_SAMPLES["cpu" if device == "cpu" else "gpu"]
+        usual = _REFIT_SAMPLES.on(device)
         return dataclasses.replace(
             self,
             layout=layout,

@@ -1,9 +1,12 @@
 """What each setting may be, and the defaults that functions, recipes and commands share: said once, here.
 
-Imports nothing, so that the command line can show its help without loading torch.
+Imports no package, so that the command line can show its help without loading torch.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 __all__ = [
     "BACKENDS",
@@ -36,7 +39,23 @@ __all__ = [
     "STREAMED",
     "TUNES",
     "WEIGHTS",
+    "ByDevice",
 ]
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class ByDevice(Generic[Value]):
+    """A default that a CPU wants otherwise than accelerators do."""
+
+    cpu: Value
+    gpu: Value
+
+    def on(self, device_type: str) -> Value:
+        """For a type of device: "cpu", "cuda" or another."""
+        return self.cpu if device_type == "cpu" else self.gpu
+
 
 GROUP_KINDS = ("mlp", "attention", "experts")  # of units that lie on a layer's matrices
 KINDS = (*GROUP_KINDS, "layers")  # of units

@@ -20,7 +20,6 @@ from ..method.derivation import prove
 from ..method.scores import fuse
 from ..method.statistics import calibrate
 from ..method.tokens import digest, prefix
-from ..method.writing import opening
 from ..recipe import Recipe
 from ..scale.job import calibrate_streamed
 from ..scale.place import Streaming
@@ -100,9 +99,8 @@ def _read(model: Any, tokenizer: Any, recipe: Recipe, asked: int | None) -> tupl
                 f"calib: the text holds {len(tokens)} samples of {recipe.seq_len} tokens, {needed} were asked for; "
                 f"give more text, or {option} {len(tokens)}, or a shorter --seq-len"
             )
-    begin = (opening if recipe.calibration is None else prefix)(tokenizer, recipe.bos)
     origin = recipe.calibration or "written by the model"
-    facts = {"calib": origin, "seed": recipe.seed, "bos": bool(begin), "samples": len(tokens)}
+    facts = {"calib": origin, "seed": recipe.seed, "bos": bool(prefix(tokenizer, recipe.bos)), "samples": len(tokens)}
     return tokens, {**facts, "tokens": tokens.numel(), "sha256": digest(tokens)}
 
 

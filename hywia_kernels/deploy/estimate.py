@@ -28,6 +28,7 @@ from ..method.equations import can_hold
 from ..method.recovery.job import asked_tokens, micro_tokens
 from ..method.recovery.request import Recovery
 from ..method.recovery.tuning import training_bytes
+from ..method.sampling import WRITING_SHARE, even
 from ..settings import PRICE_SAMPLES, SELF
 from ..types import Group
 from .cost import Cost, cost_of
@@ -46,11 +47,11 @@ STAGES = (
     "recovery text",
     "recovery",
 )
-_WRITERS = 64  # samples that are written at a time
 _CHUNK_TOKENS = 8192  # that head ranking and reconstruction run at a time
 _FORWARD = 0.55  # of the products' rate: a forward pass over some thousand tokens
 _SCORING = 0.5  # the same of a forward and backward pass with its scores
 _RECONSTRUCTION = 0.9  # the same of the passes of full chunks through one layer at a time
+_DRAWN_COPIES = 8  # times that a step's logits are read or written until its tokens are drawn
 _DECODING = 0.3  # of a step's products, which are narrow
 _MOMENTS = 0.9  # of the moments' rate
 _TRAINING = 0.4  # of the products' rate: passes of some thousand tokens with their gradients
@@ -130,14 +131,14 @@ def estimate(
     rates = measured_rates(where, next(model.parameters()).dtype) if rates is None else rates
     scored = samples if ranks_heads else 0
     seconds = {
-        "writing": _writing(work, max(samples, reconstruct_samples) if writes else 0, seq_len, len(work.kv), rates),
+        "writing": _writing(work, max(samples, reconstruct_samples) if writes else 0, seq_len, where, rates),
         "scoring": _scoring(work, samples, seq_len, rates),
         "head ranking": _ranking(work, groups, scored, seq_len, rates),
         "layer ranking": _layer_ranking(work, layer_samples, seq_len, layers_priced, rates),
         "searching": _searching(work, groups, trials, trial_samples, seq_len, 1.0 - ratio, rates),
         "reconstruction": _reconstruction(work, groups, reconstruct_samples, seq_len, 1.0 - ratio, rates),
         "cutting": _CUT_COPIES * work.weight_bytes / rates.copies if ratio else 0.0,
-        "recovery text": _recovery_text(work, recover, rates),
+        "recovery text": _recovery_text(work, recover, where, rates),
         "recovery": _recovery(work, recover, 1.0 - ratio, rates),
     }
     size = work.element_size
@@ -146,7 +147,7 @@ def estimate(
         seconds={stage: seconds[stage] for stage in STAGES if seconds[stage] > 0.0},
         memory_bytes=work.weight_bytes
         + max(
-            _writing_bytes(work, min(max(samples, reconstruct_samples), _WRITERS) if writes else 0, seq_len),
+            _writing_bytes(work, max(samples, reconstruct_samples) if writes else 0, seq_len, where),
             _scoring_bytes(model, groups, samples, seq_len, where),
             _ranking_bytes(work, groups, scored, seq_len),
             _layer_ranking_bytes(work, layer_samples, seq_len),
@@ -171,15 +172,16 @@ def _forward(work: Cost, samples: int, seq_len: int, *, logits: bool) -> float:
     return without + (2.0 * samples * seq_len * work.head if logits else 0.0)
 
 
-def _writing(work: Cost, samples: int, seq_len: int, layers: int, rates: Rates) -> float:
-    """A decoding step for every token: its products, and at least the weights' bytes and the layers' launches."""
-    steps = seq_len - 1
-    total = 0.0
-    for first in range(0, samples, _WRITERS):
-        batch = min(_WRITERS, samples - first)
-        products = _forward(work, batch, 1, logits=True) / (rates.products * _DECODING)
-        total += steps * max(products, work.decode_bytes(batch, seq_len // 2) / rates.copies, layers * rates.launch)
-    return total
+def _writing(work: Cost, samples: int, seq_len: int, device: torch.device, rates: Rates) -> float:
+    """A decoding step for every token: its products, what is done with its logits, and at least the weights' bytes, and
+    the layers' launches where they are few enough to matter."""
+    if not samples:
+        return 0.0
+    batch = even(samples, device.type)
+    products = _forward(work, batch, 1, logits=True) / (rates.products * _DECODING)
+    logits = _DRAWN_COPIES * 4 * batch * (work.head // work.hidden) / rates.copies
+    reads = work.decode_bytes(batch, seq_len // 2) / rates.copies
+    return math.ceil(samples / batch) * (seq_len - 1) * max(products + logits + reads, len(work.kv) * rates.launch)
 
 
 def _scoring(work: Cost, samples: int, seq_len: int, rates: Rates) -> float:
@@ -200,13 +202,13 @@ def _ranking(work: Cost, groups: Any, samples: int, seq_len: int, rates: Rates) 
     )
 
 
-def _recovery_text(work: Cost, recover: Recovery | None, rates: Rates) -> float:
+def _recovery_text(work: Cost, recover: Recovery | None, device: torch.device, rates: Rates) -> float:
     """The dense model writes its share of the text."""
     if recover is None or SELF not in recover.text:
         return 0.0
     share = dict(zip(recover.text, recover.source_shares, strict=True))[SELF]
     samples = round(share * ((recover.text_tokens or 0) / recover.seq_len + recover.held_out))
-    return _writing(work, samples, recover.seq_len, len(work.kv), rates)
+    return _writing(work, samples, recover.seq_len, device, rates)
 
 
 def _recovery(work: Cost, recover: Recovery | None, kept: float, rates: Rates) -> float:
@@ -279,10 +281,10 @@ def _searching(
     return trials * (_reconstruction(work, groups, refit, seq_len, kept, rates) + judging + logits) + judging
 
 
-def _writing_bytes(work: Cost, samples: int, seq_len: int) -> int:
-    """The cache, and logits in float32 with what sampling makes of them."""
-    vocabulary = work.head // work.hidden
-    return samples * (seq_len * work.kv_bytes_per_token + 4 * 4 * vocabulary)
+def _writing_bytes(work: Cost, samples: int, seq_len: int, device: torch.device) -> int:
+    """The cache of the samples that are written at once, and logits in float32 with what sampling makes of them."""
+    each = seq_len * work.kv_bytes_per_token + 4 * 4 * (work.head // work.hidden)
+    return min(even(samples, device.type) * each, int(WRITING_SHARE * free_bytes(device))) if samples else 0
 
 
 def _scoring_bytes(model: Any, groups: Any, samples: int, seq_len: int, device: torch.device) -> int:

@@ -12,11 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.precision import tf32
+
 __all__ = ["decode_attention"]
 
 BLOCK = 64
 MANY = 2048  # KV heads of all sequences from which each is one program's
-_SMALL_BLOCK = 32  # tokens at a time there: all query heads' products with them are in registers
+_SMALL_BLOCK = 32  # tokens at a time there
+_LEAST = 16  # rows, and columns, that a product on the tensor cores has at least
 
 
 @triton.jit
@@ -47,30 +50,32 @@ def _pieces(
 
 @triton.jit
 def _whole(
-    query, keys, values, position, out, shared, length, scale, D: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """All of one KV head's query heads, `HEADS` the power of two that holds them: softmax as the tokens come."""
+    query, keys, values, position, out, shared, length, scale,
+    D: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, FLOAT32: tl.constexpr,
+):  # fmt: skip
+    """All of one KV head's query heads, padded to `HEADS`, which a product takes: softmax as the tokens come."""
     row = tl.program_id(0)  # sequence · KV heads + KV head
     head = tl.arange(0, HEADS)
     lane = tl.arange(0, D)
     queries = (row * shared + head[:, None]) * D + lane[None, :]
     there = (head < shared)[:, None]
-    q = tl.load(query + queries, mask=there, other=0.0).to(tl.float32) * scale
+    q = tl.load(query + queries, mask=there, other=0.0)
     last = tl.load(position)
+    first = row.to(tl.int64) * length * D
     top = tl.full([HEADS], -1e30, tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     sums = tl.zeros([HEADS, D], tl.float32)
     for start in range(0, last + 1, BLOCK):
         token = start + tl.arange(0, BLOCK)
         inside = token <= last
-        offsets = row.to(tl.int64) * length * D + token[:, None] * D + lane[None, :]
-        k = tl.load(keys + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
-        v = tl.load(values + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
-        score = tl.where(inside[None, :], tl.sum(q[:, None, :] * k[None, :, :], axis=2), -1e30)
+        k = tl.load(keys + first + token[None, :] * D + lane[:, None], mask=inside[None, :], other=0.0)
+        v = tl.load(values + first + token[:, None] * D + lane[None, :], mask=inside[:, None], other=0.0)
+        score = tl.dot(q, k, input_precision=FLOAT32) * scale
+        score = tl.where(inside[None, :], score, -1e30)
         largest = tl.maximum(top, tl.max(score, axis=1))
         shrink = tl.exp(top - largest)
         p = tl.exp(score - largest[:, None])
-        sums = sums * shrink[:, None] + tl.sum(p[:, :, None] * v[None, :, :], axis=1)
+        sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=FLOAT32)
         total = total * shrink + tl.sum(p, axis=1)
         top = largest
     tl.store(out + queries, (sums / total[:, None]).to(out.dtype.element_ty), mask=there)
@@ -85,15 +90,17 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, position: Tens
         position: int64 `[1]`, on the same device.
 
     Returns:
-        `[batch, heads, 1, head_dim]` in the query's dtype; sums in float32.
+        `[batch, heads, 1, head_dim]` in the query's dtype; sums in float32, float32's products as the process makes
+        those of matrices: in float32, or in TF32.
     """
     batch, heads, _, size = query.shape
     kv_heads, length = keys.shape[1:3]
-    if batch * kv_heads >= MANY:
+    if batch * kv_heads >= MANY and size >= _LEAST:
         out, shared = torch.empty_like(query), heads // kv_heads
         _whole[(batch * kv_heads,)](
             query, keys, values, position, out, shared, length, scale, D=size,
-            HEADS=triton.next_power_of_2(shared), BLOCK=_SMALL_BLOCK, num_warps=4,
+            HEADS=max(_LEAST, triton.next_power_of_2(shared)), BLOCK=_SMALL_BLOCK,
+            FLOAT32="tf32" if tf32() else "ieee", num_warps=2,
         )  # fmt: skip
         return out
     pieces = triton.cdiv(length, BLOCK)

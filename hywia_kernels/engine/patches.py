@@ -21,6 +21,7 @@ __all__ = [
     "hooked",
     "reproducible",
     "unhook",
+    "unpacked",
     "without_collections",
 ]
 
@@ -148,3 +149,21 @@ def without_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def unpacked() -> Iterator[None]:
+    """Within the context transformers takes samples for whole ones, none of them packed beside another or padded.
+
+    It looks at the positions to find that out, which it cannot do while a stream is captured: then it would make a mask
+    where the causal kernel needs none, and layers compiled without one would be compiled again.
+    """
+    from transformers import masking_utils
+
+    replacements = {"is_tracing": lambda tensor=None: False, "find_packed_sequence_indices": lambda position_ids: None}
+    before = {name: vars(masking_utils)[name] for name in replacements if name in vars(masking_utils)}
+    try:
+        vars(masking_utils).update({name: replacements[name] for name in before})
+        yield
+    finally:
+        vars(masking_utils).update(before)

@@ -179,8 +179,9 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale
     )
 
 
-def capture(call: Callable[[], Tensor], warm: int = 3) -> Callable[[], Tensor]:
-    """`call` as one CUDA graph, after `warm` runs beside the default stream (which also compile)."""
+def capture(call: Callable[[], Tensor], warm: int = 3, during: Callable[[], Any] = nullcontext) -> Callable[[], Tensor]:
+    """`call` as one CUDA graph, after `warm` runs beside the default stream (which also compile). `during`: makes a
+    context that it is captured in."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -188,7 +189,7 @@ def capture(call: Callable[[], Tensor], warm: int = 3) -> Callable[[], Tensor]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with during(), torch.cuda.graph(graph):
         out = call()
 
     def replay() -> Tensor:

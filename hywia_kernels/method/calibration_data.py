@@ -45,7 +45,7 @@ def calibration(
         seed: for the choice of windows, or for the writing.
         fewer: return as many samples as the text holds where these are fewer than asked for, but at least one.
         bos: whether each sample begins with the beginning-of-text token. None: where the tokenizer puts one before a
-            text by itself (Llama 2 and 3, Gemma, Mistral; not GPT-2), and in written text wherever there is one.
+            text by itself (Llama 2 and 3, Gemma, Mistral; not GPT-2), but for one in eight written samples.
         field: the field of an object, or the column of a table or dataset, that holds the text.
 
     Raises:

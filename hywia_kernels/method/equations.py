@@ -49,7 +49,7 @@ class Matrix:
 class NormalEquations:
     """`Σ w·x xᵀ` and `Σ w·r xᵀ` of a weighted regression of residuals `r` on inputs `x`, added up chunk by chunk.
 
-    In float64, of products as exact as float32's. A matrix with a bias has a constant input at the end.
+    In float64, of products nearly as exact as float32's. A matrix with a bias has a constant input at the end.
     """
 
     def __init__(self, name: str, inputs: int, outputs: int, device: torch.device) -> None:

@@ -14,9 +14,10 @@ from ..ops.precision import full_float32
 __all__ = ["TINY", "add_products", "cholesky_factor", "damped", "energy", "exact_products", "zero_moments"]
 
 TINY = 1e-30
-# Rows that are multiplied in float32 (CUDA: summed up by tensor cores, which cut off what they add: after 2,048 rows up
-# to 2e-6 of a sum) before they are added in float64. Fewer rows would make the additions cost as much as the products.
-_CPU_ROWS, _CUDA_ROWS = 1024, 2048
+# Rows that are multiplied in float32 before they are added in float64. On CUDA tensor cores sum them up, which cut off
+# what they add: on an H200 up to 2e-6 of the norms' product after 512 rows, 4e-6 after 1,024, 1e-5 after 2,048. Refits
+# do not tell 1e-5 from nothing; 512 rows take a fifth to a third longer than 1,024, and 2,048 a tenth to a sixth less.
+_CPU_ROWS, _CUDA_ROWS = 1024, 1024
 _PARTS = {torch.bfloat16: 1, torch.float16: 2}  # bfloat16 numbers that add up to one of these; float32: three
 
 
@@ -26,12 +27,13 @@ def zero_moments(rows: int, columns: int, device: torch.device) -> Tensor:
 
 
 def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += leftᵀ · right`, as exact as float32 products of all rows at once, or more so.
+    """`total += leftᵀ · right`, to 5e-6 of the product of the columns' norms, and where it is not on CUDA as exact as
+    float32 products of all rows at once.
 
     On the CPU these are float32 products of some rows at a time. On CUDA they are made of products of bfloat16, which
     are exact in float32: a float32 number is the sum of three of them. Of the parts' products those are left out that
     are below float32's own rounding, so that a bfloat16 operand and a float32 one take three products, and two float32
-    ones six. Elsewhere, and for float64, they are products in the operands' own dtype.
+    ones six; what is lost is lost in sums (`_CUDA_ROWS`). For float64 they are products in the operands' own dtype.
 
     Args:
         total: float64 `[a, b]` on the operands' device; see `zero_moments`.

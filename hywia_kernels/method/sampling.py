@@ -17,11 +17,13 @@ from .. import arch, progress
 from ..engine.memory import free_bytes
 from ..engine.static_driver import StaticDriver, capture, drivable
 from ..errors import HywiaError
+from ..ops.precision import tensor_float32
+from ..settings import ByDevice
 
-__all__ = ["Sampler", "batch_of", "driven", "uniforms"]
+__all__ = ["WRITING_SHARE", "Sampler", "batch_of", "driven", "even", "uniforms"]
 
-_BATCH = {"cpu": 64, "gpu": 4096}  # sequences at once: the most that makes a token cheaper
-_SHARE = 0.5  # of the free memory that caches and logits may take
+_BATCH = ByDevice(cpu=64, gpu=4096)  # sequences at once: about the most that makes a token cheaper
+WRITING_SHARE = 0.5  # of the free memory that caches and logits may take
 
 
 def uniforms(samples: int, length: int, seed: int) -> Tensor:
@@ -59,18 +61,23 @@ class Sampler:
 
 
 def batch_of(model: Any, samples: int, length: int) -> int:
-    """Sequences that are written at once: what is fast, and fits with caches and logits."""
+    """Sequences that are written at once: what is fast, fits with caches and logits, and leaves no small batch over."""
     config, weight = arch.text_config(model), model.get_input_embeddings().weight
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * arch.head_dim(model) * length * weight.element_size()
     logits = 4 * 4 * weight.shape[0]
-    fits = int(_SHARE * free_bytes(weight.device) / (cache + logits))
-    return max(1, min(samples, _BATCH["cpu" if weight.device.type == "cpu" else "gpu"], fits))
+    fits = int(WRITING_SHARE * free_bytes(weight.device) / (cache + logits))
+    return min(even(samples, weight.device.type), max(1, fits))
+
+
+def even(samples: int, device_type: str) -> int:
+    """Samples of a batch, where all are alike and about as large as is fast on a "cpu", "cuda" or other device."""
+    return -(-samples // max(1, round(samples / _BATCH.on(device_type))))
 
 
 def driven(model: Any, starts: Tensor, uniform: Tensor, ordinary: list[int], batch: int) -> Tensor | None:
     """Samples int64 `[samples, length]`, on the CPU, that begin with `starts` `[samples, begin]`; None where no driver
-    runs this model to the same logits.
+    runs this model to the same logits. On CUDA float32 models write with TF32 products.
 
     Args:
         uniform: float32 `[samples, length]`; what is at a position draws its token. ordinary: ids that may be drawn.
@@ -85,7 +92,8 @@ def driven(model: Any, starts: Tensor, uniform: Tensor, ordinary: list[int], bat
     step: Callable[[], Any] = writer.step
     if weight.is_cuda:
         writer.begin(starts[:batch], uniform[:batch])
-        step = capture(writer.step)
+        with tensor_float32():
+            step = capture(writer.step)
     written = []
     with progress.Bar("writing text", len(starts)) as bar:
         for first in range(0, len(starts), batch):

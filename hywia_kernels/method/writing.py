@@ -15,7 +15,9 @@ from ..errors import HywiaError, UsageError
 from .sampling import Sampler, batch_of, driven, uniforms
 from .tokens import check_length, check_tokens, encode, positions, prefix
 
-__all__ = ["continuation", "evaluating", "greedy", "opening", "prompt_tokens", "self_written"]
+_OTHERWISE = 8  # of so many written samples one begins as texts do not usually begin
+
+__all__ = ["continuation", "evaluating", "greedy", "prompt_tokens", "self_written"]
 
 
 @contextmanager
@@ -103,9 +105,18 @@ def _generate(model: Any, ids: Tensor, **settings: Any) -> Tensor:
         )
 
 
-def opening(tokenizer: Any, bos: bool | None = None) -> list[int]:
-    """The ids that written text begins with: those of `prefix`, or the beginning-of-text token where there is one."""
+def _opening(tokenizer: Any, bos: bool | None) -> list[int]:
+    """The ids that a sample is written behind: those of `prefix`, or the beginning-of-text token where there is one."""
     return prefix(tokenizer, bos if tokenizer.bos_token_id is None or bos is False else True)
+
+
+def _kept(tokenizer: Any, samples: int, bos: bool | None) -> Tensor:
+    """bool `[samples]`, on the CPU: whether a sample keeps what it was written behind."""
+    usual = bool(prefix(tokenizer, bos)) or not _opening(tokenizer, bos)
+    kept = torch.full((samples,), usual, device="cpu")
+    if bos is None and _opening(tokenizer, bos):
+        kept[_OTHERWISE - 1 :: _OTHERWISE] = not usual
+    return kept
 
 
 def self_written(
@@ -120,36 +131,49 @@ def self_written(
 ) -> Tensor:
     """Text the model writes itself, int64 `[samples, seq_len]`, on the CPU: no data is needed.
 
-    Each sample starts from the beginning-of-text token (if there is one, whether or not the tokenizer adds it; not with
-    `bos=False`) and one random ordinary token, and is then sampled at temperature 1 from the ordinary tokens, without
-    an end (see `sampling`). The model's generation config has no influence, but that its end tokens count as special.
-    The idea of data-free calibration from the model's own generations is LLM-QAT's (arXiv 2305.17888).
+    Each sample is written behind the beginning-of-text token (if there is one, whether or not the tokenizer adds it)
+    and one random ordinary token, and sampled at temperature 1 from the ordinary tokens, without an end (see
+    `sampling`). The model's generation config has no influence, but that its end tokens count as special. The idea of
+    data-free calibration from the model's own generations is LLM-QAT's (arXiv 2305.17888).
+
+    A sample then begins as the tokenizer begins a text, with the token or without, and one in eight the other way: of
+    chat, say, or of the middle of a document. Models gather attention on the first token, whichever it is; one that was
+    cut and repaired on a single first token does so for that one alone. With `bos` all samples begin alike.
 
     Raises:
         UsageError: `bos=True` without such a token, or a `seq_len` that has no room beside it, or beyond the model's
             positions. HywiaError: logits that are NaN or infinite, or a tokenizer of special tokens alone.
     """
-    begin = opening(tokenizer, bos)
+    begin, kept = _opening(tokenizer, bos), _kept(tokenizer, samples, bos)
+    length, most = seq_len + (len(begin) if bos is None else 0), positions(model)
+    if most is not None and length > most >= seq_len:  # no position for what is left out afterwards
+        begin, kept, length = prefix(tokenizer, bos), torch.ones_like(kept), seq_len
     if seq_len <= len(begin):
         raise UsageError(f"seq_len: expected at least {len(begin) + 1}, got {seq_len}")
     check_length(model, seq_len)
-    device = model.get_input_embeddings().weight.device
     ordinary = _ordinary(model, tokenizer)
     rng = random.Random(seed)
     starts = torch.tensor([[*begin, rng.choice(ordinary)] for _ in range(samples)], dtype=torch.int64, device="cpu")
     check_tokens(starts, model)
-    if starts.shape[1] >= seq_len:
-        return starts[:, :seq_len]
-    uniform = uniforms(samples, seq_len, seed)
-    batch = batch_of(model, samples, seq_len) if batch is None else min(batch, samples)
+    written = _written(model, starts, uniforms(samples, length, seed), ordinary, batch)
+    return torch.where(kept[:, None], written[:, :seq_len], written[:, length - seq_len :])
+
+
+def _written(model: Any, starts: Tensor, uniform: Tensor, ordinary: list[int], batch: int | None) -> Tensor:
+    """int64 `[samples, length]` that begins with `starts`, by the fastest way that the model allows."""
+    samples, length = uniform.shape
+    if starts.shape[1] >= length:
+        return starts[:, :length]
+    device = model.get_input_embeddings().weight.device
+    batch = batch_of(model, samples, length) if batch is None else min(batch, samples)
     with evaluating(model):
         result = driven(model, starts, uniform, ordinary, batch)
     if result is None:
         result = _generated(model, starts, uniform.to(device), ordinary, batch)
     rest = result[:, starts.shape[1] :]
-    if result.shape != (samples, seq_len) or not bool(torch.isin(rest, torch.tensor(ordinary, device="cpu")).all()):
+    if result.shape != (samples, length) or not bool(torch.isin(rest, torch.tensor(ordinary, device="cpu")).all()):
         raise HywiaError(
-            f"model: expected it to write {samples} samples of {seq_len} ordinary tokens, got {tuple(result.shape)} or "
+            f"model: expected it to write {samples} samples of {length} ordinary tokens, got {tuple(result.shape)} or "
             "tokens that are none; its `generate` is not transformers' own: give calibration text"
         )
     return result

@@ -13,12 +13,11 @@ from .calls import LinearCall
 from .devices import offsets_on, on, stream
 from .native import DTYPE_CODES, ORDER_CODES, extension
 
-__all__ = ["WAYS", "Prepared", "prepared", "shape_of"]
+__all__ = ["Prepared", "prepared", "shape_of"]
 
 ORDERS = {**ORDER_CODES, "all": 3}
 
-# Which of the ways that are compiled side by side is taken; see `LinearImportanceArgs` in csrc/kernels.h.
-WAYS: dict[str, Any] = {"inside": True, "late_turn": True, "table_bytes": 512 << 20}
+_TABLE_BYTES = 512 << 20  # the most that the clusters' partial sums may take
 
 
 def _pitch(tensor: Tensor) -> int:
@@ -49,7 +48,7 @@ def shape_of(call: LinearCall) -> Any:
         group_size=group_size,
         per_sample=per_sample,
         scale=scale,
-        **WAYS,
+        table_bytes=_TABLE_BYTES,
     )
 
 

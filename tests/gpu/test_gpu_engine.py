@@ -107,7 +107,7 @@ def test_offloaded_layer_inputs_give_the_same_bits(model, tokens, monkeypatch):
 
     monkeypatch.setattr(memory, "CHUNK_TOKENS", 1280)
     here = hk.calibrate(model, tokens, memory="layerwise")
-    original, kept, held = layered.run, layered._kept, []
+    original, kept, held = layered.run, layered.kept_on, []
 
     def offloaded(model, layers, chunks, scorer, scale, offload, kept_layers=0):
         assert offload is False
@@ -118,7 +118,7 @@ def test_offloaded_layer_inputs_give_the_same_bits(model, tokens, monkeypatch):
         return held[-1]
 
     monkeypatch.setattr(layered, "run", offloaded)
-    monkeypatch.setattr(layered, "_kept", noted)
+    monkeypatch.setattr(layered, "kept_on", noted)
     there = hk.calibrate(model, tokens, memory="layerwise")
     assert len(held) == model.config.num_hidden_layers * 3  # a run of samples each
     assert all(hidden.is_pinned() for hidden in held)

@@ -40,9 +40,9 @@ def test_a_refit_from_files_is_the_one_in_memory(family, tmp_path):
     assert contents(tmp_path / "files").keys() == contents(tmp_path / "memory").keys()
     cut, _ = hk.load(tmp_path / "files")
     for (name, got), other in zip(cut.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(got, other.cpu(), rtol=1e-5, atol=1e-5 * float(other.abs().max()), msg=name)
+        torch.testing.assert_close(got.cpu(), other.cpu(), rtol=1e-5, atol=1e-5 * float(other.abs().max()), msg=name)
     assert {p.device.type for p in stored.model.parameters()} == {"meta"}
-    assert {b.device.type for b in stored.model.buffers()} == {"cpu"}
+    assert {b.device.type for b in stored.model.buffers()} <= {"cpu"}
 
 
 def test_a_refit_takes_a_layer_s_memory(tmp_path):
@@ -50,6 +50,7 @@ def test_a_refit_takes_a_layer_s_memory(tmp_path):
     model = random_model(**sizes(512, 1024, 2816, layers=8, heads=8, kv_heads=8)).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "in")
     write_tokenizer(tmp_path / "in")
+    model, _ = hk.load(tmp_path / "in", device="cpu")  # `to` has rounded the rotary frequencies too
     plan = make_plan(model, "both")
     layer = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
     equations = 4 * 3 * (2816**2) + 8 * 4 * (2816**2)  # float32 while they are added up, float64 while they are solved

@@ -11,6 +11,7 @@ import hywia_kernels as hk
 from hywia_kernels import arch
 from hywia_kernels.engine.static_driver import drivable
 from hywia_kernels.method.criteria import magnitude
+from hywia_kernels.method.recovery import stepping
 from hywia_kernels.method.recovery.distilled import Distilled
 from hywia_kernels.method.recovery.stepping import CapturedStep, captured_step, compiled
 from hywia_kernels.method.recovery.teacher import Live, Remembered
@@ -44,7 +45,8 @@ def gradients(distilled):
 
 @pytest.mark.parametrize("tune", ["full", "scales", "lora"])
 @pytest.mark.parametrize("many", [0, 10**9], ids=["eager", "compiled"])
-def test_a_captured_step_leaves_the_gradients_of_a_plain_one(pair, tune, many):
+def test_a_captured_step_leaves_the_gradients_of_a_plain_one(pair, tune, many, monkeypatch):
+    monkeypatch.setattr(stepping, "uncompiled", lambda: pytest.fail("what was compiled could not be captured"))
     dense, cut = pair[0], copy.deepcopy(pair[1])
     with prepared(cut, tune, 4) as tuned:
         distilled = Distilled(cut, tuned, Live(dense), 0.1, autocast=False)

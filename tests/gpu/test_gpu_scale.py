@@ -65,7 +65,7 @@ def test_the_same_bits_wherever_the_weights_are(folder):
         assert equal(statistics, other), place
         assert other.fingerprint == whole.fingerprint
         # Two layers, and what lies outside of the layers.
-        assert peak < resident + (0 if place == "device" else 2.6 * layer), place
+        assert peak <= resident + (0 if place == "device" else 2.6 * layer), place
     for group in statistics.groups:
         one, other = statistics.fine[group.name]["second"], whole.fine[group.name]["second"]
         assert float((one - other).abs().max()) < 0.02 * float(other.abs().max())  # bfloat16 activations

@@ -63,7 +63,7 @@ def test_signed_sums_that_come_from_elsewhere_do_not_change_the_cut(shape):
 
 def test_a_budget_as_small_as_it_was_leaves_a_third_of_the_gpu_idle(monkeypatch):
     """What the budget is for: at 506 samples it once cut the matrix in two shares alone."""
-    monkeypatch.setitem(cuda_linear.WAYS, "table_bytes", 64 << 20)
+    monkeypatch.setattr(cuda_linear, "_TABLE_BYTES", 64 << 20)
     few, many = (cut((11008, 4096, 0), samples) for samples in (128, 512))
     assert full(few) >= 0.94
     assert (many["share"], many["steps"]) == (2, 32)
@@ -86,12 +86,6 @@ def test_a_budget_as_small_as_it_was_leaves_a_third_of_the_gpu_idle(monkeypatch)
 def test_the_form_that_a_call_takes(order, mapped, per_sample, n_tiles, fine_rows):
     made = cut((11008, 4096, 0), 10, order, mapped, per_sample)
     assert (made["m_tiles"], made["n_tiles"], made["fine_rows"]) == (43, n_tiles, fine_rows)
-
-
-def test_second_order_by_sums_over_samples_where_it_is_asked_for(monkeypatch):
-    monkeypatch.setitem(cuda_linear.WAYS, "inside", False)
-    made = cut((11008, 4096, 0), 10, "second")
-    assert (made["n_tiles"], made["fine_rows"]) == (32, 3)
 
 
 def test_long_samples_are_cut_for_their_products():

@@ -9,7 +9,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
-from hywia_kernels.method import calibration_data
+from hywia_kernels.method import calibration_data, writing
 
 
 def write_jsonl(path, texts):
@@ -77,11 +77,26 @@ def test_self_written_text_is_seeded_and_ordinary(gqa, tokenizer):
     assert one.shape == (5, 24)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
-    assert one[:, 0].tolist() == [256] * 5  # begins with the begin-of-text token
-    assert int(one[:, 1:].max()) < 256  # and holds ordinary tokens only
+    assert int(one.max()) < 256  # ordinary tokens only: its tokenizer puts nothing before a text
     state = torch.random.get_rng_state()
     hk.calibration(gqa, tokenizer, samples=1, seq_len=8)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_written_text_begins_as_texts_do_and_one_in_eight_otherwise(gqa, tokenizer, monkeypatch):
+    """Behind the same token all of them are written: with it, a sample is the one without, a token later."""
+    bare = hk.calibration(gqa, tokenizer, samples=17, seq_len=12, seed=4)
+    begins = [i for i in range(17) if i % 8 == 7]
+    assert [i for i in range(17) if bare[i, 0] == 256] == begins
+    behind = hk.calibration(gqa, tokenizer, samples=17, seq_len=12, seed=4, bos=True)
+    assert behind[:, 0].tolist() == [256] * 17
+    monkeypatch.setattr(writing, "prefix", lambda tokenizer, bos=None: [] if bos is False else [256])
+    adding = hk.calibration(gqa, tokenizer, samples=17, seq_len=12, seed=4)
+    assert [i for i in range(17) if adding[i, 0] != 256] == begins
+    for i in range(17):
+        with_it, without = (bare, adding) if i in begins else (adding, bare)
+        assert torch.equal(with_it[i, 1:], without[i, :-1])
+    assert int(hk.calibration(gqa, tokenizer, samples=17, seq_len=12, seed=4, bos=False).max()) < 256
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from ...arch.facts import fingerprint, weight_bytes
 from ...arch.holding import plain_model
 from ...engine.memory import free_bytes
 from ...errors import HywiaError, UsageError
+from ...settings import ByDevice
 from ..tokens import check_length, check_tokens
 from .distilled import Distilled, divergence
 from .hooks import Outcome
@@ -35,9 +36,9 @@ _FULL_PARAMETERS = 3e9  # up to which all weights are trained where memory allow
 _SHARE = 0.8  # of the free memory that training may plan with: activations and libraries take the rest
 _BRIEF, _LEAST_BRIEF = 0.05, 20  # share of the steps that a plan is tried with, and the fewest that tell something
 _READ_OFTEN = 1.5  # times that a text is read, from which it is cheaper to ask the dense model once
-_MICRO_TOKENS = {"cpu": 1024, "gpu": 8192}  # in memory at a time
-# Tokens to train on, tokens of text, samples a step; on a GPU 90 s of SmolLM2, on two cores ten minutes.
-_EFFORT = {"cpu": (98_304, 32_768, 8), "gpu": (8_388_608, 2_097_152, 64)}
+_MICRO_TOKENS = ByDevice(cpu=1024, gpu=8192)  # in memory at a time
+# Tokens to train on, tokens of text, samples a step: of SmolLM2 an H200's minute and a half, ten minutes of two cores.
+_EFFORT = ByDevice(cpu=(98_304, 32_768, 8), gpu=(16_777_216, 4_194_304, 64))
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def resolved(request: Recovery, dense: Any, device: torch.device, *, seed: int =
         dense: may be on the meta device. seed: of the calibration. more: a second model is still to come beside it.
     """
     parameters = sum(p.numel() for p in dense.parameters())
-    usual, text_tokens, batch = _EFFORT[_kind(device)]
+    usual, text_tokens, batch = _EFFORT.on(device.type)
     tokens = request.tokens or usual
     on_meta = next(dense.parameters()).is_meta
     free = _SHARE * free_bytes(device) - (weight_bytes(dense) if on_meta else 0)
@@ -87,13 +88,9 @@ def resolved(request: Recovery, dense: Any, device: torch.device, *, seed: int =
     )
 
 
-def _kind(device: torch.device) -> str:
-    return "cpu" if device.type == "cpu" else "gpu"
-
-
 def micro_tokens(device: torch.device) -> int:
     """Tokens that are trained on at a time; several such passes make a step where its samples have more."""
-    return _MICRO_TOKENS[_kind(device)]
+    return _MICRO_TOKENS.on(device.type)
 
 
 def asked_tokens(request: Recovery) -> int:
@@ -107,7 +104,7 @@ def usual_rate(tune: str, parameters: int, tokens: int) -> float:
     135 M, and for larger models along those usual at 7 B (2e-5 for all weights, 2e-4 for low-rank updates)."""
     size = max(parameters / 1.35e8, 1.0)
     if tune == "full":
-        return (8e-4 if tokens >= _MANY else 4e-4) * size**-0.94
+        return (1.6e-3 if tokens >= _MANY else 4e-4) * size**-0.94
     return (1e-3 if tokens >= _MANY else 2e-3) * size**-0.5 if tune == "lora" else 5e-3
 
 

@@ -7,7 +7,7 @@ still takes 107: hence the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import arch
+from ...engine.patches import unpacked
 from ...engine.static_driver import capture
 from .distilled import Distilled
 from .teacher import Live, Remembered
@@ -54,15 +55,23 @@ def uncompiled() -> Any:
     return torch.compiler.set_stance("force_eager")
 
 
+def _as_compiled() -> Any:
+    """A context in which compiled layers run as they were compiled, or raise RuntimeError: what is compiled while a
+    stream is captured fails, and would leave a layer as it is written without a word."""
+    return torch.compiler.set_stance("fail_on_recompile")
+
+
 class CapturedStep:
     """Forward and backward of a batch as one CUDA graph. Gradients add up in buffers of its own, which the parameters
     hold as theirs after a call.
 
     Args:
-        samples, length: of every batch.
+        samples, length: of every batch, whose samples are whole. during: makes a context that the step is captured in.
     """
 
-    def __init__(self, distilled: Distilled, samples: int, length: int) -> None:
+    def __init__(
+        self, distilled: Distilled, samples: int, length: int, during: Callable[[], Any] = nullcontext
+    ) -> None:
         self.parameters = [p for p in distilled.parameters() if p.requires_grad]
         device = self.parameters[0].device
         self.tokens = torch.zeros(samples, length, dtype=torch.int64, device=device)
@@ -77,7 +86,8 @@ class CapturedStep:
             return loss.detach()
 
         try:
-            self._replay = capture(step)
+            with unpacked():
+                self._replay = capture(step, during=during)
         finally:
             for parameter in self.parameters:
                 parameter.grad = None
@@ -111,8 +121,8 @@ def captured_step(distilled: Distilled, samples: int, length: int) -> CapturedSt
         return None
     if sum(p.numel() for p in teacher.model.parameters()) > _CAPTURED_PARAMETERS:
         return None
-    for context in (nullcontext, uncompiled):
+    for context, during in ((nullcontext, _as_compiled), (uncompiled, nullcontext)):
         # A model that asks the host for something, a compiled layer that cannot be captured, memory that is short.
         with suppress(RuntimeError, NotImplementedError), context():
-            return CapturedStep(distilled, samples, length)
+            return CapturedStep(distilled, samples, length, during)
     return None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ... import arch, progress
 from ...arch.views import is_transposed
 from ...engine.memory import free_bytes
+from ...settings import ByDevice
 from ..distillation import HeadTargets, TopTargets, top_targets
 from .text import Text
 
@@ -21,7 +22,7 @@ __all__ = ["KEPT_TOKENS", "Kept", "Live", "Remembered", "Teacher", "eight_bit", 
 
 KEPT_TOKENS = 64  # likeliest tokens of each prediction that are kept; the rest counts as one outcome
 # Tokens that the dense model reads at a time when it is asked once: a GPU needs many to hide what launches its kernels.
-_BATCH_TOKENS = {"cpu": 4096, "gpu": 32_768}
+_BATCH_TOKENS = ByDevice(cpu=4096, gpu=32_768)
 _SHARE = 0.25  # of the free memory that remembered hidden states may take
 
 
@@ -86,7 +87,7 @@ class Remembered:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             for samples in (text.train, text.held_out):
                 states = torch.empty(len(samples), samples.shape[1] - 1, head.shape[1], dtype=dtype, device=place)
-                step = max(1, _BATCH_TOKENS["cpu" if device.type == "cpu" else "gpu"] // samples.shape[1])
+                step = max(1, _BATCH_TOKENS.on(device.type) // samples.shape[1])
                 for start in progress.track(range(0, len(samples), step), "asking the dense model"):
                     batch = samples[start : start + step]
                     hidden = live.targets(batch, torch.arange(len(batch)), held_out=False).hidden
@@ -147,7 +148,7 @@ def _keep(model: Any, tokens: Tensor, folder: Path, part: str) -> None:
         for what, (shape, dtype) in shapes.items()
     }
     live = Live(model)
-    step = max(1, _BATCH_TOKENS["cpu"] // tokens.shape[1])
+    step = max(1, _BATCH_TOKENS.cpu // tokens.shape[1])
     for start in progress.track(range(0, len(tokens), step), "asking the dense model"):
         batch = tokens[start : start + step]
         top = top_targets(model, live.targets(batch, torch.arange(len(batch)), held_out=False).hidden, kept)
