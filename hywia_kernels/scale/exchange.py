@@ -84,7 +84,8 @@ class Exchange:
 
     Attributes:
         modules: the model's, by name. layout: of the layer. operands: of this process's runs. runs: of all processes.
-        order: that the op is asked for. scale: that multiplies gradients. device: of the sums.
+        order: that the op is asked for. scale: that multiplies gradients. device: of the sums. orders: of rows, one at
+            the most, which the layers of a pass share.
     """
 
     modules: Mapping[str, Any]
@@ -96,6 +97,7 @@ class Exchange:
     scale: float
     backend: str | None
     device: torch.device
+    orders: dict[tuple[int, ...], Tensor]
 
     def row(self) -> tuple[Tensor, int]:
         """`(float64 [width], bytes received)`: this process's part of the layer's sums over all samples; the parts of
@@ -135,7 +137,8 @@ class Exchange:
         pieces = self._pieces(source, counts, wanted, views)
         present = [s for s, count in enumerate(counts) if count]
         offsets = list(itertools.accumulate((counts[s] for s in present), initial=0))
-        which = torch.tensor(present, device=self.device)
+        everywhere = len(present) == sums.samples
+        which = None if everywhere else torch.tensor(present, device=self.device)  # the host waits for such a copy
         for slab, place in (of for of in wanted if of[0].owner == rank):
             member, _ = self._member(place)
             part = _part(slab, member)
@@ -153,7 +156,11 @@ class Exchange:
             units, name = slice(slab.begin, slab.end), groups[slab.group].name
             # A sample without rows has no gradient, and only counts in the number that the sums are divided by.
             sums.fine[name][:, units].add_(fine.view(-1, slab.end - slab.begin), alpha=len(present) / sums.samples)
-            sums.coarse[name][place[1], :, units].index_add_(0, which, coarse)
+            into = sums.coarse[name][place[1], :, units]
+            if which is None:
+                into.add_(coarse)
+            else:
+                into.index_add_(0, which, coarse)
 
     def _pieces(
         self,
@@ -189,13 +196,22 @@ class Exchange:
         operands.clear()
         got = self.ranks.exchange(sent, rows)
         del sent
-        begins = dict(zip(itertools.chain(*dealt_to), _starts(of_runs, dealt_to), strict=True))
-        order = torch.cat([torch.arange(begins[j], begins[j] + of_runs[j]) for j in range(len(of_runs))])
-        order = order.to(self.device)
+        order = self._order(of_runs, dealt_to)
         return {
             name: columns.index_select(0, order)
             for name, columns in zip(mine, got.split(list(mine.values()), 1), strict=True)
         }
+
+    def _order(self, of_runs: Sequence[int], dealt_to: Sequence[Sequence[int]]) -> Tensor:
+        """int64 `[rows]`, on the device: where the rows of the runs, in their order, are among those of all processes,
+        which follow each other. All matrices but experts' have the same, so the last one is kept."""
+        key = tuple(of_runs)
+        if key not in self.orders:
+            self.orders.clear()
+            begins = dict(zip(itertools.chain(*dealt_to), _starts(of_runs, dealt_to), strict=True))
+            rows = [torch.arange(begins[j], begins[j] + count) for j, count in enumerate(of_runs)]
+            self.orders[key] = torch.cat(rows).to(self.device)
+        return self.orders[key]
 
     def _member(self, place: Place) -> tuple[Member, int]:
         """A matrix, and how many units lie on it."""

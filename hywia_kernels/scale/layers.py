@@ -119,6 +119,7 @@ class Streamed:
         self.facts: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.received = 0
+        self._orders: dict[tuple[int, ...], Tensor] = {}  # of rows whose operands were exchanged
         self._scorers: dict[int, Scorer] = {}
         self._kept = len(self.layers)
 
@@ -282,7 +283,7 @@ class Streamed:
 
     def _exchange(self, layout: Layout, operands: Operands) -> Exchange:
         order, scale = self.orders[0] if len(self.orders) == 1 else "all", 1.0 / self.scale
-        how = (order, scale, self.backend, self.device)
+        how = (order, scale, self.backend, self.device, self._orders)
         return Exchange(self.modules, layout, operands, self.runs, self.ranks, *how)
 
     def _settle(self, i: int, flat: Tensor, gradients: Mapping[int, Tensor]) -> None:
