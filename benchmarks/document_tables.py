@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from . import op_tables, quality_tables
+from . import op_tables, quality_tables, scale_paper
 from .document_rows import figure, latest, markdown, percent, read, sources
 
 
@@ -218,6 +218,23 @@ def served() -> str:
     return markdown(headings, lines) + sources([*told.values(), *by.values()])
 
 
+def scale() -> str:
+    """Models larger than a GPU, on paper, at the rate of the latest lean pass over LLaMA-7B's shapes."""
+    wanted = {"shape": "7b", "flow": "lean", "samples": "128"}
+    row = [row for row in read("engine", "H100") if wanted.items() <= row.items()][-1]
+    rate = scale_paper.rate_of(float(row["seconds"]), int(row["samples"]), int(row["length"]))
+    lines = []
+    for case in scale_paper.CASES:
+        of, hosts = scale_paper.cost(case, rate), f" in {case.hosts} hosts" if case.hosts > 1 else ""
+        seconds = [figure(of.compute), figure(of.transfer), figure(of.seconds)]
+        sizes = [f"{size / 1e9:,.0f}" for size in (of.weights, of.hidden, of.host)]
+        about = [case.model.name, f"{case.gpus}{hosts}", case.weights, f"{case.samples} × {scale_paper.LENGTH}"]
+        lines.append([*about, *seconds, *sizes])
+    headings = ["model", "GPUs", "weights", "samples", "compute s", "transfers s", "scoring s"]
+    headings += ["GPU: GB of weights", "GB of hidden states a process", "host: GB of weights"]
+    return markdown(headings, lines) + sources([row])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "scorers": scorers,
@@ -235,4 +252,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "scoring on a CPU": op_tables.scoring_cpu,
     "quality": quality_tables.whole,
     "quality short": quality_tables.short,
+    "scale": scale,
 }
