@@ -1,32 +1,37 @@
 """Checkpoints in the engines that serve them: whether they load, whether they write the same, how fast.
 
     python -m benchmarks.bench_served smollm2 P20 P50 --vocabulary smollm2 --formats F16 Q8_0 Q4_K_M --blocks 40
-    python -m benchmarks.bench_served DENSE P20 P50 --engines transformers vllm --context 512 --new 256
+    python -m benchmarks.bench_served P20 P50 --engines vllm --sequences 1 16 64 --context 512 --new 256
+    python -m benchmarks.bench_served SHAPES/dense SHAPES/16x5120 --engines vllm --dummy --context 512 --new 256
 
 A row a checkpoint, engine, format and number of sequences; an engine that does not load it has one row with its words
-in `error`. Needs the engines' packages: `vllm`; for llama.cpp `gguf`, `xllamacpp` (its server) and `cyllama` (its
-quantiser, and the logits of perplexities), and `--vocabulary`, a GGUF file of the model before pruning. llama.cpp runs
-on the CPU here, vLLM on GPUs.
+in `error`. With `--dummy` a directory has a config alone, and vLLM fills in random weights. Needs the engines'
+packages: `vllm`; for llama.cpp `gguf`, `xllamacpp` (its server) and `cyllama` (its quantiser, and the logits of
+perplexities), and `--vocabulary`, a GGUF file of the model before pruning. llama.cpp runs on the CPU here.
 
 Agreement: eight prompts continued greedily by 24 tokens, against transformers in float32 with the weights in `--dtype`,
 in which transformers and vLLM run, and from which llama.cpp's quantiser makes its formats, F16 as well. `same` counts
 tokens before the parting, of `asked`; `gap` is the largest difference of the logits of transformers' token and the
 engine's where they part, by transformers.
 
+vLLM takes every checkpoint by its directory alone. VLLM_ENABLE_V1_MULTIPROCESSING=0 runs it in this process, which
+saves its start for every checkpoint after the first and costs speed.
+
 Speed: `sequences` prompts of `context` random ids at once. `tokens_per_second` are those written, the prompts' time
 included; `first_ms` is the time of the same with one token; both medians of `runs` after one that does not count.
+Printed is as well what each checkpoint gains over the first, and how much of the ideal (`served_ideal`), on a GPU.
 `--clock process` counts the process's own time, for a machine that is not quiet; `load` is the machine's load average.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +40,15 @@ import torch
 import hywia_kernels as hk
 from hywia_kernels.checkpoint.gguf import write_gguf
 from hywia_kernels.checkpoint.sources import located
+from hywia_kernels.deploy.cost import cost_of
 from hywia_kernels.evaluation import blocks
 from hywia_kernels.method.reading import bundled_text
-from hywia_kernels.method.writing import prompt_tokens
 
-from . import gguf_files, memory
-from .served_engines import Engine, LlamaCpp, RefusedError, Transformers, Vllm
+from . import gguf_files, served_ideal
+from .served_agreement import NEW, PROMPTS, Reference
+from .served_engines import Engine, LlamaCpp, RefusedError, Transformers, Vllm, VllmSettings
 from .session import Session, add_dtype, argv_of, at_least, common_arguments, make_parser, parse
+from .timing import Timer
 
 MODULE = "benchmarks.bench_served"
 COLUMNS = {
@@ -52,64 +59,10 @@ COLUMNS = {
     "clock": str,
     **dict.fromkeys(("first_ms", "tokens_per_second"), float),
     **dict.fromkeys(("runs", "memory_bytes", "kv_tokens", "blocks"), int),
-    **dict.fromkeys(("perplexity", "load"), float),
+    **dict.fromkeys(("perplexity", "load", "prefill_flops", "decode_bytes"), float),
 }
 ENGINES = ("transformers", "llama.cpp", "vllm")
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
-PROMPTS = (
-    "The capital of France is",
-    "Water boils at a temperature of",
-    "Once upon a time there was a",
-    "def fibonacci(n):",
-    "The three primary colours are",
-    "In 1969 two astronauts",
-    "To bake bread you need",
-    "Alice was beginning to get very tired of",
-)
-NEW = 24  # tokens that engines have to agree on
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What an engine wrote against transformers; as the columns of these names."""
-
-    asked: int
-    same: int
-    parted: int
-    gap: float | None
-
-
-class Reference:
-    """transformers in float32, with the weights rounded to a dtype before.
-
-    Attributes:
-        prompts: the ids of `PROMPTS`. tokens: what it writes behind each.
-    """
-
-    def __init__(self, path: str, dtype: str, device: torch.device, new: int = NEW):
-        held = Transformers(path, device, dtype)
-        held.model.float()
-        self.model, self.tokenizer = held.model, held.tokenizer
-        self.prompts = [prompt_tokens(self.model, self.tokenizer, text)[0].tolist() for text in PROMPTS]
-        self.tokens = held.write(self.prompts, new)
-        self.model.cpu()  # an engine takes the whole GPU
-        memory.free(device)
-
-    def against(self, written: Sequence[Sequence[int]]) -> Agreement:
-        """How far an engine's tokens go with these."""
-        same, gaps = 0, []
-        for prompt, own, other in zip(self.prompts, self.tokens, written, strict=True):
-            place = next((i for i, (a, b) in enumerate(zip(own, other, strict=True)) if a != b), len(own))
-            same += place
-            if place < len(own):
-                logits = self._logits([*prompt, *own[:place]])
-                gaps.append(float(logits[own[place]] - logits[other[place]]))
-        return Agreement(sum(map(len, self.tokens)), same, len(gaps), max(gaps, default=None))
-
-    @torch.no_grad()
-    def _logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Of the token behind these, `[vocabulary]`."""
-        return self.model(torch.tensor([ids])).logits[0, -1]
 
 
 def speed(engine: Engine, sequences: int, context: int, new: int, vocabulary: int, runs: int, clock: str) -> dict:
@@ -140,6 +93,7 @@ def run(arguments: Any, session: Session) -> None:
     for path in arguments.checkpoints:
         with tempfile.TemporaryDirectory() as folder:
             _Checkpoint(path, arguments, session, Path(folder)).run()
+        print("\n".join(served_ideal.report(session.rows, path)), flush=True)
 
 
 class _Checkpoint:
@@ -149,24 +103,31 @@ class _Checkpoint:
         self.path, self.arguments, self.session, self.folder = path, arguments, session, folder
         self.length = max(arguments.context + arguments.new, 64 + NEW)
         self.most = max([len(PROMPTS), *arguments.sequences])
+        self.reference: Reference | None = None
+        self.text: torch.Tensor | None = None
 
     def run(self) -> None:
         given = self.arguments
-        self.reference = Reference(self.path, given.dtype, given.device)
-        model = self.reference.model
-        self.vocabulary = model.get_input_embeddings().num_embeddings
-        self.text = blocks(self.reference.tokenizer, bundled_text(), max_blocks=given.blocks) if given.blocks else None
-        self.known = {"checkpoint": self.path, "parameters": sum(p.numel() for p in model.parameters())}
+        if given.dummy:
+            self.cost, self.vocabulary = served_ideal.of_config(self.path)
+        else:
+            self.reference = Reference(given.reference or self.path, given.dtype, given.device)
+            model, tokenizer = self.reference.model, self.reference.tokenizer
+            self.cost, self.vocabulary = cost_of(model), model.get_input_embeddings().num_embeddings
+            self.text = blocks(tokenizer, bundled_text(), max_blocks=given.blocks) if given.blocks else None
+        self.known = {"checkpoint": self.path, "parameters": self.cost.parameters}
         for engine in given.engines:
             if engine == "transformers":
                 self.measure(engine, given.dtype, lambda: Transformers(self.path, given.device, given.dtype))
             elif engine == "vllm":
-                self.measure(engine, given.dtype, self.vllm)
+                self.measure(engine, given.quantization or given.dtype, self.vllm)
             else:
                 self.llama_cpp()
 
     def vllm(self) -> Vllm:
-        return Vllm(self.path, self.most, self.length, self.arguments.tensor_parallel)
+        fields = ("tensor_parallel", "eager", "share", "dummy", "quantization", "remote", "implementation")
+        settings = VllmSettings(**{name: getattr(self.arguments, name) for name in fields})
+        return Vllm(self.path, self.most, self.length, self.arguments.dtype, settings)
 
     def llama_cpp(self) -> None:
         """A row a format and number of sequences; a format that llama.cpp's quantiser refuses has one row."""
@@ -200,13 +161,15 @@ class _Checkpoint:
             self.add(engine, form, error=str(error), **told)
             return
         try:
-            agreed = self.reference.against(loaded.write(self.reference.prompts, NEW))
-            told |= {"version": loaded.version, **vars(agreed)}
+            told["version"] = loaded.version
+            if self.reference is not None:
+                told |= vars(self.reference.against(loaded.write(self.reference.prompts, NEW)))
             if self.text is not None and engine != "vllm":  # it hands out no logits of a whole vocabulary
                 told |= {"blocks": len(self.text), "perplexity": self.perplexity(loaded, file)}
             sizes = (given.context, given.new, self.vocabulary, given.runs, given.clock)
             for sequences in given.sequences:
-                self.add(engine, form, **told, **speed(loaded, sequences, *sizes))
+                done = served_ideal.work(self.cost, sequences, given.context, given.new)
+                self.add(engine, form, **told, **speed(loaded, sequences, *sizes), **done)
             if not given.sequences:
                 self.add(engine, form, **told)
         except RefusedError as error:
@@ -229,10 +192,24 @@ class _Checkpoint:
             print(f"{self.path} {engine} {form}: {row.error}", flush=True)
             return
         gap = "" if row.gap is None else f", parting at logits {row.gap:.3g} apart"
-        agreed = f"{row.same} of {row.asked} tokens as transformers{gap}"
+        agreed = "random weights" if row.asked is None else f"{row.same} of {row.asked} tokens as transformers{gap}"
         rate = "" if row.sequences is None else f"{row.sequences:>4} x {row.tokens_per_second:,.1f} tokens/s"
         text = "" if row.perplexity is None else f"perplexity {row.perplexity:.2f}"
         print(f"{self.path} {engine} {form}: {agreed}; {rate} {text}", flush=True)
+
+
+def add_vllm(parser: argparse.ArgumentParser) -> None:
+    """vLLM's settings, by the names of `VllmSettings`."""
+    of = parser.add_argument_group("vLLM")
+    of.add_argument("--tensor-parallel", type=at_least(1), default=1, help="GPUs; default: %(default)s")
+    of.add_argument("--eager", action="store_true", help="neither compiled nor captured: for tiny models")
+    of.add_argument("--share", type=float, help="of the GPU's memory that it takes; default: vLLM's own")
+    of.add_argument("--dummy", action="store_true", help="the directories hold configs; weights are random")
+    of.add_argument("--quantization", metavar="NAME", help="fp8: the weights become so as they are loaded")
+    of.add_argument(
+        "--implementation", metavar="NAME", help="transformers: its code of the family with vLLM's attention"
+    )
+    of.add_argument("--remote", action="store_true", help="run a directory's code: Nemotron-NAS blocks need it")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -250,14 +227,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--new", type=at_least(1), default=32, help="tokens written; default: %(default)s")
     parser.add_argument("--runs", type=at_least(1), default=3, help="of which the median counts; default: %(default)s")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="default: %(default)s")
-    parser.add_argument("--tensor-parallel", type=at_least(1), default=1, help="GPUs of vLLM; default: %(default)s")
+    parser.add_argument(
+        "--reference", metavar="PATH", help="transformers loads this one instead, to hold tokens against"
+    )
+    add_vllm(parser)
     parser.add_argument("--blocks", type=at_least(1), help="of the bundled text, for perplexity; default: none")
     arguments = parse(parser, argv)
     if "llama.cpp" in arguments.engines and arguments.vocabulary is None:
         parser.error("--vocabulary: llama.cpp needs one; or leave llama.cpp out of --engines")
     if arguments.clock == "process" and "vllm" in arguments.engines:
         parser.error("--clock: vLLM's work is done in other processes, whose time does not count; measure it by wall")
-    session = Session(arguments, MODULE, argv, COLUMNS)
+    if arguments.dummy and arguments.engines != ["vllm"]:
+        parser.error("--dummy: only vLLM fills in weights; pass --engines vllm")
+    timer = Timer(arguments.device, 7) if arguments.device.type == "cuda" else None
+    session = Session(arguments, MODULE, argv, COLUMNS, timer)
     run(arguments, session)
     return session.finish()
 

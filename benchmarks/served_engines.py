@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -133,14 +134,52 @@ class LlamaCpp:
         del self._server
 
 
-class Vllm:
-    """A directory in vLLM's offline engine (`vllm.LLM`, as documented for 0.20 to 0.23).
+@dataclass(frozen=True)
+class VllmSettings:
+    """Settings of vLLM that do not help a checkpoint to load.
 
-    No option helps a checkpoint to load: what is set are sizes, the number of GPUs, and that prompts are not cached
+    Attributes:
+        tensor_parallel: GPUs that share the model.
+        eager: without compiling and CUDA graphs, which take longer than a tiny model's tokens.
+        share: of the GPU's memory, for weights and cache; None leaves vLLM's default.
+        dummy: the directory has a config alone; vLLM fills in random weights, and there is no tokenizer.
+        quantization: by which vLLM makes weights smaller as it loads them, as "fp8"; None: not.
+        remote: code that the directory carries may run, without which vLLM does not read Nemotron-NAS blocks.
+        implementation: "transformers" runs the family's own code with vLLM's attention; None: vLLM's own model.
+    """
+
+    tensor_parallel: int = 1
+    eager: bool = False
+    share: float | None = None
+    dummy: bool = False
+    quantization: str | None = None
+    remote: bool = False
+    implementation: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Of `vllm.LLM`."""
+        given: dict[str, Any] = {"tensor_parallel_size": self.tensor_parallel, "enforce_eager": self.eager}
+        if self.share is not None:
+            given["gpu_memory_utilization"] = self.share
+        if self.dummy:
+            given |= {"load_format": "dummy", "skip_tokenizer_init": True}
+        if self.quantization is not None:
+            given["quantization"] = self.quantization
+        if self.remote:
+            given["trust_remote_code"] = True
+        if self.implementation is not None:
+            given["model_impl"] = self.implementation
+        return given
+
+
+class Vllm:
+    """A directory in vLLM's offline engine (`vllm.LLM`, of 0.23).
+
+    No option helps a checkpoint to load: what is set are sizes, the dtype, `settings`, and that prompts are not cached
     from one measurement to the next.
     """
 
-    def __init__(self, path: str, sequences: int, length: int, tensor_parallel: int = 1):
+    def __init__(self, path: str, sequences: int, length: int, dtype: str, settings: VllmSettings):
         import vllm
 
         self.version = vllm.__version__
@@ -151,33 +190,45 @@ class Vllm:
                 model=path,
                 max_model_len=length,
                 max_num_seqs=sequences,
-                tensor_parallel_size=tensor_parallel,
+                dtype=dtype,
                 enable_prefix_caching=False,
+                **settings.arguments(),
             )
         except Exception as error:  # of many kinds, by what it does not take
+            self._release()
             raise RefusedError(str(error) or type(error).__name__) from error
 
     def write(self, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
         # Below min_tokens no end of text is written; ignore_eos would write it and go on.
-        sampling = self._vllm.SamplingParams(temperature=0.0, max_tokens=new, min_tokens=new)
+        sampling = self._vllm.SamplingParams(temperature=0.0, max_tokens=new, min_tokens=new, detokenize=False)
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         answers = self._model.generate(asked, sampling, use_tqdm=False)
         return [list(answer.outputs[0].token_ids) for answer in answers]
 
     def held(self) -> int | None:
-        return self._used() - self._before
+        return None if self._before is None else (self._used() or 0) - self._before
 
     def kv_tokens(self) -> int | None:
         cache = self._model.llm_engine.vllm_config.cache_config
         return cache.num_gpu_blocks * cache.block_size if cache.num_gpu_blocks else None
 
     def close(self) -> None:
+        self._model.llm_engine.engine_core.shutdown()
         del self._model
-        memory.free(torch.device("cuda"))
+        self._release()
 
     @staticmethod
-    def _used() -> int:
-        """Bytes in use on the current GPU by any process: the engine is one of its own."""
+    def _release() -> None:
+        """What an engine of this process leaves (VLLM_ENABLE_V1_MULTIPROCESSING=0) would be in the next one's way."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+
+    @staticmethod
+    def _used() -> int | None:
+        """Bytes in use on the current GPU by any process: the engine is one of its own; None without a GPU."""
+        if not torch.cuda.is_available():
+            return None
         free, whole = torch.cuda.mem_get_info()
         return whole - free
 

@@ -16,6 +16,7 @@ from tests.support.tiny import TINY, fresh
 from tests.support.tokenizers import byte_tokenizer
 
 from . import bench_served, gguf_files, rows
+from .served_agreement import Reference
 from .served_engines import Engine, LlamaCpp, RefusedError, Transformers
 
 CPU = torch.device("cpu")
@@ -81,7 +82,7 @@ def test_an_engine_that_is_not_there_is_named_in_its_row(checkpoint, tmp_path, m
 
 
 def test_where_tokens_part(checkpoint):
-    reference = bench_served.Reference(checkpoint, "float32", CPU, new=4)
+    reference = Reference(checkpoint, "float32", CPU, new=4)
     written = [list(tokens) for tokens in reference.tokens]
     assert vars(reference.against(written)) == {"asked": 32, "same": 32, "parted": 0, "gap": None}
     other = (written[1][2] + 1) % 259

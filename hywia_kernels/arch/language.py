@@ -22,9 +22,10 @@ class Mlp:
     """Channels: row `j` of each of `rows` and column `j` of each of `columns`, with the rows' biases.
 
     A module named k times in `rows` holds k matrices one after the other, in that order (Phi-3's gate and up).
-    `width_field` is the config's field of the width, "" where the config has none. `gated` lets calibration compute
-    the product again instead of keeping it. `kept` is an attribute of the module of the last matrix that is true where
-    no channel can go, since what the layer computes goes by all of them.
+    `width_field` is the config's field of the width, "" where the config has none; `width_alias` is another, which
+    transformers does not read and servers do. `gated` lets calibration compute the product again instead of keeping it.
+    `kept` is an attribute of the module of the last matrix that is true where no channel can go, since what the layer
+    computes goes by all of them.
     """
 
     rows: tuple[str, ...]
@@ -32,6 +33,7 @@ class Mlp:
     width_field: str
     gated: Gated | None = None
     kept: str = ""
+    width_alias: str = ""
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,8 @@ TABLE: tuple[Architecture, ...] = (
         model_types=("phi",),
         title="Phi-1, Phi-2",
         layers="model.layers",
-        mlp=Mlp(rows=("mlp.fc1",), columns=("mlp.fc2",), width_field="intermediate_size"),
+        # vLLM's code takes four times the hidden size where there is no `n_inner`.
+        mlp=Mlp(rows=("mlp.fc1",), columns=("mlp.fc2",), width_field="intermediate_size", width_alias="n_inner"),
         attention=replace(_GROUPED_QUERY, output="self_attn.dense"),
         residual="mlp.fc2",
     ),

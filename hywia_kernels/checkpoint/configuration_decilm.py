@@ -1,7 +1,6 @@
 """Config of a Nemotron-NAS (DeciLM) checkpoint: LLaMA's fields, and each layer's widths in `block_configs`.
 
-It travels in the checkpoint, since transformers has no such class. vLLM's source reads the blocks as attributes; the
-checkpoint was not run under vLLM so far.
+It travels in the checkpoint, since transformers has no such class. vLLM reads the blocks as attributes.
 """
 
 from types import SimpleNamespace

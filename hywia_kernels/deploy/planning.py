@@ -38,9 +38,9 @@ def plan_for(
     """`selection.plan` with widths that a device runs well and servers accept.
 
     The alignment is the target's, and among aligned widths those are preferred that are faster than every wider one.
-    Both give way to an `align` of the caller's own. The plan's record names the target, the servers' rules that exclude
-    any width of this model ("constraints"), and those that the widths chosen without any rule would have broken
-    ("binding").
+    Both give way to an `align` of the caller's own, and so do rules that are wishes. The plan's record names the
+    target, the servers' rules that exclude any width of this model and are kept ("constraints"), and those that the
+    widths chosen without any rule would have broken ("binding").
 
     Args:
         scores: of the model to prune. target: as `device_profiles.resolve` takes it; None: the device at hand.
@@ -52,7 +52,7 @@ def plan_for(
             breaks.
     """
     device = target if isinstance(target, device_profiles.Target) else device_profiles.resolve(target)
-    rules = serving_rules.constraints(serve, tensor_parallel)
+    rules = _rules(serve, tensor_parallel, align)
     excluding = [r for r in rules if _excludes(r, scores.groups)]
     step, preferred = _widths_of(device, align)
     binding: list[str] = []
@@ -67,6 +67,8 @@ def plan_for(
                 f"{error}; {', '.join(r.name for r in excluding)} leave fewer widths: another --serve or "
                 "--tensor-parallel would leave more"
             ) from error
+        cut = [(g, n) for g in scores.groups if 0 < (n := chosen.keep[g.name].numel()) < g.units]
+        excluding = [r for r in excluding if not r.wish or all(r.admits(g, n) for g, n in cut)]
         free = _free_widths(scores, preferred, step, request)
         binding = [r.name for r in excluding if not all(r.admits(g, w) for g, w in free if r.hard or w < g.units)]
     record = {
@@ -100,7 +102,7 @@ def choices(
     found: Sequence[dict[str, int] | None] = [None]
     if request.get("ratio") is not None:
         step, preferred = _widths_of(device, align)
-        rules = [r for r in serving_rules.constraints(serve, tensor_parallel) if _excludes(r, scores.groups)]
+        rules = [r for r in _rules(serve, tensor_parallel, align) if _excludes(r, scores.groups)]
         found = _limited(
             lambda limits: selection.splits(scores, align=step, limits=limits, **request), rules, preferred
         )
@@ -200,14 +202,28 @@ def _plan(
 def _limited(
     make: Callable[[Limit], _Made], rules: Sequence[serving_rules.Constraint], preferred: Limit | None
 ) -> _Made:
-    """What is made within the widths that the rules admit: among the preferred ones, if they suffice."""
-    admitted = serving_rules.allowed(rules)
-    if preferred is not None:
+    """What is made within the widths that the rules admit: if they suffice, among the preferred ones and with the
+    rules that are wishes, with one of the two where not with both, the preferred ones first."""
+    firm = [rule for rule in rules if not rule.wish]
+    for kept, liked in ((rules, preferred), (firm, preferred), (rules, None)):
+        if liked is None and len(kept) == len(firm):
+            continue  # nothing to give up
         try:
-            return make(lambda g, w: preferred(g, admitted(g, w)))
+            return make(_limit(kept, liked))
         except UsageError:
-            pass  # fewer widths may not meet the ratio; all aligned ones are asked next
-    return make(admitted)
+            pass  # fewer widths may not meet the ratio
+    return make(_limit(firm, None))
+
+
+def _limit(rules: Sequence[serving_rules.Constraint], preferred: Limit | None) -> Limit:
+    admitted = serving_rules.allowed(rules)
+    return admitted if preferred is None else lambda g, w: preferred(g, admitted(g, w))
+
+
+def _rules(serve: Sequence[str], tensor_parallel: int, align: int | None) -> list[serving_rules.Constraint]:
+    """The servers' rules, without their wishes where the caller has an alignment of his own."""
+    rules = serving_rules.constraints(serve, tensor_parallel)
+    return [rule for rule in rules if align is None or not rule.wish]
 
 
 def with_prediction(
@@ -227,6 +243,10 @@ def with_prediction(
         "size": round(speedups.size, 4),
     }
     types = getattr(arch.text_config(model), "layer_types", None)
-    note = None if plan.depth is None else serving_rules.pattern_note(serve, types, plan.depth.keep)
-    noted = {} if note is None else {"note": note}
+    heads = any(g.kind == "attention" and plan.keep[g.name].numel() < g.units for g in plan.staying)
+    notes = [serving_rules.heads_note(serve, arch.text_config(model).model_type, heads)]
+    if plan.depth is not None:
+        notes.append(serving_rules.pattern_note(serve, types, plan.depth.keep))
+    note = "; ".join(note for note in notes if note is not None)
+    noted = {"note": note} if note else {}
     return dataclasses.replace(plan, record={**plan.record, **noted, "prediction": prediction})

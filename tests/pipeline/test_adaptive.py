@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -176,3 +177,20 @@ def test_save_reports_what_cannot_be_described(gqa, tmp_path):
     with pytest.raises(HywiaError, match="cannot be written into a config"):
         hk.save(gqa, None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_heads_that_the_family_refuses_under_channels_that_differ(tmp_path):
+    """Five heads of eight are as many in every layer, and a Llama config takes no five with a hidden size of 48."""
+    model = fresh(TINY[0])
+    scores = hk.score(model, criterion="random", seed=5)
+    heads = hk.plan(scores, group_ratio=0.2, units=("attention",))
+    channels = hk.plan(scores, group_ratio=0.4, units=("mlp",), layers=(1, 3), align=4)
+    keep = {name: (heads if name.endswith("attention") else channels).keep[name] for name in heads.keep}
+    left = heads.parameters_after + channels.parameters_after - heads.parameters_before
+    hk.prune(model, dataclasses.replace(channels, keep=keep, parameters_after=left))
+    assert [layer.self_attn.q_proj.out_features for layer in model.model.layers] == [40] * 3
+    hk.save(model, None, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, model(tokens).logits)

@@ -121,8 +121,8 @@ def scores(gqa):
 
 
 def test_rules_that_cannot_bind_are_none():
-    assert serving_rules.constraints(serving_rules.SERVERS, 1) == ()
-    assert [r.name for r in serving_rules.constraints(("llama.cpp",), 8)] == []
+    assert serving_rules.constraints(("vllm", "tgi"), 1) == ()
+    assert [(r.name, r.wish) for r in serving_rules.constraints(("llama.cpp",), 8)] == [("llama.cpp.blocks", True)]
     assert [r.name for r in serving_rules.constraints(("vllm",), 2)] == ["vllm.heads", "vllm.kv_heads", "vllm.width"]
 
 

@@ -13,6 +13,7 @@ from hywia_kernels import UsageError
 from hywia_kernels.deploy import device_profiles, planning, serving_rules
 from hywia_kernels.deploy.cost import cost_of
 from hywia_kernels.types import Group, Member
+from tests.support.models import random_model, sizes
 from tests.support.tiny import TINY, fresh, make_plan
 
 
@@ -173,3 +174,39 @@ def test_prediction_is_recorded(scores):
     assert told["target"] == "cpu (not measured: by FLOPs)"
     assert told["decode"] > 1.1
     assert told["size"] == round(cost_of(model).weight_bytes / cost_of(model, plan).weight_bytes, 4)
+
+
+def blocky(hidden=64, channels=128):
+    """Scores of a model whose hidden size is a multiple of 32, or not; heads of 16 in two KV groups of two."""
+    torch.manual_seed(0)
+    model = random_model(**sizes(97, hidden, channels, 2, 4, 2), head_dim=16)
+    return hk.score(model, criterion="random", seed=5)
+
+
+def test_whole_blocks_are_a_wish_of_llama_cpp():
+    def widths(scores, **request):
+        plan = planning.plan_for(scores, target="cpu", units=("mlp",), **request)
+        return plan.widths("mlp"), [text.partition(":")[0] for text in plan.record["constraints"]]
+
+    assert widths(blocky(), group_ratio=0.375) == ([96, 96], ["llama.cpp.blocks"])  # 80 is as near
+    assert widths(blocky(), group_ratio=0.375, serve=("vllm",)) == ([80, 80], [])
+    assert widths(blocky(), group_ratio=0.375, align=16) == ([80, 80], []), "the caller's own alignment comes first"
+    assert widths(blocky(hidden=48), group_ratio=0.375) == ([80, 80], []), "rows of 48 are no blocks as it is"
+    narrow = blocky(channels=24)  # no multiple of 32 is below: the wish is dropped, and the rule by name is not
+    assert widths(narrow, ratio=0.08) == ([16, 16], [])
+    with pytest.raises(UsageError, match=r"cannot be reached .*llama\.cpp\.blocks leave fewer widths"):
+        widths(narrow, ratio=0.08, serve=("llama.cpp.blocks",))
+
+
+def test_families_whose_heads_vllm_guesses_have_a_note():
+    """As vLLM 0.23.0 refuses them, tried on its CPU engine (`benchmarks/test_vllm.py`)."""
+    for family in serving_rules.VLLM_GUESSES_HEADS:
+        assert f"of {family} from the number" in (serving_rules.heads_note(("vllm",), family, True) or "")
+        assert serving_rules.heads_note(("vllm",), family, False) is None
+        assert serving_rules.heads_note(("llama.cpp",), family, True) is None
+    assert serving_rules.heads_note(("vllm",), "qwen3", True) is None
+    model = random_model("qwen2", **sizes(97, 48, 64, 2, 4, 2))
+    scores = hk.score(model, criterion="random", seed=5)
+    for units, noted in ((("attention",), True), (("mlp",), False)):
+        plan = planning.plan_for(scores, group_ratio=0.5, units=units, target="cpu")
+        assert ("note" in planning.with_prediction(plan, model, target="cpu").record) == noted

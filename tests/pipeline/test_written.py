@@ -17,6 +17,7 @@ import hywia_kernels as hk
 from hywia_kernels import HywiaError
 from hywia_kernels.checkpoint.decilm import write_decilm
 from hywia_kernels.checkpoint.gguf import write_gguf
+from tests.support.models import random_model, sizes
 from tests.support.tiny import TINY, fresh, make_plan
 
 
@@ -235,3 +236,14 @@ def test_companions_are_copied_and_nothing_else(saved, tmp_path):
     names = {p.name for p in (tmp_path / "none").iterdir()}
     assert "preprocessor_config.json" in names
     assert not names & {"tokenizer.json", "vocab.json", "tokenizer.model"}
+
+
+def test_phi_names_its_channels_where_vllm_reads_them(tmp_path):
+    """vLLM 0.23.0, `phi.py`: `n_inner`, or four times the hidden size where there is none; tried on its CPU engine."""
+    model = random_model("phi", **sizes(97, 32, 128, 2, 4, 4))
+    hk.prune(model, hk.plan(hk.score(model, criterion="random", seed=5), group_ratio=0.5, units=("mlp",), align=4))
+    hk.save(model, None, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["intermediate_size"], config["n_inner"], config["hidden_size"]) == (64, 64, 32)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.model.layers[0].mlp.fc1.weight.shape == (64, 32)

@@ -8,6 +8,7 @@ model the class and config that describe it. The classes themselves are in `conf
 
 from __future__ import annotations
 
+import copy
 import importlib.abc
 import sys
 import threading
@@ -119,6 +120,27 @@ def register() -> None:
             step()
 
 
+def _accepted(model: Any, base_config: Callable[[Any], Any]) -> Any:
+    """The family's config of a model; where it refuses the number of heads that all layers have, with the number that
+    fills the hidden size, since what the layers have is told beside it."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    from ... import arch
+
+    try:
+        return base_config(model.config)
+    except (ValueError, StrictDataclassError):
+        names, config = arch.architecture(model).attention, copy.deepcopy(model.config)
+        inner = config.get_text_config()
+        heads = inner.hidden_size // arch.head_dim(model)
+        if names.kv_heads_field:
+            shared = getattr(inner, names.heads_field) // getattr(inner, names.kv_heads_field)
+            heads -= heads % shared
+            setattr(inner, names.kv_heads_field, heads // shared)
+        setattr(inner, names.heads_field, heads)
+        return base_config(config)
+
+
 def adapted(model: Any, widths: Mapping[str, Sequence[int]]) -> Any:
     """A model of the adaptive class with the same tensors: loading them proves that its config describes them.
 
@@ -131,18 +153,21 @@ def adapted(model: Any, widths: Mapping[str, Sequence[int]]) -> Any:
     """
     import torch
 
-    from .configuration_hywia_adaptive import base_config, config_class
+    from .configuration_hywia_adaptive import auto_class, base_config, config_class
     from .modeling_hywia_adaptive import describe_changes, model_class
 
     try:
-        values = base_config(model.config).to_dict()
+        described = _accepted(model, base_config)
+        with torch.device("meta"):
+            stock = auto_class(type(described)).from_config(described)
+        values = described.to_dict()
         base = values.pop("model_type")
         config = config_class(base).from_dict(
             {
                 **values,
                 "base_model_type": base,
                 "layer_widths": {field: list(w) for field, w in widths.items()},
-                "module_changes": describe_changes(model),
+                "module_changes": describe_changes(model, stock),
             }
         )
         set_ties(config, model)
