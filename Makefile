@@ -2,8 +2,8 @@
 # make test   set everything up and pass every test
 # make oldest the tests that meet transformers, the templates and numpy, on the oldest versions that pyproject.toml allows
 # make lint   the checks of .pre-commit-config.yaml
-# make docs   the tables of README and docs/, from the files of figures and the table of families
-# make bench  the tables of README on this machine, from fresh figures in $(BENCH)
+# make docs   the tables and the figure of README and docs/, from the files of figures and the table of families
+# make bench  the tables of docs/ on this machine, from fresh figures in $(BENCH)
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -48,13 +48,12 @@ lint: setup
 
 docs: setup
 	$(BIN)/python -m benchmarks.documents
-	$(BIN)/python -m hywia_kernels.arch.support README.md
 	$(BIN)/python -m hywia_kernels.arch.support docs/models.md
 
 demo: setup
 	mkdir -p $(DEMO)
 	$(BIN)/hywia prune smollm2 -o $(DEMO)/smollm2-20 --ratio 0.2 --layout adaptive --samples 96 --reconstruct-samples 160 \
-	  --search none --recover --recover-tokens 49152 --recover-text-tokens 16384 --learning-rate 1e-3 --checks 4 --overwrite \
+	  --recover --recover-tokens 40960 --recover-text-tokens 16384 --learning-rate 1e-3 --checks 4 --overwrite \
 	  --json $(DEMO)/report.json --prompt "The capital of France is"
 
 # To publish: append the rows of $(BENCH)/*.csv, without their headers, to the files of that name in benchmarks/.

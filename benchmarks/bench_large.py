@@ -1,22 +1,28 @@
 """Models larger than a GPU or a machine: seconds and memory against limits that are measured in the same run.
 
     python -m benchmarks.bench_large files --shape 70b --layers 40 --folder /data --samples 1024 --csv FILE
-    python -m benchmarks.bench_large stream --shape 70b --layers 40 --folder /data --samples 10 96 --gpu-gb 24
+    python -m benchmarks.bench_large stream --shape 70b --layers 40 --places host --samples 10 96 --gpu-gb 24
+    python -m benchmarks.bench_large stream --shape 70b --layers 40 --places files --folder /data
+    python -m benchmarks.bench_large stream --shape 7b --places device --samples 128 --compare
     python -m benchmarks.bench_large ranks --shape 7b --ranks 1 2 4 8 --samples 128 --csv FILE
+    python -m benchmarks.bench_large ranks --shape 7b --ranks 1 2 --samples 128 --orders first second mixed
+    python -m benchmarks.bench_large ranks --shape 70b --layers 40 --ranks 1 2 --places host
 
 `files` writes a checkpoint of random weights below `--folder`, copies it, cuts it from files to files at `--ratio`, and
 does the same with a reconstruction on `--samples`; each begins with files that are not in memory. The limit is the
-copy. `stream` scores from the host's memory and from the files, the device kept to `--gpu-gb`; the limit is the larger
-of the compute (of the first layers, as many as fit, times the layers) and the transfer (of as many bytes by the link,
-or the disk). `ranks` scores a model that every device holds, by one process a device: strong (`--samples` in all) and
-weak (`--samples` each); the limit is one process's time over the number of them (strong), or that time itself (weak).
-`ratio` is seconds over the limit's, and `units` a digest of the statistics' order, which must not depend on the ranks.
+copy. `stream` scores with the weights on the device, in the host's memory or in files, the device kept to `--gpu-gb`;
+the limit is the larger of the compute (of the first two layers, times the layers) and the transfer (of as many bytes by
+the link, or the disk), or with `--compare`, of a model on the device, `calibrate`'s lean mode. `ranks` scores with one
+process a device: strong (`--samples` in all) and weak (`--samples` each); the limit is one process's time over the
+number of them (strong), or that time itself (weak). `ratio` is seconds over the limit's, and `units` a digest of the
+statistics' order, which must not depend on the ranks, nor on the place, but that files hold other weights. Before
+anything is scored, two layers of the shape have to give what `calibrate` gives.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -33,9 +39,12 @@ import torch
 import hywia_kernels as hk
 from hywia_kernels.checkpoint.stored_model import open_stored
 from hywia_kernels.deploy import planning
+from hywia_kernels.scale.place import device_of_rank
+from hywia_kernels.scale.ranks import joined
+from hywia_kernels.settings import ORDERS
 
 from . import checkpoints, models, streamed
-from .memory import HostPeak, spending
+from .memory import HostPeak, Spent, spending
 from .session import Session, add_dtype, argv_of, at_least, common_arguments, make_parser, parse
 
 MODULE = "benchmarks.bench_large"
@@ -61,15 +70,10 @@ COLUMNS = {
     "limit_seconds": float,
     "ratio": float,
     "units": str,
+    "orders": str,
+    **streamed.PARTS,
 }
-
-
-def digest(statistics: Any) -> str:
-    """Of the order in which second-order sums put the units of each group."""
-    told = hashlib.sha256()
-    for name in sorted(statistics.fine):
-        told.update(statistics.fine[name]["second"].argsort(stable=True).numpy().tobytes())
-    return told.hexdigest()[:12]
+BOUNDS = {"float32": 1e-6, "bfloat16": 3e-2, "float16": 3e-2}  # of the fine sums: other sizes of runs, other rounding
 
 
 def plan_of(stored: Any, ratio: float) -> hk.Plan:
@@ -104,120 +108,138 @@ def files(given: argparse.Namespace, session: Session, folder: Path) -> None:
     copied = run("copy", lambda: checkpoints.copy(source, out), None)
     run("cut", lambda: hk.prune_files(stored, plan, out), copied)
     for samples in given.samples:
-        tokens = torch.randint(64, (samples, given.length), generator=torch.Generator().manual_seed(given.seed))
+        tokens = streamed.token_ids(samples, given.length, given.seed)
         refit: Callable[[], Any] = lambda text=tokens: hk.prune_files(  # noqa: E731
             stored, plan, out, refit=text, device=str(given.device)
         )
         run("refit", refit, copied, samples=samples, length=given.length)
 
 
+def gate(given: argparse.Namespace, session: Session) -> bool:
+    """Whether two layers give what `calibrate` gives."""
+    bound = BOUNDS[given.dtype]
+    error = streamed.distance(given.shape, given.dtype, given.device, given.length, given.orders)
+    print(f"two layers: fine sums within {error:.1e} of calibrate's", flush=True)
+    if not error <= bound:
+        session.fail(f"gate: expected at most {bound:.0e} from calibrate's sums, got {error:.1e}")
+    return error <= bound
+
+
+def placed(given: argparse.Namespace, place: str, source: Path, device: torch.device) -> Any:
+    """The model with its weights where they are to stay; from files where they are in a checkpoint."""
+    if source.exists() and place != "device":
+        return open_stored(source)
+    where = device if place == "device" else torch.device("cpu")
+    return streamed.built(given.shape, given.layers, given.dtype, device, where, given.seed)
+
+
 def stream(given: argparse.Namespace, session: Session, folder: Path) -> None:
-    source = folder / "model"
-    checkpoints.write(source, given.shape, given.layers, given.dtype, given.device)
-    weights = sum(f.stat().st_size for f in checkpoints.weight_files(source))
+    source, places = folder / "model", given.places or ["host", "files"]
+    if "files" in places:
+        checkpoints.write(source, given.shape, given.layers, given.dtype, given.device)
     if given.gpu_gb and given.device.type == "cuda":
         total = torch.cuda.get_device_properties(given.device).total_memory
         torch.cuda.set_per_process_memory_fraction(given.gpu_gb * 1e9 / total, given.device)
-    for samples in given.samples:
-        tokens = torch.randint(64, (samples, given.length), generator=torch.Generator().manual_seed(given.seed))
-        compute, layers = streamed.compute_seconds(given.shape, given.dtype, given.device, tokens)
-        for place in given.places:
-            model = streamed.placed(source, place, given.device)
-            count = len(model.model.layers)
-            transfer = streamed.transfer_seconds(model, source, place, given.device)
-            checkpoints.forget(source)
-            with HostPeak() as host, spending(given.device) as spent:
-                statistics = streamed.scored(model, tokens, given.device, place)
-            limits = {"compute": compute * count / layers, "transfer": transfer}
+    for place in places if gate(given, session) else ():
+        model = placed(given, place, source if place == "files" else folder / "none", given.device)
+        facts = {**described(model, given), "place": place, "ranks": 1, "length": given.length}
+        for samples in given.samples:
+            tokens = streamed.token_ids(samples, given.length, given.seed)
+            limits = streamed.limits(model, source, place, given.device, tokens, given, given.orders)
+            if given.compare and place == "device":
+                seconds, figures = lean(model, tokens, given)
+                report(session.add(work="lean", **facts, samples=samples, **figures))
+                limits = {"lean": seconds}
+            if place == "files":
+                checkpoints.forget(source)
+            with HostPeak() as host:
+                statistics, spent = streamed.scored(model, tokens, given.device, place, given.orders)
             limit = max(limits, key=lambda name: limits[name])
-            row = session.add(
-                work="score",
-                place=place,
-                **described(model, given),
-                weight_bytes=weights,
-                ranks=1,
-                samples=samples,
-                length=given.length,
-                seconds=spent.seconds,
-                samples_s=samples / spent.seconds,
-                peak_bytes=spent.peak_bytes if given.device.type == "cuda" else None,
-                host_bytes=host.bytes,
-                limit=limit,
-                limit_seconds=limits[limit],
-                ratio=spent.seconds / limits[limit],
-                units=digest(statistics),
-            )
-            report(row)
-            del model, statistics
+            against = {"limit": limit, "limit_seconds": limits[limit], "ratio": spent.seconds / limits[limit]}
+            figures = figures_of(statistics, spent, given.device) | {"host_bytes": host.bytes}
+            report(session.add(work="score", **facts, samples=samples, **figures, **against))
+            del statistics
+        del model
+
+
+def lean(model: Any, tokens: torch.Tensor, given: argparse.Namespace) -> tuple[float, dict[str, Any]]:
+    """`(seconds, figures)` of `calibrate` on the device that holds the model: the faster of two."""
+    took = []
+    for _ in range(2):
+        with spending(given.device) as spent:
+            statistics = hk.calibrate(model, tokens, memory="lean", orders=given.orders)
+        took.append(spent)
+    best = min(took, key=lambda s: s.seconds)
+    return best.seconds, figures_of(statistics, best, given.device)
+
+
+def figures_of(statistics: Any, spent: Spent, device: torch.device) -> dict[str, Any]:
+    record = statistics.record
+    return {
+        "orders": " ".join(statistics.orders),
+        "seconds": spent.seconds,
+        "samples_s": record["samples"] / spent.seconds,
+        "peak_bytes": spent.peak_bytes if device.type == "cuda" else None,
+        "units": streamed.order_digest(statistics),
+        **{name: record.get(name) for name in streamed.PARTS},
+    }
 
 
 def ranks(given: argparse.Namespace, session: Session, folder: Path) -> None:
-    alone: dict[int, float] = {}
+    if not gate(given, session):
+        return
+    places = given.places or ["device"]
+    if set(places) - {"device"}:  # which the processes of a host hold together, or read
+        checkpoints.write(folder / "model", given.shape, given.layers, given.dtype, given.device)
+    alone: dict[tuple[str, int], float] = {}
     units: dict[int, str] = {}
-    for scaling in ("strong", "weak"):
-        for size in given.ranks:
-            for samples in given.samples:
-                total = samples if scaling == "strong" else samples * size
-                told = _launched(given, size, total, folder)
-                if size == 1:
-                    alone[samples] = told["seconds"]
-                if units.setdefault(total, told["units"]) != told["units"]:
-                    session.fail(f"{size} ranks, {total} samples: other units than by fewer ranks")
-                one = alone.get(samples)
-                limit = None if one is None else one / size if scaling == "strong" else one
-                against = {} if limit is None else {"limit": "one rank", "limit_seconds": limit}
-                row = session.add(
-                    work="score",
-                    place="device",
-                    ranks=size,
-                    scaling=scaling,
-                    samples=total,
-                    length=given.length,
-                    samples_s=total / told["seconds"],
-                    **told,
-                    **against,
-                    ratio=None if limit is None else told["seconds"] / limit,
-                )
-                report(row)
+    for place, scaling, size, samples in itertools.product(places, ("strong", "weak"), given.ranks, given.samples):
+        total = samples if scaling == "strong" else samples * size
+        told = _launched(given, place, size, total, folder)
+        if size == 1:
+            alone[place, samples] = told["seconds"]
+        if units.setdefault(total, told["units"]) != told["units"]:
+            session.fail(f"{size} ranks, {place}, {total} samples: other units than before")
+        one = alone.get((place, samples))
+        limit = None if one is None else one / size if scaling == "strong" else one
+        against = {} if limit is None else {"limit": "one rank", "limit_seconds": limit}
+        ratio = None if limit is None else told["seconds"] / limit
+        facts = {"work": "score", "place": place, "ranks": size, "scaling": scaling, "samples": total}
+        report(session.add(**facts, length=given.length, **told, **against, ratio=ratio))
 
 
-def _launched(given: argparse.Namespace, size: int, samples: int, folder: Path) -> dict[str, Any]:
+def _launched(given: argparse.Namespace, place: str, size: int, samples: int, folder: Path) -> dict[str, Any]:
     """What `work` found, run by so many processes."""
     out = folder / "told.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", "-m", MODULE]
     command += ["work", "--device", given.device.type, "--shape", given.shape, "--dtype", given.dtype]
     command += ["--samples", str(samples), "--length", str(given.length), "--seed", str(given.seed)]
-    command += ["--folder", str(folder), *([] if given.layers is None else ["--layers", str(given.layers)])]
-    subprocess.run(command, check=True)
+    command += ["--places", place, "--orders", *given.orders, "--folder", str(folder)]
+    subprocess.run([*command, *([] if given.layers is None else ["--layers", str(given.layers)])], check=True)
     return json.loads(out.read_text())
 
 
 def work(given: argparse.Namespace, session: Session, folder: Path) -> None:
-    """One of the processes of `ranks`: the faster of two scorings, as the first one tells it."""
-    device = streamed.device_of_process(given.device)
-    torch.manual_seed(given.seed)  # every process has the same weights
-    model = models.build(given.shape, given.layers, given.dtype, device)
-    tokens = torch.randint(64, (given.samples[0], given.length), generator=torch.Generator().manual_seed(given.seed))
-    seconds, statistics = [], None
-    with streamed.joined(device) as group:
-        for _ in range(2):
-            with spending(device) as spent:
-                statistics = streamed.scored(model, tokens, device, "device", group)
-            seconds.append(spent.seconds)
+    """One of the processes of `ranks`, of which the first one tells what came of it."""
+    device = device_of_rank(given.device.type)
+    model = placed(given, given.places[0], folder / "model", device)
+    tokens = streamed.token_ids(given.samples[0], given.length, given.seed)
+    with joined(device) as group:
+        statistics, spent = streamed.scored(model, tokens, device, given.places[0], given.orders, group)
         first = group.rank == 0
     if first:
-        told = {
-            **described(model, given),
-            "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-            "seconds": min(seconds),
-            "peak_bytes": spent.peak_bytes if device.type == "cuda" else None,
-            "units": digest(statistics),
-        }
+        told = {**described(model, given), **figures_of(statistics, spent, device)}
         (folder / "told.json").write_text(json.dumps(told))
 
 
 def described(model: Any, given: argparse.Namespace) -> dict[str, Any]:
-    return {"shape": given.shape, "layers": model.config.num_hidden_layers, "dtype": given.dtype}
+    parameters = {id(p): p for p in streamed.network(model).parameters()}.values()
+    return {
+        "shape": given.shape,
+        "layers": len(streamed.network(model).model.layers),
+        "dtype": given.dtype,
+        "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
+    }
 
 
 def report(row: Any) -> None:
@@ -245,7 +267,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=at_least(1), nargs="*", default=[96], help="default: 96; none: no refit")
     parser.add_argument("--length", type=at_least(2), default=128, help="tokens of a sample; default: 128")
     parser.add_argument("--ratio", type=float, default=0.5, help="of the cut; default: 0.5")
-    parser.add_argument("--places", nargs="+", choices=("host", "files"), default=["host", "files"])
+    parser.add_argument("--places", nargs="+", choices=("device", "host", "files"), help="of the weights")
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=["second"], help="default: second")
+    parser.add_argument("--compare", action="store_true", help="measure calibrate's lean mode beside --places device")
     parser.add_argument("--gpu-gb", type=float, help="keep the device to so many GB")
     parser.add_argument("--ranks", type=at_least(1), nargs="+", default=[1, 2], help="default: 1 2")
     given = parse(parser, argv)

@@ -7,52 +7,10 @@ line below it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
-from . import rows
-from .environment import REPOSITORY
-
-Line = dict[str, str]
-
-
-def read(name: str, device: str = "") -> list[Line]:
-    """Rows of a CSV file, oldest first, of devices whose name contains a text."""
-    found = rows.read(REPOSITORY / "benchmarks" / f"{name}.csv")
-    return sorted((row for row in found if device in row["device"]), key=lambda row: row["date"])
-
-
-def latest(lines: Iterable[Line], *keys: str) -> dict[tuple[str, ...], Line]:
-    """The last row of each combination of values, in the order in which the combinations first came."""
-    return {tuple(row[key] for key in keys): row for row in lines}
-
-
-def markdown(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    table = [headings, ["---"] * len(headings), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in table)
-
-
-def sources(lines: Iterable[Line]) -> str:
-    """Where figures come from: devices, versions, and the day and commit of each run."""
-    told = []
-    for row in lines:
-        where = f"CUDA {row['cuda']}" if row["cuda"] else f"{row['threads']} threads" if row["threads"] else ""
-        triton = f"triton {row['triton']}" if row["triton"] else ""
-        versions = ", ".join(filter(None, (f"torch {row['torch']}", triton, where)))
-        told.append((f"{row['device']} ({versions})", f"{row['date'][:10]} at {row['commit']}"))
-    parts = []
-    for device in dict.fromkeys(device for device, _ in told):
-        runs = dict.fromkeys(run for where, run in told if where == device)
-        parts.append(f"{device}: {', '.join(runs)}")
-    return f"\n\n*{'; '.join(parts)}.*"
-
-
-def percent(value: str) -> str:
-    return f"{100 * float(value):.0f} %"
-
-
-def figure(value: str | float) -> str:
-    """Three digits that count."""
-    return f"{float(value):#.3g}".rstrip(".")
+from . import op_tables, quality_tables, scale_paper
+from .document_rows import figure, latest, markdown, percent, read, sources
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -260,6 +218,23 @@ def served() -> str:
     return markdown(headings, lines) + sources([*told.values(), *by.values()])
 
 
+def scale() -> str:
+    """Models larger than a GPU, on paper, at the rate of the latest lean pass over LLaMA-7B's shapes."""
+    wanted = {"shape": "7b", "flow": "lean", "samples": "128"}
+    row = [row for row in read("engine", "H100") if wanted.items() <= row.items()][-1]
+    rate = scale_paper.rate_of(float(row["seconds"]), int(row["samples"]), int(row["length"]))
+    lines = []
+    for case in scale_paper.CASES:
+        of, hosts = scale_paper.cost(case, rate), f" in {case.hosts} hosts" if case.hosts > 1 else ""
+        seconds = [figure(of.compute), figure(of.transfer), figure(of.seconds)]
+        sizes = [f"{size / 1e9:,.0f}" for size in (of.weights, of.hidden, of.host)]
+        about = [case.model.name, f"{case.gpus}{hosts}", case.weights, f"{case.samples} × {scale_paper.LENGTH}"]
+        lines.append([*about, *seconds, *sizes])
+    headings = ["model", "GPUs", "weights", "samples", "compute s", "transfers s", "scoring s"]
+    headings += ["GPU: GB of weights", "GB of hidden states a process", "host: GB of weights"]
+    return markdown(headings, lines) + sources([row])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "scorers": scorers,
@@ -268,5 +243,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "distillation": distillation,
     "criteria": criteria,
     "served": served,
-    "criteria short": lambda: criteria(("A50", "B60")),
+    "captured": lambda: op_tables.captured(_WIDTHS, _PHASES),
+    "cut": op_tables.cut,
+    "recipe": op_tables.recipe,
+    "compact": op_tables.compact,
+    "taylor batch": op_tables.batch,
+    "taylor on a CPU": op_tables.taylor_cpu,
+    "scoring on a CPU": op_tables.scoring_cpu,
+    "quality": quality_tables.whole,
+    "quality short": quality_tables.short,
+    "scale": scale,
 }

@@ -1,7 +1,8 @@
-"""Writes the tables of README and docs/ from the CSV files: `python -m benchmarks.documents [--check]`.
+"""Writes the tables of README and docs/ and README's figure from the CSV files: `python -m benchmarks.documents`.
 
 A table stands between two marks, `<!-- table NAME -->` and `<!-- end of table -->`, and is one of
-`document_tables.TABLES`. With `--check` nothing is written, and documents that are not what the files say are named.
+`document_tables.TABLES`. With `--check` nothing is written, and files that are not what the rows say are named. With
+`--output FILE` README shows what its first command printed, from a file: the block below `<!-- output: COMMAND -->`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import document_figure
 from .document_tables import TABLES
 from .environment import REPOSITORY
 
+_OUTPUT = re.compile(r"(<!-- output: [^\n]+ -->\n```text\n).*?(^```$)", re.DOTALL | re.MULTILINE)
 _TABLE = re.compile(r"(<!-- table ([\w -]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
@@ -44,12 +47,30 @@ def written(text: str) -> str:
     return _TABLE.sub(rendered, text)
 
 
+def with_output(text: str, printed: str) -> str:
+    """A document with what its command printed.
+
+    Raises:
+        ValueError: there is not one block for it.
+    """
+    if len(_OUTPUT.findall(text)) != 1:
+        raise ValueError("expected one '<!-- output: COMMAND -->' with a block of text below it")
+    return _OUTPUT.sub(lambda match: f"{match[1]}{printed.rstrip()}\n{match[2]}", text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("files", nargs="*", type=Path, help="default: README.md and docs/*.md")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="what README's first command printed")
+    parser.add_argument("files", nargs="*", type=Path, help="default: README.md, docs/*.md and the figure")
     arguments = parser.parse_args(argv)
+    if arguments.output is not None:
+        readme = REPOSITORY / "README.md"
+        printed = arguments.output.read_text(encoding="utf-8")
+        readme.write_text(with_output(readme.read_text(encoding="utf-8"), printed), encoding="utf-8")
     old = []
+    if not arguments.files and document_figure.write(arguments.check):
+        old.append(str(document_figure.PATH))
     for path in arguments.files or documents():
         before = path.read_text(encoding="utf-8")
         after = written(before)

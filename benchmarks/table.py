@@ -14,7 +14,7 @@ from pathlib import Path
 from hywia_kernels import ops
 
 from . import rows
-from .document_tables import markdown
+from .document_rows import markdown
 from .environment import REPOSITORY
 from .harness import COMPILE, EAGER
 

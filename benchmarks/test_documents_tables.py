@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from . import document_tables, documents
+from . import document_figure, document_tables, documents, quality_tables
 
 
 @pytest.mark.parametrize("path", documents.documents(), ids=lambda path: path.name)
@@ -43,6 +43,13 @@ def test_marks_that_are_wrong_are_refused(text, message):
         documents.written(text)
 
 
+def test_output_of_a_command():
+    page = "a\n<!-- output: hywia info -->\n```text\nold\n```\n\n```\nhywia info\n```\n"
+    assert documents.with_output(page, "1\n2\n") == page.replace("old", "1\n2")
+    with pytest.raises(ValueError, match="expected one '<!-- output"):
+        documents.with_output("a\n", "1\n")
+
+
 def test_figures_come_from_the_latest_row(monkeypatch):
     run = {"torch": "2", "triton": "3", "cuda": "13", "threads": "", "device": "GPU", "commit": "abc"}
     row = {
@@ -61,3 +68,104 @@ def test_figures_come_from_the_latest_row(monkeypatch):
         "| 1,000 × 2,000 | 3 / 4 | bf16 | hywia | 71.0 | 1.00 | 2.00 | 1e-02 |\n\n"
         "*GPU (torch 2, triton 3, CUDA 13): 2026-02-02 at abc.*"
     )
+
+
+RUN = {"torch": "2", "triton": "", "cuda": "13", "threads": "", "device": "GPU", "commit": "abc", "command": ""}
+WIKI, NOVEL = "wikitext2_raw_test.txt", "a_novel.txt"
+
+
+def quality_row(criterion, setting, perplexity, seed="0", recovery="none", text=WIKI, **figures):
+    known = {
+        "model": "smollm2",
+        "layers": "all",
+        "blocks": "9",
+        "samples": "10",
+        "removed": "0.301",
+        "date": "2026-02-02",
+    }
+    empty = dict.fromkeys(("mean", "mean_se", "seconds", "text_seconds", "recovery_seconds", "divergence"), "")
+    row = {
+        "criterion": criterion,
+        "setting": setting,
+        "perplexity": str(perplexity),
+        "seed": seed,
+        "recovery": recovery,
+    }
+    return {**RUN, **known, **empty, **row, "text": text, **figures}
+
+
+@pytest.fixture
+def quality(monkeypatch):
+    """Rows of a dense model, of LLM-Pruner, of which a seed was measured twice, and of the recipe, cut and recovered;
+    beside them rows that are none of theirs."""
+    tasks = {"mean": "43.21", "mean_se": "0.52"}
+    costs = {"seconds": "4", "recovery_seconds": "30", "text_seconds": "6"}
+    lines = [
+        quality_row("dense", "P30", 50, layers="4:28", samples="0", **tasks),
+        quality_row("dense", "P30", 30, layers="4:28", samples="0", text=NOVEL, **tasks),
+        quality_row("lp:param_second", "P30", 999, date="2026-01-01"),
+        quality_row("lp:param_second", "P30", 200),
+        quality_row("lp:param_second", "P30", 242, seed="1"),
+        quality_row("lp:param_second", "P30", 150, samples="96"),
+        quality_row("recipe", "P30", 100, samples="96"),
+        quality_row("recipe", "P30", 70, recovery="self", samples="96", divergence="0.25", **costs),
+        quality_row("recipe", "P30", 40, recovery="self", samples="96", divergence="0.25", text=NOVEL, **costs),
+        quality_row("recipe", "P50", 90, recovery="self", samples="96", removed="0.5", **costs, **tasks),
+        quality_row("recipe", "P30", 1, samples="96", model="another"),
+        quality_row("recipe", "P30", 2, samples="96", blocks="3"),
+        quality_row("recipe", "P30", 3, samples="96", command="python -m benchmarks.quality --block 2048"),
+        quality_row("recipe", "A50", 4, samples="96"),  # of all layers: not the setting's
+    ]
+    monkeypatch.setattr("benchmarks.rows.read", lambda path: lines if path.name == "quality.csv" else [])
+
+
+def test_short_table_of_quality(quality):
+    assert quality_tables.short() == (
+        "|  | recovery | samples scored | P30 (30 % of all) | P50 (50 % of all) | tasks, P50 | seconds, P50 |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n"
+        "| dense |  |  | 50.0 | 50.0 | 43.2 ± 0.5 |  |\n"
+        "| LLM-Pruner | none | 10 | 220.0 ± 21.0 |  |  |  |\n"
+        "| LLM-Pruner | none | 96 | 150.0 |  |  |  |\n"
+        "| **this package** | none | 96 | 100.0 |  |  |  |\n"
+        "| **this package** | this package's | 96 | 70.0 | 90.0 | 43.2 ± 0.5 | 40 |\n\n"
+        "*GPU (torch 2, CUDA 13): 2026-02-02 at abc.*"
+    )
+
+
+def test_whole_table_of_quality(quality):
+    assert quality_tables.whole().splitlines()[:8] == [
+        "|  | method | recovery | samples scored | parameters less | WikiText-2 | a novel | divergence | tasks "
+        "| s to cut | s to recover | runs |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "|  | dense |  |  |  | 50.0 | 30.0 |  | 43.2 ± 0.5 |  |  | 1 |",
+        "| P30 | LLM-Pruner | none | 10 | 30.1 % | 220.0 ± 21.0 |  |  |  |  |  | 2 |",
+        "| P30 | LLM-Pruner | none | 96 | 30.1 % | 150.0 |  |  |  |  |  | 1 |",
+        "| P30 | **this package** | none | 96 | 30.1 % | 100.0 |  |  |  |  |  | 1 |",
+        "| P30 | **this package** | this package's | 96 | 30.1 % | 70.0 | 40.0 | 0.250 |  | 4.0 | 36 | 1 |",
+        "| P50 | **this package** | this package's | 96 | 50.0 % | 90.0 |  |  | 43.2 ± 0.5 | 4.0 | 36 | 1 |",
+    ]
+
+
+def test_curves_of_the_figure(quality):
+    curves, looks = document_figure.perplexities()
+    assert curves == {
+        "LLM-Pruner": [(0.0, 50.0), (30.1, 150.0)],
+        "this package": [(0.0, 50.0), (30.1, 100.0)],
+        "this package, recovered": [(0.0, 50.0), (30.1, 70.0), (50.0, 90.0)],
+    }
+    assert looks["this package"] == (3, 1)
+    assert looks["this package, recovered"] == (3, 0)
+
+
+def test_the_figure_is_what_the_files_say():
+    assert document_figure.description_in(document_figure.PATH) == document_figure.described(), "run: make docs"
+    assert document_figure.described() in document_figure.svg().replace("&#x27;", "'")
+
+
+def test_a_figure_that_is_not_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(document_figure, "PATH", tmp_path / "quality.svg")
+    assert document_figure.write(check=True)
+    assert not (tmp_path / "quality.svg").exists()
+    assert document_figure.write()
+    assert not document_figure.write()
+    assert "prefers-color-scheme:dark" in (tmp_path / "quality.svg").read_text()

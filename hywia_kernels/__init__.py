@@ -39,7 +39,7 @@ _HOMES = {  # public name -> module it is in
     "layer_influence": "method.layer_influence",
     "learn_masks": "method.mask_learning",
     "load": "checkpoint.loading",
-    "open_mapped": "scale.mapped",
+    "open_stored": "checkpoint.stored_model",
     "plan": "method.selection",
     "plan_for": "deploy.planning",
     "prove": "method.derivation",

@@ -34,6 +34,7 @@ __all__ = [
     "SEARCHES",
     "SELF",
     "SEQ_LEN",
+    "STATE_SECONDS",
     "STEPS",
     "STREAMED",
     "TUNES",
@@ -85,4 +86,5 @@ PRICE_SAMPLES = 16  # on which whole layers are left out, for their price: a mea
 STEPS = 50  # of mask learning
 LEARNING_BATCH = 16  # samples that a step of mask learning reads
 JUDGED_SAMPLES = {"none": 0, "fast": 32, "thorough": 64}  # that a search judges on, read behind those that are scored
+STATE_SECONDS = 10.0  # between two states that a stopped run can go on from; shorter runs write none
 RIDGE = 4.0  # of the reconstruction; chosen on SmolLM2

@@ -10,6 +10,11 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
+
+import hywia_kernels as hk
+from tests.support.models import random_model, sizes
+from tests.support.tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 def run(name: str, *arguments: str) -> list[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, str(ROOT / "examples" / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()
 
@@ -28,6 +33,24 @@ def test_pytorchs_own_pruning():
     assert [line.split()[0] for line in scored] == ["MagnitudeScorer", "TaylorScorer", "TaylorScorer"]
     assert all(line.endswith("zeroed {'0': 8, '3': 8}") for line in scored)
     assert all(float(re.search(r"accuracy (\S+)", line)[1]) > 0.6 for line in scored)
+
+
+def test_prune_and_recover(tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed")
+    model = random_model(**sizes(259, 64, 256, 2, 8, 4), max_position_embeddings=256, initializer_range=0.15)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    letters = torch.randint(97, 123, (40_000,), generator=torch.Generator().manual_seed(3))
+    (tmp_path / "text.txt").write_text("".join(map(chr, letters.tolist())))
+    given = ["--text", str(tmp_path / "text.txt"), "--tokens", "4096", "--ratio", "0.3"]
+    lines = run("prune_and_recover.py", str(tmp_path / "model"), "-o", str(tmp_path / "out"), *given)
+    said = "\n".join(lines)
+    assert abs(float(re.search(r"removes (\S+)% of the parameters", said)[1]) - 30) < 5
+    before, after = re.search(r"the dense model: (\S+) -> (\S+) nats", said).groups()
+    assert 0 < float(after) <= float(before)
+    assert float(re.search(r"perplexity: (\S+) ->", said)[1]) > 1
+    left, whole = (sum(p.numel() for p in hk.load(tmp_path / name)[0].parameters()) for name in ("out", "model"))
+    assert 0.6 < left / whole < 0.8
 
 
 def side_by_side(*arguments: str) -> dict[tuple[str, str], list[str]]:

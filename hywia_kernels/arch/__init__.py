@@ -6,7 +6,7 @@
     views      the matrices that units lie on
     discovery  from a model and its entry to groups and config fields
     depth      whole layers: what leaves with them, and what follows their number and places
-    support    the table as README shows it
+    support    the table as docs/models.md shows it
 
 An architecture is an entry, not a class. Module names are relative to the decoder layer; widths are read from the
 modules themselves, so a model that has been pruned already is described as it now is. See CONTRIBUTING.md for how to

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -40,7 +40,7 @@ def attributes_of(
         named: list[tuple[Sequence[str], str, int]] = [
             (_HEAD_ATTRIBUTES, "heads", heads),
             (_WIDTH_ATTRIBUTES, "width", width),
-            (_KV_ATTRIBUTES, "kv_heads", getattr(config, attention.kv_heads_field or "", heads)),
+            (_KV_ATTRIBUTES, "kv_heads", _kv_heads(config, attention, modules, width // heads)),
         ]
         fields = [attention.heads_field, attention.kv_heads_field, "head_dim"] if attention.kv_heads_field else []
         owners = [
@@ -64,6 +64,16 @@ def attributes_of(
     if experts is not None and experts.router:
         found += [(n, "num_experts", "experts") for n in (experts.module, experts.router)]
     return tuple(found), tuple(readers)
+
+
+def _kv_heads(config: Any, attention: Attention, modules: Mapping[str, Any], size: int) -> int:
+    """How many key heads there are: by the config, or by the shapes where it does not say."""
+    if attention.kv_heads_field:
+        return getattr(config, attention.kv_heads_field)
+    rows = sizes_of(modules[attention.value])[0]
+    if attention.query == attention.value:
+        return (rows - sizes_of(modules[attention.output])[1]) // (2 * size)
+    return getattr(config, attention.heads_field) if attention.key == attention.value else rows // size
 
 
 def _forward_text(module: nn.Module) -> str:

@@ -75,6 +75,10 @@ class _Follower:
     def __init__(self, model: nn.Module, keep: Sequence[int]) -> None:
         self.model, self.keep = model, list(keep)
         entry, config = architecture(model), text_config(model)
+        if entry.together:
+            raise HywiaError(
+                "model: its layers hand on more than hidden states, so none of them can go whole; use other --units"
+            )
         for name, wanted in entry.placeless.items():
             found = getattr(config, name, wanted)
             if found != wanted:

@@ -20,12 +20,14 @@ from .views import is_linear, is_transposed, sizes_of
 
 __all__ = ["Hypotheses", "hypotheses", "layers_of"]
 
-_QUERY = {"q_proj", "query", "q_b_proj", "q_gate_proj", "wq", "q_lin", "query_proj", "q"}
-_KEY = {"k_proj", "key", "wk", "k_lin", "key_proj", "k"}
-_VALUE = {"v_proj", "value", "wv", "v_lin", "value_proj", "v"}
+_QUERY = {"q_proj", "query", "q_b_proj", "q_gate_proj", "wq", "Wq", "q_lin", "query_proj", "q"}
+_KEY = {"k_proj", "key", "wk", "Wk", "k_lin", "key_proj", "k"}
+_VALUE = {"v_proj", "value", "wv", "Wv", "v_lin", "value_proj", "v"}
 _BOTH = {"kv_b_proj"}
 _ALL = {"query_key_value", "qkv_proj", "Wqkv", "c_attn", "qkv", "W_pack", "wqkv", "in_proj"}
 _OUTPUT = {"o_proj", "out_proj", "dense", "c_proj", "wo", "Wo", "out_lin", "proj", "o"}
+_HANDS_ON = "store_full_length_kv"  # attribute of attentions whose keys and values later layers take
+_SPARSE = "activation_sparsity"  # attribute of MLPs, positive where features are held against the mean of all
 _GATES = {"gate_proj", "g_proj", "gate", "attn_gate"}
 _GATE_OF_MLP = {"gate_proj", "w1", "gate", "linear_1"}
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
@@ -173,7 +175,8 @@ def _of_heads(
         for n in linears
         if n.startswith(f"{owner}.") and _leaf(n) in _GATES and sizes_of(linears[n])[0] in (width, heads)
     )
-    vectors, wide_norms = _vectors(everywhere, owner, apart, heads, kv_heads, size)
+    # A norm beside the output's matrix alone is of the hidden states, which may be as wide as all heads.
+    vectors, wide_norms = _vectors(everywhere, _inmost(owner, apart), apart, heads, kv_heads, size)
     base = Attention(
         query,
         key,
@@ -186,6 +189,7 @@ def _of_heads(
         size_field=size_field,
         wide_query=wide,
         more=more,
+        kept=_HANDS_ON if type(getattr(modules[owner], _HANDS_ON, None)) is bool else "",
     )
     interleavings = (False, True) if query == key else (False,)
     for interleaved, norms, alibi in itertools.product(
@@ -268,7 +272,9 @@ def _mlps(modules: Mapping[str, Any], linears: Mapping[str, Any], config: Any) -
                 ups.sort(key=lambda n: _leaf(n) not in _GATE_OF_MLP)
                 plain = Mlp(tuple(ups), (down,), field)
                 gated = _gated(modules, owner, ups)
-                yield (Mlp(plain.rows, plain.columns, field, gated), plain) if gated else (plain,)
+                several = (replace(plain, gated=gated), plain) if gated else (plain,)
+                sparse = type(getattr(modules.get(owner), _SPARSE, None)) is float
+                yield (*several, *(replace(m, kept=_SPARSE) for m in several)) if sparse else several
             elif len(fused) == 1 and not ups:
                 yield (Mlp((fused[0], fused[0]), (down,), field),)
             else:

@@ -61,26 +61,32 @@ def architecture(model: nn.Module) -> Architecture:
     config = getattr(model, "config", None)
     # A checkpoint whose layers differ in width names its family beside its own type.
     model_type = getattr(config, "base_model_type", None) or getattr(config, "model_type", None)
-    for entry in TABLE:
-        if model_type in entry.model_types:
-            _check_requirements(model, entry)
+    entries = [entry for entry in TABLE if model_type in entry.model_types]
+    for entry in entries[:-1]:  # the last one's requirements are those that a message names
+        if not _unmet(model, entry):
             return entry
-    known = ", ".join(sorted(t for entry in TABLE for t in entry.model_types))
+    if entries:
+        _check_requirements(model, entries[-1])
+        return entries[-1]
+    known = ", ".join(sorted({t for entry in TABLE for t in entry.model_types}))
     raise HywiaError(
         f"model: expected one of the known model types ({known}), got {model_type!r}; hk.prove(model) derives an entry "
         "from the model's structure, and CONTRIBUTING.md says how to add one to the table"
     )
 
 
-def _check_requirements(model: nn.Module, entry: Architecture) -> None:
+def _unmet(model: nn.Module, entry: Architecture) -> list[str]:
+    """Config fields of an entry's requirements that have another value."""
     config = text_config(model)
-    for name, wanted in entry.requires.items():
-        found = getattr(config, name, wanted)
-        if found != wanted:
-            raise HywiaError(
-                f"model: expected {name}={wanted!r} in the config of a {entry.model_types[0]} model, got {found!r}; "
-                "its layers compute something the table's entry does not describe"
-            )
+    return [name for name, wanted in entry.requires.items() if getattr(config, name, wanted) != wanted]
+
+
+def _check_requirements(model: nn.Module, entry: Architecture) -> None:
+    for name in _unmet(model, entry):
+        raise HywiaError(
+            f"model: expected {name}={entry.requires[name]!r} in the config of a {entry.model_types[0]} model, got "
+            f"{getattr(text_config(model), name)!r}; its layers compute something the table's entry does not describe"
+        )
 
 
 def head_dim(model: nn.Module, layer: int | None = None) -> int:
@@ -183,6 +189,14 @@ def _has_heads(modules: Modules, entry: Architecture, prefix: str) -> bool:
     return not (names.kept and getattr(modules[f"{prefix}.{names.module}"], names.kept))
 
 
+def _has_channels(modules: Modules, mlp: Mlp, prefix: str) -> bool:
+    """Whether a layer has an MLP whose channels can go."""
+    if not mlp.columns or f"{prefix}.{mlp.columns[0]}" not in modules:
+        return False
+    owner = f"{prefix}.{mlp.columns[0]}".rpartition(".")[0]
+    return not (mlp.kept and getattr(modules[owner], mlp.kept))
+
+
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The decoder's layers.
 
@@ -225,10 +239,10 @@ def groups(model: nn.Module, modules: Modules | None = None) -> tuple[Group, ...
         if not plain:
             assert entry.experts is not None
             found += expert_groups(model, modules, entry.experts, prefix, i)
-        elif not entry.partial or (entry.mlp.columns and f"{prefix}.{entry.mlp.columns[0]}" in modules):
+        elif not entry.partial or _has_channels(modules, entry.mlp, prefix):
             found.append(_mlp_group(modules, entry.mlp, prefix, i))
         for branch in entry.branches:
-            if f"{prefix}.{branch.columns[0]}" in modules and not (plain and branch == entry.mlp):
+            if _has_channels(modules, branch, prefix) and not (plain and branch == entry.mlp):
                 name = branch.columns[0].rpartition(".")[0] or branch.columns[0]
                 found.append(_mlp_group(modules, branch, prefix, i, name))
     return tuple(found)

@@ -24,12 +24,15 @@ class Mlp:
     A module named k times in `rows` holds k matrices one after the other, in that order (Phi-3's gate and up).
     `width_field` is the config's field of the width, "" where the config has none; `width_alias` is another, which
     transformers does not read and servers do. `gated` lets calibration compute the product again instead of keeping it.
+    `kept` is an attribute of the module of the last matrix that is true where no channel can go, since what the layer
+    computes goes by all of them.
     """
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     width_field: str
     gated: Gated | None = None
+    kept: str = ""
     width_alias: str = ""
 
 
@@ -141,13 +144,16 @@ class Architecture:
 
     Attributes:
         model_types: values of `config.model_type` it serves.
-        title: the models, as README names them.
+        title: the models, as docs/models.md names them.
         layers: path of the decoder's list of layers.
         mlp, attention, experts: the units' structure inside one layer.
         branches: further MLPs of a layer, beside its experts or its `mlp` (shared experts), where a layer has them.
         partial: layers may lack the attention or the MLP that is named (and have convolutions, a state space, or
             attention of another kind), which is left alone.
         derived: made from a model's structure, not written by hand.
+        together: layers hand on more than the hidden states (keys and values, say), or these in a form of their own, so
+            that no layer runs by itself: they are scored in one pass over the whole graph, and neither reconstructed,
+            nor searched over, nor streamed.
         attributes: `(module, attribute, quantity)`: numbers that a layer's modules keep for themselves; the quantity is
             "heads", "kv_heads", "width" (of all query heads), "channels", "experts" or, where a dense MLP lies beside
             them, "expert_channels" of that layer. They are set where the layer's module has them.
@@ -184,6 +190,7 @@ class Architecture:
     branches: tuple[Mlp, ...] = ()
     partial: bool = False
     derived: bool = False
+    together: bool = False
     attributes: tuple[tuple[str, str, str], ...] = ()
     whole_attributes: tuple[tuple[str, str, str], ...] = ()
     config_readers: tuple[str, ...] = ()

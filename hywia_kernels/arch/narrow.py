@@ -16,6 +16,7 @@ __all__ = ["MOST_PARAMETERS", "narrow", "narrow_configs"]
 
 MOST_PARAMETERS = 60_000_000  # of a copy that is still small
 _VOCABULARY = 192
+_TAKERS = "num_kv_shared_layers"
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "num_query_groups", "kv_n_heads")
@@ -49,7 +50,7 @@ _SMALL = {
     },
     **{"num_dense_layers": 1, "first_num_dense_layers": 1, "moe_layer_start_index": 1, "embedding_size": 40},
     **{"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    **{"word_embed_proj_dim": 40, "laurel_rank": 8, "num_kv_shared_layers": 0, "rotary_dim": 4},
+    **{"word_embed_proj_dim": 40, "laurel_rank": 8, "rotary_dim": 4},
 }
 
 
@@ -61,8 +62,9 @@ def _field(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
 def _chosen_layers(values: Mapping[str, Any], layers: int, most: int) -> list[int]:
     """Layers that stand for all: the first ones, and one of each kind that a list by layer names, in their order."""
     per_layer = [v for v in values.values() if isinstance(v, (list, tuple)) and len(v) == layers]
-    kinds = [str([v[i] for v in per_layer]) for i in range(layers)]
-    chosen = [i for i in range(layers) if kinds.index(kinds[i]) == i][: 2 * most]
+    takers = values.get(_TAKERS) or 0  # of the last layers, which take the keys and values of others
+    kinds = [str([*(v[i] for v in per_layer), i >= layers - takers]) for i in range(layers)]
+    chosen = [i for i in range(layers) if kinds.index(kinds[i]) == i][: (3 if takers else 2) * most]
     chosen += [i for i in range(layers) if i not in chosen][: max(0, min(most, layers) - len(chosen))]
     return sorted(chosen)
 
@@ -85,6 +87,8 @@ def _fewer_layers(values: dict[str, Any], most: int) -> None:
     if isinstance(own, dict):
         places = {old: str(new) for new, old in enumerate(chosen)}
         values["per_layer_config"] = {places[int(k)]: v for k, v in own.items() if int(k) in places}
+    if values.get(_TAKERS):
+        values[_TAKERS] = sum(i >= layers - values[_TAKERS] for i in chosen)
     values[name] = len(chosen)
     for field in _LAYERS:
         if field in values and type(values[field]) is int:

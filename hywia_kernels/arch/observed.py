@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["DERIVED", "IMAGES", "MLP_ONLY", "REASONS", "REFUSED"]
+__all__ = ["DECODERS", "DERIVED", "IMAGES", "MLP_ONLY", "REASONS", "REFUSED"]
 
 _CHANNELS_AND_HEADS = (
     "afmoe",
@@ -20,6 +20,7 @@ _CHANNELS_AND_HEADS = (
     "cohere",
     "cohere2",
     "cohere_compass_text",
+    "ctrl",
     "cwm",
     "deepseek_v3",
     "deepseek_v32",
@@ -30,6 +31,7 @@ _CHANNELS_AND_HEADS = (
     "exaone4",
     "exaone_moe",
     "falcon",
+    "gemma3n_text",
     "glm",
     "glm4",
     "glm4_moe",
@@ -44,6 +46,7 @@ _CHANNELS_AND_HEADS = (
     "hunyuan_v1_dense",
     "hunyuan_v1_moe",
     "hy_v3",
+    "hy_v4",
     "hyperclovax",
     "internlm3",
     "iquestcoder",
@@ -99,9 +102,29 @@ _EXPERTS_TOO = (
     "qwen3_next",
 )
 
+# Families of encoders, which are causal where their config says `is_decoder`, as it does not by default.
+DECODERS = (
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+)
+
 # Family -> kinds of units that can go.
 DERIVED: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(_CHANNELS_AND_HEADS, ("mlp", "attention")),
+    **dict.fromkeys((*_CHANNELS_AND_HEADS, *DECODERS), ("mlp", "attention")),
+    "dbrx": ("attention",),
     **dict.fromkeys(_EXPERTS_TOO, ("mlp", "attention", "experts")),
 }
 
@@ -128,38 +151,15 @@ IMAGES = ("llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 
 # Why a family is refused -> what its refusal says.
 REASONS: Mapping[str, str] = {
-    "not causal without `is_decoder`": "this is no causal language model",
+    "not causal": "this is no causal language model",
     "no small copy of its config can be made": "no small copy of its config",
     "no part of it is understood": "nothing of its structure could be derived",
     "a saved model does not reload to the same logits": "a saved model reloads to logits that differ",
-    "its layers do not run by themselves": "its layers do not run one at a time",
 }
 
 # Family -> why it is refused.
 REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(
-        (
-            "bert",
-            "bert-generation",
-            "big_bird",
-            "camembert",
-            "cpmant",
-            "data2vec-text",
-            "electra",
-            "ernie",
-            "megatron-bert",
-            "rembert",
-            "roberta",
-            "roberta-prelayernorm",
-            "roc_bert",
-            "roformer",
-            "xlm",
-            "xlm-roberta",
-            "xlm-roberta-xl",
-            "xlnet",
-        ),
-        "not causal without `is_decoder`",
-    ),
+    **dict.fromkeys(("cpmant", "xlm", "xlnet"), "not causal"),
     **dict.fromkeys(
         (
             "blt",
@@ -180,10 +180,7 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         (
             "bitnet",
-            "ctrl",
-            "dbrx",
             "falcon_mamba",
-            "gemma3n_text",
             "hrm_text",
             "jetmoe",
             "mamba",
@@ -192,5 +189,4 @@ REFUSED: Mapping[str, str] = {
         "no part of it is understood",
     ),
     "falcon_h1": "a saved model does not reload to the same logits",
-    "hy_v4": "its layers do not run by themselves",
 }

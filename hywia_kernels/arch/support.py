@@ -1,4 +1,4 @@
-"""The table as README shows it, and the families beside it as docs/models.md does.
+"""The table of families and those beside it, as docs/models.md shows them.
 
 `python -m hywia_kernels.arch.support` prints both, and writes those that a named file has marks for.
 """
@@ -16,7 +16,8 @@ from .table import TABLE
 
 __all__ = ["BEGIN", "END", "derived_markdown", "markdown", "written"]
 
-BEGIN, END = "<!-- support table: python -m hywia_kernels.arch.support README.md -->", "<!-- end of support table -->"
+BEGIN = "<!-- support table: python -m hywia_kernels.arch.support docs/models.md -->"
+END = "<!-- end of support table -->"
 DERIVED_BEGIN = "<!-- derived families: python -m hywia_kernels.arch.support docs/models.md -->"
 DERIVED_END = "<!-- end of derived families -->"
 
@@ -75,7 +76,8 @@ def derived_markdown() -> str:
     rows = ["| state | `model_type` |", "| --- | --- |"]
     by_kinds: dict[str, list[str]] = {}
     for name, kinds in observed.DERIVED.items():
-        by_kinds.setdefault(f"derived: {_KINDS[tuple(kinds)]}", []).append(name)
+        state = "derived where the config says `is_decoder`" if name in observed.DECODERS else "derived"
+        by_kinds.setdefault(f"{state}: {_KINDS[tuple(kinds)]}", []).append(name)
     for state, names in by_kinds.items():
         rows.append(f"| {state} | {_names(names)} |")
     rows.append(f"| MLP only (`--units mlp`) | {_names(observed.MLP_ONLY)} |")

@@ -51,7 +51,7 @@ _GEMMA2 = replace(
     residual=None,
 )
 # Heads of sliding layers are smaller than the others', whose values may be their keys. Layers whose keys and values
-# an assistant model takes keep their heads. The smallest models hand them on to other layers, and are refused.
+# an assistant model takes keep their heads.
 _GEMMA4 = replace(
     _GEMMA2,
     model_types=("gemma4_text",),
@@ -78,6 +78,11 @@ _GEMMA4 = replace(
     attributes=(*_MLP_ATTRIBUTES, ("experts", "intermediate_dim", "expert_channels")),
     placeless={"layer_types": None},
     requires={"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "is_causal": True},
+)
+# The smallest models' later layers take the keys and values of earlier ones, and keep their heads, as those do; every
+# layer has an embedding of the tokens besides.
+_GEMMA4_SMALL = replace(
+    _GEMMA4, title="Gemma 4 E2B and E4B, text alone", experts=None, together=True, requires={"is_causal": True}
 )
 # Norms come after attention and MLP, round otherwise than LLaMA's, and take all heads' queries (keys) together.
 _OLMO2 = replace(
@@ -152,6 +157,13 @@ TABLE: tuple[Architecture, ...] = (
         _GEMMA4,
         model_types=("gemma4",),
         title="Gemma 4 (26B-A4B, 31B)",
+        layers="model.language_model.layers",
+    ),
+    _GEMMA4_SMALL,
+    replace(
+        _GEMMA4_SMALL,
+        model_types=("gemma4",),
+        title="Gemma 4 E2B, E4B",
         layers="model.language_model.layers",
     ),
     # Multipliers on embeddings, residuals and scores are the model's own; only the head's concerns the loss.

@@ -13,9 +13,9 @@ from pathlib import Path
 from ..errors import HywiaError, UsageError
 from . import disk
 from .replaceable import Input, check
-from .workspace import Claim, leave, located, settle, take
+from .workspace import Claim, drop_kept, leave, located, settle, take
 
-__all__ = ["begin", "check_target", "claim", "directory", "file", "outcome", "write_text"]
+__all__ = ["begin", "check_target", "claim", "directory", "file", "kept_bytes", "outcome", "write_text"]
 
 _HELD: dict[Path, Claim] = {}
 _GUARD = threading.Lock()
@@ -95,6 +95,13 @@ def claim(
                 _HELD.pop(workspace, None)
 
 
+def kept_bytes(path: str | Path) -> int:
+    """Bytes on the disk that a stopped run has left of a target."""
+    workspace = located(path)[1]
+    files = (file for name in ("kept", "new") for file in (workspace / name).rglob("*"))
+    return sum(512 * file.lstat().st_blocks for file in files)
+
+
 def check_target(
     path: str | Path, *, overwrite: bool, in_place: bool = False, inputs: Sequence[Input] = (), need: int = 0
 ) -> None:
@@ -118,18 +125,23 @@ def directory(
     in_place: bool = False,
     inputs: Sequence[Input] = (),
     need: int = 0,
+    goes_on: bool = False,
 ) -> Iterator[Path]:
     """Yield an empty directory beside `path`. On success it is flushed and takes the place of `path`; on failure it is
-    removed, and `path` stays what it was.
+    removed, or kept where its progress was (`workspace`), and `path` stays what it was.
 
     Args:
-        path, overwrite, in_place, inputs, need: as in `claim`.
+        path, overwrite, in_place, inputs, need: as in `claim`. goes_on: the directory is the one that was kept.
 
     Raises:
         UsageError, HywiaError: as `claim`; HywiaError when the disk refuses the write.
     """
     with claim(path, overwrite=overwrite, in_place=in_place, inputs=inputs, need=need) as held, _writing(held):
-        os.mkdir(held.new)
+        if goes_on:
+            os.rename(held.kept, held.new)
+        else:
+            drop_kept(held)
+            os.mkdir(held.new)
         _identify(held)
         yield held.new
         disk.sync_tree(held.new)

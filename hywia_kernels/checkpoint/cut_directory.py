@@ -29,7 +29,8 @@ class CutDirectory:
     Args:
         stored: the model before the cut. cut: the same after it, its parameters on the meta device.
         renamed: name of a parameter before the cut -> after it; None: it goes with its layer.
-        folder: an empty directory. bundles: of the model before the cut.
+        folder: an empty directory, or one that was kept. bundles: of the model before the cut.
+        written: tensors that its files hold; None: there are none.
 
     Attributes:
         described: the cut model as its config says it, on the meta device. bundles: what is to be written together.
@@ -45,6 +46,7 @@ class CutDirectory:
         renamed: Callable[[str], str | None],
         folder: Path,
         bundles: Sequence[Bundle],
+        written: Sequence[str] | None = None,
     ) -> None:
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -63,6 +65,7 @@ class CutDirectory:
             files,
             parameters=self.described.num_parameters(),
             max_shard_size=saving.shard_size(cut),
+            written=written,
         )
         for name, values in self._converted({n: t for n, t in kept.items() if not t.is_meta}).items():
             self._writer.put(name, values)  # buffers
@@ -94,6 +97,11 @@ class CutDirectory:
         after = None if first is None else self._renamed(first)
         return None if after is None else self._names.get(after)
 
+    @property
+    def written(self) -> list[str]:
+        """The tensors that its files hold."""
+        return self._writer.written
+
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Write all that stays of a bundle.
 
@@ -117,6 +125,7 @@ class CutDirectory:
         content = saving.record_of(self._cut, plan, record, self._not_stock)
         saving.write_companions(self._cut, self._source.tokenizer, self.described, content, self._folder, name)
         aside = self._folder / _CONFIG
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was stopped
         # By itself, since transformers deletes weights that it did not write.
         saving.write_model(self.described, aside, {}, None)
         for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):

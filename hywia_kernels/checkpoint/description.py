@@ -74,7 +74,7 @@ _REFERENCE = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")
 
 def model_types() -> tuple[str, ...]:
     """The `model_type`s that are supported, in alphabetical order."""
-    return tuple(sorted(t for entry in TABLE for t in entry.model_types))
+    return tuple(sorted({t for entry in TABLE for t in entry.model_types}))
 
 
 def derivable(model_type: Any) -> bool:

@@ -175,6 +175,7 @@ def _evaluated(record: Mapping[str, Any]) -> dict[str, Any] | None:
     return {
         "rows": [(row.metric.detail, row.before, row.after, row.ratio) for row in rows],
         "text": run_record.evaluation_text(record),
+        "prompt": run_record.prompt_of(record),
         "device": device if isinstance(device, str) else None,
         "continued": continued,
     }

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import HywiaError
-from ..types import Plan, Scores
+from ..types import Plan, Scores, channels_of_gone_experts
 
 __all__ = [
     "KindWidths",
@@ -29,6 +29,7 @@ __all__ = [
     "kind_widths",
     "mapping",
     "plain",
+    "prompt_of",
     "reading",
     "recovery_text",
     "reduction",
@@ -115,7 +116,7 @@ class Reduction:
 
 
 def score_summary(scores: Scores, plan: Plan) -> list[dict[str, Any]]:
-    """What a record keeps of the scores: one mapping per group of a layer that stays, where units may go.
+    """What a record keeps of the scores: one mapping per group of a layer and an expert that stay, where units may go.
 
     Its keys are "group", "kind", "layer", "units" and "kept"; "quantiles", which are the least score, the lower
     quartile, the median, the upper quartile and the largest score; "least_kept" and "largest_removed", which are scores
@@ -125,7 +126,10 @@ def score_summary(scores: Scores, plan: Plan) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if plan.record.get("units") == ["layers"]:
         return rows
+    gone = channels_of_gone_experts(plan.staying, plan.keep)
     for group in plan.staying:
+        if group.name in gone:
+            continue
         values = scores.values[group.name].double()
         kept = torch.zeros(group.units, dtype=torch.bool)
         kept[plan.keep[group.name]] = True
@@ -178,7 +182,7 @@ def plain(value: Any) -> str:
 
 
 def spans(widths: Sequence[int]) -> str:
-    """Widths by layer as text: `1,536` when all are equal, `1,536 x4, 768 x24, 1,536 x2` otherwise. Layers that went,
+    """Widths by layer as text: `1,536` when all are equal, `1,536 x4, 768 x25, 1,536` otherwise. Layers that went,
     whose width is 0, are left out."""
     runs: list[list[int]] = []
     for width in (w for w in widths if w):
@@ -186,7 +190,7 @@ def spans(widths: Sequence[int]) -> str:
             runs[-1][1] += 1
         else:
             runs.append([width, 1])
-    return f"{runs[0][0]:,}" if len(runs) == 1 else ", ".join(f"{w:,} x{n}" for w, n in runs)
+    return f"{runs[0][0]:,}" if len(runs) == 1 else ", ".join(f"{w:,} x{n}" if n > 1 else f"{w:,}" for w, n in runs)
 
 
 def _counts(value: Any) -> list[int] | None:
@@ -280,6 +284,12 @@ def evaluation_text(record: Mapping[str, Any]) -> str | None:
     if isinstance(text.get("block"), int) and isinstance(text.get("blocks"), int):
         parts.append(f"{text['blocks']:,} blocks of {text['block']:,} tokens")
     return ", ".join(parts)
+
+
+def prompt_of(record: Mapping[str, Any]) -> str | None:
+    """The text that both models were asked to continue, in one line; None where the record does not say."""
+    prompt = mapping(record.get("arguments")).get("prompt")
+    return " ".join(prompt.split()) if isinstance(prompt, str) else None
 
 
 def recovery_text(record: Mapping[str, Any]) -> str | None:

@@ -264,12 +264,12 @@ def save(
     """Write safetensors, config, generation config, tokenizer, a `hywia.json` record and a model card, README.md.
 
     A model whose layers are equally wide becomes a stock checkpoint that `AutoModelForCausalLM.from_pretrained` loads
-    with no trace of this package, where the family's config can say how wide (README lists where it cannot). Any other
-    model is loaded by it as soon as `hywia_kernels` is imported, and elsewhere with `trust_remote_code=True`, since the
-    directory carries its classes. Shards are as large as the original's. Processors' files and licences are copied from
-    the original's directory (`originals.copy_companions` has the rule). The directory appears complete or not at all,
-    and only after every tensor was read back and compared bit for bit; what was at `path` before stays until then, and
-    comes back if the process is killed.
+    with no trace of this package, where the family's config can say how wide (docs/models.md lists where it cannot).
+    Any other model is loaded by it as soon as `hywia_kernels` is imported, and elsewhere with `trust_remote_code=True`,
+    since the directory carries its classes. Shards are as large as the original's. Processors' files and licences are
+    copied from the original's directory (`originals.copy_companions` has the rule). The directory appears complete or
+    not at all, and only after every tensor was read back and compared bit for bit; what was at `path` before stays
+    until then, and comes back if the process is killed.
 
     Args:
         model, tokenizer: what to write; the tokenizer may be None.

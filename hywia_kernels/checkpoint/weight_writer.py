@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,20 @@ class WeightWriter:
         folder: an empty directory. tensors: name -> tensor on the meta device, in the order of the model's state.
         parameters: of the model, for the index. max_shard_size: bytes of a file, as `save_pretrained` takes it; None:
             its default.
+        written: the files are there already, and hold these tensors; None: the directory is empty.
+
+    Raises:
+        HywiaError: the files are not there as they should be.
     """
 
     def __init__(
-        self, folder: Path, tensors: Mapping[str, Tensor], *, parameters: int, max_shard_size: int | None = None
+        self,
+        folder: Path,
+        tensors: Mapping[str, Tensor],
+        *,
+        parameters: int,
+        max_shard_size: int | None = None,
+        written: Iterable[str] | None = None,
     ) -> None:
         from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -48,9 +58,9 @@ class WeightWriter:
             max_shard_size=_usual_size() if max_shard_size is None else max_shard_size,
         )
         self._places: dict[str, tuple[Path, int]] = {}
-        self._tensors, self._lock, self._written = dict(tensors), threading.Lock(), set[str]()
+        self._tensors, self._lock, self._written = dict(tensors), threading.Lock(), set[str](written or ())
         for file_name, names in split.filename_to_tensors.items():
-            self._begin(folder / file_name, names)
+            self._begin(folder / file_name, names, begun=written is not None)
         if len(split.filename_to_tensors) > 1:
             index = {
                 "metadata": {"total_parameters": parameters, **split.metadata},
@@ -59,14 +69,26 @@ class WeightWriter:
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (folder / INDEX).write_text(text, encoding="utf-8")
 
-    def _begin(self, file: Path, names: Sequence[str]) -> None:
-        """Write a file's header, and let it have its length."""
+    @property
+    def written(self) -> list[str]:
+        """The tensors that are there."""
+        with self._lock:
+            return sorted(self._written)
+
+    def _begin(self, file: Path, names: Sequence[str], *, begun: bool) -> None:
+        """Write a file's header, and let it have its length, or see that it has both."""
         header, begin = _header({name: self._tensors[name] for name in names})
-        with file.open("wb") as opened:
-            opened.write(header)
-            for name, offset in begin.items():
-                self._places[name] = (file, len(header) + offset)
-            opened.truncate(len(header) + sum(_bytes(self._tensors[name]) for name in names))
+        size = len(header) + sum(_bytes(self._tensors[name]) for name in names)
+        for name, offset in begin.items():
+            self._places[name] = (file, len(header) + offset)
+        if not begun:
+            with file.open("wb") as opened:
+                opened.write(header)
+                opened.truncate(size)
+            return
+        with file.open("rb") as opened:
+            if opened.read(len(header)) != header or file.stat().st_size != size:
+                raise HywiaError(f"save: {file} is not as a stopped run has begun it; remove {file.parent.parent}")
 
     def put(self, name: str, values: Tensor) -> None:
         """Write one tensor, and see that it can be read back.

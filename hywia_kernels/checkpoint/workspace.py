@@ -3,7 +3,8 @@
 For a target NAME it is `.NAME.hywia-partial`: `lock`, held by the run that is going to write NAME from before its work
 until its end; `new`, which is being written; `old`, an earlier result that was set aside; `trash`, which is being
 deleted. A run that is killed leaves it there, and the next one into NAME puts an `old` back whose place is empty, and
-deletes the rest.
+deletes the rest. But a `new` of which a `progress-INODE` says what it holds is `kept`, for a run that goes on with it;
+one that does not deletes both.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ try:
 except ImportError:  # no such locks on this system
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Claim", "leave", "located", "settle", "take"]
+__all__ = ["STATE", "Claim", "drop_kept", "leave", "located", "progress_of", "settle", "take"]
+
+STATE = "state.json"  # without which a `progress` says nothing
 
 _MARK = ".hywia-partial"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
@@ -49,6 +52,10 @@ class Claim:
     @property
     def old(self) -> Path:
         return self.workspace / "old"
+
+    @property
+    def kept(self) -> Path:
+        return self.workspace / "kept"
 
     def is_written(self) -> bool:
         """Whether what this run wrote is in its place."""
@@ -154,8 +161,42 @@ def settle(claim: Claim) -> None:
         else:  # the new one is in its place; what is half deleted must never come back
             disk.remove(claim.workspace / "trash")
             os.rename(claim.old, claim.workspace / "trash")
-    disk.remove(claim.new)
+    _keep(claim)
     disk.remove(claim.workspace / "trash")
+
+
+def progress_of(claim: Claim, folder: Path) -> Path:
+    """Where it says what a directory of the workspace holds already. An inode keeps its number when it is renamed, so
+    another directory is never taken for it.
+
+    Raises:
+        OSError: there is no such directory.
+    """
+    return claim.workspace / f"progress-{os.lstat(folder).st_ino}"
+
+
+def _is_begun(claim: Claim, folder: Path) -> bool:
+    return os.path.lexists(folder) and os.path.lexists(progress_of(claim, folder) / STATE)
+
+
+def _keep(claim: Claim) -> None:
+    """Keep what a later run can go on with, and delete everything else that is not finished."""
+    if _is_begun(claim, claim.new) and not os.path.lexists(claim.kept):
+        os.rename(claim.new, claim.kept)
+    disk.remove(claim.new)
+    stays = progress_of(claim, claim.kept) if _is_begun(claim, claim.kept) else None
+    if stays is None and os.path.lexists(claim.kept):
+        disk.remove(claim.kept)
+    for folder in claim.workspace.glob("progress-*"):
+        if folder != stays:
+            disk.remove(folder)
+
+
+def drop_kept(claim: Claim) -> None:
+    """Delete what a later run could have gone on with."""
+    if os.path.lexists(claim.kept):
+        disk.remove(progress_of(claim, claim.kept))
+        disk.remove(claim.kept)
 
 
 def _settle_earlier_releases(claim: Claim) -> None:

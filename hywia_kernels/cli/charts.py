@@ -89,7 +89,7 @@ def _draw(
             spine.set_color(_INK)
         rows = 0
         if named:
-            widths = [34 + 6.2 * len(name) for _, name in named]
+            widths = [42 + 6.2 * len(name) for _, name in named]
             columns = max(1, min(len(named), int((width - 80) // max(widths))))
             columns = len(named) if sum(widths) <= width - 80 else columns
             rows = -(-len(named) // columns)
@@ -102,7 +102,7 @@ def _draw(
                 ncols=columns,
                 frameon=False,
                 borderpad=0.0,
-                handlelength=1.2,
+                handlelength=2.0,
                 fontsize=10,
                 labelcolor=_INK,
             )
@@ -128,14 +128,21 @@ def _inline(svg: str, title: str, width: int, height: int) -> str:
     )
 
 
-def standalone(figures: Sequence[str]) -> str:
-    """One SVG file of several figures, one below another; a browser shows it light or dark, as the reader prefers."""
-    placed, width, height = [], 1, 0
+def standalone(figures: Sequence[str], *, across: bool = False) -> str:
+    """One SVG file of several figures, one below another, or beside one another with `across`; a browser shows it light
+    or dark, as the reader prefers."""
+    placed, width, height = [], 0, 0
     for figure in figures:
         size = re.search(r'viewBox="0 0 (\d+) (\d+)"', figure)
         assert size is not None, "made by `_inline`"
-        placed.append(figure.replace("<svg ", f'<svg y="{height}" ', 1))
-        width, height = max(width, int(size[1])), height + int(size[2])
+        mine = int(size[1]), int(size[2])
+        if across:
+            placed.append(figure.replace("<svg ", f'<svg x="{width}" ', 1))
+            width, height = width + mine[0], max(height, mine[1])
+        else:
+            placed.append(figure.replace("<svg ", f'<svg y="{height}" ', 1))
+            width, height = max(width, mine[0]), height + mine[1]
+    width = max(width, 1)
     style = (
         "svg{color:#1b1f24;background:#fff}"
         "@media(prefers-color-scheme:dark){svg{color:#dfe3e8;background:#14171b}}text{fill:currentColor}"
@@ -203,10 +210,14 @@ def lines(
     width: int = 720,
     height: int = 300,
     zero: bool = True,
+    log: bool = False,
+    looks: Mapping[str, tuple[int, int]] | None = None,
 ) -> str:
     """An SVG figure with a curve for each series, through its points in the order of x.
 
-    With `zero` the y axis starts at 0 where no value is negative. A series without points has a legend entry only.
+    With `zero` the y axis starts at 0 where no value is negative; with `log` it is logarithmic, and its ticks are at
+    values that are plainly read. A series without points has a legend entry only. `looks` gives series the number of a
+    colour and that of a line style, so that kin look alike; by default each has the next colour.
 
     Raises:
         HywiaError: matplotlib is not installed.
@@ -216,11 +227,12 @@ def lines(
         named = []
         for i, (name, points) in enumerate(series.items()):
             ordered = sorted(points)
+            colour, style = (looks or {}).get(name, (i, i // len(COLOURS)))
             (line,) = axes.plot(
                 [_finite(x) for x, _ in ordered],
                 [_finite(y) for _, y in ordered],
-                color=COLOURS[i % len(COLOURS)],
-                linestyle=_STYLES[i // len(COLOURS) % len(_STYLES)],
+                color=COLOURS[colour % len(COLOURS)],
+                linestyle=_STYLES[style % len(_STYLES)],
                 linewidth=1.6,
                 marker="o" if len(ordered) <= 40 else None,
                 markersize=4,
@@ -228,12 +240,25 @@ def lines(
             line.set_gid(f"line-{i}")
             named.append((line, name))
         values = [y for points in series.values() for _, y in points if math.isfinite(y)]
-        if zero and values and min(values) >= 0:
+        if log:
+            _logarithmic(axes, values)
+        elif zero and values and min(values) >= 0:
             axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter("{x:,.10g}")
         return named
 
     return _draw(title, x_label, y_label, width, height, plot)
+
+
+def _logarithmic(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic y axis with ticks at 1, 2 and 5 times powers of ten."""
+    from matplotlib.ticker import NullLocator
+
+    axes.set_yscale("log")
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    ticks = [digit * 10.0**power for power in range(low, high + 1) for digit in (1, 2, 5)]
+    axes.set_yticks([t for t in ticks if min(values) / 1.3 <= t <= 1.3 * max(values)])
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def spread(
@@ -278,6 +303,7 @@ def spread(
         known = [v for row in rows for v in row if math.isfinite(v)]
         if known and min(known) > 0 and max(known) > 1000 * min(known):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:,.10g}")  # the scale's own writes formulas
         return named
 
     return _draw(title, x_label, y_label, width, height, plot)

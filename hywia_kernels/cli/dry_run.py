@@ -9,7 +9,7 @@ import torch
 from .. import arch
 from ..checkpoint import saving
 from ..checkpoint.skeleton import skeleton
-from ..compression import with_resolved_recovery
+from ..compression import fitted, with_resolved_recovery
 from ..deploy import planning
 from ..deploy.estimate import estimate
 from ..method.depth import most_gone
@@ -35,7 +35,7 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    recipe = recipe.resolved(torch.device(device).type)
+    recipe = fitted(model, recipe).resolved(torch.device(device).type)
     recipe = with_resolved_recovery(model, recipe, torch.device(device))
     plan = planning.check_reachable(model, scores, criterion=recipe.criterion, **recipe.plan_request())
     trials, samples = _trials(recipe, planning.alike(model) if scores is None else scores)

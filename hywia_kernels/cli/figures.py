@@ -13,9 +13,10 @@ __all__ = ["score_figures", "speed_figures", "width_figures"]
 
 
 def width_figures(kinds: Sequence[KindWidths]) -> list[str]:
-    """Units in each layer, before and after where both are known; one figure for each kind of unit inside layers."""
+    """Units in each layer, before and after where both are known; one figure for each kind of unit inside layers of
+    which layers hold different numbers: of equal ones the page's table says all."""
     figures = []
-    for kind in (k for k in kinds if k.kind != "layers"):
+    for kind in (k for k in kinds if k.kind != "layers" and len(set(k.after)) > 1):
         before = {"before": kind.before} if kind.before is not None else {}
         figures.append(
             charts.bars(

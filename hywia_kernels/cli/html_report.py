@@ -53,6 +53,8 @@ def _context(record: Mapping[str, Any], title: str) -> dict[str, Any]:
         "cuts": 1 + len(history) if isinstance(history, list) else 1,
         "has_plan": bool(plan),
         "evaluation": _evaluation(run_record.mapping(record.get("evaluation"))),
+        "recovered": run_record.recovery_text(record),
+        "prompt": run_record.prompt_of(record),
         "text": run_record.evaluation_text(record),
         "kinds": [(k.kind, run_record.spans(k.before) if k.before else "", run_record.spans(k.after)) for k in kinds],
         "width_figures": drawn(figures.width_figures, kinds),

@@ -16,12 +16,12 @@ from ..checkpoint.loading import load
 from ..checkpoint.originals import source_of
 from ..checkpoint.skeleton import skeleton
 from ..checkpoint.sources import BUNDLED
+from ..checkpoint.stored_model import open_stored
 from ..compression import Measured, measure
 from ..errors import HywiaError, UsageError
 from ..evaluation import stored_bytes
 from ..recipe import Recipe
 from ..scale.launch import launched_ranks
-from ..scale.mapped import open_mapped
 from ..scale.place import Streaming, device_of_rank, place_for
 from ..scale.ranks import Ranks, joined
 from ..scale.work import beside
@@ -38,11 +38,13 @@ class Sharing:
     """How a command's scoring is streamed.
 
     Attributes:
-        device: this process's. place: where the weights stay. timeout: seconds that processes wait for each other.
+        device: this process's. place: where the weights stay. shared: a host's processes hold them there together.
+        timeout: seconds that processes wait for each other.
     """
 
     device: torch.device
     place: str
+    shared: bool
     timeout: float
 
     @contextmanager
@@ -61,18 +63,15 @@ class Sharing:
             )
 
     def load(self, arguments: argparse.Namespace) -> tuple[Any, Any]:
-        """`(model, tokenizer)`, the weights where they are to stay."""
+        """`(model, tokenizer)`, the weights where they are to stay: loaded, or stored."""
         console.say(f"loading {arguments.model}; its layers' weights stay {_WHERE[self.place]}")
-        if self.place == "files":
-            model, tokenizer = open_mapped(arguments.model, device=self.device, revision=arguments.revision)
-        else:
-            model, tokenizer = load(
-                arguments.model,
-                dtype=arguments.dtype,
-                device=str(self.device) if self.place == "device" else "cpu",
-                trust_remote_code=arguments.trust_remote_code,
-                revision=arguments.revision,
-            )
+        given: dict[str, Any] = {name: getattr(arguments, name) for name in ("dtype", "trust_remote_code", "revision")}
+        if self.place == "files" or self.shared:
+            stored = open_stored(arguments.model, **given)
+            session.proven(stored.model)
+            return stored, stored.tokenizer
+        where = str(self.device) if self.place == "device" else "cpu"
+        model, tokenizer = load(arguments.model, device=where, **given)
         return session.proven(model), tokenizer
 
     def measured(
@@ -122,28 +121,20 @@ def sharing(arguments: argparse.Namespace, recipe: Recipe) -> Sharing | None:
         raise UsageError(f"memory: expected auto or {STREAMED} for {why}, got {arguments.memory}")
     # What works on a model in memory, or in a way of its own, is not changed without being asked.
     plain = arguments.command == "score" and (arguments.memory, arguments.engine, arguments.dtype) == ("auto",) * 3
-    if not asked and not (plain and recipe.order == "second"):
+    if not asked and not plain:
         return None
     device = device_of_rank(arguments.device)
-    fitting = place_for(_weight_bytes(arguments), device)
+    source = source_of(arguments.model)
+    packed = arguments.model in BUNDLED or (source is not None and source.is_file())  # GGUF, which each process loads
+    fitting = place_for(_weight_bytes(arguments), device, shared=size > 1 and not packed)
     if not asked and fitting == "device":
         return None
     place = fitting if arguments.weights == "auto" else arguments.weights
     if arguments.engine == "autograd":
         raise UsageError("engine: expected auto or fused for a streamed scoring, got autograd")
-    if recipe.order != "second":
-        raise UsageError(
-            "order: expected second for a streamed scoring, since sums of other orders do not add up over samples, "
-            f"got {recipe.order}; score in one process on a device that holds the model"
-        )
-    if place == "files" and arguments.dtype != "auto":
-        raise UsageError(
-            f"dtype: expected auto for weights that stay in their files, got {arguments.dtype}; store them in that "
-            "dtype first, or pass --weights host"
-        )
     if place != "device" and recipe.calibration is None:
         raise UsageError(
             f"calib: expected a text for a model that does not stay on {device}, which would take too long to write "
             "one; name a file or data set (--calib)"
         )
-    return Sharing(device, place, arguments.rank_timeout)
+    return Sharing(device, place, place == "host" and size > 1 and not packed, arguments.rank_timeout)

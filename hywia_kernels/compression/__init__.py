@@ -3,7 +3,7 @@
 from .checking import check, with_resolved_recovery
 from .from_files import compress_files, in_memory_only
 from .job import Result, compress
-from .measuring import Measured, measure, with_text
+from .measuring import Measured, fitted, measure, with_text
 
 __all__ = [
     "Measured",
@@ -11,6 +11,7 @@ __all__ = [
     "check",
     "compress",
     "compress_files",
+    "fitted",
     "in_memory_only",
     "measure",
     "with_resolved_recovery",

@@ -18,7 +18,7 @@ from ..method.recovery.job import resolved
 from ..method.tokens import check_length, prefix
 from ..recipe import Recipe
 from ..settings import LEARNED
-from .measuring import Measured, device_of, first_samples
+from .measuring import Measured, device_of, first_samples, fitted
 
 __all__ = ["check", "check_text", "with_real_samples", "with_resolved_recovery"]
 
@@ -46,6 +46,7 @@ def check(
     recipe.check()
     prove(model)
     asked, searched = recipe.reconstruct_samples, recipe.search
+    recipe = fitted(model, recipe)
     device = device_of(model) if stored_for is None else stored_for
     recipe = recipe.resolved(device.type)
     if searched is None and measured is not None and measured.tokens is None:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import HywiaError
+from ..arch import architecture
+from ..checkpoint.stored_model import StoredModel
+from ..errors import HywiaError, UsageError
 from ..method.calibration_data import calibration
 from ..method.criteria import score, unscored
 from ..method.derivation import prove
@@ -59,6 +61,11 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[part] = round(self.seconds.get(part, 0.0) + time.monotonic() - began, 3)
+
+
+def _network(model: Any) -> Any:
+    """The modules of a loaded or a stored model."""
+    return model.model if isinstance(model, StoredModel) else model
 
 
 def device_of(model: Any) -> torch.device:
@@ -112,7 +119,8 @@ def measure(
     """Text, statistics and scores of a model as a recipe asks for them; the model is left as it was.
 
     Args:
-        model, tokenizer: as `load` gives them. recipe: what is not about scoring may be missing from it.
+        model, tokenizer: as `load` gives them; with `streaming`, the model may be what `open_stored` gave.
+        recipe: what is not about scoring may be missing from it.
         tokens: int64 `[samples, seq_len]`, text at hand already, instead of the recipe's.
         backend, engine, memory: see `calibrate`; they change time and memory, not the meaning.
         streaming: score with one layer's weights at a time, and share that among processes, as `calibrate_streamed`
@@ -122,10 +130,28 @@ def measure(
         UsageError: the recipe contradicts itself. HywiaError: the text is too short, or as `calibrate`.
     """
     recipe.check(scoring_only=True)
-    prove(model)
+    prove(_network(model))
     device = device_of(model) if streaming is None else streaming.device
-    asked, recipe = recipe.reconstruct_samples, recipe.resolved(device.type)
+    asked, recipe = recipe.reconstruct_samples, fitted(_network(model), recipe).resolved(device.type)
     return measured_with(model, tokenizer, recipe, asked, tokens, Clock(device), backend, engine, memory, streaming)
+
+
+def fitted(model: Any, recipe: Recipe) -> Recipe:
+    """The recipe with what follows from a model of which no layer runs by itself (`Architecture.together`).
+
+    Raises:
+        UsageError: it asks for what runs layers one at a time.
+    """
+    if not architecture(model).together:
+        return recipe
+    alone: dict[str, Any] = {"reconstruct": False, "search": "none", "head_ranking": "scores"}
+    for name, value in alone.items():
+        if getattr(recipe, name) not in (None, value):
+            raise UsageError(
+                f"{name}: expected {value!r} for a model whose layers hand on more than hidden states, so that none of "
+                f"them runs by itself, got {getattr(recipe, name)!r}; leave it out"
+            )
+    return replace(recipe, **alone)
 
 
 def measured_with(
@@ -144,7 +170,7 @@ def measured_with(
     text: dict[str, Any] = {}
     with clock.time("text"):
         if tokens is None:
-            tokens, text = _read(model, tokenizer, recipe, asked)
+            tokens, text = _read(_network(model), tokenizer, recipe, asked)
     record: dict[str, Any] = {"recipe": recipe.to_dict(), "text": text}
     with clock.time("scoring"):
         if recipe.criterion != "hywia":
@@ -152,7 +178,7 @@ def measured_with(
             return Measured(scores, None, tokens, record)
         assert tokens is not None
         if not recipe.scored_samples():
-            return Measured(unscored(model), None, tokens, record)
+            return Measured(unscored(_network(model)), None, tokens, record)
         scored = first_samples(tokens, recipe.samples, "scoring")
         if streaming is None:
             statistics = calibrate(model, scored, backend=backend, engine=engine, memory=memory, orders=orders)
@@ -167,7 +193,7 @@ def _streamed(model: Any, scored: Tensor, recipe: Recipe, streaming: Streaming, 
     return calibrate_streamed(
         model,
         scored,
-        order=recipe.order,
+        orders=(recipe.order,),
         device=streaming.device,
         weights=streaming.weights,
         ranks=streaming.ranks,
@@ -204,6 +230,6 @@ def with_text(
     Raises:
         HywiaError: as `measure`.
     """
-    asked, recipe = recipe.reconstruct_samples, recipe.resolved((device or device_of(model)).type)
+    asked, recipe = recipe.reconstruct_samples, fitted(model, recipe).resolved((device or device_of(model)).type)
     tokens, text = _read(model, tokenizer, recipe, asked)
     return replace(measured, tokens=tokens, record={**measured.record, "text": text})

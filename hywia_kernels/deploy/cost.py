@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import arch
 from ..arch.facts import count_parameters, weight_bytes
-from ..types import Plan
+from ..types import Plan, removed_parameters
 
 __all__ = ["Cost", "cost_of"]
 
@@ -60,14 +60,14 @@ def cost_of(model: Any, plan: Plan | None = None) -> Cost:
     groups = arch.groups(model)
     kept = {g.name: plan.keep[g.name].numel() if plan is not None else g.units for g in groups}
     shapes = _shapes(model)
-    attention, kv, removed = [], [], 0
+    attention, kv, gone_whole = [], [], 0
     if plan is not None and plan.depth is not None:
         path = arch.architecture(model).layers
         without = tuple(f"{path}.{i}." for i in plan.depth.gone)
         shapes = {name: shape for name, shape in shapes.items() if not name.startswith(without)}
-        removed, groups = plan.depth.removed, plan.staying
+        gone_whole, groups = plan.depth.removed, plan.staying
+    removed = gone_whole + removed_parameters(groups, kept)
     for group in groups:
-        removed += (group.units - kept[group.name]) * group.unit_parameters
         for member in group.members:
             axis = _logical_axis(member, group)
             gone = (group.units - kept[group.name]) * member.group_size

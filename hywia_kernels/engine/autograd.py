@@ -168,5 +168,5 @@ def run(
         replacements += [(layer, _checkpointed_forward(layer)) for layer in layers]
     with forward_replaced(replacements):
         total = run_whole(model, samples, scale)
-    whole_experts(results, groups)
+    whole_experts(results.fine, results.coarse, groups)
     return total

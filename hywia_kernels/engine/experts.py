@@ -12,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 
 from .. import arch
 from ..types import Group
-from .results import Results
 
 __all__ = ["experts_forward", "gated", "router_forward", "whole_experts"]
 
@@ -94,16 +93,19 @@ def router_forward(router: nn.Module, scored: Callable[[Tensor], Tensor]) -> Cal
     return forward
 
 
-def whole_experts(results: Results, groups: tuple[Group, ...]) -> None:
-    """Adds to the scores of whole experts those of their channels, which together make up an expert's matrices."""
+def whole_experts(fine: Mapping[str, Tensor], coarse: Mapping[str, Tensor], groups: Sequence[Group]) -> None:
+    """Adds to the scores of whole experts those of their channels, which together make up an expert's matrices.
+
+    Args:
+        fine, coarse: of each group by its name, as `Results` has them.
+    """
     for group in groups:
         if group.kind != "experts":
             continue
-        fine, coarse = results.fine[group.name], results.coarse[group.name]
         channels = [g for g in groups if g.tied_width and g.layer == group.layer]
         for e, expert in enumerate(channels):
-            fine[:, e] += results.fine[expert.name].sum(1)
+            fine[group.name][:, e] += fine[expert.name].sum(1)
             for m, member in enumerate(group.members):
                 parts = [i for i, of in enumerate(expert.members) if of.parameter == member.parameter]
                 if member.module == expert.members[0].module and parts:
-                    coarse[m, :, e] = results.coarse[expert.name][parts].sum((0, 2))
+                    coarse[group.name][m, :, e] = coarse[expert.name][parts].sum((0, 2))

@@ -156,13 +156,13 @@ def run(
     del tape, gradient
     total = sum(chunk.total for chunk in chunks)
     for layer in reversed(layers):
-        scorer.collected = Collected(total) if len(chunks) > 1 else None
+        scorer.collected = collected = Collected(total) if len(chunks) > 1 else None
         for c, chunk in enumerate(chunks):
-            if scorer.collected is not None:
+            if collected is not None:
                 scorer.select(chunk)
-                scorer.collected.begin(chunk.total)
+                collected.begin(chunk.total)
             gradients[c] = backward(layer, tapes[c].steps.pop(), gradients[c], scorer)
-        collected, scorer.collected = scorer.collected, None
+        scorer.collected = None
         if collected is not None:
             collected.score(scorer)
     return torch.stack(losses).sum()

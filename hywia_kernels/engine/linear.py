@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from . import recompute
 from .results import Results
 from .samples import Samples
 
-__all__ = ["Collected", "Scorer", "Target", "scored_forward", "scored_rows"]
+__all__ = ["Collected", "Collector", "Scorer", "Target", "scored_forward", "scored_rows"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,18 @@ class Target:
     also: Target | None = None
 
 
+class Collector(Protocol):
+    """Who keeps matrices' operands, where they are not scored as they come."""
+
+    def add(self, target: Target, grad_output: Tensor, inputs: Tensor, flatten: Callable[[Tensor], Tensor]) -> None:
+        """A matrix's operands; the output's gradient is without padding, and `flatten` takes the inputs' away."""
+        ...
+
+    def add_rows(self, target: Target, grad_output: Tensor, inputs: Tensor, offsets: Sequence[int]) -> None:
+        """The operands of an expert's matrix, as `Scorer.score_some` takes them."""
+        ...
+
+
 def _layout(tensor: Tensor) -> tuple:
     """What a backend looks at, beside the shapes, to say whether it takes a call."""
     return tensor.dtype, tensor.stride(), tensor.data_ptr() % 16
@@ -67,7 +79,7 @@ class Scorer:
         self.offsets: list[int] = []
         self._runs: dict[tuple, Callable[..., None]] = {}
         self._take(samples)
-        self.collected: Collected | None = None
+        self.collected: Collector | None = None
         self.replaying = False  # True while a layer is run again for the sake of its backward
         self.strict = False  # True: layers that run as one node ask for torch's deterministic kernels where it matters
         self.chosen: dict[tuple, bool] = {}  # whether torch takes its flash kernel; see `flash`
@@ -157,6 +169,9 @@ class Scorer:
         The op takes no empty samples, and its means are over the samples that it is given. A sample without tokens has
         no gradient, so it only counts in the number of samples that the sums are divided by.
         """
+        if self.collected is not None:
+            self.collected.add_rows(target, grad_output, inputs, offsets)
+            return
         samples = len(offsets) - 1
         present = [s for s in range(samples) if offsets[s] < offsets[s + 1]]
         if target.transposed:
@@ -212,6 +227,9 @@ class Collected:
                 return
         self._put(self._inputs, name, flatten(inputs))
         self._buffers.append((inputs, self._inputs[name]))
+
+    def add_rows(self, target: Target, grad_output: Tensor, inputs: Tensor, offsets: Sequence[int]) -> None:
+        raise AssertionError("a layerwise pass takes no experts")
 
     def score(self, scorer: Scorer) -> None:
         """Scores every matrix once over all tokens, and frees its buffers."""

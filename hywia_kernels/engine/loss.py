@@ -131,6 +131,8 @@ def stated_changes(model: Any) -> tuple[str, ...] | None:
     config = arch.text_config(model)
     names = tuple(name for name in _CHANGES if getattr(config, name, None) not in (None, 1, 1.0))
     head = model.get_output_embeddings()
+    if head.weight.shape[1] != getattr(config, "hidden_size", head.weight.shape[1]):
+        return None  # something comes before the head
     generator = torch.Generator().manual_seed(3)
     states = torch.randn(4, head.weight.shape[1], generator=generator).to(head.weight)
     with torch.no_grad():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import arch
 from .loss import hidden_gradient, targets
+from .patches import forward_replaced
 from .samples import Samples
 
 __all__ = ["run"]
@@ -21,8 +22,15 @@ def run(model: Any, samples: Samples, scale: float) -> Tensor:
     wanted = targets(samples, model.get_output_embeddings().weight.device)
     tokens = samples.tokens.to(device)
     with torch.enable_grad():
-        embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
-        hidden = arch.decoder(model)(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        embedding = model.get_input_embeddings()
+        embedded = embedding(tokens).detach().requires_grad_()
+        entry = arch.architecture(model)
+        entered = embedded.clone() if entry.derived else embedded  # which some families scale in place
+        if entry.together:  # layers may have embeddings of the tokens besides
+            with forward_replaced([(embedding, lambda *_, **__: entered)]):
+                hidden = arch.decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state
+        else:
+            hidden = arch.decoder(model)(inputs_embeds=entered, use_cache=False).last_hidden_state
         gradient, loss = hidden_gradient(model, hidden, wanted, scale)
         torch.autograd.grad(hidden, embedded, gradient)
     return loss

@@ -24,7 +24,8 @@ __all__ = [
 ]
 
 Parts = list[tuple[Member, Group]]
-Selected = tuple[int, Tensor, int | None]  # axis, entries that stay, and which of the matrices stacked in the parameter
+# Axis, entries that stay, and which of the matrices stacked in the parameter, before the cut and after it.
+Selected = tuple[int, Tensor, int | None, int | None]
 _Name = tuple[str, str]  # module, and the parameter's name in it
 
 
@@ -64,26 +65,37 @@ def compact(
     """The part of a parameter that stays, and where it lay; the parameter itself and nothing where all of it stays."""
     stacked = [part for part in parts if part[0].index is not None]
     whole = [part for part in parts if part[0].index is None]
+    narrower = any(keep[g.name].numel() < g.units for _, g in stacked)
     if whole:
         axis = whole[0][0].axis
         flat = parameter.flatten(1) if parameter.dim() > 2 else parameter
         entries = kept_entries(flat.shape[axis], whole, keep)
-        if entries.numel() < flat.shape[axis]:
+        if entries.numel() < flat.shape[axis] and not narrower:
             kept = _taken(flat, entries, axis, backend)
-            return kept.unflatten(1, parameter.shape[1:]) if parameter.dim() > 2 else kept, [(axis, entries, None)]
-    if not stacked or all(keep[g.name].numel() == g.units for _, g in stacked):
+            return kept.unflatten(1, parameter.shape[1:]) if parameter.dim() > 2 else kept, [
+                (axis, entries, None, None)
+            ]
+    if not narrower:
         return parameter, []
+    return _compact_stack(parameter, stacked, whole, keep, backend)
+
+
+def _compact_stack(
+    parameter: Tensor, stacked: Parts, whole: Parts, keep: Mapping[str, Tensor], backend: str | None
+) -> tuple[Tensor, list[Selected]]:
+    """`compact` of a stack whose matrices become narrower, and of which some may go altogether."""
     axis, size = stacked[0][0].axis, parameter.shape[1 + stacked[0][0].axis]
-    per_matrix = [
-        kept_entries(size, [part for part in stacked if part[0].index == e], keep) for e in range(len(parameter))
-    ]
-    shape = list(parameter.shape)
-    shape[1 + axis] = per_matrix[0].numel()
+    stays = kept_entries(len(parameter), whole, keep).tolist()
+    per_matrix = {e: kept_entries(size, [part for part in stacked if part[0].index == e], keep) for e in stays}
+    shape = [len(stays), *parameter.shape[1:]]
+    shape[1 + axis] = per_matrix[stays[0]].numel()
     out = parameter.detach().new_empty(shape)
     if not out.is_meta:
-        for matrix, entries, into in zip(parameter, per_matrix, out, strict=True):
-            ops.compact(matrix, entries, axis, out=into, backend=backend)
-    return out, [(axis, entries, e) for e, entries in enumerate(per_matrix)]
+        for (e, entries), into in zip(per_matrix.items(), out, strict=True):
+            ops.compact(parameter[e], entries, axis, out=into, backend=backend)
+    places = {e: place for place, e in enumerate(stays)}
+    none = torch.empty(0, dtype=torch.int64)
+    return out, [(axis, per_matrix.get(e, none), e, places.get(e)) for e in range(len(parameter))]
 
 
 def compact_bias(
@@ -91,7 +103,7 @@ def compact_bias(
 ) -> tuple[Tensor, list[Selected]]:
     """The entries of a bias that stay, and which these are."""
     entries = kept_entries(bias.numel(), parts, keep)
-    return _taken(bias, entries, 0, backend), [(0, entries, None)]
+    return _taken(bias, entries, 0, backend), [(0, entries, None, None)]
 
 
 def rescaled(entry: arch.Architecture, group: Group, kept: int) -> Iterator[tuple[_Name, Callable[[Tensor], Tensor]]]:

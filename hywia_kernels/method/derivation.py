@@ -102,12 +102,13 @@ def _copy_of(model: Any) -> Any:
     return small
 
 
-def derived(model: Any, small: Any = None, *, thorough: bool = False) -> tuple[Proof, Any]:
+def derived(model: Any, small: Any = None, *, thorough: bool = False, together: bool = False) -> tuple[Proof, Any]:
     """`(what was derived of a model, the small copy that it was derived on)`; nothing is proven of the whole yet.
 
     Args:
         model: of any type, with or without weights. small: a copy at hand.
         thorough: ask of each part that its statistics hold too, and not only of the whole.
+        together: take it that no layer runs by itself (`Architecture.together`).
 
     Raises:
         HywiaError: no copy can be made, it is no causal language model, or none of its parts is understood.
@@ -120,13 +121,13 @@ def derived(model: Any, small: Any = None, *, thorough: bool = False) -> tuple[P
     alone: dict[str, str] = {}
 
     def first(**alternatives: Sequence[Any]) -> Any:
-        return _first(small, model, found.layers, alone, thorough, **alternatives)
+        return _first(small, model, found.layers, alone, thorough, together, **alternatives)
 
     attention = first(attentions=found.attentions)
     experts = first(experts=found.experts)
     mlps = [first(mlps=alternatives) for alternatives in found.mlps]
     kept = tuple(m for m in mlps if m is not None)
-    entry = assembled(small, found.layers, attention, kept, experts)
+    entry = replace(assembled(small, found.layers, attention, kept, experts), together=together)
     if attention is None and not kept and experts is None:
         why = "; ".join(f"{name}: {reason}" for name, reason in alone.items()) or "no part looks like one that is known"
         raise HywiaError(
@@ -134,7 +135,13 @@ def derived(model: Any, small: Any = None, *, thorough: bool = False) -> tuple[P
             f"could be derived ({why}); CONTRIBUTING.md says how to describe it by hand"
         )
     arch.adopt(small, entry)
-    entry = replace(entry, logits=loss.stated_changes(small))
+    try:
+        entry = replace(entry, logits=loss.stated_changes(small))
+    except ERRORS as error:
+        raise HywiaError(
+            f"model: what a {model.config.model_type} model makes of its final hidden states could not be run apart "
+            f"({error}); CONTRIBUTING.md says how to describe it by hand"
+        ) from error
     arch.adopt(small, entry)
     groups = arch.groups(small)
     alone |= dict.fromkeys(_undescribed(small, entry, alone), "it stays as it is")
@@ -143,7 +150,13 @@ def derived(model: Any, small: Any = None, *, thorough: bool = False) -> tuple[P
 
 
 def _first(
-    small: Any, real: Any, layers: str, alone: dict[str, str], thorough: bool, **alternatives: Sequence[Any]
+    small: Any,
+    real: Any,
+    layers: str,
+    alone: dict[str, str],
+    thorough: bool,
+    together: bool,
+    **alternatives: Sequence[Any],
 ) -> Any:
     """The first alternative that holds; where none does, its modules are left alone."""
     ((kind, several),) = alternatives.items()
@@ -151,7 +164,7 @@ def _first(
     for one in several:
         parts: dict[str, Any] = {"attention": None, "mlps": (), "experts": None}
         parts |= {"attentions": {"attention": one}, "mlps": {"mlps": (one,)}, "experts": {"experts": one}}[kind]
-        entry = assembled(small, layers, **parts)
+        entry = replace(assembled(small, layers, **parts), together=together)
         reason = _holds(small, entry, real, thorough)
         if reason is None:
             return one
@@ -176,6 +189,8 @@ def _parts(entry: arch.Architecture) -> dict[str, str]:
     if entry.experts is not None:
         whole = f", router {entry.experts.router}" if entry.experts.router else ", channels only"
         words["experts"] = f"{entry.experts.module}{whole}"
+    if entry.together:
+        words["layers"] = "run together alone: no reconstruction, no search, heads by their scores"
     return words
 
 
@@ -206,7 +221,7 @@ def prove_entry(model: Any, small: Any, what: Proof) -> Proof:
         ("every matrix described or left alone", lambda: proof.check_covered(small, tuple(what.alone))),
         ("copy: cut equals masked", lambda: proof.check_cut(small)),
         ("copy: statistics equal finite differences of the loss", lambda: loss_steps.check_steps(small)),
-        ("copy: refitted, then cut", lambda: proof.check_refit(small)),
+        *(() if what.entry.together else (("copy: refitted, then cut", lambda: proof.check_refit(small)),)),
         ("copy: saved, reloaded, with and without cache", lambda: proof.check_saved(small)),
     ]
     if not any(p.is_meta for p in model.parameters()):
@@ -234,6 +249,23 @@ def prove_entry(model: Any, small: Any, what: Proof) -> Proof:
         arch.adopt(model, None)
         raise
     return Proof(what.entry, what.kinds, what.alone, tuple(checks), round(time.monotonic() - began, 2), what.parts)
+
+
+def _proven_otherwise(model: Any, small: Any, what: Proof, failure: HywiaError) -> Proof:
+    """By the parts that hold by themselves, where one does not which the rest can do without; or else by those that
+    hold when no layer has to run by itself.
+
+    Raises:
+        HywiaError: why what is left without its wrong parts does not hold, or `failure`, where all parts seemed right.
+    """
+    for together in (False, True):
+        try:
+            again, _ = derived(model, small, thorough=True, together=together)
+            if again.entry != what.entry:
+                return prove_entry(model, small, again)
+        except HywiaError as error:
+            failure = failure if together else error
+    raise failure
 
 
 @contextmanager
@@ -280,12 +312,8 @@ def prove(model: Any) -> Proof | None:
         what, small = derived(model)
         try:
             done = prove_entry(model, small, what)
-        except HywiaError:
-            # Perhaps one part of it does not hold, which the rest can do without.
-            again, _ = derived(model, small, thorough=True)
-            if again.entry == what.entry:
-                raise
-            done = prove_entry(model, small, again)
+        except HywiaError as failure:
+            done = _proven_otherwise(model, small, what, failure)
     done = Proof(done.entry, done.kinds, done.alone, done.checks, round(time.monotonic() - began, 2), done.parts)
     model.__dict__[_RECORD] = done
     return done

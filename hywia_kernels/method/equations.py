@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from .. import arch
 from ..engine.patches import forward_replaced
-from ..types import Group, Plan
+from ..types import Group, Plan, channels_of_gone_experts
 from .compaction import unit_entries
 from .layer_runs import seen
 from .layer_targets import LayerTarget, Run
@@ -89,9 +89,10 @@ def matrices_of(model: Any, plan: Plan, groups: Sequence[Group], *, before_gap: 
     entry = arch.architecture(model)
     residual = None if entry.residual is None else f"{entry.layers}.{groups[0].layer}.{entry.residual}"
     chosen = []
+    gone = channels_of_gone_experts(groups, plan.keep)
     for group in groups:
         member, keep = group.members[-1], plan.keep[group.name]
-        if group.kind == "experts":
+        if group.kind == "experts" or group.name in gone:
             continue
         if keep.numel() == group.units and not (before_gap and member.module == residual):
             continue

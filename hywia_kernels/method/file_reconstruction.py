@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -20,8 +20,8 @@ from ..errors import HywiaError
 from ..types import Plan
 from .file_cut import FileCut
 from .layer_runs import Weights
+from .layer_targets import Journal, Run
 from .reconstruction import check_ridge, refitted, through_layers
-from .surgery import check_fingerprint
 
 __all__ = ["StoredWeights", "refitted_into"]
 
@@ -111,10 +111,11 @@ class _Behind:
 
     def do(self, values: dict[str, Tensor]) -> None:
         """Raises what went wrong with the one before."""
-        self._wait()
+        self.wait()
         self._under_way = self._pool.submit(self._work, values)
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until nothing is under way; raises what went wrong."""
         if self._under_way is not None:
             self._under_way.result()
 
@@ -124,7 +125,56 @@ class _Behind:
     def __exit__(self, kind: object, *_: object) -> None:
         self._pool.shutdown()
         if kind is None:
-            self._wait()
+            self.wait()
+
+
+class _Kept(Journal):
+    """The layers that are written, and what enters the next one.
+
+    Args:
+        cut: the cut. weights: of its model. behind: what writes the layers. solved: checksums of what it has written.
+        layers: how many there are.
+    """
+
+    def __init__(
+        self, cut: FileCut, weights: StoredWeights, behind: _Behind, solved: dict[str, int], layers: int
+    ) -> None:
+        self._cut, self._weights, self._behind = cut, weights, behind
+        self._solved, self._layers = solved, layers
+
+    def resumed(self, runs: Sequence[Run], errors: dict[str, list[float]]) -> tuple[int, bool]:
+        facts = self._cut.progress.state.get("layers")
+        if facts is None:
+            return 0, True
+        self._weights.checksums |= facts["checksums"]
+        self._solved |= facts["solved"]
+        errors |= facts["errors"]
+        self._cut.facts = {"layers": facts}
+        begin, same = facts["next"], facts["same"]
+        if begin < self._layers:
+            hidden = self._cut.progress.hidden(begin)
+            for i, run in enumerate(runs):
+                device = run.pruned.device
+                run.pruned = hidden[f"pruned.{i}"].to(device)
+                run.dense = run.pruned if same else hidden[f"dense.{i}"].to(device)
+        return begin, same
+
+    def finished(self, index: int, runs: Sequence[Run], same: bool, errors: Mapping[str, list[float]]) -> None:
+        if not self._cut.progress.due():
+            return
+        self._behind.wait()
+        self.note(index + 1, same, errors)
+        hidden: dict[str, Tensor] = {}
+        if index + 1 < self._layers:
+            hidden = {f"pruned.{i}": run.pruned for i, run in enumerate(runs)}
+            hidden |= {} if same else {f"dense.{i}": run.dense for i, run in enumerate(runs)}
+        self._cut.keep({name: of.cpu().contiguous() for name, of in hidden.items()} or None, index + 1)
+
+    def note(self, following: int, same: bool, errors: Mapping[str, list[float]]) -> None:
+        """All layers before `following` are written: what a state says of them."""
+        checksums, solved = dict(self._weights.checksums), dict(self._solved)
+        facts = {"next": following, "same": same, "errors": dict(errors), "checksums": checksums, "solved": solved}
+        self._cut.facts = {"layers": facts}
 
 
 def _place(name: str, path: str) -> int | None:
@@ -174,9 +224,12 @@ def refitted_into(
                 named = {f"{path}.{index}.{name}": p.detach() for name, p in layer.named_parameters()}
                 behind.do({name: value.to("cpu", copy=True) for name, value in named.items()})
 
-            errors = through_layers(model, plan, cut.groups, samples, ridge, while_changed=hand_over, weights=weights)
+            journal = _Kept(cut, weights, behind, solved, len(arch.layers_of(model)))
+            how: dict[str, Any] = {"while_changed": hand_over, "weights": weights, "journal": journal}
+            errors = through_layers(model, plan, cut.groups, samples, ridge, **how)
+        journal.note(len(arch.layers_of(model)), False, errors)
         cut.write(weights.others, "cutting the rest")
-    check_fingerprint(plan, stored.fingerprint(weights.checksums | cut.checksums))
+    cut.check(plan, weights.checksums | cut.checksums)
     for name in weights.checksums:
         place = _place(name, f"{path}.")
         if plan.depth is not None and place in plan.depth.gone:

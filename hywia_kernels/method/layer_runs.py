@@ -14,6 +14,7 @@ from .. import arch
 from ..engine.layered import hidden_of
 from ..engine.patches import forward_replaced, hooked
 from ..engine.samples import Samples
+from ..errors import HywiaError
 
 __all__ = ["CHUNK_TOKENS", "Call", "Entrance", "Weights", "entering", "entrance", "leaving", "seen"]
 
@@ -65,7 +66,17 @@ class Entrance:
 
 
 def entrance(model: Any, layers: nn.ModuleList, samples: Samples) -> Entrance:
-    """Of one run of samples; of the layers, only the first one computes."""
+    """Of one run of samples; of the layers, only the first one computes.
+
+    Raises:
+        HywiaError: layers of this family do not run by themselves.
+    """
+    if arch.architecture(model).together:
+        raise HywiaError(
+            "model: its layers hand on more than hidden states, so none of them runs by itself; leave out what is "
+            "reconstructed, searched for or ranked a layer at a time (--no-reconstruct, --search none, --head-ranking "
+            "scores)"
+        )
     calls: list[Call] = []
     entered: list[Tensor] = []
     rest: list[tuple | None] = []

@@ -13,7 +13,7 @@ from ..engine.samples import Samples
 from .layer_runs import Call, entrance, seen
 from .moments import TINY, energy
 
-__all__ = ["LayerTarget", "Run", "gap_behind", "layer_target", "run_of"]
+__all__ = ["Journal", "LayerTarget", "Run", "gap_behind", "layer_target", "run_of"]
 
 
 @dataclass
@@ -33,6 +33,18 @@ class Run:
 def run_of(model: Any, layers: nn.ModuleList, samples: Samples) -> Run:
     begin = entrance(model, layers, samples)
     return Run(begin.calls, begin.hidden, begin.hidden, begin.rows)
+
+
+class Journal:
+    """What a pass notes between two layers, for a later one to go on from; here, nothing."""
+
+    def resumed(self, runs: Sequence[Run], errors: dict[str, list[float]]) -> tuple[int, bool]:
+        """`(the first layer that is not done, whether both models have the same hidden states before it)`; an earlier
+        pass's hidden states are put into the runs, and its errors into `errors`."""
+        return 0, True
+
+    def finished(self, index: int, runs: Sequence[Run], same: bool, errors: Mapping[str, list[float]]) -> None:
+        """A layer is done, and the runs hold what leaves it; `same` is of what `resumed` gives."""
 
 
 @dataclass

@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..checkpoint.loading import device_named
 from ..checkpoint.stored_model import StoredModel, open_stored
-from ..settings import RIDGE
+from ..engine.samples import padded
+from ..settings import RIDGE, STATE_SECONDS
 from ..types import Plan
+from .calibration_data import digest
 from .file_cut import opened
 from .file_reconstruction import refitted_into
-from .surgery import check_fingerprint
 
 __all__ = ["prune_files"]
 
@@ -34,14 +36,16 @@ def prune_files(
     overwrite: bool = False,
     in_place: bool = False,
     backend: str | None = None,
+    every: float = STATE_SECONDS,
 ) -> Plan:
     """`load`, `reconstruct` where text is given, `prune` and `save` in one step and the same bytes, for a checkpoint
     that does not fit in memory.
 
     Without a reconstruction tensors are read from the mapped files, cut and written one by one (as many of them at a
     time as the machine has cores, four at the most); stacked experts are one tensor. With one, a decoder layer is in
-    memory at a time. The files are read once. Whether they are those that the plan was made for is known at the end,
-    before the directory gets its name.
+    memory at a time. The files are read once. What is stopped goes on where the same is asked for again, from the last
+    state that is kept beside `path`, and ends in the same bytes. Whether the files are those that the plan was made for
+    is known at the end, before the directory gets its name.
 
     Args:
         model: as `load` takes it, in safetensors files, or what `open_stored` gave.
@@ -50,6 +54,7 @@ def prune_files(
         refit: token ids to reconstruct on, as `reconstruct` takes them; None: no reconstruction. ridge: of it.
         device: where layers run that are reconstructed, as `load` takes it.
         dtype, trust_remote_code, revision: as `load` takes them. backend: of `ops.compact`.
+        every: seconds between two states, at the least; a cut that takes less keeps none. 0: one after every layer.
 
     Returns:
         The plan as it is recorded: after a reconstruction, what `reconstruct` gives.
@@ -59,11 +64,22 @@ def prune_files(
     """
     if not isinstance(model, StoredModel):
         model = open_stored(model, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
-    with opened(model, plan, path, overwrite=overwrite, in_place=in_place, backend=backend) as cut:
+    where = device_named(device)
+    given: dict[str, Any] = {"overwrite": overwrite, "in_place": in_place, "backend": backend, "every": every}
+    with opened(model, plan, path, request=_asked(refit, ridge, where), **given) as cut:
         if refit is not None:
-            plan = refitted_into(cut, plan, refit, ridge=ridge, device=device_named(device))
+            plan = refitted_into(cut, plan, refit, ridge=ridge, device=where)
         else:
             cut.write(cut.directory.bundles, "cutting files")
-            check_fingerprint(plan, model.fingerprint(cut.checksums))
+            cut.check(plan, cut.checksums)
         cut.directory.finish(plan, record, Path(path).absolute().name)
     return plan
+
+
+def _asked(refit: Tensor | Sequence[Tensor] | None, ridge: float, device: torch.device) -> dict[str, Any]:
+    """What decides the solution of a reconstruction; JSON."""
+    if refit is None:
+        return {}
+    samples = padded(refit)
+    text = [digest(samples.tokens), samples.lengths.tolist()]
+    return {"refit": text, "ridge": repr(ridge), "device": device.type}

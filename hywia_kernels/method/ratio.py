@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import HywiaError, UsageError
-from ..types import Depth, Group, Scores
+from ..types import Depth, Group, Scores, experts_of
 from .depth import depths_of, loss_by_count, staying_groups
 
 __all__ = ["Candidate", "Limits", "candidates", "some_width", "too_wide", "uniform", "widths_of"]
@@ -73,28 +73,37 @@ def candidates(
     limits: Limits | None,
     layers_gone: int | None = None,
 ) -> list[Candidate]:
-    """What a ratio may end at, one for each depth and count of heads; the first is what is chosen without a search."""
+    """What a ratio may end at, one for each depth and count of heads, and of experts where their channels may go too;
+    the first is what is chosen without a search."""
     depths = depths_of(scores, layers_gone) if "layers" in kinds else [None]
     in_layers = tuple(k for k in kinds if k != "layers")
     options = {kind: _uniform_widths(scores, kind, align, limits) for kind in in_layers}
     present = {kind: next(g.units for g in scores.groups if g.kind == kind) for kind in in_layers}
     target = ratio * scores.parameters
 
-    candidates: list[Candidate] = []
+    step = _step(scores, in_layers, align, present)
+    near: list[Candidate] = []
+    least, most = scores.parameters, 0
     for depth in depths:
         staying = staying_groups(scores.groups, depth)
         cost = {kind: sum(g.unit_parameters for g in staying if g.kind == kind) for kind in in_layers}
+        both = 0  # parameters of a channel of an expert in each layer, which go once when the expert does
+        if {"mlp", "experts"} <= set(in_layers):
+            both = sum(channels[0].unit_parameters for _, channels in experts_of(staying) if channels)
         whole = 0 if depth is None else depth.removed
         for widths in itertools.product(*options.values()):
             choice = dict(zip(options, widths, strict=True))
             removed = whole + sum((present[k] - v) * cost[k] for k, v in choice.items())
-            if removed > 0:
-                candidates.append(Candidate(removed, choice, depth))
-    step = _step(scores, in_layers, align, present)
-    near = [c for c in candidates if abs(c.removed - target) <= step]
+            if both:
+                removed -= (present["mlp"] - choice["mlp"]) * (present["experts"] - choice["experts"]) * both
+            if removed <= 0:
+                continue
+            least, most = min(least, removed), max(most, removed)
+            if abs(removed - target) <= step:
+                near.append(Candidate(removed, choice, depth))
     if not near:
-        reach = sorted(c.removed / scores.parameters for c in candidates)
-        span = f"[{reach[0]:.4f}, {reach[-1]:.4f}]; the largest is {reach[-1]:.4f}" if reach else "nothing"
+        reach = (least / scores.parameters, most / scores.parameters)
+        span = f"[{reach[0]:.4f}, {reach[1]:.4f}]; the largest is {reach[1]:.4f}" if most else "nothing"
         aligned = f" with align={align}" if in_layers else ""
         raise UsageError(
             f"ratio: {ratio} cannot be reached to within one step of {step / scores.parameters:.4f}; "
@@ -110,7 +119,7 @@ def _step(scores: Scores, kinds: tuple[str, ...], align: int, present: Mapping[s
     experts or heads; else one layer."""
     if not kinds:
         return max(scores.layers.parameters) if scores.layers is not None else 0
-    fine = kinds[0] if "experts" not in kinds else "experts"
+    fine = next(kind for kind in ("mlp", "experts", "attention") if kind in kinds)
     cost = sum(g.unit_parameters for g in scores.groups if g.kind == fine)
     return (min(align, present[fine]) if fine == "mlp" else 1) * cost
 
@@ -128,13 +137,13 @@ def _uniform_widths(scores: Scores, kind: str, align: int, limits: Limits | None
 def _by_loss(
     scores: Scores, near: Sequence[Candidate], target: float, present: dict[str, int], step: float
 ) -> list[Candidate]:
-    """The candidates that come nearest to the target, one for each depth and count of heads, in ascending order of the
-    loss; of depths alone the nearest."""
+    """The candidates that come nearest to the target, one for each depth, count of heads and, beside channels, of
+    experts, in ascending order of the loss; of depths alone the nearest."""
     if set(present) == {"layers"}:
         return [min(near, key=lambda c: (abs(c.removed - target), c.removed))]
-    nearest: dict[tuple[int, int | None], Candidate] = {}
+    nearest: dict[tuple[int, int | None, int | None], Candidate] = {}
     for one in near:
-        key = (one.gone, one.widths.get("attention"))
+        key = (one.gone, one.widths.get("attention"), one.widths.get("experts") if "mlp" in one.widths else None)
         best = nearest.get(key)
         if best is None or abs(one.removed - target) < abs(best.removed - target):
             nearest[key] = one
@@ -144,10 +153,14 @@ def _by_loss(
     if not scores.loss or ("layers" in present and by_count is None):
         return sorted(within, key=lambda c: (c.unevenness(present), abs(c.removed - target)))
     lost = _loss_by_width(scores, within[0].widths)
+    stacks = _loss_by_experts(scores, lost) if {"mlp", "experts"} <= set(within[0].widths) else {}
 
     def loss(one: Candidate) -> float:
         staying = [g for g in staying_groups(scores.groups, one.depth) if g.name in lost]
         units = sum(lost[g.name][one.widths[g.kind]] for g in staying)
+        units += sum(
+            float(stacks[g.name][one.widths["experts"], one.widths["mlp"]]) for g in staying if g.name in stacks
+        )
         return units + (by_count[one.gone] if by_count is not None else 0.0)
 
     return sorted(within, key=lambda c: (loss(c), abs(c.removed - target)))
@@ -162,6 +175,19 @@ def _loss_by_width(scores: Scores, kinds: Collection[str]) -> dict[str, list[flo
             loss = scores.loss[group.name].double()[order]
             lost[group.name] = (loss.sum() - torch.cat([loss.new_zeros(1), loss.cumsum(0)])).tolist()
     return lost
+
+
+def _loss_by_experts(scores: Scores, lost: dict[str, list[float]]) -> dict[str, torch.Tensor]:
+    """Group of whole experts -> table whose entry `[n, w]` is the estimated loss of all channels that go of the `n`
+    experts that stay when each keeps `w`; the channels' groups leave `lost`, where those of all experts were."""
+    tables: dict[str, torch.Tensor] = {}
+    for whole, channels in experts_of(scores.groups):
+        if not channels:
+            continue
+        order = torch.sort(scores.values[whole.name], descending=True, stable=True).indices
+        each = torch.tensor([lost.pop(group.name) for group in channels], dtype=torch.float64)[order]
+        tables[whole.name] = torch.cat([each.new_zeros(1, each.shape[1]), each.cumsum(0)])
+    return tables
 
 
 def widths_of(group: Group, align: int, limits: Limits | None) -> list[int]:

@@ -35,7 +35,7 @@ from .equations import Begun, Matrix, NormalEquations, can_hold, equations_of, m
 from .expert_refit import Sent, add_tokens, sent
 from .layer_masks import check_transparent, zero_layers
 from .layer_runs import CHUNK_TOKENS, Weights
-from .layer_targets import LayerTarget, Run, gap_behind, layer_target, run_of
+from .layer_targets import Journal, LayerTarget, Run, gap_behind, layer_target, run_of
 from .moments import exact_products
 from .narrow_layers import narrowed
 from .surgery import checked_groups, zero_units
@@ -218,6 +218,7 @@ def through_layers(
     solved: list[tuple[Matrix, _Solved]] | None = None,
     while_changed: Callable[[int, nn.Module], None] | None = None,
     weights: Weights | None = None,
+    journal: Journal | None = None,
 ) -> dict[str, list[float]]:
     """Mask each layer to a plan, refit it and put it back, one after the other: the pass of `reconstruct`, before it
     writes anything. To be run in `apart`.
@@ -226,7 +227,7 @@ def through_layers(
         samples: to refit on; None: the removed units are masked, and nothing is solved.
         solved: is filled with what was; None: it is not kept.
         while_changed: called with a layer's index and the layer while that is masked and refitted.
-        weights: where they are, if not in the model.
+        weights: where they are, if not in the model. journal: of the pass, which may go on with an earlier one.
 
     Returns:
         For every matrix the relative squared error of its output before and after.
@@ -246,9 +247,13 @@ def through_layers(
         with weights.entrance():
             runs = [run_of(model, layers, chunk) for chunk in chunks]
         tokens = sum(run.pruned[..., 0].numel() for run in runs)
-        same = True  # both models have the same hidden states so far
+        journal = journal or Journal()
+        begin, same = journal.resumed(runs, errors)  # same: both models have the same hidden states so far
+        targets: list[LayerTarget] = []
         what = "reconstructing" if solved is not None else "judging"
         for index, layer in enumerate(progress.track(layers, what)):
+            if index < begin:
+                continue
             if index in gone:
                 if not any(i not in gone for i in range(index)):  # no layer is before it that could take its part over
                     with weights.of([index]):
@@ -260,7 +265,7 @@ def through_layers(
             with weights.of([index, *(place for place, _ in gap)]):
                 here = [g for g in groups if g.layer == index]
                 cut = [g for g in here if gap or plan.keep[g.name].numel() < g.units]
-                targets: list[LayerTarget] = []
+                targets = []
                 matrices = [] if samples is None else matrices_of(model, plan, here, before_gap=bool(gap))
                 if cut or gap or not same:
                     additive = {m.module: m.additive for m in matrices if m.expert is None}
@@ -302,5 +307,6 @@ def through_layers(
                         run.dense = run.pruned if same else targets[i].out
                     if while_changed is not None:
                         while_changed(index, layer)
+            journal.finished(index, runs, same, errors)
         del runs, targets
     return errors

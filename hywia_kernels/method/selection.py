@@ -13,7 +13,7 @@ from torch import Tensor
 from ..deploy import device_profiles
 from ..errors import UsageError
 from ..settings import DEFAULT_KINDS, KINDS, LAYOUTS
-from ..types import Depth, Group, Plan, Scores
+from ..types import Depth, Group, Plan, Scores, channels_of_gone_experts, removed_parameters
 from .allocation import allocate
 from .depth import check_layers_gone, chosen, loss_by_count, shared_out, staying_groups
 from .ratio import Limits, candidates, some_width, too_wide, uniform, widths_of
@@ -66,8 +66,8 @@ def plan(
         ratio: in (0, 1).
         group_ratio: in (0, 1), instead of `ratio`; or kind -> such a number, for the kinds that may go.
         layers: half-open range of layers for `group_ratio`; None: all.
-        units: which kinds may go: "mlp", "attention" or both; or, in models that have them, whole "experts", with
-            or without "attention"; and whole "layers", alone or with others, where the scores have them
+        units: which kinds may go: "mlp", "attention" and, in models that have them, whole "experts", beside which
+            "mlp" means channels of the experts that stay; and whole "layers", where the scores have them
             (`rank_layers`).
         align: widths of channels are multiples of it, or untouched; None: what suits the device at hand
             (`device_profiles.at_hand`).
@@ -111,18 +111,23 @@ def plan(
         counts, depth = _per_group(scores, shares, layers, align, limits, isinstance(group_ratio, Mapping))
         given = dict(group_ratio) if isinstance(group_ratio, Mapping) else group_ratio
         request = {"protocol": "group_ratio", "group_ratio": given, "layers": layers and list(layers)}
+    keep = {g.name: top_units(scores.values[g.name], counts[g.name]) for g in scores.groups}
     if layout == "adaptive":
         first, end = layers or (0, 1 + max(g.layer for g in scores.groups))
         staying = staying_groups(scores.groups, depth)
+        gone = channels_of_gone_experts(staying, keep)
         free = [g for g in staying if g.kind == "mlp" and "mlp" in kinds and first <= g.layer < end]
+        free = [g for g in free if g.name not in gone]
         widths = {g.name: widths_of(g, align, limits) for g in free}
         some_width(free, widths)
         counts |= allocate(scores, counts, free, widths, spread)
+        by_stack = {g.tied_width: counts[g.name] for g in free if g.tied_width}
+        counts |= {g.name: by_stack.get(g.tied_width, counts[g.name]) for g in staying if g.name in gone}
+        keep = {g.name: top_units(scores.values[g.name], counts[g.name]) for g in scores.groups}
     request |= {"units": list(kinds), "align": align, "layout": layout}
     if depth is not None and scores.layers is not None:
         request["layers_by"] = scores.layers.record.get("by")
-    keep = {g.name: top_units(scores.values[g.name], counts[g.name]) for g in scores.groups}
-    removed = sum((g.units - counts[g.name]) * g.unit_parameters for g in staying_groups(scores.groups, depth))
+    removed = removed_parameters(staying_groups(scores.groups, depth), counts)
     removed += 0 if depth is None else depth.removed
     return Plan(
         groups=scores.groups,
@@ -166,7 +171,10 @@ def estimated_loss(scores: Scores, plan: Plan) -> float | None:
         return None
     by_count = None if scores.layers is None else loss_by_count(scores.layers)
     total = 0.0 if plan.depth is None or by_count is None else by_count[len(plan.depth.gone)]
+    gone = channels_of_gone_experts(plan.staying, plan.keep)  # whose loss is their expert's
     for group in plan.staying:
+        if group.name in gone:
+            continue
         loss = scores.loss[group.name].double()
         total += float(loss.sum() - loss[plan.keep[group.name]].sum())
     return total
@@ -227,10 +235,6 @@ def _kinds(units: Sequence[str], groups: Sequence[Group]) -> tuple[str, ...]:
     empty = next((g.name for g in groups if g.kind in chosen and not g.unit_parameters), None)
     if empty is not None:
         raise UsageError(f"scores: expected units that hold parameters, got {empty}, whose units hold none")
-    if {"mlp", "experts"} <= set(chosen):
-        raise UsageError(
-            "units: expected mlp or experts, got both, which hold each other; cut one, score again, then cut the other"
-        )
     return chosen
 
 

@@ -38,7 +38,7 @@ from ..types import Group, Statistics
 from ..versions import versions
 from .calibration_data import check_tokens, digest
 
-__all__ = ["calibrate", "measure"]
+__all__ = ["calibrate", "checked_orders", "measure"]
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _run(job: _Job, scale: float, strict: bool) -> tuple[Results, Tensor]:
             else:
                 plan = job.plan
                 total = layered.run(model, layers, plan.chunks, scorer, scale, plan.offload, plan.kept_layers)
-    whole_experts(results, job.groups)
+    whole_experts(results.fine, results.coarse, job.groups)
     return results, total
 
 
@@ -239,14 +239,24 @@ def measure(
         raise UsageError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
     if memory not in MEMORY:
         raise UsageError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")
-    asked = tuple(order for order in ORDERS if order in orders)
-    if isinstance(orders, str) or not asked or set(orders) - set(asked):
-        raise UsageError(f"orders: expected some of {', '.join(ORDERS)}, got {orders!r}")
+    asked = checked_orders(orders)
     model = unwrapped(model)
     modules = dict(model.named_modules())
     check_held(modules)
     with apart(modules):
         return _measured(model, modules, batches, groups, backend, engine, memory, asked)
+
+
+def checked_orders(orders: Sequence[str]) -> tuple[str, ...]:
+    """The orders that are asked for, in the order of ORDERS.
+
+    Raises:
+        UsageError: they are no orders, or none.
+    """
+    asked = tuple(order for order in ORDERS if order in orders)
+    if isinstance(orders, str) or not asked or set(orders) - set(asked):
+        raise UsageError(f"orders: expected some of {', '.join(ORDERS)}, got {orders!r}")
+    return asked
 
 
 def _measured(
@@ -269,7 +279,13 @@ def _measured(
     weight: Any = arch.view(modules, groups[0].members[0], groups[0].units)
     engine, ran_on, reason = _chosen_engine(engine, backend, weight.detach())
     experts = next((g.members[0].module for g in groups if g.tied_width), None)
-    modes = MODES if engine == "fused" and experts is None else MODES[:-1]
+    modes: tuple[str, ...] = MODES if engine == "fused" and experts is None else MODES[:-1]
+    if arch.architecture(model).together:
+        if memory not in ("auto", "fast"):
+            raise UsageError(
+                f"memory: expected auto or fast where layers hand on more than hidden states, got {memory!r}"
+            )
+        modes, memory = MODES[:1], "fast"
     if memory == "layerwise" and memory not in modes:
         raise UsageError(
             f"memory: expected auto, fast or lean with engine {engine!r}"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import arch
 from ..errors import HywiaError
+from ..settings import GROUP_KINDS
 from ..types import Group, Plan
 from .criteria import random
 from .selection import plan as selected
@@ -66,10 +67,10 @@ def failed(what: str, groups: Sequence[Group], part: str) -> HywiaError:
 
 
 def kinds_of(groups: Sequence[Group]) -> list[tuple[str, ...]]:
-    """Kinds that can go together: whole experts are not cut with channels of experts."""
-    kinds = {g.kind for g in groups}
-    together = tuple(k for k in ("mlp", "attention") if k in kinds)
-    return [k for k in (together, ("experts",) if "experts" in kinds else ()) if k]
+    """Kinds that a trial cuts together: all but whole experts, and all, where there are some."""
+    kinds = [k for k in GROUP_KINDS if any(g.kind == k for g in groups)]
+    without = tuple(k for k in kinds if k != "experts")
+    return [k for k in dict.fromkeys((without, tuple(kinds))) if k]
 
 
 def trial(model: Any, kinds: tuple[str, ...], layers: tuple[int, int] | None = None, share: float = SHARE) -> Plan:

@@ -26,11 +26,14 @@ class Removed:
         before: the parameter as it was. axis: the axis that was cut. kept: entries that stay, int64, ascending.
         of: which of the matrices stacked in the parameter was cut; None: the parameter is one matrix or vector, and
             dimensions beyond two count as columns.
+        place: of what stays of that matrix in the stack after the cut; None where nothing of it stays.
     """
 
-    def __init__(self, before: Tensor, axis: int, kept: Tensor, of: int | None = None) -> None:
+    def __init__(
+        self, before: Tensor, axis: int, kept: Tensor, of: int | None = None, place: int | None = None
+    ) -> None:
         part = self._part(before, of)
-        self.axis, self.kept, self.of = axis, kept, of
+        self.axis, self.kept, self.of, self.place = axis, kept, of, place
         self.gone = complement(part.shape[axis], kept)
         self.values = part.index_select(axis, self.gone.to(part.device))
 
@@ -42,8 +45,10 @@ class Removed:
     def fill(self, whole: Tensor, stays: Tensor) -> None:
         """Fill `whole`, of the shape before the cut, from `stays`, of the shape after it, and the removed values."""
         part = self._part(whole, self.of)
-        for entries, values in ((self.kept, self._part(stays, self.of)), (self.gone, self.values)):
-            part.index_copy_(self.axis, entries.to(part.device), values.to(part.device))
+        part.index_copy_(self.axis, self.gone.to(part.device), self.values.to(part.device))
+        if self.kept.numel():
+            values = self._part(stays, self.place)
+            part.index_copy_(self.axis, self.kept.to(part.device), values.to(part.device))
 
 
 class Undo:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import arch, ops
 from ..arch.holding import check_held, unwrapped
+from ..checkpoint.stored_model import StoredModel
 from ..engine import loss
 from ..engine.layered import refuse_hooks
 from ..engine.passes import apart
@@ -19,14 +20,15 @@ from ..engine.patches import without_collections
 from ..engine.samples import padded
 from ..errors import HywiaError, UsageError
 from ..method.calibration_data import check_tokens
-from ..settings import ORDERS, WEIGHTS
+from ..method.derivation import prove
+from ..method.statistics import checked_orders
+from ..settings import STATE_SECONDS, WEIGHTS
 from ..types import Statistics
-from .mapped import stored_of
 from .ranks import Ranks
 from .runs import runs_of
 from .scoring import Scoring
+from .stored import FileWeights
 from .weights import Table, tables
-from .work import EVERY
 
 __all__ = ["calibrate_streamed"]
 
@@ -35,7 +37,7 @@ def calibrate_streamed(
     model: Any,
     batches: Tensor | Sequence[Tensor],
     *,
-    order: str = "second",
+    orders: Sequence[str] = ("second",),
     device: torch.device | str | None = None,
     weights: str = "auto",
     ranks: Ranks | None = None,
@@ -43,23 +45,22 @@ def calibrate_streamed(
     work: str | Path | None = None,
     keep_work: bool = False,
     asked: dict[str, str] | None = None,
-    every: float = EVERY,
+    every: float = STATE_SECONDS,
 ) -> Statistics:
-    """Statistics of every unit, as `calibrate`'s, with one layer's weights at a time: fine sums of the second order,
-    and the moments of `h_s` in the place of the samples' own values.
+    """Statistics of every unit, as `calibrate`'s, with one layer's weights at a time, and the moments of `h_s` in the
+    place of the samples' own values.
 
     The same model, set and kind of device give the same bits, whatever the number of processes and wherever the weights
     are. (On CPUs the number of torch's threads enters the last bits of matrix products; torchrun sets it to one.)
 
     Args:
-        model: a loaded model, on one device, or one whose weights are in files, as `open_mapped` gives it; left as it
-            was.
+        model: a loaded model, on one device, or what `open_stored` gave; left as it was.
         batches: as `calibrate` takes them; the same on all processes.
-        order: "second". The fine sums of the others need all samples' gradients of a weight together, which no process
-            has.
-        device: where the layers run; None: where the model's embedding is.
-        weights: where they stay meanwhile: "device", "host" (of a model in the host's memory), "files", or "auto":
-            where the model has them.
+        orders: of the fine sums, some of ORDERS. Sums of "second" alone add up over samples; for the others the
+            processes exchange operands, layer by layer (see `scale.exchange`).
+        device: where the layers run; None: where the model's embedding is, of a stored model the CPU.
+        weights: where they stay meanwhile: "device", "host" (of a model in the host's memory; or of a stored one, which
+            the processes of a host then hold together), "files", or "auto": where the model has them.
         ranks: the processes that share the samples; None: this one alone. One of several must be given a device of its
             own.
         backend: of the ops.
@@ -73,24 +74,22 @@ def calibrate_streamed(
 
     Raises:
         HywiaError: as `calibrate`; a process is gone or hangs; processes were asked for different things.
-        UsageError: an order or a place that does not go.
+        UsageError: orders or a place that do not go.
     """
-    if order not in ORDERS:
-        raise UsageError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
-    if order != "second":
-        raise UsageError(
-            "order: expected second for a streamed scoring, since sums of other orders do not add up over samples, got "
-            f"{order!r}; use --order second, or --memory layerwise on one device that holds the model"
-        )
+    wanted = checked_orders(orders)
     if weights not in WEIGHTS:
         raise UsageError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
+    source = None
+    if isinstance(model, StoredModel):
+        source, model = FileWeights(model), model.model
+        prove(model)
     model = unwrapped(model)
     modules = dict(model.named_modules())
-    stored = stored_of(model)
-    if stored is None:
+    if source is None:
         check_held(modules)
     ranks = ranks or Ranks()
-    target = model.get_input_embeddings().weight.device if device is None else torch.device(device)
+    here = model.get_input_embeddings().weight.device if source is None else torch.device("cpu")
+    target = here if device is None else torch.device(device)
     if target.type == "cuda" and target.index is None:
         target = torch.device("cuda", torch.cuda.current_device())
     with ExitStack() as stack:
@@ -98,15 +97,16 @@ def calibrate_streamed(
             stack.enter_context(torch.cuda.device(target))
         stack.enter_context(apart(modules))
         stack.enter_context(without_collections())
-        job = _job(model, modules, batches, order, target, weights, ranks, backend)
+        job = _job(model, modules, source, batches, wanted, target, weights, ranks, backend)
         return job.statistics(Path(work) if work is not None else None, keep_work, asked or {}, every)
 
 
 def _job(
     model: Any,
     modules: dict[str, nn.Module],
+    source: FileWeights | None,
     batches: Any,
-    order: str,
+    orders: tuple[str, ...],
     device: torch.device,
     weights: str,
     ranks: Ranks,
@@ -118,7 +118,7 @@ def _job(
     loss.check_head(model)
     refuse_hooks(arch.layers_of(model))
     of_layers, outside = tables(model, modules)
-    place = _place(model, of_layers, device, weights)
+    place = _place(source, of_layers, device, weights)
     first: Any = of_layers[0].originals[0]
     example = torch.empty(1, 1, dtype=first.dtype, device=device)
     ran_on = ops.choose("linear_importance", backend, example, example, example)
@@ -130,10 +130,11 @@ def _job(
         groups,
         samples,
         runs,
-        order,
+        orders,
         device,
         first.dtype,
         place,
+        source,
         of_layers,
         outside,
         ranks,
@@ -142,17 +143,17 @@ def _job(
     )
 
 
-def _place(model: Any, layers: Sequence[Table], device: torch.device, weights: str) -> str:
+def _place(source: FileWeights | None, layers: Sequence[Table], device: torch.device, weights: str) -> str:
     """Where the weights stay: where they are, or where they are asked to be.
 
     Raises:
         UsageError: they are not there. HywiaError: they are on several devices.
     """
     devices = {p.device for table in layers for p in table.originals}
-    if stored_of(model) is not None:
-        if weights not in ("auto", "files"):
-            raise UsageError(f"weights: expected auto or files for a model whose weights are in files, got {weights!r}")
-        return "files"
+    if source is not None:
+        if weights not in ("auto", "host", "files"):
+            raise UsageError(f"weights: expected auto, host or files for a stored model, got {weights!r}; load it")
+        return "host" if weights == "host" else "files"
     if len(devices) > 1:
         raise HywiaError(
             f"model: expected all layers on one device for a streamed scoring, got them on "
@@ -160,7 +161,7 @@ def _place(model: Any, layers: Sequence[Table], device: torch.device, weights: s
         )
     where = devices.pop()
     if weights == "files":
-        raise UsageError("weights: 'files' goes with a model that open_mapped gave; this one is loaded")
+        raise UsageError("weights: 'files' goes with a model that open_stored gave; this one is loaded")
     if weights == "device" and where != device:
         raise UsageError(f"weights: 'device' goes with a model on {device}, got one on {where}; load it there")
     if weights == "host" and where.type != "cpu":

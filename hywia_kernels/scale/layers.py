@@ -26,6 +26,8 @@ from ..method.layer_runs import Entrance, entrance, leaving
 from ..progress import Bar
 from ..types import Group
 from .agreement import check_weights
+from .exchange import Exchange, exchanged
+from .operands import Operands
 from .ranks import Ranks
 from .runs import dealt
 from .sums import Layout, first_bad
@@ -78,11 +80,11 @@ class Streamed:
     Args:
         model: on `device` but for the layers' weights. modules: all of its modules, by name.
         groups: whose units are scored. runs: of the set, in the order in which their sums are added.
-        order: of the fine sums. scale: of the loss. strict: ask CUDA for the same bits every run.
+        orders: of the fine sums. scale: of the loss. strict: ask CUDA for the same bits every run.
         offload: keep what enters the layers in the host's memory.
 
     Attributes:
-        seconds: of "forward" and "backward".
+        seconds: of "forward" and "backward". received: bytes of operands that all processes have got from others.
     """
 
     def __init__(
@@ -96,25 +98,28 @@ class Streamed:
         work: Work,
         *,
         device: torch.device,
-        order: str,
+        orders: Sequence[str],
         scale: float,
         backend: str | None,
         strict: bool,
         offload: bool,
     ) -> None:
         self.model, self.modules, self.weights, self.ranks, self.work = model, modules, weights, ranks, work
-        self.device, self.order, self.scale, self.backend = device, order, scale, backend
+        self.device, self.orders, self.scale, self.backend = device, tuple(orders), scale, backend
         self.strict, self.offload, self.runs = strict, offload, runs
         self.prefix = arch.architecture(model).layers
         self.layers = arch.layers_of(model)
         by_layer: list[list[Group]] = [[] for _ in self.layers]
         for group in groups:
             by_layer[group.layer].append(group)
-        self.layouts = [Layout(of, order) for of in by_layer]
+        self.layouts = [Layout(of, orders) for of in by_layer]
+        self.rows = 1 if exchanged(orders) else len(runs)  # of a layer's sums
         self.mine = {j: _Run(runs[j]) for j in dealt(len(runs), ranks.rank, ranks.size)}
         self.totals: dict[int, Tensor] = {}
         self.facts: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
+        self.received = 0
+        self._orders: dict[tuple[int, ...], Tensor] = {}  # of rows whose operands were exchanged
         self._scorers: dict[int, Scorer] = {}
         self._kept = len(self.layers)
 
@@ -140,12 +145,17 @@ class Streamed:
             self._backward(unfinished, bar)
         self.seconds = {"forward": round(middle - began, 3), "backward": round(time.monotonic() - middle, 3)}
 
+    @property
+    def _sweeps(self) -> bool:
+        """Whether this process has the layers' weights at hand, as it must where others gather them with it."""
+        return bool(self.mine) or self.weights.together
+
     def _node(self, nodes: dict[int, _Node], layer: int, samples: Samples) -> _Node:
         """The instrumented layer for a run; those of other runs of its size serve too."""
         size = len(samples)
         if size not in nodes:
             groups = self.layouts[layer].groups
-            results = Results(self.modules, groups, size, (self.order,), downloaded=False)
+            results = Results(self.modules, groups, size, self.orders, downloaded=False)
             scorer = self._scorers.get(size)
             if scorer is None:
                 scorer = self._scorers[size] = Scorer(results, samples, self.scale, self.backend, _Silent())
@@ -168,7 +178,7 @@ class Streamed:
         inside = f"{self.prefix}."
         reading.add({name: module for name, module in self.modules.items() if not name.startswith(inside)})
         whole = unfinished == len(self.layers)
-        with closing(self.weights.sweep(range(unfinished) if self.mine else [])) as sweep, torch.no_grad():
+        with closing(self.weights.sweep(range(unfinished) if self._sweeps else [])) as sweep, torch.no_grad():
             for i in sweep:
                 of_layer = f"{inside}{i}"
                 reading.add({n: m for n, m in self.modules.items() if n == of_layer or n.startswith(f"{of_layer}.")})
@@ -229,7 +239,7 @@ class Streamed:
                 run.gradient = self.work.gradient(unfinished, j, self.device)
         pending: tuple[int, Tensor, dict[int, Tensor]] | None = None
         order = range(unfinished - 1, -1, -1)
-        with closing(self.weights.sweep(order) if self.mine else iter_of(order)) as sweep:
+        with closing(self.weights.sweep(order) if self._sweeps else iter_of(order)) as sweep:
             for i in sweep:
                 rows = self._score(i)
                 if pending is not None:
@@ -240,11 +250,12 @@ class Streamed:
             self._settle(*pending)
 
     def _score(self, i: int) -> Tensor:
-        """Runs this process's runs back through a layer; float64 `[runs · width + 1]`, its runs' rows and, on rank 0,
-        whether the state is to be kept now."""
+        """Runs this process's runs back through a layer; float64 `[rows · width + 2]`: its part of the rows, the bytes
+        that it got from others, and, on rank 0, whether the state is to be kept now."""
         layout, layer = self.layouts[i], self.layers[i]
-        flat = torch.zeros(len(self.runs) * layout.width + 1, dtype=torch.float64, device=self.device)
-        rows = flat[:-1].view(len(self.runs), layout.width)
+        flat = torch.zeros(self.rows * layout.width + 2, dtype=torch.float64, device=self.device)
+        rows = flat[:-2].view(self.rows, layout.width)
+        operands = Operands(self.modules, layout.groups) if exchanged(self.orders) and layout.width else None
         nodes: dict[int, _Node] = {}
         for j, run in self.mine.items():
             assert run.begin is not None
@@ -253,22 +264,35 @@ class Streamed:
             step = Step(run.inputs.pop(), self.device, call.arguments, call.keywords)
             node = self._node(nodes, i, run.samples)
             node.results.clear()
+            node.scorer.collected = operands
+            if operands is not None:
+                operands.begin(j)
             with self._running(node):
                 run.gradient = backward(layer, step, run.gradient, node.scorer)
-            if layout.width:
-                whole_experts(node.results, layout.groups)
-                rows[j] = layout.row(node.results)
+            if layout.width and operands is None:
+                whole_experts(node.results.fine, node.results.coarse, layout.groups)
+                fine = {name: of.double() * len(run.samples) for name, of in node.results.fine.items()}
+                rows[j] = layout.row(fine, node.results.coarse)
+        if operands is not None:
+            with reproducible(self.strict):
+                rows[0], flat[-2] = self._exchange(layout, operands).row()
         nodes.clear()
         if self.ranks.speaks and self.work.due(i):
             flat[-1] = 1.0
         return flat
+
+    def _exchange(self, layout: Layout, operands: Operands) -> Exchange:
+        order, scale = self.orders[0] if len(self.orders) == 1 else "all", 1.0 / self.scale
+        how = (order, scale, self.backend, self.device, self._orders)
+        return Exchange(self.modules, layout, operands, self.runs, self.ranks, *how)
 
     def _settle(self, i: int, flat: Tensor, gradients: Mapping[int, Tensor]) -> None:
         """Adds all processes' rows of a layer, and keeps their sum."""
         self.ranks.meet(f"layer {i}")
         self.ranks.add_up(flat)
         layout = self.layouts[i]
-        total = flat[:-1].view(len(self.runs), layout.width).sum(0).cpu()
+        total = flat[:-2].view(self.rows, layout.width).sum(0).cpu()
+        self.received += int(flat[-2])
         bad = first_bad(layout, total)
         if bad is not None:
             raise NotFinite(

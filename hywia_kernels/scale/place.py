@@ -64,19 +64,28 @@ def free_on(device: torch.device) -> int:
     """Bytes that are free on a device; of the host, this process's share of what it may give to weights."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return int(_HOST_SHARE * free_on_host() / processes_here())
+
+
+def processes_here() -> int:
+    """How many processes torchrun started on this host."""
     here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return int(_HOST_SHARE * free_on_host() / max(1, int(here) if here.isdigit() else 1))
+    return max(1, int(here) if here.isdigit() else 1)
 
 
-def place_for(weight_bytes: int | None, device: torch.device) -> str:
+def place_for(weight_bytes: int | None, device: torch.device, *, shared: bool = False) -> str:
     """Where weights of so many bytes stay: on the device, in the host's memory, or in their files. Unknown bytes (of a
     hub model that is not here yet) are taken to fit.
 
     On a CPU the device is the host's memory, where each process has weights of its own; pages of files are shared.
+
+    Args:
+        shared: the processes of a host hold them together in its memory.
     """
     if weight_bytes is None:
         return "device"
     beside = max(_LEAST_BESIDE, int(_BESIDE * weight_bytes)) if device.type == "cuda" else 0
     if weight_bytes + beside <= free_on(device):
         return "device"
-    return "host" if device.type == "cuda" and weight_bytes <= free_on(torch.device("cpu")) else "files"
+    own = -(-weight_bytes // processes_here()) if shared else weight_bytes
+    return "host" if device.type == "cuda" and own <= free_on(torch.device("cpu")) else "files"

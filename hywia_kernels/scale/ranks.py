@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -51,20 +51,22 @@ class Ranks:
     """The processes of one scoring. A world of one has no store, and asks nobody.
 
     Attributes:
-        rank, size: this process among all. here: how many of them are on this host.
+        rank, size: this process among all. mates: those on this host. here: how many.
         speaks: whether this process writes, and prints for all of them.
+        received: bytes that `exchange` has brought from others so far.
     """
 
     def __init__(
         self, rank: int = 0, size: int = 1, *, store: Any = None, group: Any = None, timeout: float = RANK_TIMEOUT
     ) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
-        self._store, self._group, self._met = store, group, 0
+        self._store, self._group, self._met, self.received = store, group, 0, 0
         own = _Process(socket.gethostname(), _place(), os.getpid())
         self._processes = [own]
         if size > 1:
             self._processes = [_Process(*told) for told in self.tell(list(own), "the beginning")]
-        self.here = sum(process.place == own.place for process in self._processes)
+        self.mates = [r for r, process in enumerate(self._processes) if process.place == own.place]
+        self.here = len(self.mates)
 
     @property
     def speaks(self) -> bool:
@@ -138,12 +140,68 @@ class Ranks:
     def add_up(self, values: Tensor) -> Tensor:
         """Adds the processes' tensors, in place. Where all but one of the addends are zero nothing is rounded."""
         if self.size > 1:
-            try:
+            with self._together():
                 dist.all_reduce(values, group=self._group)
-            except RuntimeError as error:  # a process that ended between two looks
-                self._look()
-                raise HywiaError(f"the ranks lost each other: {str(error).splitlines()[0]}") from error
         return values
+
+    def host_group(self) -> Any:
+        """The processes of this host, for `gather`; None where this one is alone. Called by all processes that torchrun
+        started, since each must know of every host's."""
+        if self.size == 1:
+            return None
+        places = [process.place for process in self._processes]
+        hosts = [[r for r, place in enumerate(places) if place == host] for host in dict.fromkeys(places)]
+        groups = [dist.new_group(host) for host in hosts]
+        return groups[hosts.index(self.mates)]
+
+    def give_back(self, group: Any) -> None:
+        """Ends a group of `host_group`."""
+        if group is not None:
+            with suppress(RuntimeError):  # others are gone
+                dist.destroy_process_group(group)
+
+    def gather(self, into: Tensor, part: Tensor, group: Any) -> Any:
+        """Begins to put the parts of a host's processes one behind the other; `wait` for what is returned. Bytes."""
+        if group is None:
+            into.copy_(part)
+            return None
+        with self._together():
+            return dist.all_gather_into_tensor(into, part, group=group, async_op=True)
+
+    def wait(self, begun: Any) -> None:
+        """Until what was gathered is there, for what the device does next."""
+        if begun is not None:
+            with self._together():
+                begun.wait()
+
+    def exchange(self, parts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+        """Sends each process its part; returns what came from all of them, one below the other, bit for bit.
+
+        Args:
+            parts: for each process `[own rows, columns that it takes]`, of one dtype. rows: that each process has.
+
+        Returns:
+            `[all rows, own columns]`.
+        """
+        own = parts[self.rank]
+        size, columns = own.element_size(), own.shape[1]
+        got = own.new_empty((sum(rows), columns))
+        sent = torch.cat([part.reshape(-1) for part in parts])
+        come, go = [n * columns * size for n in rows], [part.numel() * size for part in parts]
+        with self._together():
+            into = got.view(-1).view(torch.uint8)  # every backend has bytes
+            dist.all_to_all_single(into, sent.view(torch.uint8), come, go, group=self._group)
+        self.received += sum(come) - come[self.rank]
+        return got
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """While all processes are in one call of torch.distributed."""
+        try:
+            yield
+        except RuntimeError as error:  # a process that ended between two looks
+            lost = HywiaError(f"the ranks lost each other: {str(error).splitlines()[0]}")
+            raise self.cause() or lost from error
 
     def fail(self, error: BaseException) -> bool:
         """Lets the others know of an error. Returns whether this process is the one to tell it to the user, as the

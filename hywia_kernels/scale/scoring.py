@@ -19,13 +19,15 @@ from ..engine.rotary import rotary_replaced
 from ..engine.samples import Samples
 from ..errors import HywiaError
 from ..method.calibration_data import digest
+from ..settings import ORDERS
 from ..types import Group, Statistics
 from ..versions import versions
+from .exchange import exchanged, kept_columns
 from .layers import NotFinite, Streamed
-from .mapped import stored_of
 from .ranks import Ranks
+from .shards import Shards
 from .slots import Slots
-from .stored import Pinned, Views
+from .stored import FileWeights, Pinned, Views
 from .weights import Resident, Table, Weights, moved_to
 from .work import Work
 
@@ -41,8 +43,8 @@ class Scoring:
 
     Attributes:
         modules: all of the model's, by name. runs: of the samples. device: this process's. dtype: of the layers.
-        place: where their weights stay. layers, outside: parameters of each layer, and of the rest.
-        backend: that was asked for. ran_on: that was chosen.
+        place: where their weights stay. source: of a stored model's. layers, outside: parameters of each layer, and of
+            the rest. orders: of the fine sums. backend: that was asked for. ran_on: that was chosen.
     """
 
     model: Any
@@ -50,26 +52,32 @@ class Scoring:
     groups: tuple[Group, ...]
     samples: Samples
     runs: list[Samples]
-    order: str
+    orders: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
     place: str
+    source: FileWeights | None
     layers: list[Table]
     outside: Table
     ranks: Ranks
     backend: str | None
     ran_on: str
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """One order, or all of them, from which those that were asked for are taken."""
+        return self.orders if len(self.orders) == 1 else ORDERS
+
     def weights(self) -> Weights:
         if self.place == "device":
             return Resident()
-        source = stored_of(self.model)
-        if self.place == "host" and source is None:
+        if self.source is None:
             return Slots(self.layers, Pinned(self.layers, self.device), self.device, "host")
-        assert source is not None
+        if self.place == "host":
+            return Shards(self.layers, self.source, self.device, self.ranks)
         if self.device.type == "cpu":
-            return Views(self.layers, source)
-        return Slots(self.layers, source, self.device, "files")
+            return Views(self.layers, self.source)
+        return Slots(self.layers, self.source, self.device, "files")
 
     def offload(self) -> bool:
         """Whether what enters the layers is kept on the host: where the device has no room for it beside two layers."""
@@ -81,6 +89,9 @@ class Scoring:
         kept = int(tokens * hidden * element * len(self.layers))
         free = torch.cuda.mem_get_info(self.device)[0]
         coming = 0 if self.place == "device" else 2 * max(t.bytes for t in self.layers)
+        if exchanged(self.measured):
+            first = [g for g in self.groups if g.layer == self.groups[0].layer]
+            coming += int(tokens * element * kept_columns(self.modules, first))
         if kept <= 0.5 * (free - coming):
             return False
         if kept * self.ranks.here > _HOST_SHARE * free_on_host():
@@ -101,7 +112,7 @@ class Scoring:
             "runs": len(self.runs),
             "structure": hashlib.sha256(str(shapes).encode()).hexdigest(),
             "config": hashlib.sha256(mathematics(self.model)).hexdigest(),
-            "order": self.order,
+            "orders": ", ".join(self.measured),
             "backend": self.ran_on,
             "device": self.device.type,
             "versions": versions(),
@@ -116,7 +127,9 @@ class Scoring:
             torch.cuda.reset_peak_memory_stats(self.device)
         outside: Any = nullcontext()
         if self.model.get_input_embeddings().weight.device != self.device:
-            outside = moved_to(self.device, self.outside, self.modules)
+            originals = [p.detach() for p in self.outside.originals]
+            held = originals if self.source is None else self.source.tensors(self.outside)
+            outside = moved_to(self.device, self.outside, self.modules, held)
         with outside, rotary_replaced(self.model, self.backend):
             offload, resumed = self.offload(), work.state.get("layer")
             start = time.monotonic()
@@ -127,7 +140,7 @@ class Scoring:
         moments: dict[str, Tensor] = {}
         for i, layout in enumerate(done.layouts):
             of_fine, of_moments = layout.finished(done.totals[i], len(self.samples))
-            fine |= of_fine
+            fine |= {name: {order: of[order] for order in self.orders} for name, of in of_fine.items()}
             moments |= of_moments
         cuda = self.device.type == "cuda"
         record = {
@@ -146,6 +159,7 @@ class Scoring:
             "offloaded": offload,
             "peak_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else None,
             "bytes_moved": weights.moved,
+            "bytes_exchanged": done.received,
             "seconds_waited": round(weights.waited, 3),
             "seconds_prepared": round(prepared, 3),
             "seconds_forward": done.seconds["forward"],
@@ -184,7 +198,7 @@ class Scoring:
                 self.ranks,
                 work,
                 device=self.device,
-                order=self.order,
+                orders=self.measured,
                 scale=scales[0],
                 backend=self.backend,
                 strict=strict,

@@ -14,7 +14,7 @@ from torch import Tensor
 from .stored import Source, flat_offsets
 from .weights import Table
 
-__all__ = ["Slots"]
+__all__ = ["Slots", "parts_of"]
 
 
 _COPIERS = 4
@@ -36,6 +36,8 @@ class Slots:
     since a copy from pageable memory would hold up the device; several threads fill these, so that many pages of files
     are asked for at a time.
     """
+
+    together = False
 
     def __init__(self, tables: Sequence[Table], source: Source, device: torch.device, place: str) -> None:
         self.tables, self.source, self.device, self.place = tables, source, device, place
@@ -82,12 +84,12 @@ class Slots:
         with torch.no_grad(), torch.cuda.stream(self._stream) if self._cuda else nullcontext():
             if self._cuda and self._used[slot] is not None:
                 self._stream.wait_event(self._used[slot])
-            into = self._parts(self._slots[slot], table, offsets)
+            into = parts_of(self._slots[slot], table, offsets)
             held = self.source.tensors(table)
             if self._staging:
                 if self._filled[slot] is not None:
                     self._filled[slot].synchronize()
-                staged = self._parts(self._staging[slot], table, offsets)
+                staged = parts_of(self._staging[slot], table, offsets)
                 list(self._copiers.map(lambda pair: pair[0].copy_(pair[1]), _pieces(staged, held)))
                 held = staged
             for tensor, part in zip(held, into, strict=True):
@@ -102,9 +104,10 @@ class Slots:
         self._copiers.shutdown()
         self.source.close()
 
-    @staticmethod
-    def _parts(flat: Tensor, table: Table, offsets: Sequence[int]) -> list[Tensor]:
-        return [
-            flat[offset : offset + p.numel() * p.element_size()].view(p.dtype).view(p.shape)
-            for offset, p in zip(offsets, table.originals, strict=True)
-        ]
+
+def parts_of(flat: Tensor, table: Table, offsets: Sequence[int]) -> list[Tensor]:
+    """A layer's parameters as views of one buffer of bytes, in which they begin at `offsets`."""
+    return [
+        flat[offset : offset + p.numel() * p.element_size()].view(p.dtype).view(p.shape)
+        for offset, p in zip(offsets, table.originals, strict=True)
+    ]

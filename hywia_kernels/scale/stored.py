@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Generator, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..checkpoint.file_kinds import read_header
-from ..checkpoint.weight_files import Stored, read_ahead
+from ..checkpoint.stored_model import StoredModel
+from ..checkpoint.stored_parameters import Bundle, merged, read_ahead
 from .weights import Table
 
-__all__ = ["Pinned", "Place", "Source", "StoredWeights", "Views", "flat_offsets", "places_of"]
+__all__ = ["FileWeights", "Pinned", "Source", "Views", "flat_offsets"]
 
 _ALIGN = 256  # bytes: where a tensor begins among a layer's
 _LARGE = 1 << 20  # bytes of a tensor that has pages of its own
@@ -89,92 +87,40 @@ class Pinned:
         pass
 
 
-@dataclass(frozen=True)
-class Place:
-    """A tensor of a safetensors file.
-
-    Attributes:
-        file: its path. name: in the file. start, end: of its bytes in the file.
-    """
-
-    file: Path
-    name: str
-    start: int
-    end: int
-
-
-def places_of(tensors: Mapping[str, Stored], names: Iterable[str]) -> dict[str, Place]:
-    """Where stored tensors lie in their files, by the files' headers."""
-    headers: dict[Path, tuple[int, dict[str, Any]]] = {}
-    places = {}
-    for name in names:
-        file = tensors[name].file
-        if file not in headers:
-            with file.open("rb") as handle:
-                begin = 8 + int.from_bytes(handle.read(8), "little")
-            headers[file] = begin, read_header(file)
-        begin, header = headers[file]
-        start, end = header[name]["data_offsets"]
-        places[name] = Place(file, name, begin + start, begin + end)
-    return places
-
-
-class StoredWeights:
-    """A checkpoint's tensors by the model's names of its parameters, read where they lie: a tensor is a view of the
-    mapped file, whose pages are the system's to keep or to drop.
-
-    Args:
-        places: parameter -> the tensors that it is made of, stacked where there are several along a new first axis, and
-            joined along rows where `joined` says how many make one of the stack.
-        joined: parameter -> how many consecutive places are one matrix's rows.
-    """
+class FileWeights:
+    """A stored model's layers, read where they lie: a tensor is a view of the mapped file, whose pages are the system's
+    to keep or to drop, unless loading converts it (stacked experts, another dtype)."""
 
     pinned = False
 
-    def __init__(self, places: Mapping[str, Sequence[Place]], joined: Mapping[str, int] | None = None) -> None:
-        self.places, self.joined = dict(places), dict(joined or {})
+    def __init__(self, model: StoredModel) -> None:
+        self._model = model
+        self._bundles = {model.names[t]: bundle for bundle in model.bundles for t in bundle.targets if t in model.names}
+        self._of: dict[tuple[str, ...], Bundle] = {}
+
+    def _bundle(self, table: Table) -> Bundle:
+        if table.names not in self._of:
+            found = {id(bundle): bundle for bundle in (self._bundles[self._model.names[n]] for n in table.names)}
+            self._of[table.names] = merged(found.values())
+        return self._of[table.names]
 
     def tensors(self, table: Table) -> Sequence[Tensor]:
-        with ExitStack() as files:
-            handles: dict[Path, Any] = {}
-            made = []
-            for name, p in zip(table.names, table.originals, strict=True):
-                made.append(self._read(name, files, handles).to(p.dtype))
-            return made
+        read = self._model.read(self._bundle(table))
+        return [read[self._model.names[name]] for name in table.names]
 
-    def tensor(self, name: str) -> Tensor:
-        """One parameter."""
-        with ExitStack() as files:
-            return self._read(name, files, {})
-
-    def _read(self, name: str, files: ExitStack, handles: dict[Path, Any]) -> Tensor:
-        from safetensors import safe_open
-
-        parts = []
-        for place in self.places[name]:
-            if place.file not in handles:
-                handles[place.file] = files.enter_context(safe_open(str(place.file), "pt"))
-            parts.append(handles[place.file].get_tensor(place.name))
-        if name not in self.joined:
-            return parts[0]
-        rows = self.joined[name]
-        return torch.stack([torch.cat(parts[i : i + rows]) for i in range(0, len(parts), rows)])
+    def coming(self, table: Table) -> None:
+        read_ahead([self._bundle(table)])
 
     def close(self) -> None:
         pass
-
-    def coming(self, table: Table) -> None:
-        """Asks the system to read a layer's pages ahead."""
-        places = (place for name in table.names for place in self.places[name])
-        read_ahead((place.file, place.start, place.end - place.start) for place in places)
 
 
 class Views:
     """Weights that the CPU works on where they lie in their files: nothing is copied."""
 
-    place = "files"
+    place, together = "files", False
 
-    def __init__(self, tables: Sequence[Table], source: StoredWeights) -> None:
+    def __init__(self, tables: Sequence[Table], source: FileWeights) -> None:
         self.tables, self.source = tables, source
         self.moved, self.waited = 0, 0.0
 

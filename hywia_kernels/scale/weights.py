@@ -20,9 +20,11 @@ class Weights(Protocol):
 
     Attributes:
         place: one of WEIGHTS but "auto". moved: bytes that were moved so far. waited: seconds spent waiting for them.
+        together: whether all processes must sweep, those without runs too.
     """
 
     place: str
+    together: bool
     moved: int
     waited: float
 
@@ -38,7 +40,7 @@ class Weights(Protocol):
 class Resident:
     """Weights of a model that is on the device: nothing moves."""
 
-    place, moved, waited = "device", 0, 0.0
+    place, together, moved, waited = "device", False, 0, 0.0
 
     def sweep(self, order: Sequence[int]) -> Generator[int, None, None]:
         yield from order
@@ -108,12 +110,14 @@ def tables(model: Any, modules: dict[str, nn.Module]) -> tuple[list[Table], Tabl
 
 
 @contextmanager
-def moved_to(device: torch.device, outside: Table, modules: dict[str, nn.Module]) -> Iterator[None]:
-    """Everything but the layers' parameters on a device for a while: parameters outside of the layers, and all
-    buffers."""
+def moved_to(
+    device: torch.device, outside: Table, modules: dict[str, nn.Module], held: Sequence[Tensor]
+) -> Iterator[None]:
+    """Everything but the layers' parameters on a device for a while: parameters outside of the layers, whose values are
+    `held`, and all buffers."""
     before = [(module, leaf, b) for module in modules.values() for leaf, b in module._buffers.items() if b is not None]
     try:
-        outside.put([p.detach().to(device) for p in outside.originals])
+        outside.put([tensor.to(device) for tensor in held])
         for module, leaf, buffer in before:
             module._buffers[leaf] = buffer.to(device)
         yield

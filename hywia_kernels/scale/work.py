@@ -24,11 +24,11 @@ from torch import Tensor
 
 from ..checkpoint import disk
 from ..errors import HywiaError
+from ..settings import STATE_SECONDS
 from .ranks import Ranks
 
-__all__ = ["EVERY", "Work", "beside"]
+__all__ = ["Work", "beside"]
 
-EVERY = 10.0  # seconds between two states: what a stopped run loses at the most, and shorter runs write nothing
 _STATE, _REQUEST = "state.json", "request.json"
 
 
@@ -46,7 +46,9 @@ class Work:
         request: whatever must be the same for a run to go on; JSON.
     """
 
-    def __init__(self, folder: Path | None, request: Mapping[str, Any], ranks: Ranks, every: float = EVERY) -> None:
+    def __init__(
+        self, folder: Path | None, request: Mapping[str, Any], ranks: Ranks, every: float = STATE_SECONDS
+    ) -> None:
         self.folder, self.ranks, self.every = folder, ranks, every
         self._request = json.dumps(dict(request), sort_keys=True)
         self._began = self._last = time.monotonic()

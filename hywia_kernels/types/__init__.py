@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .groups import Group, Member, check_together
+from .groups import Group, Member, channels_of_gone_experts, check_together, experts_of, removed_parameters
 
 if TYPE_CHECKING:
     from .layers import Depth, LayerScores
     from .results import Plan, Scores, Statistics
 
-__all__ = ["Depth", "Group", "LayerScores", "Member", "Plan", "Scores", "Statistics", "check_together"]
+__all__ = [
+    "Depth",
+    "Group",
+    "LayerScores",
+    "Member",
+    "Plan",
+    "Scores",
+    "Statistics",
+    "channels_of_gone_experts",
+    "check_together",
+    "experts_of",
+    "removed_parameters",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import HywiaError
 from ..settings import GROUP_KINDS
 
-__all__ = ["Group", "Member", "by_name", "check_together", "is_count", "is_name", "short"]
+__all__ = [
+    "Group",
+    "Member",
+    "by_name",
+    "channels_of_gone_experts",
+    "check_together",
+    "experts_of",
+    "is_count",
+    "is_name",
+    "removed_parameters",
+    "short",
+]
 
 
 def is_count(value: Any, minimum: int) -> bool:
@@ -162,14 +173,10 @@ def check_together(groups: Sequence[Group], counts: Mapping[str, int]) -> None:
         groups: all groups of a model. counts: group name -> units that it keeps.
 
     Raises:
-        HywiaError: matrices stacked in one parameter keep different counts, or a layer loses whole experts and channels
-            of experts.
+        HywiaError: matrices stacked in one parameter keep different counts.
     """
     widths: dict[str, dict[int, str]] = {}
-    cut: dict[int, set[str]] = {}
     for group in groups:
-        if counts[group.name] != group.units:
-            cut.setdefault(group.layer, set()).add(f"{group.kind}{bool(group.tied_width)}")
         if group.tied_width:
             widths.setdefault(group.tied_width, {})[counts[group.name]] = group.name
     for name, by_count in widths.items():
@@ -179,9 +186,44 @@ def check_together(groups: Sequence[Group], counts: Mapping[str, int]) -> None:
                 f"plan: {one} keeps {a} and {two} {b}, but the matrices of {name} are stacked in one parameter and "
                 "must stay equally wide; plan with the same share for both"
             )
-    for layer, kinds in cut.items():
-        if {"mlpTrue", "expertsFalse"} <= kinds:
-            raise HywiaError(
-                f"plan: cuts whole experts and channels of experts of layer {layer}, which hold each other; "
-                "cut one kind, score again, then cut the other"
-            )
+
+
+def experts_of(groups: Iterable[Group]) -> list[tuple[Group, list[Group]]]:
+    """Each group of whole experts, with the groups of their channels by the experts' order: these are alike but for
+    which matrices of the stack they lie on."""
+    groups = list(groups)
+    stacks: dict[str, list[Group]] = {}
+    for group in groups:
+        if group.tied_width:
+            stacks.setdefault(group.members[0].module, []).append(group)
+    whole = [group for group in groups if group.kind == "experts"]
+    return [(g, sorted(stacks.get(g.members[-1].module, ()), key=lambda c: c.members[0].index or 0)) for g in whole]
+
+
+def channels_of_gone_experts(groups: Iterable[Group], keep: Mapping[str, Any]) -> set[str]:
+    """Names of the groups of channels whose expert goes.
+
+    Args:
+        groups: of the layers that stay. keep: group name -> units that it keeps, int64.
+    """
+    names: set[str] = set()
+    for whole, channels in experts_of(groups):
+        stays = set(keep[whole.name].tolist())
+        names |= {group.name for e, group in enumerate(channels) if e not in stays}
+    return names
+
+
+def removed_parameters(groups: Iterable[Group], counts: Mapping[str, int]) -> int:
+    """How many parameters go when groups keep so many units. Channels of an expert that goes are counted with it.
+
+    Args:
+        groups: of the layers that stay. counts: group name -> units that it keeps.
+    """
+    groups = list(groups)
+    removed = sum((g.units - counts[g.name]) * g.unit_parameters for g in groups)
+    for whole, channels in experts_of(groups):
+        if channels:
+            one = channels[0]
+            twice = (whole.units - counts[whole.name]) * (one.units - counts[one.name])
+            removed -= twice * one.unit_parameters
+    return removed

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import HywiaError
 from ..settings import LAYOUTS, ORDERS
-from .groups import Group, by_name, check_together, is_count, short
+from .groups import Group, by_name, check_together, is_count, removed_parameters, short
 from .layers import Depth, LayerScores
 from .record import Record, frozen_record
 
@@ -191,7 +191,8 @@ class Plan:
     Attributes:
         groups: the groups as they are before the cut.
         keep: group name -> int64 `[kept]`, ascending; every group of the model has an entry, which is empty for those
-            of a layer that goes.
+            of a layer that goes. Channels of an expert that goes have one as long as those of the experts that stay,
+            and go all the same.
         parameters_before, parameters_after: of the whole model.
         layout: "uniform" (every layer of a kind equally wide: a stock config describes it) or "adaptive".
         fingerprint: of the weights the scores came from.
@@ -226,7 +227,7 @@ class Plan:
         _check_model_and_freeze_record(
             self, parameters_before=self.parameters_before, parameters_after=self.parameters_after
         )
-        removed = sum((g.units - counts[g.name]) * g.unit_parameters for g in staying)
+        removed = removed_parameters(staying, counts)
         removed += 0 if self.depth is None else self.depth.removed
         if self.parameters_before - removed != self.parameters_after:
             raise HywiaError(

@@ -34,7 +34,7 @@ def test_every_shape_of_entry_is_cut_in_every_way():
     assert {"gpt_neox", "opt", "gpt2", "bloom", "mixtral", "qwen3_moe"} <= full
     assert {"qwen2", "qwen3", "olmo3", "gemma3_text"}.isdisjoint(full)
     whole = [cut for family, cut in (case.values for case in CASES) if family.name == "mixtral"]
-    assert whole == ["mlp", "attention", "both", "adaptive", "experts", "adaptive-mlp", "adaptive-attention"]
+    assert whole == ["mlp", "attention", "both", "adaptive", "experts", "all", "adaptive-mlp", "adaptive-attention"]
     assert [cut for family, cut in (case.values for case in CASES) if family.name == "qwen3"] == ["both", "adaptive"]
 
 
@@ -55,7 +55,7 @@ class TestContract:
         assert cost_of(model) == work, "what a plan is said to save is what it saves"
         assert sum(p.numel() for p in model.parameters()) == plan.parameters_after
         counts = {g.name: g.units for g in hk.groups(model)}
-        gone = cut == "experts"  # with the groups of their channels
+        gone = cut in ("experts", "all")  # with the groups of their channels
         assert counts == {g.name: plan.keep[g.name].numel() for g in plan.groups if not gone or g.name in counts}
 
     @every_family
@@ -160,8 +160,6 @@ def test_fewer_experts_than_a_token_is_sent_to_are_refused():
     keep = {**plan.keep, name: torch.tensor([1])}
     with pytest.raises(HywiaError, match=r"experts keeps 1; every such group must keep at least 2 expert"):
         hk.prune(model, dataclasses.replace(plan, keep=keep))
-    with pytest.raises(UsageError, match="got both, which hold each other"):
-        hk.plan(hk.score(model, criterion="random"), group_ratio=0.4, units=("mlp", "experts"))
 
 
 def test_experts_of_one_layer_must_stay_equally_wide():

@@ -18,8 +18,8 @@ from tests.support.derived import Outcome, prompt, pruned, small
 from tests.support.processes import run_jobs
 
 # One of each kind: logits changed behind the head; queries, keys and values fused by group; latent heads, shared and
-# stacked experts; transposed and alternating experts with biases, and sinks.
-SHAPES = ("cohere", "falcon", "deepseek_v3", "gpt_oss")
+# stacked experts; transposed and alternating experts with biases, and sinks; an encoder's halves that decode.
+SHAPES = ("cohere", "falcon", "deepseek_v3", "gpt_oss", "bert")
 
 
 def _reloaded(outcomes: dict[str, Outcome], folder: Path) -> dict[str, str]:

@@ -49,7 +49,7 @@ def assert_same_cut(source, cut, tmp_path, **options):
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_files_to_files_is_prune_and_save(family, tmp_path):
     source = written(fresh(family), tmp_path / "in")
-    cuts = ["both", "adaptive", *(["experts"] if family.experts else [])]
+    cuts = ["both", "adaptive", *(["experts", "all"] if family.experts else [])]
     if not family.name.startswith("gemma4"):  # whose layers stay: what they compute depends on their places
         cuts.append("layers")
     for cut in cuts:
@@ -123,7 +123,7 @@ def assert_same_refit(source, cut, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_a_refit_from_files_is_the_one_in_memory(family, tmp_path):
     source = written(fresh(family), tmp_path / "in")
-    for cut in ("both", "adaptive", *(["experts"] if family.experts else [])):
+    for cut in ("both", "adaptive", *(["experts", "all"] if family.experts else [])):
         assert_same_refit(source, cut, tmp_path)
 
 

@@ -18,7 +18,7 @@ from tests.support.families import FAMILIES, fresh, fresh_named, token_ids
 CASES = [
     pytest.param(family, cut, id=f"{family.name}-{cut}")
     for family in FAMILIES
-    for cut in ("mlp", "both", "adaptive", *(("experts",) if family.experts else ()))
+    for cut in ("mlp", "both", "adaptive", *(("experts", "all") if family.experts else ()))
 ]
 
 # Of a model loaded from a directory, of its class, or of both; none is about what was cut.

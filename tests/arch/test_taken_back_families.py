@@ -16,11 +16,11 @@ from tests.support.unchanged import assert_as_it_was, hooks_and_forwards, number
 
 def plan_for(model, kind="mlp", ratio=0.5):
     scores = hk.score(model, criterion="random", seed=1)
-    units = ("mlp", "attention") if kind == "both" else (kind,)
+    units = {"both": ("mlp", "attention"), "all": ("mlp", "attention", "experts")}.get(kind, (kind,))
     return hk.plan(scores, group_ratio=ratio, units=units, align=1)
 
 
-CUTS = [*((f.name, "both") for f in FAMILIES), ("mixtral", "experts")]
+CUTS = [*((f.name, "both") for f in FAMILIES), ("mixtral", "experts"), ("mixtral", "all")]
 
 
 @pytest.mark.parametrize(("name", "kind"), CUTS)

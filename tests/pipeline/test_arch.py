@@ -88,10 +88,11 @@ def test_coupled_matrices_of_different_widths_are_refused(gqa):
         groups(gqa)
 
 
-def test_the_readme_lists_what_the_table_holds():
-    """If it fails: python -m hywia_kernels.arch.support README.md."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert support.written(readme) == readme
+def test_the_documents_list_what_the_table_holds():
+    """If it fails: python -m hywia_kernels.arch.support docs/models.md."""
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    assert support.BEGIN in text
+    assert support.written(text) == text
     rows = support.markdown().splitlines()[2:]
     assert len(rows) == len(arch.TABLE)
     assert all(f"`{name}`" in row for row, entry in zip(rows, arch.TABLE, strict=True) for name in entry.model_types)

@@ -120,6 +120,36 @@ def test_standalone_stacks_figures():
     assert "prefers-color-scheme:dark" in root.find(f"{SVG}style").text
 
 
+def test_standalone_places_figures_side_by_side():
+    small, large = charts.bars("a", ["x"], {"s": [1.0]}, height=240), charts.bars("b", ["x"], {"s": [1.0]}, width=800)
+    root = ElementTree.fromstring(charts.standalone([small, large], across=True))
+    assert root.get("viewBox") == "0 0 1520 300"
+    assert [e.get("x") for e in root if e.tag == f"{SVG}svg"] == ["0", "720"]
+
+
+def test_a_logarithmic_axis_has_plain_ticks():
+    svg = charts.lines("t", {"one": [(0.0, 30.0), (1.0, 450.0)]}, log=True)
+    texts = {"".join(e.itertext()).strip() for e in ElementTree.fromstring(svg).iter(f"{SVG}text")}
+    assert {"50", "100", "200", "500"} <= texts
+    assert not {"20", "1,000", "10"} & texts
+
+
+def test_the_ticks_of_a_wide_spread_are_plain_numbers():
+    svg = charts.spread("t", [0, 1], [[0.01, 1, 2, 3, 4], [1, 10, 100, 1000, 9000]], {})
+    texts = {"".join(e.itertext()).strip() for e in ElementTree.fromstring(svg).iter(f"{SVG}text")}
+    assert {"0.1", "10", "1,000"} <= texts
+    assert "mathdefault" not in svg
+
+
+def test_kin_look_alike():
+    series = {"a": [(0.0, 1.0), (1.0, 2.0)], "b": [(0.0, 1.0), (1.0, 3.0)]}
+    svg = charts.lines("t", series, looks={"a": (2, 0), "b": (2, 1)})
+    strokes = re.findall(r"stroke: (#[0-9a-f]{6})", svg)
+    assert charts.COLOURS[2] in strokes
+    assert not set(charts.COLOURS[:2]) & set(strokes)
+    assert "stroke-dasharray: 5.92,2.56" in svg.replace(", ", ",")
+
+
 def test_without_matplotlib_figures_say_what_to_install(monkeypatch):
     assert charts.available()
     monkeypatch.setitem(sys.modules, "matplotlib", None)

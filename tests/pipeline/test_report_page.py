@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import sys
@@ -40,14 +41,14 @@ def record():
         json.dumps(
             {
                 "versions": {"python": "3"},
-                "arguments": {"model": "some/base", "argv": ["prune", "some/base", "-o", "a b"]},
+                "arguments": {"model": "some/base", "argv": ["prune", "some/base", "-o", "a b"], "prompt": "Tell\nme"},
                 "scores_summary": run_record.score_summary(scores, plan),
                 "plan": plan_record(plan),
                 "history": [
                     {"parameters_before": 10 * plan.parameters_before, "parameters_after": plan.parameters_before}
                 ],
                 "evaluation": {
-                    "before": {"perplexity": 20.0, "parameters": 10},
+                    "before": {"perplexity": 20.0, "parameters": 10, "continuation": "all"},
                     "after": {"perplexity": 30.0, "parameters": 5},
                 },
                 "bench": {
@@ -67,6 +68,24 @@ def record():
     )
 
 
+def test_widths_are_drawn_where_layers_differ(record):
+    record = copy.deepcopy(record)
+    widths = record["plan"]["widths"]["mlp"]
+    assert "units in each layer" not in html_report.page(record, "out")
+    record["plan"]["widths"]["mlp"] = [widths[0] - 4, *widths[1:]]
+    page = html_report.page(record, "out")
+    assert "mlp: units in each layer" in page
+    assert "attention: units in each layer" not in page
+
+
+def test_a_recovery_is_told_above(record):
+    done = {"kept": True, "divergences": [[0, 0.5], [8, 0.25]], "tune": "lora", "steps": 8}
+    page = html_report.page({**record, "recovery": done}, "out")
+    assert "Then it was recovered: trained (lora) in 8 steps" in page
+    assert "0.500 to 0.250" in page
+    assert page.index("0.500 to 0.250") < page.index("Before and after")
+
+
 def test_what_a_reader_wants_comes_first(record):
     page = html_report.page(record, "out")
     heads = re.findall(r"<h2>(.*?)</h2>", page)
@@ -75,7 +94,8 @@ def test_what_a_reader_wants_comes_first(record):
     total = 10 * record["plan"]["parameters_before"]
     assert f"2 cuts in a row took {total - record['plan']['parameters_after']:,} of\n{total:,} parameters" in page
     assert "hywia prune some/base -o &#39;a b&#39;" in page
-    assert parsed(page).count("svg") == 2 + 4 + 1  # widths, scores and losses by kind; speed
+    assert parsed(page).count("svg") == 4 + 1  # scores and losses by kind; speed
+    assert "The model before the cut continues <q>Tell me</q>:" in page
     assert "prefers-color-scheme: dark" in page
     assert not re.search(r"https?://(?!www\.w3\.org/)", page)
 

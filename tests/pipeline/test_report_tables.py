@@ -9,10 +9,16 @@ import pytest
 import torch
 
 import hywia_kernels as hk
+from hywia_kernels.checkpoint import run_record
 from hywia_kernels.checkpoint.metrics import METRICS, compare, figures_of
 from hywia_kernels.cli import console
 from hywia_kernels.deploy import hardware
 from tests.support.tiny import TINY, fresh
+
+
+def test_widths_by_layer_in_words():
+    assert run_record.spans([1536] * 3) == "1,536"
+    assert run_record.spans([1536, 1536, 0, 768, 1536]) == "1,536 x2, 768, 1,536"
 
 
 def test_every_metric_is_compared_and_named_once():

@@ -12,22 +12,15 @@ from hywia_kernels.checkpoint.decilm import ffn_mult, write_decilm
 from hywia_kernels.checkpoint.gguf import _interleaved, write_gguf
 from hywia_kernels.cli import main
 from tests.support.tiny import TINY, fresh, make_plan
+from tests.support.tokenizers import write_vocabulary
 
 gguf = pytest.importorskip("gguf")
 
 
 @pytest.fixture
 def vocabulary(tmp_path):
-    """As llama.cpp's converter would write it for the tiny models, as far as the tokenizer goes."""
     path = tmp_path / "vocabulary.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{i}" for i in range(259)])
-    writer.add_token_merges(["t1 t2"])
-    writer.add_bos_token_id(256)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    write_vocabulary(path)
     return path
 
 

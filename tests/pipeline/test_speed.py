@@ -161,7 +161,7 @@ def test_bench_and_report_of_a_pruning_run(saved, tmp_path, monkeypatch, capsys)
     page = (tmp_path / "out.html").read_text()
     seen = parsed(page)
     lost = {r["kind"] for r in record["scores_summary"] if r["loss_removed"]}
-    assert seen.count("svg") == 2 + 2 + len(lost) + 4  # widths, scores and losses by kind; speed
+    assert seen.count("svg") == 2 + len(lost) + 4  # scores and losses by kind; speed; widths are equal
     for word in ("Before and after", "Widths by layer", "Scores", "Speed", "How it was made"):
         assert f"<h2>{word}</h2>" in page
     assert f"{record['evaluation']['after']['perplexity']:.2f}" in page

@@ -15,13 +15,17 @@ import torch
 from torch import distributed as dist
 
 import hywia_kernels as hk
+from hywia_kernels.scale import ranks as ranks_module
 from hywia_kernels.scale.job import calibrate_streamed
 from hywia_kernels.scale.ranks import Ranks
+from hywia_kernels.scale.weights import tables
 from hywia_kernels.scale.work import Work
 from tests.support.families import fresh_named
+from tests.support.tokenizers import byte_tokenizer
 
 FAMILIES = ("llama", "qwen3", "gpt2", "mixtral")
 SIZES = (1, 2, 4)
+SECOND, FIRST = ("second",), ("first",)
 
 
 def texts() -> dict[str, list[torch.Tensor]]:
@@ -34,7 +38,7 @@ def digest(statistics) -> str:
     """Of all bits of the statistics."""
     found = hashlib.sha256(f"{statistics.fingerprint} {statistics.parameters} {statistics.record['loss']!r}".encode())
     for group in statistics.groups:
-        for tensor in (statistics.fine[group.name]["second"], statistics.moments[group.name]):
+        for tensor in (*statistics.fine[group.name].values(), statistics.moments[group.name]):
             found.update(tensor.contiguous().numpy().tobytes())
     return found.hexdigest()
 
@@ -45,22 +49,38 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def against_calibrate(model, ids, statistics) -> dict:
     """How far the statistics are from those of `calibrate`, and whether the same units go."""
+    orders = statistics.orders
     whole = hk.calibrate(model, ids, memory="lean")
     worst = 0.0
     for group in whole.groups:
         coarse = whole.coarse[group.name].double()
         moments = torch.stack([coarse.mean(1), coarse.square().mean(1)])
-        worst = max(worst, relative(statistics.fine[group.name]["second"], whole.fine[group.name]["second"]))
+        fine = whole.fine[group.name]
+        worst = max(worst, *(relative(statistics.fine[group.name][order], fine[order]) for order in orders))
         worst = max(worst, relative(statistics.moments[group.name], moments))
     kept = []
     for ratio in (0.2, 0.5):
-        plans = [hk.plan(hk.fuse(s), group_ratio=ratio) for s in (statistics, whole)]
-        kept.append(all(torch.equal(plans[0].keep[g.name], plans[1].keep[g.name]) for g in whole.groups))
+        for order in orders:
+            plans = [hk.plan(hk.fuse(s, order=order), group_ratio=ratio) for s in (statistics, whole)]
+            kept.append(all(torch.equal(plans[0].keep[g.name], plans[1].keep[g.name]) for g in whole.groups))
     return {
         "worst": worst,
-        "same units": kept,
+        "same units": all(kept),
+        "orders": list(orders),
         "same facts": [statistics.fingerprint, statistics.parameters] == [whole.fingerprint, whole.parameters],
     }
+
+
+class Spoiled(torch.autograd.Function):
+    """Numbers as they are, whose gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
 
 
 class Stopped(Exception):
@@ -104,50 +124,93 @@ class Launch:
 
 
 def same_bits(launch: Launch) -> dict:
+    cases = [(name, kind, ("second",)) for name in FAMILIES for kind in texts()]
+    cases += [(name, kind, hk.settings.ORDERS) for name in FAMILIES for kind in ("ragged", "few")]
+    cases += [("llama", "equal", ("first",)), ("gpt2", "equal", ("mixed",)), ("mixtral", "equal", ("first", "mixed"))]
     found: dict = {}
-    for name in FAMILIES:
-        for kind, ids in texts().items():
-            model, by_size, runs = fresh_named(name), {}, 0
-            for size in SIZES:
-                ranks = launch.ranks(size)
-                if ranks is not None:
-                    statistics = calibrate_streamed(model, ids, ranks=ranks)
-                    by_size[size], runs = digest(statistics), statistics.record["runs"]
-                by_size[size] = sorted({d for d in launch.all_of(by_size.get(size)) if d is not None})
-            found[f"{name} {kind}"] = {"bits": by_size, "runs": runs}
-            if launch.rank == 0:
-                found[f"{name} {kind}"] |= against_calibrate(model, ids, statistics)
+    for name, kind, orders in cases:
+        model, ids, by_size = fresh_named(name), texts()[kind], {}
+        record: dict = {}
+        for size in SIZES:
+            ranks = launch.ranks(size)
+            if ranks is not None:
+                statistics = calibrate_streamed(model, ids, orders=orders, ranks=ranks)
+                by_size[size], record = digest(statistics), statistics.record
+            by_size[size] = sorted({d for d in launch.all_of(by_size.get(size)) if d is not None})
+        case = f"{name} {kind} {' '.join(orders)}"
+        found[case] = {"bits": by_size, "runs": record["runs"], "exchanged": record["bytes_exchanged"]}
+        if launch.rank == 0:
+            found[case] |= against_calibrate(model, ids, statistics)
     return found
+
+
+def held_together(launch: Launch, folder: Path) -> dict:
+    """Stored models of which the processes of a host hold a part each: all four on one, and two on each of two."""
+    found: dict = {}
+    real = ranks_module._place
+    for name, kind, orders in (("llama", "few", SECOND), ("gpt2", "ragged", SECOND), ("mixtral", "equal", FIRST)):
+        ids = texts()[kind]
+        if launch.rank == 0:
+            fresh_named(name).save_pretrained(folder / name, max_shard_size="30KB")
+            byte_tokenizer().save_pretrained(folder / name)
+        launch.all_of(None)
+        stored = hk.open_stored(folder / name)
+        alone = calibrate_streamed(fresh_named(name), ids, orders=orders)
+        of: dict = {"alone": digest(alone)}
+        for hosts in (1, 2):
+            ranks_module._place = lambda hosts=hosts: f"host {launch.rank * hosts // launch.size}"
+            try:
+                statistics = calibrate_streamed(
+                    stored, ids, orders=orders, weights="host", ranks=launch.ranks(launch.size)
+                )
+            finally:
+                ranks_module._place = real
+            record = statistics.record
+            of[f"{hosts}"] = launch.all_of([digest(statistics), record["weights"], record["bytes_moved"]])
+        of["layers"] = 2 * layer_bytes(stored.model)
+        of["meta"] = all(p.is_meta for p in stored.model.parameters())
+        found[name] = of
+    return found
+
+
+def layer_bytes(model) -> int:
+    of_layers, _ = tables(model, dict(model.named_modules()))
+    return sum(table.bytes for table in of_layers)
 
 
 def resumed(launch: Launch, folder: Path) -> dict:
     """A scoring that is stopped when two of three layers are finished, and goes on with another number of processes."""
     found, keep = {}, Work.keep_state
     model, ids = fresh_named("llama"), texts()["ragged"]
-    for stopped_with, resumed_with in ((1, 4), (4, 2), (2, 1)):
-        work = folder / f"{stopped_with}-{resumed_with}"
+    for stopped_with, resumed_with, orders in ((1, 4, SECOND), (4, 2, SECOND), (2, 1, SECOND), (4, 2, FIRST)):
+        case = f"{stopped_with}-{resumed_with} {orders[0]}"
+        work = folder / case
         ranks = launch.ranks(stopped_with)
         if ranks is not None:
             Work.keep_state = stopping(1)
             try:
-                calibrate_streamed(model, ids, ranks=ranks, work=work, every=0.0)
+                calibrate_streamed(model, ids, orders=orders, ranks=ranks, work=work, every=0.0)
             except Stopped:
-                found[f"{stopped_with}-{resumed_with}"] = {"kept": sorted(p.name for p in work.iterdir())}
+                found[case] = {"kept": sorted(p.name for p in work.iterdir())}
             finally:
                 Work.keep_state = keep
         launch.all_of(None)
         ranks = launch.ranks(resumed_with)
         if ranks is not None:
-            statistics = calibrate_streamed(model, ids, ranks=ranks, work=work, every=0.0)
+            statistics = calibrate_streamed(model, ids, orders=orders, ranks=ranks, work=work, every=0.0)
             if launch.rank == 0:
-                of = found[f"{stopped_with}-{resumed_with}"]
-                of |= {"bits": digest(statistics), "from": statistics.record["resumed_at"], "left": work.exists()}
+                found[case] |= {
+                    "bits": digest(statistics),
+                    "from": statistics.record["resumed_at"],
+                    "left": work.exists(),
+                }
         launch.all_of(None)
     return found
 
 
 def errors(launch: Launch) -> dict:
     """What every process raises: of different requests, texts and models, and of NaN on one of them."""
+    last = launch.rank == launch.size - 1
     model, ids = fresh_named("qwen3"), texts()["equal"]
     other = [row.clone() for row in ids]
     other[5][3] += 1
@@ -158,14 +221,19 @@ def errors(launch: Launch) -> dict:
     odd[15][:] = 130  # the last run, which the last rank has
     for row in odd[:15]:
         row[row == 130] = 129
+    spoiled = fresh_named("qwen3")
+    if last:
+        spoiled.model.layers[1].mlp.register_forward_hook(lambda module, given, out: Spoiled.apply(out))
     with torch.no_grad():
         broken.get_input_embeddings().weight[130] = float("inf")
-    last = launch.rank == launch.size - 1
     cases = {
         "recipe": (model, ids, {"asked": {"recipe": "b" if last else "a"}}),
         "tokens": (model, other if last else ids, {}),
         "weights": (changed if last else model, ids, {}),
         "nan": (broken, odd, {}),
+        "orders": (model, ids, {"orders": FIRST if last else SECOND}),
+        "nan second": (spoiled, ids, {}),
+        "nan first": (spoiled, ids, {"orders": FIRST}),
     }
     found = {}
     for name, (of, text, more) in cases.items():
@@ -209,8 +277,12 @@ def main(into: str) -> None:
     folder = launch.all_of(tempfile.mkdtemp(dir=Path(into).parent) if launch.rank == 0 else None)[0]
     found = {
         "bits": same_bits(launch),
+        "held together": held_together(launch, Path(folder)),
         "resumed": resumed(launch, Path(folder)),
-        "undisturbed": digest(calibrate_streamed(fresh_named("llama"), texts()["ragged"])),
+        "undisturbed": {
+            orders[0]: digest(calibrate_streamed(fresh_named("llama"), texts()["ragged"], orders=orders))
+            for orders in (SECOND, FIRST)
+        },
         "errors": errors(launch),
         "hung": hung(launch),
         "failed": failed(launch),

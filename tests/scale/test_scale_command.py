@@ -64,7 +64,7 @@ def test_the_scores_are_those_of_an_ordinary_scoring(folder, monkeypatch):
 def test_a_killed_rank_ends_the_run_with_one_message_and_its_work_goes_on(folder, rank):
     output = f"killed-{rank}"
     arguments = ("score", "model", "-o", output, *SCORING)
-    killed = command(folder, 2, rank, 1, *arguments, module=("tests.scale.killed_rank",))
+    killed = command(folder, 2, "killed", rank, 1, *arguments, module=("tests.scale.killed_rank",))
     assert killed.returncode != 0
     said = [line for line in killed.stderr.splitlines() if line.startswith("hywia: error:")]
     assert len(said) == 1
@@ -78,6 +78,67 @@ def test_a_killed_rank_ends_the_run_with_one_message_and_its_work_goes_on(folder
     assert "streamed by one process in 8 runs, on from layer 1:" in again.stdout
     assert same(folder / output, folder / "alone")
     assert not work.exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_and_the_run_ends(folder):
+    arguments = ("score", "model", "-o", "hung", *SCORING, "--rank-timeout", "5")
+    hung = command(folder, 2, "hangs", 1, 1, *arguments, module=("tests.scale.killed_rank",))
+    assert hung.returncode != 0
+    said = [line for line in hung.stderr.splitlines() if line.startswith("hywia: error:")]
+    assert len(said) == 1
+    assert "rank 1 (process " in said[0]
+    assert "did not come to layer 0 within 5 s of the others; it hangs" in said[0]
+    assert json.loads((folder / ".hung.hywia-scoring" / "state.json").read_text())["layer"] == 1
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_lost_while_operands_change_hands_is_named(folder):
+    arguments = ("score", "model", "-o", "lost", *SCORING, "--order", "first")
+    lost = command(folder, 2, "lost", 1, 10, *arguments, module=("tests.scale.killed_rank",))
+    assert lost.returncode != 0
+    said = [line for line in lost.stderr.splitlines() if line.startswith("hywia: error:")]
+    assert len(said) == 1
+    assert "rank 1 (process " in said[0]
+    assert not (folder / "lost").exists()
+    again = command(folder, 2, *arguments)
+    assert again.returncode == 0, again.stderr
+    assert ", on from layer 2:" in again.stdout
+
+
+@pytest.mark.slow
+def test_all_orders_are_shared(folder):
+    for processes in (1, 2):
+        done = command(
+            folder,
+            processes,
+            "score",
+            "model",
+            "-o",
+            f"first-{processes}",
+            *SCORING,
+            "--order",
+            "first",
+            "--memory",
+            "streamed",
+        )
+        assert done.returncode == 0, done.stderr
+    statistics = [hk.load_scores(folder / f"first-{processes}")[1] for processes in (1, 2)]
+    assert [s.orders for s in statistics] == [("first",), ("first",)]
+    for group in statistics[0].groups:
+        one, other = (s.fine[group.name]["first"] for s in statistics)
+        assert torch.equal(one, other)
+        assert float(one.min()) > 0.0
+    assert same(folder / "first-1", folder / "first-2")
+    assert not same(folder / "first-1", folder / "alone")
+
+
+@pytest.mark.slow
+def test_processes_of_a_host_hold_the_weights_together(folder):
+    done = command(folder, 2, "score", "model", "-o", "together", *SCORING, "--weights", "host")
+    assert done.returncode == 0, done.stderr
+    assert "its layers' weights stay in the host's memory" in done.stdout
+    assert same(folder / "together", folder / "alone")
 
 
 @pytest.mark.slow
@@ -96,24 +157,25 @@ def test_only_the_first_process_prints_and_writes(folder):
 
 
 @pytest.mark.slow
-def test_prune_shares_its_scoring(folder):
+@pytest.mark.parametrize("order", ["second", "first"])
+def test_prune_shares_its_scoring(folder, order):
     arguments = ("--ratio", "0.3", "--search", "none", "--refit-samples", "8", "--align", "4", "--no-eval", *SCORING)
-    for processes, name in ((1, "pruned-alone"), (2, "pruned-shared")):
+    arguments += ("--order", order)
+    names = [f"{order}-alone", f"{order}-shared"]
+    for processes, name in enumerate(names, 1):
         done = command(folder, processes, "prune", "model", "-o", name, *arguments, "--memory", "streamed")
         assert done.returncode == 0, done.stderr
         assert done.stdout.count(f"wrote {name}") == 1
-    weights = [(folder / name / "model.safetensors").read_bytes() for name in ("pruned-alone", "pruned-shared")]
+    weights = [(folder / name / "model.safetensors").read_bytes() for name in names]
     assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--order", "first", "--memory", "streamed"], "order: expected second for a streamed scoring"),
         (["--engine", "autograd", "--memory", "streamed"], "engine: expected auto or fused for a streamed scoring"),
         (["--criterion", "magnitude", "--memory", "streamed"], "memory: goes with --criterion hywia"),
         (["--memory", "lean", "--weights", "files"], "memory: expected auto or streamed for --weights files, got lean"),
-        (["--dtype", "float32", "--weights", "files"], "dtype: expected auto for weights that stay in their files"),
     ],
 )
 def test_what_does_not_go_together_is_refused(folder, monkeypatch, capsys, arguments, words):

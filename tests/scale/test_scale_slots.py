@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import hywia_kernels as hk
-from hywia_kernels.scale.mapped import open_mapped, stored_of
 from hywia_kernels.scale.slots import Slots
-from hywia_kernels.scale.stored import Pinned
+from hywia_kernels.scale.stored import FileWeights, Pinned
 from hywia_kernels.scale.weights import tables
 from tests.support.families import FAMILIES, fresh
 from tests.support.tokenizers import byte_tokenizer
@@ -24,18 +23,18 @@ def pair(request, tmp_path):
     """A loaded model, and the same with its weights in files."""
     fresh(next(f for f in FAMILIES if f.name == request.param)).save_pretrained(tmp_path, max_shard_size="30KB")
     byte_tokenizer().save_pretrained(tmp_path)
-    return hk.load(tmp_path)[0], open_mapped(tmp_path)[0]
+    return hk.load(tmp_path)[0], hk.open_stored(tmp_path)
 
 
 @pytest.mark.parametrize("place", ["host", "files"])
 def test_each_layer_is_there_while_it_is_swept(pair, place):
-    loaded, mapped = pair
-    model = loaded if place == "host" else mapped
+    loaded, stored = pair
+    model = loaded if place == "host" else stored.model
     expected = [
         [p.detach().clone() for p in table.originals] for table in tables(loaded, dict(loaded.named_modules()))[0]
     ]
     of_layers, _ = tables(model, dict(model.named_modules()))
-    source = Pinned(of_layers, CPU) if place == "host" else stored_of(model)
+    source = Pinned(of_layers, CPU) if place == "host" else FileWeights(stored)
     pointers, swept = set(), []
     with closing(Slots(of_layers, source, CPU, place)) as weights:
         for i in weights.sweep(BOTH_WAYS):

@@ -144,10 +144,10 @@ def test_the_model_is_as_it_was():
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ({"order": "first"}, "order: expected second for a streamed scoring"),
-        ({"order": "third"}, "order: expected one of first, second, mixed"),
+        ({"orders": ("third",)}, "orders: expected some of first, second, mixed"),
+        ({"orders": "second"}, "orders: expected some of first, second, mixed, got 'second'"),
         ({"weights": "disk"}, "weights: expected one of auto, device, host, files, got 'disk'"),
-        ({"weights": "files"}, "weights: 'files' goes with a model that open_mapped gave"),
+        ({"weights": "files"}, "weights: 'files' goes with a model that open_stored gave"),
     ],
 )
 def test_what_does_not_go_is_refused(how, words):

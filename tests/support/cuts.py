@@ -15,14 +15,15 @@ CUTS = ("mlp", "attention", "both", "adaptive")
 
 def make_plan(model, cut: str) -> hk.Plan:
     """What its name says: adaptive, which leaves the first layer alone, is of both kinds unless one stands behind a
-    dash; one-head removes as few heads as there can be."""
+    dash; all is of both kinds and whole experts; one-head removes as few heads as there can be."""
     scores = hk.score(model, criterion="random", seed=5)
     if cut == "one-head":
         return hk.plan(scores, group_ratio=0.2, units=("attention",))
     shape, _, kind = cut.partition("-")
     kind = kind or shape
     layers = (1, 3) if shape == "adaptive" else None
-    units = ("mlp", "attention") if kind in ("both", "adaptive") else (kind,)
+    several = dict.fromkeys(("both", "adaptive"), ("mlp", "attention")) | {"all": ("mlp", "attention", "experts")}
+    units = several.get(kind, (kind,))
     return hk.plan(scores, group_ratio=0.4, layers=layers, units=units, align=4)
 
 

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 import hywia_kernels as hk
-from hywia_kernels.arch import narrow
+from hywia_kernels.arch import narrow, observed
 from hywia_kernels.method import derivation
 
 _SECTIONS = {"rope_theta": 1e6, "mrope_section": [16, 24, 24], "rope_type": "default"}
 # Fields that published checkpoints state and transformers' defaults lack, or by which they show more of the family.
 FIELDS: dict[str, dict[str, Any]] = {
+    **{name: {"is_decoder": True} for name in observed.DECODERS},
+    "big_bird": {"is_decoder": True, "attention_type": "original_full"},
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
@@ -84,7 +86,7 @@ def pruned(model_type: str, folder: Path) -> Outcome:
     except hk.HywiaError as refused:
         return Outcome(f"refused: {refused}")
     assert proof is not None, f"{model_type} is in the table"
-    units = tuple(k for k in ("mlp", "attention") if k in proof.kinds)
+    units = tuple(k for k in ("mlp", "attention") if k in proof.kinds)  # whole experts: test_experts_together.py
     recipe = hk.Recipe(criterion="magnitude", group_ratio=0.4, units=units, align=8)
     result = hk.compress(model, None, recipe)
     hk.save(model, None, folder, result=result)

@@ -273,7 +273,7 @@ FAMILIES: tuple[Family, ...] = (
         _WIDE | dict(intermediate_size=12, num_local_experts=5, num_experts_per_tok=2, sliding_window=6),
         _grouped(2, 10),
         _experts(),
-        stock=("mlp", "attention", "both", "experts"),
+        stock=("mlp", "attention", "both", "experts", "all"),
         experts=5,
     ),
     Family(
@@ -288,7 +288,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         _grouped(2, 10),
         _experts(),
-        stock=("mlp", "attention", "both", "experts"),
+        stock=("mlp", "attention", "both", "experts", "all"),
         experts=5,
         dense_layers=(1,),
         dense=_gated(44),

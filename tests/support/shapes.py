@@ -29,7 +29,7 @@ def saved_cuts(family, families: Sequence) -> tuple[str, ...]:
     """
     if family not in distinct(families):
         return "both", "adaptive"
-    return (*CUTS, "experts") if family.experts else CUTS
+    return (*CUTS, "experts", "all") if family.experts else CUTS
 
 
 def all_cuts(family, families: Sequence) -> tuple[str, ...]:

@@ -22,6 +22,20 @@ def byte_tokenizer(special: bool = True):
     return built
 
 
+def write_vocabulary(path) -> None:
+    """A GGUF file that holds a tokenizer of 259 tokens, as llama.cpp's converter would write it, and nothing else."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(259)])
+    writer.add_token_merges(["t1 t2"])
+    writer.add_bos_token_id(256)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
 def write_tokenizer(folder) -> None:
     """Write the tokenizer of the tiny families' vocabulary, `t0` to `t130`."""
     from tokenizers import Tokenizer, models, pre_tokenizers

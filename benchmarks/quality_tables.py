@@ -1,0 +1,92 @@
+"""Tables of SmolLM2's quality: other methods and this package, as cut and recovered, on the same samples and texts."""
+
+from __future__ import annotations
+
+from .document_rows import Line, markdown, sources
+from .quality_rows import METHODS, RECOVERIES, SETTINGS, Runs, dense, found, of, present, text_name
+
+_TEXT = "wikitext2_raw_test.txt"
+_DEEP = "P50"  # the setting of which the short table shows tasks and seconds
+
+
+def _with_error(value: float | None, error: float | None, digits: int = 1) -> str:
+    if value is None:
+        return ""
+    told = f"{value:,.{digits if value < 1000 else 0}f}"
+    return told if error is None else f"{told} ± {error:,.{digits if value < 1000 else 0}f}"
+
+
+def _perplexity(runs: Runs, text: str) -> str:
+    return _with_error(*(runs.perplexity(text) or (None, None)))
+
+
+def _tasks(runs: Runs) -> str:
+    """The mean of the seven tasks with its standard error over questions; rows of earlier runs lack the latter."""
+    error = runs.mean("mean_se")
+    return "" if error is None else _with_error(runs.mean("mean"), error)
+
+
+def _seconds(runs: Runs, *columns: str) -> float | None:
+    spent = [runs.mean(column) for column in columns]
+    return sum(s or 0.0 for s in spent) if any(s is not None for s in spent) else None
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def short() -> str:
+    """A line for each method and recovery: perplexity on WikiText-2 by setting; tasks and cost of the deepest cut.
+    Columns without a figure are left out."""
+    lines = found()
+    used: list[Line] = []
+    whole = dense(lines)
+    shown = [("dense", "", "", dict.fromkeys(SETTINGS, whole))]
+    for method, samples, recovery in present(lines):
+        by_setting = {s: of(lines, method, samples, s, recovery) for s in SETTINGS}
+        shown.append((METHODS[method], RECOVERIES[recovery], f"{int(samples):,}", by_setting))
+    head = ["", "recovery", "samples scored"]
+    head += [f"{name} ({told})" for name, (told, _) in SETTINGS.items()]
+    head += [f"tasks, {_DEEP}", f"seconds, {_DEEP}"]
+    table = []
+    for name, recovery, samples, by_setting in shown:
+        settings = list(by_setting.values())
+        used += [row for runs in settings for row in runs.lines]
+        deep = by_setting[_DEEP]
+        spent = None if name == "dense" else _seconds(deep, "seconds", "text_seconds", "recovery_seconds")
+        cells = [_perplexity(runs, _TEXT) for runs in settings]
+        table.append([name, recovery, samples, *cells, _tasks(deep), _count(spent)])
+    empty = {i for i in range(3, len(head)) if not any(line[i] for line in table[1:])}
+    kept = [[cell for i, cell in enumerate(line) if i not in empty] for line in (head, *table)]
+    return markdown(kept[0], kept[1:]) + sources(used)
+
+
+def whole() -> str:
+    """A line for each setting, method and recovery, with every text."""
+    lines = found()
+    texts = list(dict.fromkeys(row["text"] for row in lines))
+    used: list[Line] = []
+    table = []
+
+    def add(name: str, method: str, recovery: str, samples: str, runs: Runs) -> None:
+        used.extend(runs.lines)
+        removed = runs.mean("removed")
+        told = [name, method, recovery, samples]
+        told += ["" if method == "dense" or removed is None else f"{100 * removed:.1f} %"]
+        told += [_perplexity(runs, text) for text in texts]
+        divergence = runs.mean("divergence")
+        told += ["" if divergence is None else f"{divergence:.3f}", _tasks(runs)]
+        costs = [] if method == "dense" else [("seconds",), ("text_seconds", "recovery_seconds")]
+        table.append([*told, *([_count(_seconds(runs, *c)) for c in costs] or ["", ""]), str(len(runs.seeds))])
+
+    add("", "dense", "", "", dense(lines))
+    for setting in SETTINGS:
+        for method, samples, recovery in present(lines):
+            runs = of(lines, method, samples, setting, recovery)
+            if runs.lines:
+                add(setting, METHODS[method], RECOVERIES[recovery], f"{int(samples):,}", runs)
+    head = ["", "method", "recovery", "samples scored", "parameters less", *(text_name(text) for text in texts)]
+    head += ["divergence", "tasks", "s to cut", "s to recover", "runs"]
+    empty = {i for i in range(4, len(head)) if not any(line[i] for line in table)}
+    kept = [[cell for i, cell in enumerate(line) if i not in empty] for line in (head, *table)]
+    return markdown(kept[0], kept[1:]) + sources(used)
