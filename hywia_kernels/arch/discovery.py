@@ -267,6 +267,8 @@ def config_widths(model: nn.Module, found: Sequence[Group]) -> dict[str, list[in
         for field, units in by_field.items():
             if field:
                 widths.setdefault(aliases.get(field, field), []).append(units)
+    if entry.mlp.width_alias and entry.mlp.width_field in widths:
+        widths[entry.mlp.width_alias] = list(widths[entry.mlp.width_field])
     return widths
 
 

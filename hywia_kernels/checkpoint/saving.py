@@ -70,8 +70,6 @@ def stock_config(model: Any) -> Any:
         inner["head_dim"] = arch.head_dim(model)
     for field, widths in arch.config_widths(model, arch.groups(model)).items():
         inner[field] = widths[0]
-    if entry.mlp.width_alias:
-        inner[entry.mlp.width_alias] = inner[entry.mlp.width_field]
     unmet = {k: v for k, v in entry.stand_in_needs.items() if getattr(model.config, k, v) != v}
     if entry.stand_in is not None and not unmet and _head_size_is_guessed(model, inner):
         return _stand_in(entry, values)
