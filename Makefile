@@ -53,7 +53,7 @@ docs: setup
 demo: setup
 	mkdir -p $(DEMO)
 	$(BIN)/hywia prune smollm2 -o $(DEMO)/smollm2-20 --ratio 0.2 --layout adaptive --samples 96 --reconstruct-samples 160 \
-	  --recover --recover-tokens 40960 --recover-text-tokens 16384 --learning-rate 1e-3 --checks 4 --overwrite \
+	  --recover --recover-tokens 49152 --recover-text-tokens 16384 --learning-rate 1e-3 --checks 4 --overwrite \
 	  --json $(DEMO)/report.json --prompt "The capital of France is"
 
 # To publish: append the rows of $(BENCH)/*.csv, without their headers, to the files of that name in benchmarks/.
