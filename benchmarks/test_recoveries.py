@@ -66,7 +66,7 @@ def test_each_recovery_starts_from_the_cut_and_reads_the_text_of_its_seed(pair, 
             assert {n.split(".")[-2] for n in changed} == set(alpaca.TARGETS)
         assert set(done.figures) <= COLUMNS.keys()
     assert figures["none"] == {"recovery": "none", "divergence": figures["none"]["divergence"]}
-    assert figures["self"]["divergence"] < 0.95 * figures["none"]["divergence"]
+    assert figures["self"]["divergence"] < 0.97 * figures["none"]["divergence"]
     assert figures["self"]["tokens_trained"] == 12 * 8 * 16
     assert figures["lp-own"]["text_seconds"] is None
     assert figures["self"]["recovery_seconds"] > 0 < figures["self"]["text_seconds"]
