@@ -73,18 +73,18 @@ class CutProgress:
         """
         began = time.monotonic()
         for file in self._directory.glob("*.safetensors"):
-            _flush(file)
+            disk.sync_file(file)
         self._folder.mkdir(exist_ok=True)
         name = _hidden(layer)
         if hidden is not None:
             beside = self._folder / f".{name}.partial"
             with disk.refusals(f"output: cannot write {beside}"):
                 save_file(dict(hidden), beside)
-            _flush(beside)
+            disk.sync_file(beside)
             os.replace(beside, self._folder / name)
         beside = self._folder / f".{STATE}.partial"
         beside.write_text(json.dumps({**facts, "request": self._request}), encoding="utf-8")
-        _flush(beside)
+        disk.sync_file(beside)
         os.replace(beside, self._folder / STATE)
         for old in self._folder.glob("hidden-*"):
             if hidden is None or old.name != name:
@@ -117,11 +117,3 @@ class CutProgress:
 
 def _hidden(layer: int) -> str:
     return f"hidden-{layer:05d}.safetensors"
-
-
-def _flush(file: Path) -> None:
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import HywiaError
 
-__all__ = ["check_free", "exchange", "refusals", "remove", "rename_new", "sync_directory", "sync_tree"]
+__all__ = ["check_free", "exchange", "refusals", "remove", "rename_new", "sync_directory", "sync_file", "sync_tree"]
 
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # of linux/fs.h
 _UNABLE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -66,17 +66,18 @@ def sync_tree(root: Path) -> None:
     """Flush a file or a tree, so that in a power cut the rename never outruns the data. Files of a tree get the mode
     that the process's umask gives, read off the directory, since some writers make theirs private."""
     if not root.is_dir():
-        _sync_file(root)
+        sync_file(root)
         return
     mode = stat.S_IMODE(root.stat().st_mode) & 0o666
     for folder, _, files in os.walk(root):
         for name in files:
             os.chmod(os.path.join(folder, name), mode)
-            _sync_file(Path(folder, name))
+            sync_file(Path(folder, name))
         sync_directory(Path(folder))
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Have what was written to a file reach the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .ranks import Ranks
-from .slots import parts_of
+from .slots import lent, parts_of
 from .stored import Source, flat_offsets
 from .weights import Table
 
@@ -70,14 +70,9 @@ class Shards:
             self.waited += time.monotonic() - began
             if at + 1 < len(order):
                 coming = self._gather(order[at + 1], 1 - slot)
-            self.tables[i].put(parts_of(self._slots[slot], self.tables[i], self._flat[i][0]))
-            try:
+            parts = parts_of(self._slots[slot], self.tables[i], self._flat[i][0])
+            with lent(self.tables[i], parts, self._used, slot):
                 yield i
-            finally:
-                self.tables[i].put_back()
-                if self._cuda:
-                    self._used[slot] = torch.cuda.Event()
-                    self._used[slot].record(torch.cuda.current_stream(self.device))
 
     def _gather(self, layer: int, slot: int) -> Any:
         """Begins to put a layer together in a slot."""

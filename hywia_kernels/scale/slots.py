@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .stored import Source, flat_offsets
 from .weights import Table
 
-__all__ = ["Slots", "parts_of"]
+__all__ = ["Slots", "lent", "parts_of"]
 
 
 _COPIERS = 4
@@ -69,14 +69,8 @@ class Slots:
                     coming = reader.submit(self._fill, order[at + 1], 1 - slot)
                 if at + 2 < len(order):
                     reader.submit(self.source.coming, self.tables[order[at + 2]])
-                self.tables[i].put(tensors)
-                try:
+                with lent(self.tables[i], tensors, self._used, slot):
                     yield i
-                finally:
-                    self.tables[i].put_back()
-                    if self._cuda:
-                        self._used[slot] = torch.cuda.Event()
-                        self._used[slot].record(torch.cuda.current_stream(self.device))
 
     def _fill(self, layer: int, slot: int) -> list[Tensor]:
         """Copies a layer into a slot; the views of it that are the layer's parameters. Runs in the reader's thread."""
@@ -103,6 +97,20 @@ class Slots:
     def close(self) -> None:
         self._copiers.shutdown()
         self.source.close()
+
+
+@contextmanager
+def lent(table: Table, parts: Sequence[Tensor], used: list[Any], slot: int) -> Iterator[None]:
+    """Within the context a layer's parameters are these parts of a slot; then `used[slot]` is the event after which
+    the device is through with them, where they are on a GPU."""
+    table.put(parts)
+    try:
+        yield
+    finally:
+        table.put_back()
+        if parts and parts[0].is_cuda:
+            used[slot] = torch.cuda.Event()
+            used[slot].record(torch.cuda.current_stream(parts[0].device))
 
 
 def parts_of(flat: Tensor, table: Table, offsets: Sequence[int]) -> list[Tensor]:

@@ -16,6 +16,7 @@ from hywia_kernels.deploy.cost import cost_of
 from hywia_kernels.method import surgery
 from tests.support.comparison import logits, relative
 from tests.support.cuts import make_plan
+from tests.support.experts import refitted
 from tests.support.families import FAMILIES, fresh, fresh_named, token_ids
 from tests.support.processes import run_jobs
 from tests.support.shapes import all_cuts, distinct, saved_cuts
@@ -263,14 +264,10 @@ def test_experts_are_refitted_on_the_tokens_that_reach_them(name):
         keep = plan.keep[f"model.layers.0.mlp.{expert}"]
         token, rank = (chosen == expert).nonzero(as_tuple=True)
         assert 0 < len(token) < len(hidden)
-        gate, up = (hidden[token] @ stack.gate_up_proj[expert].T).chunk(2, -1)
-        active, down = (torch.nn.functional.silu(gate) * up).double(), stack.down_proj[expert].double()
-        scale = (weight[token] * shares[token, rank] ** 2).double().sqrt()[:, None]
-        x, y = (scale * active)[:, keep], scale * (active @ down.T)
-        gram = x.T @ x
-        penalty = 0.3 * len(keep) / len(token) * gram.diagonal().mean()
-        missing = x.T @ (y - x @ down[:, keep].T)
-        want = down[:, keep] + torch.linalg.solve(gram + penalty * torch.eye(len(keep)), missing).T
+        down = stack.down_proj[expert].double()
+        want = refitted(
+            hidden[token], weight[token], shares[token, rank], stack.gate_up_proj[expert], down, keep, ridge=0.3
+        )
         got = layer.mlp.experts.down_proj[expert].double()
         assert relative(got[:, keep], want) <= 1e-5
         assert relative(got[:, keep], down[:, keep]) > 1e-2, "the refit must matter"

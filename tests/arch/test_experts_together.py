@@ -15,6 +15,7 @@ from hywia_kernels.cli import main
 from hywia_kernels.method.selection import estimated_loss, splits
 from tests.support.comparison import logits, relative
 from tests.support.derived import prompt, small
+from tests.support.experts import refitted
 from tests.support.families import fresh_named, token_ids
 from tests.support.tokenizers import text, write_tokenizer
 
@@ -174,14 +175,10 @@ def test_experts_that_stay_are_refitted_on_the_tokens_that_now_reach_them(name):
         keep = plan.keep[f"model.layers.0.mlp.{expert}"]
         token, rank = (chosen == expert).nonzero(as_tuple=True)
         assert len(keep) < len(token) < len(hidden)
-        gate, up = (hidden[token] @ stack.gate_up_proj[expert].T).chunk(2, -1)
-        active, down = (torch.nn.functional.silu(gate) * up).double(), stack.down_proj[expert].double()
-        scale = (weight[token] * shares[token, rank] ** 2).double().sqrt()[:, None]
-        x, y = (scale * active)[:, keep], scale * (active @ down.T)
-        gram = x.T @ x
-        penalty = 0.3 * len(keep) / len(token) * gram.diagonal().mean()
-        missing = x.T @ (y - x @ down[:, keep].T)
-        want = down[:, keep] + torch.linalg.solve(gram + penalty * torch.eye(len(keep)), missing).T
+        down = stack.down_proj[expert].double()
+        want = refitted(
+            hidden[token], weight[token], shares[token, rank], stack.gate_up_proj[expert], down, keep, ridge=0.3
+        )
         got = layer.mlp.experts.down_proj[expert].double()
         assert relative(got[:, keep], want) <= 1e-5
         assert relative(got[:, keep], down[:, keep]) > 1e-2, "the refit must matter"

@@ -80,15 +80,19 @@ def test_a_killed_rank_ends_the_run_with_one_message_and_its_work_goes_on(folder
     assert not work.exists()
 
 
+def named(run):
+    """The one error that a run ended with, which names its second rank."""
+    assert run.returncode != 0
+    (said,) = [line for line in run.stderr.splitlines() if line.startswith("hywia: error:")]
+    assert "rank 1 (process " in said
+    return said
+
+
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named_and_the_run_ends(folder):
     arguments = ("score", "model", "-o", "hung", *SCORING, "--rank-timeout", "5")
     hung = command(folder, 2, "hangs", 1, 1, *arguments, module=("tests.scale.killed_rank",))
-    assert hung.returncode != 0
-    said = [line for line in hung.stderr.splitlines() if line.startswith("hywia: error:")]
-    assert len(said) == 1
-    assert "rank 1 (process " in said[0]
-    assert "did not come to layer 0 within 5 s of the others; it hangs" in said[0]
+    assert "did not come to layer 0 within 5 s of the others; it hangs" in named(hung)
     assert json.loads((folder / ".hung.hywia-scoring" / "state.json").read_text())["layer"] == 1
 
 
@@ -96,10 +100,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(folder):
 def test_a_rank_that_is_lost_while_operands_change_hands_is_named(folder):
     arguments = ("score", "model", "-o", "lost", *SCORING, "--order", "first")
     lost = command(folder, 2, "lost", 1, 10, *arguments, module=("tests.scale.killed_rank",))
-    assert lost.returncode != 0
-    said = [line for line in lost.stderr.splitlines() if line.startswith("hywia: error:")]
-    assert len(said) == 1
-    assert "rank 1 (process " in said[0]
+    named(lost)
     assert not (folder / "lost").exists()
     again = command(folder, 2, *arguments)
     assert again.returncode == 0, again.stderr
