@@ -53,6 +53,7 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
         writes=scores is None and recipe.calibration is None and recipe.text_samples() > 0,
         ranks_heads=heads_go and recipe.head_ranking == "residual",
         reconstruct_samples=recipe.reconstruct_samples or 0,
+        layer_passes=recipe.layer_passes or 0,
         recover=recipe.recover,
         trials=trials,
         trial_samples=samples,
