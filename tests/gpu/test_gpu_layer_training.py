@@ -37,11 +37,11 @@ def test_captured_steps_are_plain_ones(monkeypatch, dtype):
         layer_training._Trained, "_captured", lambda self, *a: calls.append(captured(self, *a)) or calls[-1]
     )
     model = made(dtype)
-    fast, mine = reconstructed(model)
+    mine = reconstructed(model)[1]
     assert len(calls) == 3
     assert all(call is not None for call in calls)
     monkeypatch.setattr(layer_training, "_CAPTURED_STEPS", 10**9)
-    plain, theirs = reconstructed(model)
+    theirs = reconstructed(model)[1]
     mine, theirs = (x.record["refit"]["layer_error"] for x in (mine, theirs))
     for index, (before, after) in theirs.items():
         assert after < 0.99 * before
