@@ -175,7 +175,8 @@ def criteria(settings: Sequence[str] = _SHARES) -> str:
     found = [
         row
         for row in read("quality")
-        if row["text"] == "wikitext2_raw_test.txt" and row["layers"] == "4:28" and row["recovery"] in ("", "none")
+        if (row["text"], row["block"], row["layers"]) == ("wikitext2_raw_test.txt", "128", "4:28")
+        and row["recovery"] in ("", "none")
     ]
     by = latest(found, "criterion", "samples", "setting", "seed")
     lines, used = [], []

@@ -79,6 +79,7 @@ def quality_row(criterion, setting, perplexity, seed="0", recovery="none", text=
         "model": "smollm2",
         "layers": "all",
         "blocks": "9",
+        "block": "128",
         "samples": "10",
         "removed": "0.301",
         "date": "2026-02-02",
@@ -113,7 +114,6 @@ def quality(monkeypatch):
         quality_row("recipe", "P50", 90, recovery="self", samples="96", removed="0.5", **costs, **tasks),
         quality_row("recipe", "P30", 1, samples="96", model="another"),
         quality_row("recipe", "P30", 2, samples="96", blocks="3"),
-        quality_row("recipe", "P30", 3, samples="96", command="python -m benchmarks.quality --block 2048"),
         quality_row("recipe", "A50", 4, samples="96"),  # of all layers: not the setting's
     ]
     monkeypatch.setattr("benchmarks.rows.read", lambda path: lines if path.name == "quality.csv" else [])
@@ -144,6 +144,33 @@ def test_whole_table_of_quality(quality):
         "| P30 | **this package** | this package's | 96 | 30.1 % | 70.0 | 40.0 | 0.250 |  | 4.0 | 36 | 1 |",
         "| P50 | **this package** | this package's | 96 | 50.0 % | 90.0 |  |  | 43.2 ± 0.5 | 4.0 | 36 | 1 |",
     ]
+
+
+def test_long_blocks_have_columns_where_there_are_rows(monkeypatch):
+    long = {"block": "2048", "blocks": "2"}
+    lines = [
+        quality_row("dense", "P50", 50, samples="0"),
+        quality_row("dense", "P50", 20, samples="0", **long),
+        quality_row("dense", "P50", 999, samples="0", block="2048", blocks="1"),  # of less text
+        quality_row("recipe", "P50", 90, samples="96", removed="0.5"),
+        quality_row("recipe", "P50", 40, samples="96", removed="0.5", **long),
+        quality_row("recipe", "P50", 48.4, seed="1", samples="96", removed="0.5", **long),
+    ]
+    monkeypatch.setattr("benchmarks.rows.read", lambda path: lines if path.name == "quality.csv" else [])
+    assert quality_tables.short().splitlines()[:4] == [
+        "|  | recovery | samples scored | P50 (50 % of all) | P50, blocks of 2,048 |",
+        "| --- | --- | --- | --- | --- |",
+        "| dense |  |  | 50.0 | 20.0 |",
+        "| **this package** | none | 96 | 90.0 | 44.0 ± 4.2 |",
+    ]
+    assert quality_tables.whole().splitlines()[:4] == [
+        "|  | method | recovery | samples scored | parameters less | WikiText-2 | WikiText-2, 2,048 tokens | runs |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "|  | dense |  |  |  | 50.0 | 20.0 | 1 |",
+        "| P50 | **this package** | none | 96 | 50.0 % | 90.0 | 44.0 ± 4.2 | 2 |",
+    ]
+    lines.append(quality_row("flap", "P50", 300, removed="0.5"))
+    assert document_figure.perplexities()[0]["this package"] == [(0.0, 50.0), (50.0, 90.0)]
 
 
 def test_curves_of_the_figure(quality):
