@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from . import op_tables, quality_tables, scale_paper
+from . import history_table, op_tables, quality_tables, scale_paper
 from .document_rows import figure, latest, markdown, percent, read, sources
 
 
@@ -253,5 +253,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "scoring on a CPU": op_tables.scoring_cpu,
     "quality": quality_tables.whole,
     "quality short": quality_tables.short,
+    "history": history_table.history,
     "scale": scale,
 }

@@ -7,12 +7,13 @@ from hywia_kernels.settings import BLOCK
 from .document_rows import Line, markdown, sources
 from .quality_rows import METHODS, RECOVERIES, SETTINGS, Runs, dense, found, of, present, read_of, text_name
 
-_TEXT = "wikitext2_raw_test.txt"
+TEXT = "wikitext2_raw_test.txt"
 _LONG = 2048  # tokens of a block, beside the usual length
 _DEEP = "P50"  # the setting of which the short table shows long blocks, tasks and seconds
 
 
-def _with_error(value: float | None, error: float | None, digits: int = 1) -> str:
+def with_error(value: float | None, error: float | None, digits: int = 1) -> str:
+    """A figure and its standard error, as far as there are any."""
     if value is None:
         return ""
     told = f"{value:,.{digits if value < 1000 else 0}f}"
@@ -20,13 +21,13 @@ def _with_error(value: float | None, error: float | None, digits: int = 1) -> st
 
 
 def _perplexity(runs: Runs, text: str, block: int = BLOCK) -> str:
-    return _with_error(*(runs.perplexity(text, block) or (None, None)))
+    return with_error(*(runs.perplexity(text, block) or (None, None)))
 
 
 def _tasks(runs: Runs) -> str:
     """The mean of the seven tasks with its standard error over questions; rows of earlier runs lack the latter."""
     error = runs.mean("mean_se")
-    return "" if error is None else _with_error(runs.mean("mean"), error)
+    return "" if error is None else with_error(runs.mean("mean"), error)
 
 
 def _seconds(runs: Runs, *columns: str) -> float | None:
@@ -58,7 +59,7 @@ def short() -> str:
         used += [row for runs in settings for row in runs.lines]
         deep = by_setting[_DEEP]
         spent = None if name == "dense" else _seconds(deep, "seconds", "text_seconds", "recovery_seconds")
-        cells = [_perplexity(runs, _TEXT) for runs in settings] + [_perplexity(deep, _TEXT, _LONG)]
+        cells = [_perplexity(runs, TEXT) for runs in settings] + [_perplexity(deep, TEXT, _LONG)]
         table.append([name, recovery, samples, *cells, _tasks(deep), _count(spent)])
     empty = {i for i in range(3, len(head)) if not any(line[i] for line in table[1:])}
     kept = [[cell for i, cell in enumerate(line) if i not in empty] for line in (head, *table)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from . import document_figure, document_tables, documents, quality_tables
+from . import document_figure, document_tables, documents, history_table, quality_tables
 
 
 @pytest.mark.parametrize("path", documents.documents(), ids=lambda path: path.name)
@@ -171,6 +171,48 @@ def test_long_blocks_have_columns_where_there_are_rows(monkeypatch):
     ]
     lines.append(quality_row("flap", "P50", 300, removed="0.5"))
     assert document_figure.perplexities()[0]["this package"] == [(0.0, 50.0), (50.0, 90.0)]
+
+
+def test_history_has_a_line_for_each_device_and_commit(monkeypatch):
+    old, new = {**RUN, "date": "2026-01-01T10:00Z", "commit": "old"}, {**RUN, "date": "2026-01-02T10:00Z"}
+    again = {**new, "date": "2026-01-02T11:00Z"}
+    scored = {"shape": "7b", "layers": "32", "flow": "fast", "samples": "10", "length": "128"}
+    product = {"op": "linear_importance", "case": "11008x4096 bf16 rows 128x128 second", "implementation": "cuda"}
+    whole = {"shape": "7b", "layers": "32", "ratio": "0.5", "recover_tokens": "0", "step": "all"}
+    files = {
+        "engine": [
+            {**old, **scored, "ratio_to_plain": "1.5"},
+            {**again, **scored, "ratio_to_plain": "1.094"},
+            {**new, **scored, "ratio_to_plain": "1.3"},
+            {**new, **scored, "flow": "lean", "ratio_to_plain": "9"},
+            {**again, **scored, "samples": "128", "ratio_to_plain": "9"},
+        ],
+        "results": [
+            {**old, **product, "share_of_baseline": "0.684"},
+            {**old, **product, "implementation": "eager", "share_of_baseline": "0.02"},
+        ],
+        "recipe": [
+            {**new, **whole, "device": "A GPU", "seconds": "25.667"},
+            {**new, **whole, "device": "A GPU", "recover_tokens": "100", "seconds": "900"},
+        ],
+        "quality": [
+            quality_row("dense", "P50", 50, samples="0"),
+            quality_row("recipe", "P50", 100, samples="96", date="2026-01-02"),
+            quality_row("recipe", "P50", 121, samples="96", date="2026-01-02", seed="1"),
+            quality_row("recipe", "P50", 70, samples="96", date="2026-01-01", commit="old", recovery="self"),
+            quality_row("recipe", "P50", 30, samples="96", date="2026-01-02", block="2048"),
+            quality_row("recipe", "P30", 60, samples="96", date="2026-01-02"),
+        ],
+    }
+    monkeypatch.setattr("benchmarks.rows.read", lambda path: files.get(path.stem, []))
+    assert history_table.history().splitlines() == [
+        "| device | date | commit | scoring, × forward + backward | second order, of cuBLAS: 128 samples "
+        "| the recipe, s | P50 perplexity | P50 perplexity, recovered |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| A GPU | 2026-01-02 | abc |  |  | 25.7 |  |  |",
+        "| GPU | 2026-01-01 | old | 1.50 | 68 % |  |  | 70.0 |",
+        "| GPU | 2026-01-02 | abc | 1.09 |  |  | 110.0 ± 10.5 |  |",
+    ]
 
 
 def test_curves_of_the_figure(quality):
