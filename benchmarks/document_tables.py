@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from . import history_table, op_tables, quality_tables, scale_paper
+from . import history_table, op_tables, quality_tables, scale_paper, trial_tables
 from .document_rows import figure, latest, markdown, percent, read, sources
 
 
@@ -254,5 +255,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality_tables.whole,
     "quality short": quality_tables.short,
     "history": history_table.history,
+    "linear": trial_tables.linear,
+    **{f"trials {study}": partial(trial_tables.trials, study) for study in trial_tables.studies()},
     "scale": scale,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from . import document_figure, document_tables, documents, history_table, quality_tables
+from . import document_figure, document_tables, documents, history_table, quality_tables, rows, trial_tables
 
 
 @pytest.mark.parametrize("path", documents.documents(), ids=lambda path: path.name)
@@ -212,6 +212,58 @@ def test_history_has_a_line_for_each_device_and_commit(monkeypatch):
         "| A GPU | 2026-01-02 | abc |  |  | 25.7 |  |  |",
         "| GPU | 2026-01-01 | old | 1.50 | 68 % |  |  | 70.0 |",
         "| GPU | 2026-01-02 | abc | 1.09 |  |  | 110.0 ± 10.5 |  |",
+    ]
+
+
+def test_trials_have_a_line_for_each_variant(monkeypatch):
+    head = ("study", "arm", "setting", "value", "to", "unit", "where")
+    lines = [
+        ("one", "by hand", "4096²", "37.2", "", "µs", "GPU"),
+        ("one", "by hand", "of copy", "60", "61", "%", "GPU"),
+        ("one", "by rote", "4096²", "33", "", "µs", "GPU"),
+        ("two", "by hand", "error", "1e-6", "", "", "GPU"),
+        ("two", "by hand", "error", "2e-6", "", "", "CPU"),
+        *(("three", f"by {i}", f"of {i}", str(i), "9", "ms", "GPU") for i in range(1, 4)),
+    ]
+    monkeypatch.setattr(trial_tables, "read_file", lambda path: [dict(zip(head, line, strict=True)) for line in lines])
+    assert trial_tables.studies() == ["one", "two", "three"]
+    assert trial_tables.trials("one").splitlines() == [
+        "| tried | 4096², µs | of copy, % |",
+        "| --- | --- | --- |",
+        "| by hand | 37.2 | 60 to 61 |",
+        "| by rote | 33 |  |",
+        "",
+        "*Trials: GPU.*",
+    ]
+    sparse = ["| by 1 | of 1 | 1 to 9 ms |", "| by 2 | of 2 | 2 to 9 ms |", "| by 3 | of 3 | 3 to 9 ms |"]
+    assert trial_tables.trials("three").splitlines()[2:5] == sparse
+    assert trial_tables.trials("two").splitlines()[2:] == ["| by hand | 1e-6 | GPU |", "| by hand | 2e-6 | CPU |"]
+
+
+def test_trials_are_figures_and_each_is_there_once():
+    lines = rows.read(trial_tables.PATH)
+    keys = [tuple(line[name] for name in ("study", "arm", "setting", "unit", "where")) for line in lines]
+    assert len(set(keys)) == len(lines) > 100
+    assert all(float(line["value"]) != 0 and (not line["to"] or float(line["to"]) > 0) for line in lines)
+
+
+def test_linear_importance_beside_cublas(monkeypatch):
+    run = {**RUN, "device": "NVIDIA H200", "date": "2026-02-02T00:00Z", "op": "linear_importance"}
+    lines = [
+        {**run, "case": "4096x4096 bf16 rows 10x128 second", "implementation": "cuda", "share_of_baseline": "0.714"},
+        {**run, "case": "11008x4096 bf16 rows 10x128 second", "implementation": "cuda", "share_of_baseline": "0.9"},
+        {**run, "case": "4096x4096 bf16 rows 10x128 second", "implementation": "eager", "share_of_baseline": "0.02"},
+        {**run, "case": "4096x4096 bf16 rows 128x128 all", "implementation": "triton", "share_of_baseline": "0.5"},
+        {**run, "case": "4096x4096 bf16 rows 128x128 all", "implementation": "native", "cuda": ""},
+    ]
+    lines[1] = {**lines[1], "date": "2026-01-01T00:00Z"}
+    lines.append({**lines[1], "share_of_baseline": "0.767", "date": "2026-03-03T00:00Z"})
+    monkeypatch.setattr("benchmarks.rows.read", lambda path: lines if path.name == "results.csv" else [])
+    assert trial_tables.linear().splitlines()[2:] == [
+        "| all orders, sums per sample | triton | 128 × 128 | H200 | 50 % |  |  |  |  |  |",
+        "| second order | cuda | 10 × 128 | H200 | 71 % | 77 % |  |  |  |  |",
+        "",
+        "*NVIDIA H200 (torch 2, CUDA 13): 2026-02-02 at abc, 2026-03-03 at abc.*",
     ]
 
 

@@ -174,6 +174,14 @@ def test_figures_of_quality_are_those_measured():
                 assert cells[setting] == f"{measured[criterion, samples, setting]:.1f}", line
 
 
+def test_figures_of_kernels_are_in_tables_alone():
+    """What was measured or tried of a kernel is in a table that is made from a file; sentences say why."""
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    text = re.sub(r"<!-- table .*?<!-- end of table -->|`[^`]*`", "", text, flags=re.DOTALL)
+    units = r"%|× as|[µmn]?s\b|TFLOP|[GT]B/s|tokens/s|cycles|times\b"
+    assert re.findall(rf"\d[\d.,]*\s?(?:{units})", text) == []
+
+
 def _lines(table_after: str) -> list[list[str]]:
     """Cells of the first table behind a heading of docs/performance.md."""
     text = (ROOT / "docs" / "performance.md").read_text()
