@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from . import op_tables, quality_tables, scale_paper
+from . import history_table, op_tables, quality_tables, scale_paper, trial_tables
 from .document_rows import figure, latest, markdown, percent, read, sources
 
 
@@ -175,7 +176,8 @@ def criteria(settings: Sequence[str] = _SHARES) -> str:
     found = [
         row
         for row in read("quality")
-        if row["text"] == "wikitext2_raw_test.txt" and row["layers"] == "4:28" and row["recovery"] in ("", "none")
+        if (row["text"], row["block"], row["layers"]) == ("wikitext2_raw_test.txt", "128", "4:28")
+        and row["recovery"] in ("", "none")
     ]
     by = latest(found, "criterion", "samples", "setting", "seed")
     lines, used = [], []
@@ -252,5 +254,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "scoring on a CPU": op_tables.scoring_cpu,
     "quality": quality_tables.whole,
     "quality short": quality_tables.short,
+    "history": history_table.history,
+    "linear": trial_tables.linear,
+    **{f"trials {study}": partial(trial_tables.trials, study) for study in trial_tables.studies()},
     "scale": scale,
 }

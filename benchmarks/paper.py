@@ -142,7 +142,10 @@ class Table:
     """
 
     def __init__(self, arguments: argparse.Namespace, session: Session, tokenizer: Any, told: dict[str, str]) -> None:
-        self.arguments, self.session, self.tokenizer, self.told = arguments, session, tokenizer, told
+        self.arguments, self.session, self.tokenizer = arguments, session, tokenizer
+        self.cuts = {
+            name: texts.cut(tokenizer, text, texts.BLOCKS, arguments.max_blocks) for name, text in told.items()
+        }
         own = arguments.harness == "own" and bool(told)
         self._tasks = tasks.read(arguments.tasks, tokenizer, arguments.questions) if own else []
 
@@ -161,7 +164,7 @@ class Table:
             "macs": costs.macs(cost),
             **figures,
             **times,
-            **(self._quality(model) if self.told else {"divergence": None}),
+            **(self._quality(model) if self.cuts else {"divergence": None}),
         }
         made = self.session.add(**row)
         spent = (made.prune_seconds or 0.0) + (made.recovery_seconds or 0.0)
@@ -173,8 +176,8 @@ class Table:
     def _quality(self, model: Any) -> dict[str, Any]:
         given = self.arguments
         found: dict[str, Any] = {}
-        for which, (name, text) in zip(("text", "second_text"), self.told.items(), strict=True):
-            values = texts.perplexities(model, self.tokenizer, text, given.batch, given.max_blocks)
+        for which, (name, blocks) in zip(("text", "second_text"), self.cuts.items(), strict=True):
+            values = texts.perplexities(model, blocks, given.batch)
             found |= {which: name, **{f"{which}_{block}": value for block, value in values.items()}}
         if given.harness == "own":
             scores = tasks.evaluate(model, self._tasks)

@@ -4,14 +4,16 @@
     python -m benchmarks.quality --calib c4.jsonl --text test.txt --tasks DIR --settings A50 --only recipe flap
     python -m benchmarks.quality --calib c4.jsonl --text test.txt novel.txt --settings P50 --recover none self
     python -m benchmarks.quality --calib c4.jsonl --text test.txt --settings P50 --split 1 2 3 --only recipe-adaptive
+    python -m benchmarks.quality --calib c4.jsonl --text test.txt --block 128 2048 --settings P50 --only recipe flap
     python -m benchmarks.quality --calib c4.jsonl --text valid.txt --max-blocks 64 --figure quality.html
 
 The protocol: samples of 128 tokens from the calibration text, a seed each; some units go; each text is tokenised whole
-and cut into blocks of 128 tokens, and gives a row. Settings: A25, A50: that share of the MLP's channels in layers 4 to
-27 (`--layers`); B25, B60: the same, and a third of the KV groups (one of three). P30, P50: that share of all
-parameters, heads and channels of every layer; other methods then keep as many of both as this package's `recipe` does
-with the same seed, and random and magnitude, which have no estimate of the loss, the same share of both kinds.
-`--split G` has every criterion keep G KV groups and the channels that then come nearest to the share (`P50:G`).
+and cut into blocks of 128 tokens, and gives a row. `--block` names another length, or several, a row each: samples have
+the first one's tokens, and `--max-blocks` and `--batch` count its blocks. Settings: A25, A50: that share of the MLP's
+channels in layers 4 to 27 (`--layers`); B25, B60: the same, and a third of the KV groups (one of three). P30, P50: that
+share of all parameters, heads and channels of every layer; other methods then keep as many of both as this package's
+`recipe` does with the same seed, and random and magnitude, which have no estimate of the loss, the same share of both
+kinds. `--split G` has every criterion keep G KV groups and the channels that then come nearest to the share (`P50:G`).
 Every model is a copy that is really cut. Criteria, `name[@samples]`:
 
     random, magnitude                                       of this package; need no data
@@ -43,10 +45,10 @@ import torch
 from torch import Tensor
 
 import hywia_kernels as hk
-from hywia_kernels.evaluation import blocks
-from hywia_kernels.settings import TUNES
+from hywia_kernels.method.tokens import check_length
+from hywia_kernels.settings import BLOCK, TUNES
 
-from . import alpaca, lm_eval_tasks, tasks
+from . import alpaca, lm_eval_tasks, tasks, texts
 from .curves import figure
 from .cuts import ALL, Bench, shape, split
 from .recoveries import COLUMNS as RECOVERY
@@ -58,7 +60,8 @@ from .settings import SETTINGS, expanded, setting
 MODULE = "benchmarks.quality"
 # `removed` is a share of all parameters, `seconds` of everything before the recovery but text and evaluation (scoring
 # counts for every criterion that it serves), `mean` of the tasks; `kv_groups` and `channels` are those that stay, on
-# average over all layers; `..._se` are standard errors over questions. A row a text, each with all other figures.
+# average over all layers; `..._se` are standard errors over questions. A row a text and length of a block, each with
+# all other figures.
 COLUMNS = {
     "model": str,
     "criterion": str,
@@ -75,6 +78,7 @@ COLUMNS = {
     "channels": float,
     **RECOVERY,
     **tasks.ERRORS,
+    "block": int,
 }
 
 
@@ -85,11 +89,18 @@ def label(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Perplexity as a Markdown table a text, criterion by setting: geometric means over seeds, and over all settings.
-    Tasks are means over rows, with the mean of their standard errors."""
-    texts = list(dict.fromkeys(r.figures.get("text", "") for r in rows))
-    parts = [_of_text([r for r in rows if r.figures.get("text", "") == text]) for text in texts]
-    return "\n\n".join(f"{text}\n\n{part}" if text else part for text, part in zip(texts, parts, strict=True))
+    """Perplexity as a Markdown table a text and length of its blocks, criterion by setting: geometric means over seeds,
+    and over all settings. Tasks are means over rows, with the mean of their standard errors."""
+    parts: dict[str, list[Row]] = {}
+    for row in rows:
+        parts.setdefault(_read(row), []).append(row)
+    return "\n\n".join(f"{text}\n\n{_of_text(own)}" if text else _of_text(own) for text, own in parts.items())
+
+
+def _read(row: Row) -> str:
+    """The text of a row's perplexity, and in blocks of how many tokens."""
+    text, block = row.figures.get("text", ""), row.figures.get("block")
+    return f"{text}, blocks of {block:,}" if block else text
 
 
 def _of_text(rows: Sequence[Row]) -> str:
@@ -116,10 +127,10 @@ def model_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     """What `quality` and `paper` take alike: the model, its texts and tasks, the criteria and the recoveries."""
     parser.add_argument("--model", default=model, help="as `hywia prune` takes it; default: %(default)s")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--max-blocks", type=at_least(1), help="of each text; default: all")
+    parser.add_argument("--max-blocks", type=at_least(1), help="of each text, of the first length; default: all")
     parser.add_argument("--tasks", type=Path, metavar="DIR", help="zero-shot tasks, see benchmarks/tasks.py")
     parser.add_argument("--questions", type=at_least(1), help="of each task; default: all")
-    parser.add_argument("--batch", type=at_least(1), default=64, help="blocks at a time")
+    parser.add_argument("--batch", type=at_least(1), default=64, help="blocks at a time, of the first length")
     parser.add_argument("--exact", action="store_true", help="float32 products on CUDA, not TF32")
     parser.add_argument("--recover", nargs="+", default=[NONE], metavar="HOW", help="see above; default: none")
     parser.add_argument(
@@ -149,7 +160,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     model_arguments(parser, "smollm2")
     parser.add_argument("--calib", required=True, help="text or .jsonl file, or a dataset")
     parser.add_argument("--text", type=Path, nargs="+", action="extend", required=True, help="perplexity on these")
-    parser.add_argument("--block", type=int, default=128)
+    parser.add_argument(
+        "--block", type=at_least(2), nargs="+", default=[BLOCK], metavar="N", help="default: %(default)s"
+    )
     parser.add_argument("--lm-eval", action="store_true", help="tasks through lm-eval: those of --tasks, or the hub's")
     parser.add_argument("--only", nargs="+", default=list(ALL), metavar="CRITERION")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), metavar="SETTING")
@@ -176,8 +189,10 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, argv: Sequenc
     """Measures and prints the dense model and all that was asked for, then the tables; returns the rows of the
     latter."""
     session = Session(arguments, MODULE, argv, COLUMNS)
-    texts = {
-        path.name: blocks(tokenizer, path.read_text(encoding="utf-8"), arguments.block, arguments.max_blocks)
+    for length in arguments.block:
+        check_length(model, length, "block")
+    cuts = {
+        path.name: texts.cut(tokenizer, path.read_text(encoding="utf-8"), arguments.block, arguments.max_blocks)
         for path in arguments.text
     }
     questions = tasks.read(arguments.tasks, tokenizer, arguments.questions) if arguments.tasks else []
@@ -187,7 +202,7 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, argv: Sequenc
     def samples(seed: int, count: int) -> Tensor:
         if (seed, count) not in drawn:
             drawn[seed, count] = hk.calibration(
-                model, tokenizer, arguments.calib, samples=count, seq_len=arguments.block, seed=seed, fewer=True
+                model, tokenizer, arguments.calib, samples=count, seq_len=arguments.block[0], seed=seed, fewer=True
             )
         return drawn[seed, count]
 
@@ -200,13 +215,14 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, argv: Sequenc
         elif questions:
             scores = tasks.evaluate(made, questions)
         told = {**dict.fromkeys(COLUMNS), "model": str(arguments.model), **figures, **scores}
-        for name, text in texts.items():
-            value = hk.perplexity(made, text, batch=arguments.batch)
-            row = session.add(seed=seed, **{**told, "perplexity": value, "text": name, "blocks": len(text)})
-            shown = "" if row.mean is None else f", tasks {row.mean:.2f}"
-            shown += "" if row.divergence is None else f", divergence {row.divergence:.4f}"
-            spent = row.seconds + (row.recovery_seconds or 0.0)
-            print(f"{label(row)} {row.setting} seed {seed}, {name}: {value:.2f}{shown} ({spent:.1f} s)", flush=True)
+        for name, cut in cuts.items():
+            for block, value in texts.perplexities(made, cut, arguments.batch).items():
+                own = {"perplexity": value, "text": name, "blocks": len(cut[block]), "block": block}
+                row = session.add(seed=seed, **{**told, **own})
+                shown = "" if row.mean is None else f", tasks {row.mean:.2f}"
+                shown += "" if row.divergence is None else f", divergence {row.divergence:.4f}"
+                shown += f" ({row.seconds + (row.recovery_seconds or 0.0):.1f} s)"
+                print(f"{label(row)} {row.setting} seed {seed}, {_read(row)}: {value:.2f}{shown}", flush=True)
 
     none = {"criterion": "dense", "samples": 0, "setting": arguments.settings[0], "layers": arguments.layers}
     measure(model, 0, **none, removed=0.0, seconds=0.0)
@@ -219,11 +235,12 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, argv: Sequenc
                     figures |= {"removed": cut.plan.ratio, "seconds": cut.spent.seconds, **shape(cut.plan)}
                     for recovered in recoveries.each(cut.model, seed):
                         measure(recovered.model, seed, **figures, **recovered.figures)
-    dense, rows = session.rows[: len(texts)], session.rows[len(texts) :]
-    print("\ndense: " + ", ".join(f"{r.text} {r.perplexity:.2f}" for r in dense) + f"\n\n{table(rows)}")
+    measured = len(cuts) * len(arguments.block)
+    dense, rows = session.rows[:measured], session.rows[measured:]
+    print("\ndense: " + "; ".join(f"{_read(r)}: {r.perplexity:.2f}" for r in dense) + f"\n\n{table(rows)}")
     if arguments.figure:
         wanted_criteria = [f"{name}@{count}" for name, count in arguments.criteria]
-        text = next(iter(texts.values()))
+        text = next(iter(cuts.values()))[arguments.block[0]]
         arguments.figure.write_text(figure(bench, text, arguments.seeds[0], wanted_criteria, arguments.batch))
     session.finish()
     return rows

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+
+from hywia_kernels.settings import BLOCK
 
 from . import document_rows
 from .document_rows import Line
 from .recoveries import LP_OWN, NONE
 
-MODEL, BLOCK = "smollm2", 128
+MODEL = "smollm2"
+Read = tuple[str, int]  # a text, and the tokens of the blocks that it was read in
 # Setting -> what it takes away, and the layers that it takes it from.
 SETTINGS = {
     "P30": ("30 % of all", "all"),
@@ -33,9 +35,9 @@ _TEXTS = {"wikitext2_raw_test.txt": "WikiText-2"}
 
 @dataclass
 class Runs:
-    """The rows of one model, or of one criterion, setting and recovery: the latest of every seed and text."""
+    """The rows of one model, or of one criterion, setting and recovery: the latest of every seed, text and length."""
 
-    by_text: dict[str, dict[str, Line]] = field(default_factory=dict)  # text -> seed -> row
+    by_text: dict[Read, dict[str, Line]] = field(default_factory=dict)  # text and length -> seed -> row
 
     @property
     def lines(self) -> list[Line]:
@@ -50,41 +52,45 @@ class Runs:
         values = [float(row[column]) for row in self.seeds if row[column]]
         return sum(values) / len(values) if values else None
 
-    def perplexity(self, text: str) -> tuple[float, float | None] | None:
+    def perplexity(self, text: str, block: int = BLOCK) -> tuple[float, float | None] | None:
         """Geometric mean over the seeds and its standard error (None of a single seed); None where there is no row."""
-        logs = [math.log(float(row["perplexity"])) for row in self.by_text.get(text, {}).values()]
+        logs = [math.log(float(row["perplexity"])) for row in self.by_text.get((text, block), {}).values()]
         if not logs:
             return None
         mean = math.exp(sum(logs) / len(logs))
         return mean, mean * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else None
 
 
-def text_name(file: str) -> str:
-    return _TEXTS.get(file, file.rpartition(".")[0].replace("_", " "))
+def read_of(row: Line) -> Read:
+    return row["text"], int(row["block"])
+
+
+def text_name(file: str, block: int = BLOCK) -> str:
+    """What a table calls a text, and its blocks where they have not the usual length."""
+    name = _TEXTS.get(file, file.rpartition(".")[0].replace("_", " "))
+    return name if block == BLOCK else f"{name}, {block:,} tokens"
 
 
 def _is_comparable(row: Line) -> bool:
-    """Of this model, in blocks of the usual length, of the setting's own layers."""
-    block = re.search(r"--block[ =](\d+)", row["command"])
+    """Of this model, of the setting's own layers."""
     layers = SETTINGS.get(row["setting"], ("", row["layers"]))[1]
-    same = row["model"] == MODEL and (block is None or int(block[1]) == BLOCK)
-    return same and (row["criterion"] == "dense" or row["layers"] == layers)
+    return row["model"] == MODEL and (row["criterion"] == "dense" or row["layers"] == layers)
 
 
 def found() -> list[Line]:
-    """Rows that can stand beside each other, oldest first: of every text those that read most of it."""
+    """Rows that can stand beside each other, oldest first: of every text and length those that read most of it."""
     lines = [row for row in document_rows.read("quality") if _is_comparable(row)]
-    whole: dict[str, int] = {}
+    whole: dict[Read, int] = {}
     for row in lines:
-        whole[row["text"]] = max(whole.get(row["text"], 0), int(row["blocks"]))
-    return [row for row in lines if int(row["blocks"]) == whole[row["text"]]]
+        whole[read_of(row)] = max(whole.get(read_of(row), 0), int(row["blocks"]))
+    return [row for row in lines if int(row["blocks"]) == whole[read_of(row)]]
 
 
 def runs(lines: Iterable[Line], wanted: Callable[[Line], bool]) -> Runs:
     made = Runs()
     for row in lines:
         if wanted(row):
-            made.by_text.setdefault(row["text"], {})[row["seed"]] = row
+            made.by_text.setdefault(read_of(row), {})[row["seed"]] = row
     return made
 
 

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from hywia_kernels.settings import BLOCK
+
 from .document_rows import Line, markdown, sources
-from .quality_rows import METHODS, RECOVERIES, SETTINGS, Runs, dense, found, of, present, text_name
+from .quality_rows import METHODS, RECOVERIES, SETTINGS, Runs, dense, found, of, present, read_of, text_name
 
-_TEXT = "wikitext2_raw_test.txt"
-_DEEP = "P50"  # the setting of which the short table shows tasks and seconds
+TEXT = "wikitext2_raw_test.txt"
+_LONG = 2048  # tokens of a block, beside the usual length
+_DEEP = "P50"  # the setting of which the short table shows long blocks, tasks and seconds
 
 
-def _with_error(value: float | None, error: float | None, digits: int = 1) -> str:
+def with_error(value: float | None, error: float | None, digits: int = 1) -> str:
+    """A figure and its standard error, as far as there are any."""
     if value is None:
         return ""
     told = f"{value:,.{digits if value < 1000 else 0}f}"
     return told if error is None else f"{told} ± {error:,.{digits if value < 1000 else 0}f}"
 
 
-def _perplexity(runs: Runs, text: str) -> str:
-    return _with_error(*(runs.perplexity(text) or (None, None)))
+def _perplexity(runs: Runs, text: str, block: int = BLOCK) -> str:
+    return with_error(*(runs.perplexity(text, block) or (None, None)))
 
 
 def _tasks(runs: Runs) -> str:
     """The mean of the seven tasks with its standard error over questions; rows of earlier runs lack the latter."""
     error = runs.mean("mean_se")
-    return "" if error is None else _with_error(runs.mean("mean"), error)
+    return "" if error is None else with_error(runs.mean("mean"), error)
 
 
 def _seconds(runs: Runs, *columns: str) -> float | None:
@@ -36,7 +40,8 @@ def _count(value: float | None) -> str:
 
 
 def short() -> str:
-    """A line for each method and recovery: perplexity on WikiText-2 by setting; tasks and cost of the deepest cut.
+    """A line for each method and recovery: perplexity on WikiText-2 by setting; of the deepest cut in long blocks
+    too, its tasks and its cost.
     Columns without a figure are left out."""
     lines = found()
     used: list[Line] = []
@@ -47,14 +52,14 @@ def short() -> str:
         shown.append((METHODS[method], RECOVERIES[recovery], f"{int(samples):,}", by_setting))
     head = ["", "recovery", "samples scored"]
     head += [f"{name} ({told})" for name, (told, _) in SETTINGS.items()]
-    head += [f"tasks, {_DEEP}", f"seconds, {_DEEP}"]
+    head += [f"{_DEEP}, blocks of {_LONG:,}", f"tasks, {_DEEP}", f"seconds, {_DEEP}"]
     table = []
     for name, recovery, samples, by_setting in shown:
         settings = list(by_setting.values())
         used += [row for runs in settings for row in runs.lines]
         deep = by_setting[_DEEP]
         spent = None if name == "dense" else _seconds(deep, "seconds", "text_seconds", "recovery_seconds")
-        cells = [_perplexity(runs, _TEXT) for runs in settings]
+        cells = [_perplexity(runs, TEXT) for runs in settings] + [_perplexity(deep, TEXT, _LONG)]
         table.append([name, recovery, samples, *cells, _tasks(deep), _count(spent)])
     empty = {i for i in range(3, len(head)) if not any(line[i] for line in table[1:])}
     kept = [[cell for i, cell in enumerate(line) if i not in empty] for line in (head, *table)]
@@ -62,9 +67,10 @@ def short() -> str:
 
 
 def whole() -> str:
-    """A line for each setting, method and recovery, with every text."""
+    """A line for each setting, method and recovery, with every text in blocks of every length."""
     lines = found()
-    texts = list(dict.fromkeys(row["text"] for row in lines))
+    files = list(dict.fromkeys(row["text"] for row in lines))
+    texts = sorted({read_of(row) for row in lines}, key=lambda read: (files.index(read[0]), read[1]))
     used: list[Line] = []
     table = []
 
@@ -73,7 +79,7 @@ def whole() -> str:
         removed = runs.mean("removed")
         told = [name, method, recovery, samples]
         told += ["" if method == "dense" or removed is None else f"{100 * removed:.1f} %"]
-        told += [_perplexity(runs, text) for text in texts]
+        told += [_perplexity(runs, *read) for read in texts]
         divergence = runs.mean("divergence")
         told += ["" if divergence is None else f"{divergence:.3f}", _tasks(runs)]
         costs = [] if method == "dense" else [("seconds",), ("text_seconds", "recovery_seconds")]
@@ -85,7 +91,7 @@ def whole() -> str:
             runs = of(lines, method, samples, setting, recovery)
             if runs.lines:
                 add(setting, METHODS[method], RECOVERIES[recovery], f"{int(samples):,}", runs)
-    head = ["", "method", "recovery", "samples scored", "parameters less", *(text_name(text) for text in texts)]
+    head = ["", "method", "recovery", "samples scored", "parameters less", *(text_name(*read) for read in texts)]
     head += ["divergence", "tasks", "s to cut", "s to recover", "runs"]
     empty = {i for i in range(4, len(head)) if not any(line[i] for line in table)}
     kept = [[cell for i, cell in enumerate(line) if i not in empty] for line in (head, *table)]

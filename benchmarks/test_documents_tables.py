@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from . import document_figure, document_tables, documents, quality_tables
+from . import document_figure, document_tables, documents, history_table, quality_tables, rows, trial_tables
 
 
 @pytest.mark.parametrize("path", documents.documents(), ids=lambda path: path.name)
@@ -79,6 +79,7 @@ def quality_row(criterion, setting, perplexity, seed="0", recovery="none", text=
         "model": "smollm2",
         "layers": "all",
         "blocks": "9",
+        "block": "128",
         "samples": "10",
         "removed": "0.301",
         "date": "2026-02-02",
@@ -113,7 +114,6 @@ def quality(monkeypatch):
         quality_row("recipe", "P50", 90, recovery="self", samples="96", removed="0.5", **costs, **tasks),
         quality_row("recipe", "P30", 1, samples="96", model="another"),
         quality_row("recipe", "P30", 2, samples="96", blocks="3"),
-        quality_row("recipe", "P30", 3, samples="96", command="python -m benchmarks.quality --block 2048"),
         quality_row("recipe", "A50", 4, samples="96"),  # of all layers: not the setting's
     ]
     monkeypatch.setattr("benchmarks.rows.read", lambda path: lines if path.name == "quality.csv" else [])
@@ -143,6 +143,127 @@ def test_whole_table_of_quality(quality):
         "| P30 | **this package** | none | 96 | 30.1 % | 100.0 |  |  |  |  |  | 1 |",
         "| P30 | **this package** | this package's | 96 | 30.1 % | 70.0 | 40.0 | 0.250 |  | 4.0 | 36 | 1 |",
         "| P50 | **this package** | this package's | 96 | 50.0 % | 90.0 |  |  | 43.2 ± 0.5 | 4.0 | 36 | 1 |",
+    ]
+
+
+def test_long_blocks_have_columns_where_there_are_rows(monkeypatch):
+    long = {"block": "2048", "blocks": "2"}
+    lines = [
+        quality_row("dense", "P50", 50, samples="0"),
+        quality_row("dense", "P50", 20, samples="0", **long),
+        quality_row("dense", "P50", 999, samples="0", block="2048", blocks="1"),  # of less text
+        quality_row("recipe", "P50", 90, samples="96", removed="0.5"),
+        quality_row("recipe", "P50", 40, samples="96", removed="0.5", **long),
+        quality_row("recipe", "P50", 48.4, seed="1", samples="96", removed="0.5", **long),
+    ]
+    monkeypatch.setattr("benchmarks.rows.read", lambda path: lines if path.name == "quality.csv" else [])
+    assert quality_tables.short().splitlines()[:4] == [
+        "|  | recovery | samples scored | P50 (50 % of all) | P50, blocks of 2,048 |",
+        "| --- | --- | --- | --- | --- |",
+        "| dense |  |  | 50.0 | 20.0 |",
+        "| **this package** | none | 96 | 90.0 | 44.0 ± 4.2 |",
+    ]
+    assert quality_tables.whole().splitlines()[:4] == [
+        "|  | method | recovery | samples scored | parameters less | WikiText-2 | WikiText-2, 2,048 tokens | runs |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "|  | dense |  |  |  | 50.0 | 20.0 | 1 |",
+        "| P50 | **this package** | none | 96 | 50.0 % | 90.0 | 44.0 ± 4.2 | 2 |",
+    ]
+    lines.append(quality_row("flap", "P50", 300, removed="0.5"))
+    assert document_figure.perplexities()[0]["this package"] == [(0.0, 50.0), (50.0, 90.0)]
+
+
+def test_history_has_a_line_for_each_device_and_commit(monkeypatch):
+    old, new = {**RUN, "date": "2026-01-01T10:00Z", "commit": "old"}, {**RUN, "date": "2026-01-02T10:00Z"}
+    again = {**new, "date": "2026-01-02T11:00Z"}
+    scored = {"shape": "7b", "layers": "32", "flow": "fast", "samples": "10", "length": "128"}
+    product = {"op": "linear_importance", "case": "11008x4096 bf16 rows 128x128 second", "implementation": "cuda"}
+    whole = {"shape": "7b", "layers": "32", "ratio": "0.5", "recover_tokens": "0", "step": "all"}
+    files = {
+        "engine": [
+            {**old, **scored, "ratio_to_plain": "1.5"},
+            {**again, **scored, "ratio_to_plain": "1.094"},
+            {**new, **scored, "ratio_to_plain": "1.3"},
+            {**new, **scored, "flow": "lean", "ratio_to_plain": "9"},
+            {**again, **scored, "samples": "128", "ratio_to_plain": "9"},
+        ],
+        "results": [
+            {**old, **product, "share_of_baseline": "0.684"},
+            {**old, **product, "implementation": "eager", "share_of_baseline": "0.02"},
+        ],
+        "recipe": [
+            {**new, **whole, "device": "A GPU", "seconds": "25.667"},
+            {**new, **whole, "device": "A GPU", "recover_tokens": "100", "seconds": "900"},
+        ],
+        "quality": [
+            quality_row("dense", "P50", 50, samples="0"),
+            quality_row("recipe", "P50", 100, samples="96", date="2026-01-02"),
+            quality_row("recipe", "P50", 121, samples="96", date="2026-01-02", seed="1"),
+            quality_row("recipe", "P50", 70, samples="96", date="2026-01-01", commit="old", recovery="self"),
+            quality_row("recipe", "P50", 30, samples="96", date="2026-01-02", block="2048"),
+            quality_row("recipe", "P30", 60, samples="96", date="2026-01-02"),
+        ],
+    }
+    monkeypatch.setattr("benchmarks.rows.read", lambda path: files.get(path.stem, []))
+    assert history_table.history().splitlines() == [
+        "| device | date | commit | scoring, × forward + backward | second order, of cuBLAS: 128 samples "
+        "| the recipe, s | P50 perplexity | P50 perplexity, recovered |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| A GPU | 2026-01-02 | abc |  |  | 25.7 |  |  |",
+        "| GPU | 2026-01-01 | old | 1.50 | 68 % |  |  | 70.0 |",
+        "| GPU | 2026-01-02 | abc | 1.09 |  |  | 110.0 ± 10.5 |  |",
+    ]
+
+
+def test_trials_have_a_line_for_each_variant(monkeypatch):
+    head = ("study", "arm", "setting", "value", "to", "unit", "where")
+    lines = [
+        ("one", "by hand", "4096²", "37.2", "", "µs", "GPU"),
+        ("one", "by hand", "of copy", "60", "61", "%", "GPU"),
+        ("one", "by rote", "4096²", "33", "", "µs", "GPU"),
+        ("two", "by hand", "error", "1e-6", "", "", "GPU"),
+        ("two", "by hand", "error", "2e-6", "", "", "CPU"),
+        *(("three", f"by {i}", f"of {i}", str(i), "9", "ms", "GPU") for i in range(1, 4)),
+    ]
+    monkeypatch.setattr(trial_tables, "read_file", lambda path: [dict(zip(head, line, strict=True)) for line in lines])
+    assert trial_tables.studies() == ["one", "two", "three"]
+    assert trial_tables.trials("one").splitlines() == [
+        "| tried | 4096², µs | of copy, % |",
+        "| --- | --- | --- |",
+        "| by hand | 37.2 | 60 to 61 |",
+        "| by rote | 33 |  |",
+        "",
+        "*Trials: GPU.*",
+    ]
+    sparse = ["| by 1 | of 1 | 1 to 9 ms |", "| by 2 | of 2 | 2 to 9 ms |", "| by 3 | of 3 | 3 to 9 ms |"]
+    assert trial_tables.trials("three").splitlines()[2:5] == sparse
+    assert trial_tables.trials("two").splitlines()[2:] == ["| by hand | 1e-6 | GPU |", "| by hand | 2e-6 | CPU |"]
+
+
+def test_trials_are_figures_and_each_is_there_once():
+    lines = rows.read(trial_tables.PATH)
+    keys = [tuple(line[name] for name in ("study", "arm", "setting", "unit", "where")) for line in lines]
+    assert len(set(keys)) == len(lines) > 100
+    assert all(float(line["value"]) != 0 and (not line["to"] or float(line["to"]) > 0) for line in lines)
+
+
+def test_linear_importance_beside_cublas(monkeypatch):
+    run = {**RUN, "device": "NVIDIA H200", "date": "2026-02-02T00:00Z", "op": "linear_importance"}
+    lines = [
+        {**run, "case": "4096x4096 bf16 rows 10x128 second", "implementation": "cuda", "share_of_baseline": "0.714"},
+        {**run, "case": "11008x4096 bf16 rows 10x128 second", "implementation": "cuda", "share_of_baseline": "0.9"},
+        {**run, "case": "4096x4096 bf16 rows 10x128 second", "implementation": "eager", "share_of_baseline": "0.02"},
+        {**run, "case": "4096x4096 bf16 rows 128x128 all", "implementation": "triton", "share_of_baseline": "0.5"},
+        {**run, "case": "4096x4096 bf16 rows 128x128 all", "implementation": "native", "cuda": ""},
+    ]
+    lines[1] = {**lines[1], "date": "2026-01-01T00:00Z"}
+    lines.append({**lines[1], "share_of_baseline": "0.767", "date": "2026-03-03T00:00Z"})
+    monkeypatch.setattr("benchmarks.rows.read", lambda path: lines if path.name == "results.csv" else [])
+    assert trial_tables.linear().splitlines()[2:] == [
+        "| all orders, sums per sample | triton | 128 × 128 | H200 | 50 % |  |  |  |  |  |",
+        "| second order | cuda | 10 × 128 | H200 | 71 % | 77 % |  |  |  |  |",
+        "",
+        "*NVIDIA H200 (torch 2, CUDA 13): 2026-02-02 at abc, 2026-03-03 at abc.*",
     ]
 
 

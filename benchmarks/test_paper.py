@@ -88,10 +88,31 @@ def test_published_rows_have_sources_and_means_of_their_tasks(tmp_path):
 
 def test_perplexities_have_no_token_before_a_block():
     model, text = fresh(TINY[3]), "a fox and a dog sleep. " * 120
-    got = texts.perplexities(model, byte_tokenizer(), text, batch=2, most=3)
+    got = texts.perplexities(model, texts.cut(byte_tokenizer(), text, texts.BLOCKS, most=3), batch=2)
     ids = torch.tensor(list(byte_tokenizer()(text)["input_ids"]))
     for block, count in ((128, 3), (2048, 1)):
         assert got[block] == pytest.approx(hk.perplexity(model, ids[: count * block].view(count, block)), rel=1e-5)
+
+
+def test_blocks_of_all_lengths_read_as_many_tokens():
+    text = "a fox and a dog sleep. " * 30
+    got = texts.cut(byte_tokenizer(), text, (16, 64, 8, 512), most=9)
+    assert {length: tuple(tokens.shape) for length, tokens in got.items()} == {
+        16: (9, 16), 64: (2, 64), 8: (18, 8), 512: (1, 512),
+    }  # fmt: skip
+    assert torch.equal(got[16].flatten(), got[8].flatten())
+    assert {length: len(tokens) for length, tokens in texts.cut(byte_tokenizer(), text, (64, 512)).items()} == {
+        64: len(text) // 64, 512: 1,
+    }  # fmt: skip
+
+
+def test_long_blocks_go_through_the_model_fewer_at_a_time(monkeypatch):
+    batches: dict[int, int] = {}
+    monkeypatch.setattr(
+        "hywia_kernels.perplexity", lambda model, tokens, *, batch: batches.setdefault(tokens.shape[1], batch)
+    )
+    cuts = {length: torch.zeros(8, length, dtype=torch.int64) for length in (128, 2048, 16384)}
+    assert texts.perplexities(fresh(TINY[3]), cuts, batch=64) == batches == {128: 64, 2048: 4, 16384: 1}
 
 
 @pytest.fixture
@@ -122,7 +143,8 @@ def test_the_command_fills_a_row_for_every_model_and_recovery(folder, capsys):
         ("papers50", "none"), ("papers50", "self"), ("ratio20", "none"), ("ratio20", "self"),
     ]  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), model.parameters(), strict=True))
-    own = texts.perplexities(dense, byte_tokenizer(), (folder / "one.txt").read_text(), 64, 2)
+    text = (folder / "one.txt").read_text()
+    own = texts.perplexities(dense, texts.cut(byte_tokenizer(), text, texts.BLOCKS, 2), 64)
     assert (rows[0].text_128, rows[0].text_2048) == pytest.approx((own[128], own[2048]), rel=1e-5)
     assert [r.layers for r in rows] == ["", "0:3", "0:3", "all", "all"]
     for row in rows[1:]:

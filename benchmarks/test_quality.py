@@ -220,6 +220,28 @@ def test_the_command_measures_and_leaves_the_model_whole(model, tokenizer, folde
     assert "hybrid" in page
 
 
+def test_several_lengths_of_blocks_give_a_row_each(model, tokenizer, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("a quick brown fox jumps over the lazy dog, and then it sleeps. " * 20)
+    options = ["--device", "cpu", "--calib", str(text), "--text", str(text), "--block", "16", "64", "--seeds", "0"]
+    options += ["--layers", "0:2", "--settings", "A50", "--only", "magnitude", "--csv", str(tmp_path / "q.csv")]
+    rows = quality.run(quality._arguments(options), model, tokenizer, options)
+    count = len(tokenizer(text.read_text())["input_ids"])
+    assert [(r.block, r.blocks) for r in rows] == [(16, count // 16), (64, count // 64)]
+    written = read(tmp_path / "q.csv")
+    assert [(r["criterion"], r["block"]) for r in written] == [
+        ("dense", "16"), ("dense", "64"), ("magnitude", "16"), ("magnitude", "64"),
+    ]  # fmt: skip
+    for row in written[:2]:
+        length = int(row["block"])
+        ids = torch.tensor(list(tokenizer(text.read_text())["input_ids"]))[: count // length * length]
+        assert float(row["perplexity"]) == pytest.approx(hk.perplexity(model, ids.view(-1, length)), rel=1e-4)
+    printed = capsys.readouterr().out
+    assert "text.txt, blocks of 16\n\n| criterion |" in printed
+    assert "text.txt, blocks of 64\n\n| criterion |" in printed
+    assert quality._arguments(["--device", "cpu", "--calib", "x", "--text", "x"]).block == [128]
+
+
 def test_the_table_is_the_geometric_mean_over_seeds_and_settings():
     run = Environment.record(torch.device("cpu"), "module", [], 0)
     made = [

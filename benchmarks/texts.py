@@ -1,10 +1,13 @@
-"""The two texts of the papers' perplexities: WikiText-2's raw test split and Penn Treebank's validation split."""
+"""Texts as perplexity reads them, in blocks of one or several lengths; and those of the papers, WikiText-2's raw test
+split and Penn Treebank's validation split."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 import hywia_kernels as hk
 from hywia_kernels.evaluation import blocks
@@ -45,17 +48,33 @@ def _of_hub(name: str, data: str, config: str | None, revision: str | None, spli
     return "\n\n".join(rows)
 
 
-def perplexities(model: Any, tokenizer: Any, text: str, batch: int, most: int | None) -> dict[int, float]:
-    """Tokens of a block -> perplexity, by the papers' protocol: the whole text is tokenised and cut, without a
-    beginning-of-text token before each block. Blocks longer than the model's positions are left out.
+def cut(tokenizer: Any, text: str, lengths: Sequence[int], most: int | None = None) -> dict[int, Tensor]:
+    """Tokens of a block -> the text's blocks, int64 `[blocks, length]`, by the papers' protocol: the whole text is
+    tokenised and cut, without a beginning-of-text token before each block.
 
     Args:
-        batch: blocks of 128 tokens at a time, fewer of longer ones. most: blocks of each length; None: all.
+        most: blocks of the first length; of the others as many as hold these blocks' tokens, at least one. None: all.
+
+    Raises:
+        UsageError, HywiaError: as `blocks`; the text must hold a block of every length.
     """
-    limit = positions(model)
     found = {}
-    for block in BLOCKS:
-        if limit is None or block <= limit:
-            tokens = blocks(tokenizer, text, block, most, bos=False)
-            found[block] = hk.perplexity(model, tokens, batch=max(1, batch * BLOCKS[0] // block))
+    for length in lengths:
+        count = None if most is None else max(1, most * lengths[0] // length)
+        found[length] = blocks(tokenizer, text, length, count, bos=False)
     return found
+
+
+def perplexities(model: Any, cuts: Mapping[int, Tensor], batch: int) -> dict[int, float]:
+    """Tokens of a block -> perplexity of the blocks that `cut` gives; lengths beyond the model's positions are left
+    out.
+
+    Args:
+        batch: blocks of the first length at a time; of the others as many as hold these blocks' tokens.
+    """
+    limit, first = positions(model), next(iter(cuts))
+    return {
+        length: hk.perplexity(model, tokens, batch=max(1, batch * first // length))
+        for length, tokens in cuts.items()
+        if limit is None or length <= limit
+    }

@@ -106,6 +106,15 @@ def test_commands_are_seen():
     assert ["prune", "smollm2", "-o", "smollm2-small", "--ratio", "20%"] in commands
 
 
+def test_readme_is_read_aloud_in_three_minutes():
+    """Without code, tables and headings, at an unhurried reader's 170 words a minute."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 125
+    aside = r"```.*?```|<!-- table .*?<!-- end of table -->|<!--.*?-->|^#.*?$"
+    prose = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(aside, "", text, flags=re.DOTALL | re.MULTILINE))
+    assert 300 <= len(re.findall(r"\S*\w\S*", prose)) <= 3 * 170
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 def test_options_that_are_named_exist(document):
     """Of `hywia`, of a benchmark's runner (whose own tests know them), or of pytest."""
@@ -163,6 +172,14 @@ def test_figures_of_quality_are_those_measured():
         for setting in {"A25", "A50", "B25", "B60"} & set(columns):
             if cells[setting]:
                 assert cells[setting] == f"{measured[criterion, samples, setting]:.1f}", line
+
+
+def test_figures_of_kernels_are_in_tables_alone():
+    """What was measured or tried of a kernel is in a table that is made from a file; sentences say why."""
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    text = re.sub(r"<!-- table .*?<!-- end of table -->|`[^`]*`", "", text, flags=re.DOTALL)
+    units = r"%|× as|[µmn]?s\b|TFLOP|[GT]B/s|tokens/s|cycles|times\b"
+    assert re.findall(rf"\d[\d.,]*\s?(?:{units})", text) == []
 
 
 def _lines(table_after: str) -> list[list[str]]:

@@ -4,7 +4,7 @@ The training-free scores are where the search starts. Every step masks the units
 would remove, compares the masked model's next-token distributions with the whole model's, and moves the scores along
 the gradient that the masks get ("straight through": the step function's backward is a sigmoid's). Weights stay as they
 are. Unlike a single pass over gradients this measures what units do for each other, and what is removed already. A
-step costs two forward passes and a backward pass without weight gradients: README has the price and the gain.
+step costs two forward passes and a backward pass without weight gradients: docs/recipe.md has what it gained.
 
 Straight-through estimators: Bengio et al. (arXiv 1308.3432).
 """

@@ -178,7 +178,7 @@ def reconstruct(
     Args:
         model: the model the plan is for, not cut yet; its surviving columns change in place.
         plan: of `selection.plan`.
-        batches: token ids, as `calibrate` takes them; more than were scored pay (README).
+        batches: token ids, as `calibrate` takes them; more than were scored pay (docs/recipe.md).
         ridge: of λ. The best penalty of a regression of many inputs is their number over that of observations, divided
             by the share of the target they explain, so this is about the latter's inverse. It pulls towards the weights
             as they were, not towards zero.

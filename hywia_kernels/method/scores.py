@@ -48,7 +48,7 @@ def prior(unit: str) -> float:
 
     A channel is a few thousand weights, and the sum over them is steadier than the one number a sample that the coarse
     grain has for it. A head is some hundred thousand whose effects largely cancel: their squares added up say little
-    about what happens when all of them go. The values were chosen on SmolLM2 (README, "The recipe").
+    about what happens when all of them go. The values were chosen on SmolLM2 (docs/recipe.md).
     """
     return 0.9 if unit == "channel" else 0.05
 
