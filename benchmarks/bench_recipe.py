@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace, session: Session) -> None:
         reconstruct_samples=arguments.reconstruct_samples,
         layer_passes=arguments.layer_passes,
         recover=recovery,
-    ).resolved(device.type)
+    ).resolved(device.type, sum(p.numel() for p in model.parameters()))
     tokens = models.token_ids(model, recipe.text_samples(), 128, device).cpu()
     known = {
         **models.description(model, arguments.shape, arguments.dtype),

@@ -28,6 +28,7 @@ _REFIT_SAMPLES = settings.ByDevice(
 )  # some two passes over them: minutes on two cores, seconds on a GPU
 # Passes in which a layer is trained. On two cores one of SmolLM2's takes as long as solving all of its matrices.
 _LAYER_PASSES = settings.ByDevice(cpu=0, gpu=2)
+_LARGE_PARAMETERS = 1e9  # above which one has to do on a GPU: as long again as scoring, searching and solving take
 _TUPLES = ("layers", "units", "serve")
 
 
@@ -66,7 +67,8 @@ class Recipe:
         reconstruct_samples: of the same text; None: 128 on a CPU and 1,024 on a GPU, or what the text holds of them.
         ridge: of the least squares.
         layer_passes: over the reconstruction's text, in which each layer's weights are then trained to send on what the
-            dense layer does; 0: they are not. None: 0 on a CPU and 2 on a GPU.
+            dense layer does; 0: they are not. None: 0 on a CPU, 2 on a GPU, and 1 there for
+            more than a billion parameters.
         recover: train the cut model towards the dense one's predictions: a `Recovery`, or its sources of text ("self":
             the dense model writes it); None: no recovery.
     """
@@ -217,12 +219,13 @@ class Recipe:
         """How many samples mask learning can read."""
         return self.steps * settings.LEARNING_BATCH
 
-    def resolved(self, device: str = "cpu") -> Recipe:
+    def resolved(self, device: str = "cpu", parameters: int = 0) -> Recipe:
         """The recipe with nothing left open.
 
         Args:
             device: type of the model's device, "cpu" or "cuda": how many samples are reconstructed on goes by it,
                 never by a clock, so that a run repeats.
+            parameters: of the model.
         """
         reconstruct = self.criterion == "hywia" if self.reconstruct is None else self.reconstruct
         layout, ranking = self.layout, self.head_ranking
@@ -234,7 +237,9 @@ class Recipe:
         if search is None:
             search = "fast" if self.ratio is not None and self._open(layout) and self.criterion == "hywia" else "none"
         usual = _REFIT_SAMPLES.on(device)
-        passes = _LAYER_PASSES.on(device) if self.layer_passes is None else self.layer_passes
+        passes = self.layer_passes
+        if passes is None:
+            passes = min(_LAYER_PASSES.on(device), 1 if parameters > _LARGE_PARAMETERS else 2)
         return dataclasses.replace(
             self,
             layout=layout,

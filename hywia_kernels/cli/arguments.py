@@ -174,7 +174,7 @@ def add_reconstruction(command: argparse.ArgumentParser, *, samples_only: bool =
             metavar="N",
             default=_ABSENT,
             help="passes over the text in which each layer is then trained to send on what the dense one does; "
-            "default: 0 on a CPU, 2 on a GPU",
+            "default: 0 on a CPU, 2 on a GPU, 1 there for more than a billion parameters",
         )
         group.add_argument(
             "--head-ranking",

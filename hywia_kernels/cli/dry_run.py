@@ -35,7 +35,7 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    recipe = fitted(model, recipe).resolved(torch.device(device).type)
+    recipe = fitted(model, recipe, torch.device(device))
     recipe = with_resolved_recovery(model, recipe, torch.device(device))
     plan = planning.check_reachable(model, scores, criterion=recipe.criterion, **recipe.plan_request())
     trials, samples = _trials(recipe, planning.alike(model) if scores is None else scores)

@@ -132,7 +132,9 @@ def test_passes_that_are_no_number(model, text, passes):
 
 def test_by_default_a_gpu_trains_layers_and_a_cpu_does_not():
     assert hk.Recipe(ratio=0.5).resolved("cpu").layer_passes == 0
-    assert hk.Recipe(ratio=0.5).resolved("cuda").layer_passes == 2
+    assert hk.Recipe(ratio=0.5).resolved("cuda", 135_000_000).layer_passes == 2
+    assert hk.Recipe(ratio=0.5).resolved("cuda", 7_000_000_000).layer_passes == 1
+    assert hk.Recipe(ratio=0.5, layer_passes=3).resolved("cuda", 7_000_000_000).layer_passes == 3
     assert hk.Recipe(ratio=0.5, reconstruct=False).resolved("cuda").layer_passes is None
     with pytest.raises(UsageError, match="layer_passes: expected at least 0, got -1"):
         hk.Recipe(ratio=0.5, layer_passes=-1).check()
