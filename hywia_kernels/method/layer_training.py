@@ -27,12 +27,11 @@ from ..engine.layered import hidden_of
 from ..engine.patches import reproducible
 from ..engine.static_driver import capture
 from ..errors import HywiaError
-from .layer_runs import Call
 from .layer_targets import LayerTarget, Run
 from .moments import energy
 from .narrow_layers import Narrow
 
-__all__ = ["TRAINED_TOKENS", "relative_error", "train_layer"]
+__all__ = ["TRAINED_TOKENS", "alike_runs", "relative_error", "train_layer"]
 
 TRAINED_TOKENS = 2048  # of a step
 # The peak learning rate is the lesser of this and that over the hidden size, since weights are the smaller the more
@@ -170,8 +169,8 @@ class _Trained:
     def _train(self, runs: Sequence[Run], targets: Sequence[LayerTarget], passes: int) -> None:
         generator = torch.Generator().manual_seed(_SEED + self._index)
         order = [place for _ in range(passes) for place in torch.randperm(len(runs), generator=generator).tolist()]
-        alike = _alike([run.calls[self._index] for run in runs], [run.pruned.shape for run in runs])
-        replay = self._captured(runs[0], targets[0], len(order)) if alike[0] else None
+        alike = alike_runs(runs, self._index)
+        replay = self._captured(runs[0], targets[0], len(order))
         for step, place in enumerate(order):
             self._rate.fill_(self._peak * (1.0 - step / len(order)))
             run, goal = runs[place], targets[place]
@@ -216,13 +215,15 @@ class _Trained:
         return replay
 
 
-def _alike(calls: Sequence[Call], shapes: Sequence[torch.Size]) -> list[bool]:
-    """Which runs call the layer as the first one does, and with as much text."""
-    first, spec = tree_flatten((calls[0].arguments, calls[0].keywords))
+def alike_runs(runs: Sequence[Run], index: int) -> list[bool]:
+    """Which runs have as much text as the first one, padded alike, and call a layer as that does."""
+    one = runs[0]
+    first, spec = tree_flatten((one.calls[index].arguments, one.calls[index].keywords))
     found = []
-    for call, shape in zip(calls, shapes, strict=True):
-        leaves, mine = tree_flatten((call.arguments, call.keywords))
-        found.append(shape == shapes[0] and mine == spec and all(map(_equal, first, leaves)))
+    for run in runs:
+        leaves, mine = tree_flatten((run.calls[index].arguments, run.calls[index].keywords))
+        text = run.pruned.shape == one.pruned.shape and _equal(run.rows, one.rows)
+        found.append(text and mine == spec and all(map(_equal, first, leaves)))
     return found
 
 

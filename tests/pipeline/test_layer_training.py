@@ -12,7 +12,7 @@ from hywia_kernels import UsageError
 from hywia_kernels.engine.samples import padded
 from hywia_kernels.method import layer_training
 from hywia_kernels.method.layer_targets import layer_target, run_of
-from hywia_kernels.method.layer_training import relative_error, train_layer
+from hywia_kernels.method.layer_training import alike_runs, relative_error, train_layer
 from hywia_kernels.method.narrow_layers import narrowed
 from hywia_kernels.method.surgery import zero_units
 from tests.support.tiny import TINY, fresh, make_plan
@@ -122,6 +122,19 @@ def test_sixteen_bits_are_trained_in_float32(text):
     assert all(new <= old for old, new in errors.values())
     assert any(new < 0.97 * old for old, new in errors.values())
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_runs_that_are_padded_otherwise_are_not_alike():
+    """Only runs of whole samples, or padded in the same places, go through a step that was made for one of them."""
+    model = fresh(TINY[2])
+    lengths = (7, 7, 7, 5, 6, 6)
+    samples = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    text = padded(samples)
+    runs = [run_of(model, model.model.layers, part) for part in text.chunks(14)]
+    assert [len(run.pruned) for run in runs] == [2, 2, 2]
+    assert alike_runs(runs, 1) == [True, False, False]
+    whole = [run_of(model, model.model.layers, part) for part in padded([samples[0]] * 6).chunks(14)]
+    assert alike_runs(whole, 1) == [True, True, True]
 
 
 @pytest.mark.parametrize("passes", [-1, 1.0, True, "1"])
