@@ -42,6 +42,7 @@ COLUMNS = {
     "seconds": float,
     "peak_bytes": int,  # of `all`
     "times_param_mix": float,  # of scoring's seconds
+    "layer_passes": int,
 }
 _NEVER = 1_000_000  # checks without a lower divergence: more than a run has
 
@@ -79,13 +80,15 @@ def run(arguments: argparse.Namespace, session: Session) -> None:
         align=arguments.align,
         samples=arguments.samples,
         reconstruct_samples=arguments.reconstruct_samples,
+        layer_passes=arguments.layer_passes,
         recover=recovery,
-    ).resolved(device.type)
+    ).resolved(device.type, sum(p.numel() for p in model.parameters()))
     tokens = models.token_ids(model, recipe.text_samples(), 128, device).cpu()
     known = {
         **models.description(model, arguments.shape, arguments.dtype),
         "samples": recipe.samples,
         "reconstruct_samples": recipe.reconstruct_samples,
+        "layer_passes": recipe.layer_passes,
         "ratio": arguments.ratio,
         "recover_tokens": arguments.recover_tokens or 0,
         "limit_bytes": allowed,
@@ -125,6 +128,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     common_arguments(parser, runs=3, model=models.NAMES)
     parser.add_argument("--samples", type=int, default=settings.SAMPLES)
     parser.add_argument("--reconstruct-samples", type=int, help="default: the recipe's for the device")
+    parser.add_argument("--layer-passes", type=int, help="default: the recipe's for the device")
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--align", type=int, default=64)
     parser.add_argument("--recover-tokens", type=at_least(1), metavar="N", help="that a recovery trains on")

@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,7 @@ class _Checkpoint:
                 self.llama_cpp()
 
     def vllm(self) -> Vllm:
-        fields = ("tensor_parallel", "eager", "share", "dummy", "quantization", "remote", "implementation")
-        settings = VllmSettings(**{name: getattr(self.arguments, name) for name in fields})
+        settings = VllmSettings(**{field.name: getattr(self.arguments, field.name) for field in fields(VllmSettings)})
         return Vllm(self.path, self.most, self.length, self.arguments.dtype, settings)
 
     def llama_cpp(self) -> None:
@@ -209,6 +209,7 @@ def add_vllm(parser: argparse.ArgumentParser) -> None:
     of.add_argument(
         "--implementation", metavar="NAME", help="transformers: its code of the family with vLLM's attention"
     )
+    of.add_argument("--attention", metavar="BACKEND", help="as TRITON_ATTN; default: the one that vLLM takes by itself")
     of.add_argument("--remote", action="store_true", help="run a directory's code: Nemotron-NAS blocks need it")
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from . import history_table, op_tables, quality_tables, scale_paper, trial_tables
+from . import history_table, op_tables, quality_tables, scale_paper, scale_tables, trial_tables
 from .document_rows import figure, latest, markdown, percent, read, sources
 
 
@@ -258,4 +258,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear": trial_tables.linear,
     **{f"trials {study}": partial(trial_tables.trials, study) for study in trial_tables.studies()},
     "scale": scale,
+    "streamed": scale_tables.measured,
 }

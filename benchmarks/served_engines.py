@@ -146,6 +146,7 @@ class VllmSettings:
         quantization: by which vLLM makes weights smaller as it loads them, as "fp8"; None: not.
         remote: code that the directory carries may run, without which vLLM does not read Nemotron-NAS blocks.
         implementation: "transformers" runs the family's own code with vLLM's attention; None: vLLM's own model.
+        attention: of vLLM's attention backends, as "TRITON_ATTN"; None: the one that it takes by itself.
     """
 
     tensor_parallel: int = 1
@@ -155,6 +156,7 @@ class VllmSettings:
     quantization: str | None = None
     remote: bool = False
     implementation: str | None = None
+    attention: str | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Of `vllm.LLM`."""
@@ -169,6 +171,8 @@ class VllmSettings:
             given["trust_remote_code"] = True
         if self.implementation is not None:
             given["model_impl"] = self.implementation
+        if self.attention is not None:
+            given["attention_backend"] = self.attention
         return given
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 
@@ -17,7 +18,7 @@ from tests.support.tokenizers import byte_tokenizer
 
 from . import bench_served, gguf_files, rows
 from .served_agreement import Reference
-from .served_engines import Engine, LlamaCpp, RefusedError, Transformers
+from .served_engines import Engine, LlamaCpp, RefusedError, Transformers, VllmSettings
 
 CPU = torch.device("cpu")
 SIZES = ["--device", "cpu", "--context", "5", "--new", "3", "--runs", "1", "--seed", "3"]
@@ -129,6 +130,19 @@ def test_arguments_that_do_not_go(capsys, more, message):
     with pytest.raises(SystemExit):
         bench_served.main(["smollm2", *more])
     assert message in capsys.readouterr().err
+
+
+def test_what_vllm_is_asked_for():
+    assert VllmSettings().arguments() == {"tensor_parallel_size": 1, "enforce_eager": False}
+    parser = argparse.ArgumentParser()
+    bench_served.add_vllm(parser)
+    flags = "--tensor-parallel 2 --eager --share 0.5 --dummy --quantization fp8 --attention TRITON_ATTN --remote"
+    given = vars(parser.parse_args([*flags.split(), "--implementation", "transformers"]))
+    assert VllmSettings(**given).arguments() == {
+        **{"tensor_parallel_size": 2, "enforce_eager": True, "gpu_memory_utilization": 0.5, "load_format": "dummy"},
+        **{"skip_tokenizer_init": True, "quantization": "fp8", "attention_backend": "TRITON_ATTN"},
+        **{"trust_remote_code": True, "model_impl": "transformers"},
+    }
 
 
 def test_llama_cpp_writes_the_same(checkpoint, vocabulary, tmp_path):

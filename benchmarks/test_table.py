@@ -12,6 +12,7 @@ from . import (
     bench_distillation,
     bench_engine,
     bench_integrations,
+    bench_large,
     bench_pruned,
     bench_recipe,
     bench_width,
@@ -113,6 +114,7 @@ PUBLISHED = {
     "quality": quality,
     "distillation": bench_distillation,
     "recipe": bench_recipe,
+    "large": bench_large,
 }
 
 

@@ -26,6 +26,9 @@ __all__ = ["Recipe"]
 _REFIT_SAMPLES = settings.ByDevice(
     cpu=128, gpu=1024
 )  # some two passes over them: minutes on two cores, seconds on a GPU
+# Passes in which a layer is trained. On two cores one of SmolLM2's takes as long as solving all of its matrices.
+_LAYER_PASSES = settings.ByDevice(cpu=0, gpu=2)
+_LARGE_PARAMETERS = 1e9  # above which one has to do on a GPU: as long again as scoring, searching and solving take
 _TUPLES = ("layers", "units", "serve")
 
 
@@ -63,6 +66,9 @@ class Recipe:
         reconstruct: solve the surviving output columns by least squares; None: with criterion "hywia".
         reconstruct_samples: of the same text; None: 128 on a CPU and 1,024 on a GPU, or what the text holds of them.
         ridge: of the least squares.
+        layer_passes: over the reconstruction's text, in which each layer's weights are then trained to send on what the
+            dense layer does; 0: they are not. None: 0 on a CPU, 2 on a GPU, and 1 there for
+            more than a billion parameters.
         recover: train the cut model towards the dense one's predictions: a `Recovery`, or its sources of text ("self":
             the dense model writes it); None: no recovery.
     """
@@ -91,6 +97,7 @@ class Recipe:
     reconstruct: bool | None = None
     reconstruct_samples: int | None = None
     ridge: float = settings.RIDGE
+    layer_passes: int | None = None
     recover: Recovery | None = None
 
     def __post_init__(self) -> None:
@@ -115,6 +122,8 @@ class Recipe:
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1)
         _whole("seed", self.seed, 0)
+        if self.layer_passes is not None:
+            _whole("layer_passes", self.layer_passes, 0)
         if not (_number(self.ridge) and self.ridge > 0 and math.isfinite(self.ridge)):
             raise UsageError(f"ridge: expected a positive number, got {self.ridge!r}")
         _one_of("criterion", self.criterion, settings.CRITERIA)
@@ -210,12 +219,13 @@ class Recipe:
         """How many samples mask learning can read."""
         return self.steps * settings.LEARNING_BATCH
 
-    def resolved(self, device: str = "cpu") -> Recipe:
+    def resolved(self, device: str = "cpu", parameters: int = 0) -> Recipe:
         """The recipe with nothing left open.
 
         Args:
             device: type of the model's device, "cpu" or "cuda": how many samples are reconstructed on goes by it,
                 never by a clock, so that a run repeats.
+            parameters: of the model.
         """
         reconstruct = self.criterion == "hywia" if self.reconstruct is None else self.reconstruct
         layout, ranking = self.layout, self.head_ranking
@@ -227,6 +237,9 @@ class Recipe:
         if search is None:
             search = "fast" if self.ratio is not None and self._open(layout) and self.criterion == "hywia" else "none"
         usual = _REFIT_SAMPLES.on(device)
+        passes = self.layer_passes
+        if passes is None:
+            passes = min(_LAYER_PASSES.on(device), 1 if parameters > _LARGE_PARAMETERS else 2)
         return dataclasses.replace(
             self,
             layout=layout,
@@ -234,6 +247,7 @@ class Recipe:
             head_ranking=ranking,
             reconstruct=reconstruct,
             reconstruct_samples=(self.reconstruct_samples or usual) if reconstruct else None,
+            layer_passes=passes if reconstruct else None,
         )
 
     def _open(self, layout: str | None) -> bool:
@@ -250,7 +264,7 @@ class Recipe:
         if self.fusion != settings.LEARNED:
             reasons.setdefault("steps", "--fusion learned")
         if self.reconstruct is False or (self.reconstruct is None and self.criterion != "hywia"):
-            reasons |= dict.fromkeys(("ridge", "reconstruct_samples"), "--reconstruct")
+            reasons |= dict.fromkeys(("ridge", "reconstruct_samples", "layer_passes"), "--reconstruct")
         if isinstance(self.group_ratio, Mapping):
             reasons["units"] = "a --group-ratio that does not name the kinds already"
         if self.search != "none" and not self._open(self.resolved().layout):

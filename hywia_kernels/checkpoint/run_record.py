@@ -61,6 +61,7 @@ _REQUEST = (
     ("plan.scores.statistics.seq_len", "tokens a sample"),
     ("plan.scores.statistics.seed", "seed"),
     ("plan.refit.ridge", "ridge of the reconstruction"),
+    ("plan.refit.passes", "passes in which layers were trained"),
 )
 _OUTCOME = (
     ("plan.target", "planned for the device"),

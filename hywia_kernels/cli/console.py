@@ -203,7 +203,7 @@ def print_proof(proof: Proof) -> None:
 
 
 def print_reconstruction(plan: Plan) -> None:
-    """The mean squared error of the matrices' outputs before and after reconstruction."""
+    """The mean squared error of matrices' outputs, and of layers that were trained, before and after reconstruction."""
     done = plan.record.get("refit")
     errors = list(done["relative_error"].values()) if done else []
     if done and errors:
@@ -211,6 +211,13 @@ def print_reconstruction(plan: Plan) -> None:
         say(
             f"reconstructed {len(errors)} matrices on {done['samples']:,} samples, {done['tokens']:,} tokens, in "
             f"{done['seconds']:.1f} s: mean squared error of their outputs {before:.3f} -> {after:.3f} of the outputs'"
+        )
+    trained = list(done.get("layer_error", {}).values()) if done else []
+    if done and trained:
+        before, after = (sum(pair[i] for pair in trained) / len(trained) for i in (0, 1))
+        say(
+            f"  and trained {len(trained)} layers, {done['passes']} passes each: mean squared error of what leaves "
+            f"them {before:.4f} -> {after:.4f} of it"
         )
 
 

@@ -35,7 +35,7 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    recipe = fitted(model, recipe).resolved(torch.device(device).type)
+    recipe = fitted(model, recipe, torch.device(device))
     recipe = with_resolved_recovery(model, recipe, torch.device(device))
     plan = planning.check_reachable(model, scores, criterion=recipe.criterion, **recipe.plan_request())
     trials, samples = _trials(recipe, planning.alike(model) if scores is None else scores)
@@ -53,6 +53,7 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
         writes=scores is None and recipe.calibration is None and recipe.text_samples() > 0,
         ranks_heads=heads_go and recipe.head_ranking == "residual",
         reconstruct_samples=recipe.reconstruct_samples or 0,
+        layer_passes=recipe.layer_passes or 0,
         recover=recipe.recover,
         trials=trials,
         trial_samples=samples,

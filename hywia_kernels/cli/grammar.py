@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Iterator
-from importlib import metadata
 from typing import NoReturn
 
-from .. import settings
+from .. import __version__, settings
 from ..deploy import device_profiles, serving_rules
 from . import arguments as shared
 
@@ -40,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The parser of `hywia`; each command's name is its module's beside this one."""
     root = _Parser(prog="hywia", description="Structured pruning of language models by HyWIA.")
-    root.add_argument("--version", action="version", version=f"hywia_kernels {metadata.version('hywia_kernels')}")
+    root.add_argument("--version", action="version", version=f"hywia_kernels {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _score(commands.add_parser("score", help="measure a model once; keep statistics, scores and text"))
     _prune(commands.add_parser("prune", help="write a smaller model"))

@@ -46,9 +46,8 @@ def check(
     recipe.check()
     prove(model)
     asked, searched = recipe.reconstruct_samples, recipe.search
-    recipe = fitted(model, recipe)
     device = device_of(model) if stored_for is None else stored_for
-    recipe = recipe.resolved(device.type)
+    recipe = fitted(model, recipe, device)
     if searched is None and measured is not None and measured.tokens is None:
         recipe = replace(recipe, search="none")  # the usual search needs text; one that was asked for is refused below
     if measured is not None and stored_for is None and measured.scores.fingerprint != fingerprint(model):

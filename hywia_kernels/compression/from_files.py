@@ -103,6 +103,7 @@ def compress_files(
                 path,
                 refit=text,
                 ridge=recipe.ridge,
+                passes=recipe.layer_passes or 0,
                 record={**record, **(more or {})},
                 device=device,
                 overwrite=overwrite,

@@ -104,7 +104,7 @@ def compress(
             if recipe.reconstruct:
                 text = first_samples(measured.tokens, recipe.reconstruct_samples or 1, "the reconstruction")
                 with clock.time("reconstruction"):
-                    plan = reconstruct(model, plan, text, ridge=recipe.ridge)
+                    plan = reconstruct(model, plan, text, ridge=recipe.ridge, passes=recipe.layer_passes or 0)
             with clock.time("cut"):
                 surgery.prune(model, plan, backend=backend)
             record: dict[str, Any] = {

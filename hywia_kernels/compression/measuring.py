@@ -132,18 +132,20 @@ def measure(
     recipe.check(scoring_only=True)
     prove(_network(model))
     device = device_of(model) if streaming is None else streaming.device
-    asked, recipe = recipe.reconstruct_samples, fitted(_network(model), recipe).resolved(device.type)
+    asked, recipe = recipe.reconstruct_samples, fitted(_network(model), recipe, device)
     return measured_with(model, tokenizer, recipe, asked, tokens, Clock(device), backend, engine, memory, streaming)
 
 
-def fitted(model: Any, recipe: Recipe) -> Recipe:
-    """The recipe with what follows from a model of which no layer runs by itself (`Architecture.together`).
+def fitted(model: Any, recipe: Recipe, device: torch.device) -> Recipe:
+    """The resolved recipe, by the model's size, by where it will run, and by what can be done to it: of some models no
+    layer runs by itself (`Architecture.together`).
 
     Raises:
         UsageError: it asks for what runs layers one at a time.
     """
+    parameters = sum(p.numel() for p in model.parameters())
     if not architecture(model).together:
-        return recipe
+        return recipe.resolved(device.type, parameters)
     alone: dict[str, Any] = {"reconstruct": False, "search": "none", "head_ranking": "scores"}
     for name, value in alone.items():
         if getattr(recipe, name) not in (None, value):
@@ -151,7 +153,7 @@ def fitted(model: Any, recipe: Recipe) -> Recipe:
                 f"{name}: expected {value!r} for a model whose layers hand on more than hidden states, so that none of "
                 f"them runs by itself, got {getattr(recipe, name)!r}; leave it out"
             )
-    return replace(recipe, **alone)
+    return replace(recipe, **alone).resolved(device.type, parameters)
 
 
 def measured_with(
@@ -230,6 +232,6 @@ def with_text(
     Raises:
         HywiaError: as `measure`.
     """
-    asked, recipe = recipe.reconstruct_samples, fitted(model, recipe).resolved((device or device_of(model)).type)
+    asked, recipe = recipe.reconstruct_samples, fitted(model, recipe, device or device_of(model))
     tokens, text = _read(model, tokenizer, recipe, asked)
     return replace(measured, tokens=tokens, record={**measured.record, "text": text})

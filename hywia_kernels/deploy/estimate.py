@@ -25,6 +25,7 @@ from ..engine.memory import free_bytes, scoring_bytes
 from ..engine.samples import padded
 from ..errors import UsageError
 from ..method.equations import can_hold
+from ..method.layer_training import TRAINED_TOKENS
 from ..method.recovery.job import asked_tokens, micro_tokens
 from ..method.recovery.request import Recovery
 from ..method.recovery.tuning import training_bytes
@@ -87,6 +88,7 @@ def estimate(
     layer_samples: int = 0,
     layers_priced: int = 0,
     reconstruct_samples: int = 0,
+    layer_passes: int = 0,
     recover: Recovery | None = None,
     trials: int = 0,
     trial_samples: tuple[int, int] = (0, 0),
@@ -102,7 +104,7 @@ def estimate(
         writes: the model writes the text, as many samples as scoring or reconstruction takes.
         ranks_heads: heads are ranked by a regression, on the samples that are scored.
         layer_samples: on which whole layers are scored, 0 for none. layers_priced: how many of them get a price.
-        reconstruct_samples: 0 for none.
+        reconstruct_samples: 0 for none. layer_passes: over them in which each layer is trained.
         recover: the recovery that follows, resolved; None: none.
         trials: plans that a search tries. trial_samples: that each is refitted and judged on.
         ratio: share of the units that goes.
@@ -119,6 +121,7 @@ def estimate(
         ("layer_samples", layer_samples, 0),
         ("layers_priced", layers_priced, 0),
         ("reconstruct_samples", reconstruct_samples, 0),
+        ("layer_passes", layer_passes, 0),
         ("trials", trials, 0),
         *(("trial_samples", count, 0) for count in trial_samples),
     ):
@@ -136,7 +139,8 @@ def estimate(
         "head ranking": _ranking(work, groups, scored, seq_len, rates),
         "layer ranking": _layer_ranking(work, layer_samples, seq_len, layers_priced, rates),
         "searching": _searching(work, groups, trials, trial_samples, seq_len, 1.0 - ratio, rates),
-        "reconstruction": _reconstruction(work, groups, reconstruct_samples, seq_len, 1.0 - ratio, rates),
+        "reconstruction": _reconstruction(work, groups, reconstruct_samples, seq_len, 1.0 - ratio, rates)
+        + _layer_training(work, reconstruct_samples, seq_len, layer_passes, 1.0 - ratio, rates),
         "cutting": _CUT_COPIES * work.weight_bytes / rates.copies if ratio else 0.0,
         "recovery text": _recovery_text(work, recover, where, rates),
         "recovery": _recovery(work, recover, 1.0 - ratio, rates),
@@ -151,7 +155,8 @@ def estimate(
             _scoring_bytes(model, groups, samples, seq_len, where),
             _ranking_bytes(work, groups, scored, seq_len),
             _layer_ranking_bytes(work, layer_samples, seq_len),
-            _reconstruction_bytes(work, groups, reconstruct_samples, seq_len, 1.0 - ratio),
+            _reconstruction_bytes(work, groups, reconstruct_samples, seq_len, 1.0 - ratio)
+            + _layer_training_bytes(work, reconstruct_samples, layer_passes, 1.0 - ratio),
             _recovery_bytes(model, work, recover, 1.0 - ratio, where),
             _searching_bytes(work, groups, trials, trial_samples, seq_len, 1.0 - ratio),
         ),
@@ -268,6 +273,14 @@ def _reconstruction(work: Cost, groups: Any, samples: int, seq_len: int, kept: f
     )
 
 
+def _layer_training(work: Cost, samples: int, seq_len: int, passes: int, kept: float, rates: Rates) -> float:
+    """Each pass a forward and a backward of the layers that are left, and two forwards that measure what it brought."""
+    if not passes or kept == 1.0:
+        return 0.0
+    forward = kept * _forward(work, samples, seq_len, logits=False)
+    return (3.0 * passes + 2.0) * forward / (rates.products * _RECONSTRUCTION)
+
+
 def _searching(
     work: Cost, groups: Any, trials: int, samples: tuple[int, int], seq_len: int, kept: float, rates: Rates
 ) -> float:
@@ -336,6 +349,17 @@ def _reconstruction_bytes(work: Cost, groups: Any, samples: int, seq_len: int, k
     held = tokens * inputs * work.element_size
     states += held if can_hold(held, work.weight_bytes) else 0
     return states + equations + layer + _layer_bytes(work, min(tokens, max(_CHUNK_TOKENS, seq_len)))
+
+
+def _layer_training_bytes(work: Cost, samples: int, passes: int, kept: float) -> int:
+    """Float32 copies of one layer's weights with their gradients and AdamW's two moments, those weights as they were,
+    and what a step's backward reads."""
+    if not samples or not passes or kept == 1.0:
+        return 0
+    layers = max(len(work.kv), 1)
+    weights = work.weight_bytes // work.element_size // layers
+    widths = sum(n + k for n, k in work.matrices) // layers
+    return weights * (16 + work.element_size) + 4 * TRAINED_TOKENS * (widths + 4 * work.hidden)
 
 
 def _recovery_bytes(model: Any, work: Cost, recover: Recovery | None, kept: float, device: torch.device) -> int:

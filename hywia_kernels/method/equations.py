@@ -16,7 +16,7 @@ from ..types import Group, Plan, channels_of_gone_experts
 from .compaction import unit_entries
 from .layer_runs import seen
 from .layer_targets import LayerTarget, Run
-from .moments import TINY, add_products, cholesky_factor, energy, zero_moments
+from .moments import TINY, add_products, added_to_diagonal, cholesky_factor, energy, zero_moments
 
 __all__ = ["Begun", "Matrix", "NormalEquations", "can_hold", "equations_of", "matrices_of"]
 
@@ -75,7 +75,9 @@ class NormalEquations:
         """
         gram, cross = self.gram, self.cross
         change = torch.cholesky_solve(cross, cholesky_factor(gram, ridge, self.name))
-        after = self.energy - 2 * (change * cross).sum() + (change * (gram @ change)).sum()
+        # Since (G + λ) Δ = C, what Δᵀ G Δ adds is Δᵀ C less λ |Δ|², which spares the product with G.
+        added = added_to_diagonal(gram, ridge)
+        after = self.energy - (change * cross).sum() - added * change.square().sum()
         scale = self.target.clamp(min=TINY)
         return change, float(self.energy / scale), float(after / scale)
 

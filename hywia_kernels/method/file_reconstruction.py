@@ -21,7 +21,7 @@ from ..types import Plan
 from .file_cut import FileCut
 from .layer_runs import Weights
 from .layer_targets import Journal, Run
-from .reconstruction import check_ridge, refitted, through_layers
+from .reconstruction import check_passes, check_ridge, refitted, through_layers
 
 __all__ = ["StoredWeights", "refitted_into"]
 
@@ -188,7 +188,13 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def refitted_into(
-    cut: FileCut, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: float, device: torch.device
+    cut: FileCut,
+    plan: Plan,
+    batches: Tensor | Sequence[Tensor],
+    *,
+    ridge: float,
+    passes: int,
+    device: torch.device,
 ) -> Plan:
     """`reconstruct` a plan's model and write it cut, one layer at a time.
 
@@ -196,7 +202,8 @@ def refitted_into(
     go, and of all text the hidden states between two layers, of both models.
 
     Args:
-        cut: the cut, of which nothing is written yet. batches, ridge: as `reconstruct` takes them.
+        cut: the cut, of which nothing is written yet. batches, ridge, passes: as `reconstruct` takes
+            them.
         device: where the layers run.
 
     Returns:
@@ -207,6 +214,7 @@ def refitted_into(
     """
     began = time.monotonic()
     check_ridge(ridge)
+    check_passes(passes)
     stored, model = cut.stored, cut.stored.model
     solved: dict[str, int] = {}
     with apart(dict(model.named_modules())), torch.no_grad():
@@ -225,7 +233,7 @@ def refitted_into(
                 behind.do({name: value.to("cpu", copy=True) for name, value in named.items()})
 
             journal = _Kept(cut, weights, behind, solved, len(arch.layers_of(model)))
-            how: dict[str, Any] = {"while_changed": hand_over, "weights": weights, "journal": journal}
+            how: dict[str, Any] = {"passes": passes, "while_changed": hand_over, "weights": weights, "journal": journal}
             errors = through_layers(model, plan, cut.groups, samples, ridge, **how)
         journal.note(len(arch.layers_of(model)), False, errors)
         cut.write(weights.others, "cutting the rest")
@@ -235,4 +243,4 @@ def refitted_into(
         if plan.depth is not None and place in plan.depth.gone:
             solved[name] = 0  # of a layer of zeros, as which a reconstruction leaves it
     after = stored.fingerprint(weights.checksums | cut.checksums | solved)
-    return refitted(plan, after, samples, ridge, errors, began)
+    return refitted(plan, after, samples, ridge, passes, errors, began)

@@ -11,7 +11,16 @@ from torch import Tensor
 from ..errors import HywiaError
 from ..ops.precision import full_float32
 
-__all__ = ["TINY", "add_products", "cholesky_factor", "damped", "energy", "exact_products", "zero_moments"]
+__all__ = [
+    "TINY",
+    "add_products",
+    "added_to_diagonal",
+    "cholesky_factor",
+    "damped",
+    "energy",
+    "exact_products",
+    "zero_moments",
+]
 
 TINY = 1e-30
 # Rows that are multiplied in float32 before they are added in float64. On CUDA tensor cores sum them up, which cut off
@@ -84,10 +93,15 @@ def exact_products(*devices: torch.device) -> Any:
     return full_float32("cuda") if any(d.type == "cuda" for d in devices) else nullcontext()
 
 
+def added_to_diagonal(gram: Tensor, ridge: float) -> Tensor:
+    """`ridge · mean(diag)`, and a little that keeps moments of nothing but zeros definite."""
+    return ridge * gram.diagonal().mean() + TINY
+
+
 def damped(gram: Tensor, ridge: float) -> Tensor:
     """`gram + ridge · mean(diag) · 1`."""
     moments = gram.clone()
-    moments.diagonal().add_(ridge * gram.diagonal().mean() + TINY)
+    moments.diagonal().add_(added_to_diagonal(gram, ridge))
     return moments
 
 

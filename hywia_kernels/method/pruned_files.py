@@ -28,6 +28,7 @@ def prune_files(
     *,
     refit: Tensor | Sequence[Tensor] | None = None,
     ridge: float = RIDGE,
+    passes: int = 0,
     record: Mapping[str, Any] | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -51,7 +52,8 @@ def prune_files(
         model: as `load` takes it, in safetensors files, or what `open_stored` gave.
         plan: of the model, as `plan` gives it from scores; one that was refitted (`reconstruct`) is of other weights.
         path, record, overwrite, in_place: as `save` takes them.
-        refit: token ids to reconstruct on, as `reconstruct` takes them; None: no reconstruction. ridge: of it.
+        refit: token ids to reconstruct on, as `reconstruct` takes them; None: no reconstruction. ridge,
+            passes: of it.
         device: where layers run that are reconstructed, as `load` takes it.
         dtype, trust_remote_code, revision: as `load` takes them. backend: of `ops.compact`.
         every: seconds between two states, at the least; a cut that takes less keeps none. 0: one after every layer.
@@ -66,9 +68,9 @@ def prune_files(
         model = open_stored(model, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
     where = device_named(device)
     given: dict[str, Any] = {"overwrite": overwrite, "in_place": in_place, "backend": backend, "every": every}
-    with opened(model, plan, path, request=_asked(refit, ridge, where), **given) as cut:
+    with opened(model, plan, path, request=_asked(refit, ridge, passes, where), **given) as cut:
         if refit is not None:
-            plan = refitted_into(cut, plan, refit, ridge=ridge, device=where)
+            plan = refitted_into(cut, plan, refit, ridge=ridge, passes=passes, device=where)
         else:
             cut.write(cut.directory.bundles, "cutting files")
             cut.check(plan, cut.checksums)
@@ -76,10 +78,10 @@ def prune_files(
     return plan
 
 
-def _asked(refit: Tensor | Sequence[Tensor] | None, ridge: float, device: torch.device) -> dict[str, Any]:
+def _asked(refit: Tensor | Sequence[Tensor] | None, ridge: float, passes: int, device: torch.device) -> dict[str, Any]:
     """What decides the solution of a reconstruction; JSON."""
     if refit is None:
         return {}
     samples = padded(refit)
     text = [digest(samples.tokens), samples.lengths.tolist()]
-    return {"refit": text, "ridge": repr(ridge), "device": device.type}
+    return {"refit": text, "ridge": repr(ridge), "passes": passes, "device": device.type}

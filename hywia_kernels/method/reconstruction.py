@@ -3,7 +3,8 @@
 A unit leaves through the columns of one matrix (`down`, `o`). What it contributed is partly predictable from the units
 that stay, so their columns can take it over: the refit is the linear regression of what the dense model adds to its
 hidden states on the activations that the pruned model has. It goes through the layers in order, so that each matrix
-sees what the refitted ones before it send, and it also repairs what those left undone ("drift").
+sees what the refitted ones before it send, and it also repairs what those left undone ("drift"). Then all weights of
+the layer can be trained towards what the dense layer sends on (`layer_training`).
 
 Related work: least squares after structured pruning goes back to He et al. (arXiv 1707.06168); sequential layers with
 streaming second moments to GPTQ and SparseGPT (arXiv 2210.17323, 2301.00774).
@@ -15,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,11 +37,12 @@ from .expert_refit import Sent, add_tokens, sent
 from .layer_masks import check_transparent, zero_layers
 from .layer_runs import CHUNK_TOKENS, Weights
 from .layer_targets import Journal, LayerTarget, Run, gap_behind, layer_target, run_of
+from .layer_training import TRAINED_TOKENS, train_layer
 from .moments import exact_products
 from .narrow_layers import narrowed
 from .surgery import checked_groups, zero_units
 
-__all__ = ["check_ridge", "reconstruct", "refitted", "through_layers"]
+__all__ = ["Solution", "check_passes", "check_ridge", "reconstruct", "refitted", "through_layers"]
 
 
 def _expert_equations(
@@ -56,10 +58,13 @@ def _expert_equations(
 
 @dataclass
 class _Solved:
-    """What a matrix is to be, on the host: the columns that stay `[outputs, kept]`, and the bias."""
+    """What a matrix is to be: the columns that stay `[outputs, kept]`, and the bias."""
 
     columns: Tensor
     bias: Tensor | None
+
+    def on_host(self) -> _Solved:
+        return _Solved(self.columns.cpu(), None if self.bias is None else self.bias.cpu())
 
 
 def _solved(matrix: Matrix, change: Tensor) -> _Solved:
@@ -76,7 +81,16 @@ def _solved(matrix: Matrix, change: Tensor) -> _Solved:
             f"{matrix.name}: its solution is beyond the range of {str(weight.dtype).removeprefix('torch.')}; load the "
             "model in bfloat16 or float32, or use a larger ridge"
         )
-    return _Solved(columns.cpu(), None if bias is None else bias.cpu())
+    return _Solved(columns, bias)
+
+
+@dataclass
+class Solution:
+    """What a pass found, on the host, in the order in which it is to be written: columns of matrices, and whole
+    parameters of layers that were trained."""
+
+    matrices: list[tuple[Matrix, _Solved]] = field(default_factory=list)
+    parameters: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
 
 
 def _apply(matrix: Matrix, solved: _Solved) -> None:
@@ -86,12 +100,13 @@ def _apply(matrix: Matrix, solved: _Solved) -> None:
 
 
 @contextmanager
-def _tried(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[int, Tensor]]:
-    """One layer's cut groups changed for a while: their parameters have their values again afterwards, and routers
-    their forward (a cut router needs no other). Gives the values by their parameters' `id`."""
+def _tried(model: nn.Module, groups: Sequence[Group], more: Sequence[nn.Parameter]) -> Iterator[dict[int, Tensor]]:
+    """One layer's cut groups changed for a while: their parameters and `more` have their values again afterwards, and
+    routers their forward (a cut router needs no other). Gives the values by their parameters' `id`."""
     members = [(model.get_submodule(m.module), m) for g in groups for m in (*g.members, *g.vectors)]
     named = [(module, name) for module, m in members for name in (m.parameter, "bias")]
     parameters = {id(p): p for module, name in named if (p := module._parameters.get(name)) is not None}
+    parameters |= {id(p): p for p in more}
     before = [(parameter, parameter.clone()) for parameter in parameters.values()]
     routers = [vars(model.get_submodule(g.members[0].module)) for g in groups if g.kind == "experts"]
     forwards = [(router, router.get("forward")) for router in routers]
@@ -108,7 +123,7 @@ def _tried(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[int, Tens
         yield {id(parameter): values for parameter, values in before}
 
 
-def _write(model: Any, plan: Plan, groups: Sequence[Group], solved: Sequence[tuple[Matrix, _Solved]]) -> None:
+def _write(model: Any, plan: Plan, groups: Sequence[Group], solution: Solution) -> None:
     """All that was solved, into the model; an interrupt waits until all of it is there."""
     interrupted: KeyboardInterrupt | None = None
     while True:
@@ -117,8 +132,10 @@ def _write(model: Any, plan: Plan, groups: Sequence[Group], solved: Sequence[tup
                 zero_layers(model, plan.depth)
             for group in groups:
                 zero_units(model, group, plan.keep[group.name])  # a router's forward ends with the pass
-            for matrix, values in solved:
+            for matrix, values in solution.matrices:
                 _apply(matrix, values)
+            for parameter, trained in solution.parameters:
+                parameter.copy_(trained)
             break
         except KeyboardInterrupt as error:
             interrupted = error
@@ -133,7 +150,9 @@ def _give_up_dense(runs: Sequence[Run]) -> None:
 
 
 @torch.no_grad()
-def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: float = RIDGE) -> Plan:
+def reconstruct(
+    model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, ridge: float = RIDGE, passes: int = 0
+) -> Plan:
     """Refit a model to a plan, before `prune` cuts it: removed units become zero, surviving output columns are solved.
 
     For every matrix `W` through which removed units sent their output on, in the order of the forward pass,
@@ -146,6 +165,9 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
     the output to the hidden states (`Architecture.residual`), `r` includes what these lack already. Biases are solved
     too. Of a stacked expert, `t` are the tokens that the pruned model sends to it, `r` is what its removed channels
     give for them, and `w_t` has the square of its share; an expert that no token reaches is cut as it is.
+
+    With `passes`, each layer whose input or width differs from the dense one's is then trained, all of its weights, see
+    `layer_training.train_layer`; what it sends on is what the next layer's equations are about.
 
     The hidden states of the text between two layers are held, in the model's dtype, for both models, and inside a layer
     what leaves the dense one and what its attention adds, until the attention's equations are there; wide activations
@@ -160,30 +182,34 @@ def reconstruct(model: Any, plan: Plan, batches: Tensor | Sequence[Tensor], *, r
         ridge: of λ. The best penalty of a regression of many inputs is their number over that of observations, divided
             by the share of the target they explain, so this is about the latter's inverse. It pulls towards the weights
             as they were, not towards zero.
+        passes: over the text in which each layer is trained; 0: none is. While a layer is trained, twelve bytes for
+            each of its parameters are held beside it, and on the host the values of all layers that were.
 
     Returns:
         The same plan for the refitted model: hand this one to `prune`. Its record says what was done, and for every
-        matrix the relative squared error of its output before and after.
+        matrix, and every layer that was trained, the relative squared error of its output before and after.
 
     Raises:
-        HywiaError: the plan is not this model's, or the equations cannot be solved. UsageError: malformed batches or
-            a ridge that is not positive. After these, and after any other error or interrupt while it solves, the model
-            is as it was. Writing the solved weights comes last, and takes about as long as copying them: an interrupt
-            there is raised when all are written; hand the model to nothing but `prune` then, or load it again.
+        HywiaError: the plan is not this model's, or the equations cannot be solved. UsageError: malformed batches, a
+            ridge that is not positive, or passes below zero. After these, and after any other error or interrupt while
+            it solves, the model is as it was. Writing the solved weights comes last, and takes about as long as copying
+            them: an interrupt there is raised when all are written; hand the model to nothing but `prune` then, or load
+            it again.
     """
     began = time.monotonic()
     check_ridge(ridge)
+    check_passes(passes)
     model = plain_model(model, changing=True)
     with apart(dict(model.named_modules())):
         samples = padded(batches)
-        groups, solved = checked_groups(model, plan), list[tuple[Matrix, _Solved]]()
-        errors = through_layers(model, plan, groups, samples, ridge, solved=solved)
-        _write(model, plan, groups, solved)
-        return refitted(plan, fingerprint(model), samples, ridge, errors, began)
+        groups, solution = checked_groups(model, plan), Solution()
+        errors = through_layers(model, plan, groups, samples, ridge, passes=passes, solution=solution)
+        _write(model, plan, groups, solution)
+        return refitted(plan, fingerprint(model), samples, ridge, passes, errors, began)
 
 
 def refitted(
-    plan: Plan, after: str, samples: Samples, ridge: float, errors: dict[str, list[float]], began: float
+    plan: Plan, after: str, samples: Samples, ridge: float, passes: int, errors: dict[str, list[float]], began: float
 ) -> Plan:
     """The plan of a refitted model.
 
@@ -196,7 +222,9 @@ def refitted(
         "tokens": samples.total,
         "ridge": ridge,
         "calibration_sha256": digest(samples.tokens),
-        "relative_error": errors,
+        "passes": passes,
+        "relative_error": {name: both for name, both in errors.items() if not name.isdigit()},
+        "layer_error": {name: both for name, both in errors.items() if name.isdigit()},
         "seconds": round(time.monotonic() - began, 3),
     }
     return replace(plan, fingerprint=after, record={**plan.record, "refit": record})
@@ -208,6 +236,12 @@ def check_ridge(ridge: Any) -> None:
         raise UsageError(f"ridge: expected a positive number, got {ridge!r}")
 
 
+def check_passes(passes: Any) -> None:
+    """Raise UsageError where the passes in which layers are trained are not a number from 0 on."""
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 0:
+        raise UsageError(f"passes: expected a whole number from 0, got {passes!r}")
+
+
 def through_layers(
     model: Any,
     plan: Plan,
@@ -215,7 +249,8 @@ def through_layers(
     samples: Samples | None,
     ridge: float,
     *,
-    solved: list[tuple[Matrix, _Solved]] | None = None,
+    passes: int = 0,
+    solution: Solution | None = None,
     while_changed: Callable[[int, nn.Module], None] | None = None,
     weights: Weights | None = None,
     journal: Journal | None = None,
@@ -225,12 +260,13 @@ def through_layers(
 
     Args:
         samples: to refit on; None: the removed units are masked, and nothing is solved.
-        solved: is filled with what was; None: it is not kept.
+        passes: see `reconstruct`. solution: is filled with what was found; None: it is not kept.
         while_changed: called with a layer's index and the layer while that is masked and refitted.
         weights: where they are, if not in the model. journal: of the pass, which may go on with an earlier one.
 
     Returns:
-        For every matrix the relative squared error of its output before and after.
+        For every matrix the relative squared error of its output before and after; for every layer that was trained
+        the same of what leaves it, under its index.
     """
     entry = arch.architecture(model)
     layers: Any = model.get_submodule(entry.layers)
@@ -243,14 +279,14 @@ def through_layers(
     if samples is not None:
         check_tokens(samples.tokens, model)
     with exact_products(*weights.devices):
-        chunks = [] if samples is None else samples.sorted().chunks(CHUNK_TOKENS)
+        chunks = [] if samples is None else samples.sorted().chunks(TRAINED_TOKENS if passes else CHUNK_TOKENS)
         with weights.entrance():
             runs = [run_of(model, layers, chunk) for chunk in chunks]
         tokens = sum(run.pruned[..., 0].numel() for run in runs)
+        what = "judging" if solution is None and journal is None else "reconstructing"
         journal = journal or Journal()
         begin, same = journal.resumed(runs, errors)  # same: both models have the same hidden states so far
         targets: list[LayerTarget] = []
-        what = "reconstructing" if solved is not None else "judging"
         for index, layer in enumerate(progress.track(layers, what)):
             if index < begin:
                 continue
@@ -274,7 +310,10 @@ def through_layers(
                     ]
                 narrow = narrowed(model, cut, plan.keep)
                 entered: list[Sent] | None = None
-                with _tried(model, cut) as originals, forward_replaced(narrow):
+                trains = bool(passes and targets)
+                more = list(layer.parameters()) if trains else []
+                at_width = forward_replaced([(linear.module, linear.forward) for linear in narrow])
+                with _tried(model, cut, more) as originals, at_width:
                     for group in here:
                         zero_units(model, group, plan.keep[group.name])
                     begun: list[Begun] = []
@@ -284,7 +323,7 @@ def through_layers(
                         if entry.residual is None or all(m.additive for m in matrices[at:]):
                             _give_up_dense(runs)  # no equations to come are about what entered the dense layer
                         held = tokens * matrix.kept.numel() * matrix.weight.element_size()
-                        hold = ends and at + 1 == len(matrices) and can_hold(held, size)
+                        hold = ends and at + 1 == len(matrices) and not trains and can_hold(held, size)
                         count = samples.total
                         if matrix.expert is None:
                             equations, begun = equations_of(layer, index, matrix, runs, targets, hold)
@@ -298,9 +337,13 @@ def through_layers(
                         change, before, after = equations.solve(ridge * matrix.kept.numel() / count)
                         values = _solved(matrix, change)
                         _apply(matrix, values)
-                        if solved is not None:
-                            solved.append((matrix, values))
+                        if solution is not None:
+                            solution.matrices.append((matrix, values.on_host()))
                         errors[matrix.name] = [before, after]
+                    if trains:
+                        trained, errors[str(index)] = train_layer(layer, index, runs, targets, passes, narrow)
+                        if solution is not None:
+                            solution.parameters += trained
                     same = same and not cut and not gap
                     for i, run in enumerate(runs):
                         run.pruned = begun[i].ended(matrices[-1]) if begun else run.calls[index](layer, run.pruned)

@@ -117,6 +117,18 @@ class TestContract:
         hk.prune(refitted, after)
         assert relative(logits(refitted, text[:4]), want) <= 1e-5
 
+    @every_family
+    def test_trained_layers_are_nearer_and_cut_like_any(self, family):
+        model, text = fresh(family), torch.randint(2, 131, (40, 14), generator=torch.Generator().manual_seed(5))
+        after = hk.reconstruct(model, make_plan(model, "both"), text, ridge=1e-2, passes=8)
+        errors = after.record["refit"]["layer_error"]
+        assert len(errors) == len(arch.layers_of(model))
+        assert all(new <= old for old, new in errors.values())
+        assert any(new < 0.98 * old for old, new in errors.values())
+        want = logits(model, text[:4])
+        hk.prune(model, after)
+        assert relative(logits(model, text[:4]), want) <= 1e-5
+
 
 def test_the_vision_tower_is_left_alone():
     model = fresh_named("gemma3")

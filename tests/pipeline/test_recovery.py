@@ -443,6 +443,17 @@ def test_what_a_recovery_takes_is_said_before_it_begins(here, capsys):
     assert "recovery " in capsys.readouterr().out
 
 
+def test_a_gpu_reads_more_where_the_model_is_small(pair, monkeypatch):
+    dense, _ = pair
+    monkeypatch.setattr(job, "free_bytes", lambda device: 10**12)
+    usual = job.resolved(hk.Recovery(), dense, torch.device("cuda"))
+    assert (usual.tokens, usual.text_tokens, usual.batch, usual.tune) == (33_554_432, 8_388_608, 64, "full")
+    monkeypatch.setattr(job, "_SMALL_PARAMETERS", 1)
+    larger = job.resolved(hk.Recovery(), dense, torch.device("cuda"))
+    assert (larger.tokens, larger.text_tokens) == (16_777_216, 4_194_304)
+    assert job.resolved(hk.Recovery(), dense, torch.device("cpu")).tokens == 98_304
+
+
 @pytest.mark.parametrize("tune", ["full", "lora", "scales"])
 def test_removed_units_stay_zero_while_a_plan_is_tried(pair, tune):
     dense, _ = pair
