@@ -27,8 +27,8 @@ _REFIT_SAMPLES = settings.ByDevice(
     cpu=128, gpu=1024
 )  # some two passes over them: minutes on two cores, seconds on a GPU
 # Passes in which a layer is trained. On two cores one of SmolLM2's takes as long as solving all of its matrices.
-_LAYER_PASSES = settings.ByDevice(cpu=0, gpu=2)
-_LARGE_PARAMETERS = 1e9  # above which one has to do on a GPU: as long again as scoring, searching and solving take
+# Of a large model one takes as long as scoring, searching and solving together.
+_LAYER_PASSES = settings.ByDevice(cpu=0, gpu=2, large=1)
 _TUPLES = ("layers", "units", "serve")
 
 
@@ -239,7 +239,7 @@ class Recipe:
         usual = _REFIT_SAMPLES.on(device)
         passes = self.layer_passes
         if passes is None:
-            passes = min(_LAYER_PASSES.on(device), 1 if parameters > _LARGE_PARAMETERS else 2)
+            passes = _LAYER_PASSES.on(device, parameters)
         return dataclasses.replace(
             self,
             layout=layout,

@@ -43,18 +43,23 @@ __all__ = [
 ]
 
 Value = TypeVar("Value")
+_LARGE_PARAMETERS = 1e9
 
 
 @dataclass(frozen=True)
 class ByDevice(Generic[Value]):
-    """A default that a CPU wants otherwise than accelerators do."""
+    """A default that a CPU wants otherwise than accelerators do, and these for models of more than a billion parameters
+    otherwise than for smaller ones (`large`; None: no)."""
 
     cpu: Value
     gpu: Value
+    large: Value | None = None
 
-    def on(self, device_type: str) -> Value:
-        """For a type of device: "cpu", "cuda" or another."""
-        return self.cpu if device_type == "cpu" else self.gpu
+    def on(self, device_type: str, parameters: int = 0) -> Value:
+        """For a type of device, "cpu", "cuda" or another, and a model of so many parameters."""
+        if device_type == "cpu":
+            return self.cpu
+        return self.gpu if self.large is None or parameters <= _LARGE_PARAMETERS else self.large
 
 
 GROUP_KINDS = ("mlp", "attention", "experts")  # of units that lie on a layer's matrices

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..settings import JUDGED_SAMPLES
+from ..settings import JUDGED_SAMPLES, ByDevice
 from ..types import Plan, Scores
 from .judging import Follow, Judge, shared_out
 from .selection import estimated_loss
@@ -53,12 +53,17 @@ class Effort:
     """How much a search does.
 
     Attributes:
-        splits: how many it tries at the most. refit, judged: samples that each is refitted and judged on.
+        splits: how many it tries at the most. refit, judged: samples that each is refitted and judged on. A refit on
+            few says of deep cuts that channels are worth more, and heads less, than they are after one on many.
     """
 
     splits: int
-    refit: int
+    refit: ByDevice[int]
     judged: int
+
+    def refit_samples(self, model: Any, device_type: str) -> int:
+        """Samples to refit on, of a model that runs on this type of device."""
+        return self.refit.on(device_type, sum(p.numel() for p in model.parameters()))
 
     def trials(self, choices: Choices) -> int:
         """How many plans are tried at the most."""
@@ -66,8 +71,8 @@ class Effort:
 
 
 EFFORTS = {
-    "fast": Effort(splits=6, refit=32, judged=JUDGED_SAMPLES["fast"]),
-    "thorough": Effort(splits=16, refit=128, judged=JUDGED_SAMPLES["thorough"]),
+    "fast": Effort(splits=6, refit=ByDevice(cpu=32, gpu=256, large=32), judged=JUDGED_SAMPLES["fast"]),
+    "thorough": Effort(splits=16, refit=ByDevice(cpu=128, gpu=512, large=128), judged=JUDGED_SAMPLES["thorough"]),
 }
 
 
@@ -127,7 +132,8 @@ def best_plan(
         return choices.plan(choices.splits[0], choices.spreads[0])
     began = time.monotonic()
     how = EFFORTS[effort]
-    texts = shared_out(tokens, scored, how.refit, how.judged)
+    device = model.get_input_embeddings().weight.device
+    texts = shared_out(tokens, scored, how.refit_samples(model, device.type), how.judged)
     judge = Judge(model, texts, ridge)
     ordered = sorted(choices.splits, key=lambda s: (0, 0) if s is None else (s.get("layers", 0), s.get("attention", 0)))
     tried: dict[tuple[int, float], _Trial] = {}

@@ -448,7 +448,7 @@ def test_a_gpu_reads_more_where_the_model_is_small(pair, monkeypatch):
     monkeypatch.setattr(job, "free_bytes", lambda device: 10**12)
     usual = job.resolved(hk.Recovery(), dense, torch.device("cuda"))
     assert (usual.tokens, usual.text_tokens, usual.batch, usual.tune) == (33_554_432, 8_388_608, 64, "full")
-    monkeypatch.setattr(job, "_SMALL_PARAMETERS", 1)
+    monkeypatch.setattr("hywia_kernels.settings._LARGE_PARAMETERS", 1)
     larger = job.resolved(hk.Recovery(), dense, torch.device("cuda"))
     assert (larger.tokens, larger.text_tokens) == (16_777_216, 4_194_304)
     assert job.resolved(hk.Recovery(), dense, torch.device("cpu")).tokens == 98_304

@@ -335,6 +335,17 @@ def test_the_most_that_is_tried():
     assert [EFFORTS["thorough"].trials(made(n, 3)) for n in (8, 32)] == [10, 18]
 
 
+def test_what_a_plan_is_refitted_on_goes_by_device_and_size(gqa, monkeypatch):
+    def on(device):
+        return [EFFORTS[effort].refit_samples(gqa, device) for effort in ("fast", "thorough")]
+
+    assert on("cpu") == [32, 128]
+    assert on("cuda") == [256, 512]
+    monkeypatch.setattr("hywia_kernels.settings._LARGE_PARAMETERS", 1)
+    assert on("cuda") == [32, 128]
+    assert on("cpu") == [32, 128]
+
+
 @pytest.mark.parametrize(
     ("length", "scored", "refit", "judged", "want"),
     [

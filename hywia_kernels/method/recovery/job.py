@@ -38,9 +38,8 @@ _BRIEF, _LEAST_BRIEF = 0.05, 20  # share of the steps that a plan is tried with,
 _READ_OFTEN = 1.5  # times that a text is read, from which it is cheaper to ask the dense model once
 _MICRO_TOKENS = ByDevice(cpu=1024, gpu=8192)  # in memory at a time
 # Tokens to train on, tokens of text, samples a step: of SmolLM2 an H200's two and a half minutes, ten minutes of two
-# cores. A GPU's are halved above so many parameters, of which a token takes the longer.
-_EFFORT = ByDevice(cpu=(98_304, 32_768, 8), gpu=(33_554_432, 8_388_608, 64))
-_SMALL_PARAMETERS = 5e8
+# cores.
+_EFFORT = ByDevice(cpu=(98_304, 32_768, 8), gpu=(33_554_432, 8_388_608, 64), large=(16_777_216, 4_194_304, 64))
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,7 @@ def resolved(request: Recovery, dense: Any, device: torch.device, *, seed: int =
         dense: may be on the meta device. seed: of the calibration. more: a second model is still to come beside it.
     """
     parameters = sum(p.numel() for p in dense.parameters())
-    usual, text_tokens, batch = _EFFORT.on(device.type)
-    if device.type != "cpu" and parameters > _SMALL_PARAMETERS:
-        usual, text_tokens = usual // 2, text_tokens // 2
+    usual, text_tokens, batch = _EFFORT.on(device.type, parameters)
     tokens = request.tokens or usual
     on_meta = next(dense.parameters()).is_meta
     free = _SHARE * free_bytes(device) - (weight_bytes(dense) if on_meta else 0)
