@@ -2,12 +2,15 @@
 
     python -m benchmarks.bench_search --calib c4.jsonl --text valid.txt --max-blocks 100        # SmolLM2, half and 30 %
     python -m benchmarks.bench_search --calib c4.jsonl --text test.txt --search fast --csv benchmarks/search.csv
+    python -m benchmarks.bench_search --calib c4.jsonl --text valid.txt --search fast --recover-tokens 4194304
 
 The grid has a plan for every count of KV groups that meets the ratio, each with layers alike (spread 0) and with two
 budgets of its own among layers (spreads 0.5 and 1; see `method.allocation`). Of each plan a copy of the model is
 reconstructed on `--reconstruct-samples` samples and cut, as `hywia prune` does, and its perplexity measured. Every
 `--search` runs on the same scores, for both layouts; its perplexity is the grid's, as its plan is one of these.
-`of_best` is that over the least of the grid that the layout admits.
+`of_best` is that over the least of the grid that the layout admits. With `--recover-tokens`, every plan of the grid is
+then recovered as well, on one text that the dense model writes, `recovered` is its perplexity after that, and searches
+judge their two best plans after a short recovery, as those of `hywia prune --recover` do.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +30,12 @@ from torch import Tensor
 import hywia_kernels as hk
 from hywia_kernels.deploy import planning
 from hywia_kernels.evaluation import blocks
+from hywia_kernels.method.recovery.job import Dense, ask, resolved
 from hywia_kernels.method.search import Choices, best_plan
 from hywia_kernels.method.selection import estimated_loss
 from hywia_kernels.settings import LAYOUTS, SAMPLES, SEARCHES
 
-from .session import Session, argv_of, common_arguments, make_parser, parse
+from .session import Session, argv_of, at_least, common_arguments, make_parser, parse
 
 MODULE = "benchmarks.bench_search"
 
@@ -55,6 +60,10 @@ COLUMNS = {
     "samples": int,
     "reconstruct_samples": int,
     "seconds": float,
+    "layer_passes": int,
+    "recover_tokens": int,
+    "recovered": float,
+    "of_best_recovered": float,
 }
 
 
@@ -63,34 +72,46 @@ class Bench:
 
     Args:
         tokens: int64 `[samples, seq_len]`. scored, reconstructed: how many of the first are for either.
-        perplexity: of a model.
+        perplexity: of a model. dense: its side of a recovery of the plans; None: there is none.
     """
 
     def __init__(
-        self, model: Any, tokens: Tensor, scored: int, reconstructed: int, perplexity: Callable[[Any], float]
+        self,
+        model: Any,
+        tokens: Tensor,
+        scored: int,
+        reconstructed: int,
+        perplexity: Callable[[Any], float],
+        dense: Dense | None = None,
     ) -> None:
-        self.model, self.tokens, self.perplexity = model, tokens, perplexity
+        self.model, self.tokens, self.perplexity, self.dense = model, tokens, perplexity, dense
         self.recipe = hk.Recipe(ratio=0.5, samples=scored, reconstruct_samples=reconstructed).resolved(
-            next(model.parameters()).device.type
+            next(model.parameters()).device.type, sum(p.numel() for p in model.parameters())
         )
         measured = hk.measure(model, None, self.recipe, tokens=tokens)
         self.scores = hk.rank_heads(measured.scores, hk.head_residuals(model, tokens[:scored]))
         self.measured: dict[tuple[Any, ...], float] = {}
+        self.recovered: dict[tuple[Any, ...], float] = {}
 
     def choices(self, ratio: float, layout: str, align: int | None) -> Choices:
         return planning.choices(self.scores, ratio=ratio, layout=layout, align=align)
 
     def plan_measured(self, plan: hk.Plan) -> float:
-        """Perplexity of a copy of the model, reconstructed and cut."""
+        """Perplexity of a copy of the model, reconstructed and cut; once it is recovered, `recovered` holds that."""
         smaller = copy.deepcopy(self.model)
-        hk.prune(smaller, hk.reconstruct(smaller, plan, self.tokens[: self.recipe.reconstruct_samples]))
+        text = self.tokens[: self.recipe.reconstruct_samples]
+        hk.prune(smaller, hk.reconstruct(smaller, plan, text, passes=self.recipe.layer_passes or 0))
         self.measured[key(plan)] = self.perplexity(smaller)
+        if self.dense is not None:
+            self.dense.recover(smaller)
+            self.recovered[key(plan)] = self.perplexity(smaller)
         return self.measured[key(plan)]
 
     def searched(self, choices: Choices, effort: str) -> hk.Plan:
         """What `hk.compress` plans from these scores."""
         if effort == "none":
             return choices.plan(choices.splits[0], choices.spreads[-1])
+        dense = self.dense
         return best_plan(
             self.model,
             self.scores,
@@ -99,6 +120,7 @@ class Bench:
             effort=effort,
             scored=self.recipe.samples,
             ridge=self.recipe.ridge,
+            follow=None if dense is None or not dense.brief_steps else lambda masked, _: dense.briefly(masked),
         )
 
 
@@ -122,6 +144,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--reconstruct-samples", type=int, help="default: the recipe's for the device")
     parser.add_argument("--align", type=int, help="default: what the device likes")
     parser.add_argument("--calib-seed", type=int, default=0)
+    parser.add_argument(
+        "--recover-tokens", type=at_least(1), metavar="N", help="recover every plan of the grid on so many"
+    )
     parser.add_argument("--threads", type=int, help="of torch on the CPU; default: all")
     return parse(parser, argv)
 
@@ -146,8 +171,22 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, argv: Sequenc
         fewer=True,
     )
     reconstructed = min(most.reconstruct_samples or 1, len(tokens))
-    bench = Bench(model, tokens, arguments.samples, reconstructed, lambda m: hk.perplexity(m, text, batch=16))
     print(f"dense: {hk.perplexity(model, text, batch=16):.2f}", flush=True)
+    with ExitStack() as stack:
+        dense = None
+        if arguments.recover_tokens:
+            request = hk.Recovery(tokens=arguments.recover_tokens)
+            request = resolved(request, model, arguments.device, seed=arguments.calib_seed)
+            dense = stack.enter_context(ask(model, tokenizer, request))
+        bench = Bench(
+            model, tokens, arguments.samples, reconstructed, lambda m: hk.perplexity(m, text, batch=16), dense
+        )
+        measure(arguments, session, bench, len(text))
+    return session.finish()
+
+
+def measure(arguments: argparse.Namespace, session: Session, bench: Bench, count: int) -> None:
+    """The rows of the grids and of the searches; `count` blocks of text give a perplexity."""
 
     def row(plan: hk.Plan, **figures: Any) -> None:
         channels = plan.widths("mlp")
@@ -160,15 +199,20 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, argv: Sequenc
             estimate=estimated_loss(bench.scores, plan),
             perplexity=bench.measured[key(plan)],
             text=arguments.text.name,
-            blocks=len(text),
+            blocks=count,
             samples=arguments.samples,
-            reconstruct_samples=reconstructed,
+            reconstruct_samples=bench.recipe.reconstruct_samples,
+            layer_passes=bench.recipe.layer_passes or 0,
+            recover_tokens=arguments.recover_tokens or 0,
+            recovered=bench.recovered.get(key(plan)),
             **figures,
         )
         print(
             f"{made.ratio} {made.layout} {made.search}: {made.heads} heads, {made.channels:.0f} channels, spread "
             f"{made.spread}: {made.perplexity:.2f} ({made.seconds:.0f} s)"
-            + ("" if made.of_best is None else f", {made.of_best:.3f} of the best"),
+            + ("" if made.of_best is None else f", {made.of_best:.3f} of the best")
+            + ("" if made.recovered is None else f"; recovered {made.recovered:.2f}")
+            + ("" if made.of_best_recovered is None else f", {made.of_best_recovered:.3f} of the best"),
             flush=True,
         )
 
@@ -193,11 +237,23 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, argv: Sequenc
                     continue  # a cut so deep that every budget is the same
                 spreads[key(plan)] = spread
                 bench.plan_measured(plan)
-                figures = {"layout": "adaptive" if spread else "uniform", "search": "grid", "spread": spread}
-                figures |= {"ratio": ratio, "of_best": None, "seconds": time.monotonic() - began}
-                row(plan, divergence=tried.get((plan.widths("attention")[0], spread)), **figures)
+                row(
+                    plan,
+                    ratio=ratio,
+                    layout="adaptive" if spread else "uniform",
+                    search="grid",
+                    spread=spread,
+                    divergence=tried.get((plan.widths("attention")[0], spread)),
+                    of_best=None,
+                    of_best_recovered=None,
+                    seconds=time.monotonic() - began,
+                )
         for layout, effort, plan, seconds in found:
-            admitted = [bench.measured[k] for k, spread in spreads.items() if layout == "adaptive" or not spread]
+            admitted = [k for k, spread in spreads.items() if layout == "adaptive" or not spread]
+            of_best = [
+                held[key(plan)] / min(held[k] for k in admitted) if held else None
+                for held in (bench.measured, bench.recovered)
+            ]
             row(
                 plan,
                 ratio=ratio,
@@ -205,10 +261,10 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: Any, argv: Sequenc
                 search=effort,
                 spread=spreads[key(plan)],
                 divergence=plan.record.get("search", {}).get("divergence"),
-                of_best=bench.measured[key(plan)] / min(admitted),
+                of_best=of_best[0],
+                of_best_recovered=of_best[1],
                 seconds=seconds,
             )
-    return session.finish()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
