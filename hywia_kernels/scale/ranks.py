@@ -27,6 +27,7 @@ from .launch import launched_ranks
 __all__ = ["Ranks", "joined"]
 
 _LOOK = 1.0  # seconds between two looks at the others
+_SOON = 5.0  # seconds within which a process whose connections are gone is gone itself, or has said why
 _SHORTEST, _LONGEST = 2e-4, 2e-2  # seconds between two questions to the store; its own wait prints warnings
 
 
@@ -201,7 +202,7 @@ class Ranks:
             yield
         except RuntimeError as error:  # a process that ended between two looks
             lost = HywiaError(f"the ranks lost each other: {str(error).splitlines()[0]}")
-            raise self.cause() or lost from error
+            raise self._cause_soon() or lost from error
 
     def fail(self, error: BaseException) -> bool:
         """Lets the others know of an error. Returns whether this process is the one to tell it to the user, as the
@@ -217,6 +218,13 @@ class Ranks:
             return self.rank == first and self._store.add("told", 1) == 1
         except RuntimeError:  # the store is gone, and with it whoever started the processes
             return self.rank == first
+
+    def _cause_soon(self) -> HywiaError | None:
+        """`cause`, of what has just been felt: a process that is killed loses its connections before it is gone."""
+        began = time.monotonic()
+        while (found := self.cause()) is None and time.monotonic() - began < _SOON:
+            time.sleep(_LONGEST)
+        return found
 
     def cause(self) -> HywiaError | None:
         """Why somebody ended this process: what another one failed with, or that one of this host is gone."""

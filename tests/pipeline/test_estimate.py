@@ -37,6 +37,20 @@ def seven():
         return random_model(seed=None, **sizes(32000, 4096, 11008, 32, 32, 32)).bfloat16()
 
 
+def test_layers_that_are_trained_take_three_forwards_a_pass_and_two_more(seven):
+    def of(passes):
+        return estimate(seven, reconstruct_samples=1024, layer_passes=passes, samples=0, ratio=0.5, rates=H100)
+
+    none, one, three = (of(passes) for passes in (0, 1, 3))
+    more = [x.seconds["reconstruction"] - none.seconds["reconstruction"] for x in (one, three)]
+    assert more[1] / more[0] == pytest.approx((3 * 3 + 2) / (3 + 2), rel=1e-6)
+    layer = sum(p.numel() for p in seven.model.layers[0].parameters())
+    held = one.memory_bytes - none.memory_bytes
+    # Float32 copies, gradients and two moments, the weights as they were; and a step's activations, 0.77 GB.
+    assert held == pytest.approx(18 * layer + 0.77e9, rel=0.1)
+    assert three.memory_bytes == one.memory_bytes
+
+
 def test_what_was_measured_on_an_h100(seven):
     got = estimate(seven, samples=96, seq_len=128, ranks_heads=True, reconstruct_samples=1024, ratio=0.5, rates=H100)
     measured = {"scoring": 1.2, "head ranking": 2.2, "reconstruction": 14.7, "cutting": 0.10}
@@ -157,6 +171,7 @@ def test_rates_are_measured_soon():
         ({"samples": 1.5}, "samples: expected a whole number from 0, got 1.5"),
         ({"seq_len": 1}, "seq_len: expected a whole number from 2, got 1"),
         ({"reconstruct_samples": True}, "reconstruct_samples: expected a whole number"),
+        ({"layer_passes": -1}, "layer_passes: expected a whole number from 0, got -1"),
         ({"trials": -1}, "trials: expected a whole number from 0, got -1"),
         ({"trial_samples": (32, 0.5)}, "trial_samples: expected a whole number from 0, got 0.5"),
         ({"ratio": 1.0}, "ratio: expected a number from 0 to below 1, got 1.0"),

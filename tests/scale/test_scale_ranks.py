@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from torch import distributed as dist
+
+from hywia_kernels import HywiaError
+from hywia_kernels.scale.ranks import Ranks
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -118,3 +123,24 @@ def test_an_error_of_one_process_is_told_once(launch):
         "rank 1: out of everything",
     ]
     assert [tells for _, tells in launch["failed"]] == [True, False, False, False]
+
+
+def test_a_process_that_loses_its_connections_before_it_is_gone_is_named(monkeypatch):
+    """What is killed closes its sockets first, so that others feel it while it still seems to run."""
+    other = subprocess.Popen(["sleep", "60"])
+    ranks = Ranks()
+    ranks.size, ranks._store = 2, dist.PrefixStore("hywia", dist.HashStore())
+    ranks._processes.append(ranks._processes[0]._replace(pid=other.pid))
+    timer = threading.Timer(0.3, other.kill)
+    timer.start()
+    try:
+        with pytest.raises(HywiaError, match=rf"rank 1 \(process {other.pid} on .*\) ended"), ranks._together():
+            raise RuntimeError("Connection closed by peer")
+    finally:
+        timer.join()
+        other.kill()
+        other.wait()
+    monkeypatch.setattr("hywia_kernels.scale.ranks._SOON", 0.05)
+    ranks._processes[1] = ranks._processes[0]
+    with pytest.raises(HywiaError, match="the ranks lost each other: Connection closed by peer"), ranks._together():
+        raise RuntimeError("Connection closed by peer\nand more")
