@@ -182,8 +182,9 @@ def reconstruct(
         ridge: of λ. The best penalty of a regression of many inputs is their number over that of observations, divided
             by the share of the target they explain, so this is about the latter's inverse. It pulls towards the weights
             as they were, not towards zero.
-        passes: over the text in which each layer is trained; 0: none is. While a layer is trained, twelve bytes for
-            each of its parameters are held beside it, and on the host the values of all layers that were.
+        passes: over the text in which each layer is trained; 0: none is. While a layer is trained, sixteen bytes for
+            each of its parameters are held beside it and its values as they were, and on the host the values of all
+            layers that were trained.
 
     Returns:
         The same plan for the refitted model: hand this one to `prune`. Its record says what was done, and for every
