@@ -23,6 +23,7 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels import settings
+from hywia_kernels.arch.facts import count_parameters
 from hywia_kernels.settings import TUNES
 
 from . import llm_pruner, models
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace, session: Session) -> None:
         reconstruct_samples=arguments.reconstruct_samples,
         layer_passes=arguments.layer_passes,
         recover=recovery,
-    ).resolved(device.type, sum(p.numel() for p in model.parameters()))
+    ).resolved(device.type, count_parameters(model))
     tokens = models.token_ids(model, recipe.text_samples(), 128, device).cpu()
     known = {
         **models.description(model, arguments.shape, arguments.dtype),

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 import hywia_kernels as hk
+from hywia_kernels.arch.facts import count_parameters
 from hywia_kernels.deploy import planning
 from hywia_kernels.evaluation import blocks
 from hywia_kernels.method.recovery.job import Dense, ask, resolved
@@ -86,7 +87,7 @@ class Bench:
     ) -> None:
         self.model, self.tokens, self.perplexity, self.dense = model, tokens, perplexity, dense
         self.recipe = hk.Recipe(ratio=0.5, samples=scored, reconstruct_samples=reconstructed).resolved(
-            next(model.parameters()).device.type, sum(p.numel() for p in model.parameters())
+            next(model.parameters()).device.type, count_parameters(model)
         )
         measured = hk.measure(model, None, self.recipe, tokens=tokens)
         self.scores = hk.rank_heads(measured.scores, hk.head_residuals(model, tokens[:scored]))

@@ -36,10 +36,10 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    recipe = fitted(model, recipe, torch.device(device))
-    recipe = with_resolved_recovery(model, recipe, torch.device(device))
+    where = torch.device(device)
+    recipe = with_resolved_recovery(model, fitted(model, recipe, where), where)
     plan = planning.check_reachable(model, scores, criterion=recipe.criterion, **recipe.plan_request())
-    trials, samples = _trials(model, device, recipe, planning.alike(model) if scores is None else scores)
+    trials, samples = _trials(model, where, recipe, planning.alike(model) if scores is None else scores)
     plan = planning.with_prediction(plan, model, recipe.target, recipe.serve)
     heads_go = any(g.kind == "attention" and plan.keep[g.name].numel() < g.units for g in plan.staying)
     ranks, priced = scores is None or scores.layers is None, 0
@@ -87,10 +87,10 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe, scores: Scores | None
     console.write_json(arguments.json, content)
 
 
-def _trials(model: Any, device: str, recipe: Recipe, scores: Scores) -> tuple[int, tuple[int, int]]:
+def _trials(model: Any, device: torch.device, recipe: Recipe, scores: Scores) -> tuple[int, tuple[int, int]]:
     """How many plans the resolved recipe tries at the most, and the samples that each is refitted and judged on."""
     if recipe.search in (None, "none"):
         return 0, (0, 0)
     effort = EFFORTS[recipe.search]
     trials = effort.trials(planning.choices(scores, **recipe.plan_request()))
-    return trials, (effort.refit_samples(model, torch.device(device).type) if recipe.reconstruct else 0, effort.judged)
+    return trials, (effort.refit_samples(model, device.type) if recipe.reconstruct else 0, effort.judged)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..arch import architecture
+from ..arch.facts import count_parameters
 from ..checkpoint.stored_model import StoredModel
 from ..errors import HywiaError, UsageError
 from ..method.calibration_data import calibration
@@ -143,7 +144,7 @@ def fitted(model: Any, recipe: Recipe, device: torch.device) -> Recipe:
     Raises:
         UsageError: it asks for what runs layers one at a time.
     """
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = count_parameters(model)
     if not architecture(model).together:
         return recipe.resolved(device.type, parameters)
     alone: dict[str, Any] = {"reconstruct": False, "search": "none", "head_ranking": "scores"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,12 +19,15 @@ __all__ = [
     "forward_replaced",
     "frozen",
     "hooked",
+    "lacks_deterministic_kernel",
     "reproducible",
+    "reproducibly",
     "unhook",
     "unpacked",
     "without_collections",
 ]
 
+Result = TypeVar("Result")
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _FILLING: Any = torch.utils.deterministic
 _OURS = "_hywia_hook"  # marks the hooks of this package
@@ -136,6 +139,26 @@ def reproducible(on: bool, *, cublas: bool = True) -> Iterator[None]:
         return
     with WORKSPACE.held() if cublas else nullcontext(), STRICT.held():
         yield
+
+
+def lacks_deterministic_kernel(error: RuntimeError) -> bool:
+    """Whether an error is what torch's strict mode says of an op that has no deterministic kernel."""
+    return "deterministic" in str(error)
+
+
+def reproducibly(run: Callable[[bool], Result], cuda: bool) -> tuple[Result, bool]:
+    """What `run` gives under deterministic kernels, or, where an op has none, without them; and which it was.
+
+    Args:
+        run: is told whether to ask for them (see `reproducible`), and may be called twice. cuda: whether it runs there;
+            elsewhere all kernels are deterministic.
+    """
+    try:
+        return run(cuda), True
+    except RuntimeError as error:
+        if not cuda or not lacks_deterministic_kernel(error):
+            raise
+    return run(False), False
 
 
 @contextmanager

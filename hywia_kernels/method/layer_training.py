@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten
 
 from ..engine.layered import hidden_of
-from ..engine.patches import reproducible
+from ..engine.patches import reproducible, reproducibly
 from ..engine.static_driver import capture
 from ..errors import HywiaError
 from .layer_targets import LayerTarget, Run
@@ -124,7 +124,6 @@ class _Trained:
         self._rate = torch.tensor(self._peak, device=self.device)
         more: dict[str, Any] = {"fused": True, "capturable": True} if cuda else {"foreach": False}
         self._optimiser = torch.optim.AdamW(self._copies.values(), lr=self._rate, weight_decay=0.0, **more)
-        self._begin()
 
     def _used(self, name: str) -> Tensor:
         parameter = self.parameters[name].detach()
@@ -138,6 +137,7 @@ class _Trained:
         """The layer's own values, and an optimiser that has seen nothing."""
         for name, copy in self._copies.items():
             copy.copy_(self._used(name))
+            copy.grad = None  # of a step that failed half way
         for state in self._optimiser.state.values():
             for value in state.values():
                 value.zero_()
@@ -153,20 +153,16 @@ class _Trained:
                 self.parameters[name].copy_(copy)
 
     def train(self, runs: Sequence[Run], targets: Sequence[LayerTarget], passes: int) -> None:
-        """Under deterministic kernels, or without them where an op of the layer has none."""
-        cuda = self.device.type == "cuda"
-        try:
-            with reproducible(cuda):
-                self._train(runs, targets, passes)
-            return
-        except RuntimeError as error:
-            if not cuda or "deterministic" not in str(error):
-                raise
-        self._begin()
-        self._train(runs, targets, passes)
+        """From the layer's own values on, under deterministic kernels where all ops have them."""
 
-    @torch.enable_grad()
-    def _train(self, runs: Sequence[Run], targets: Sequence[LayerTarget], passes: int) -> None:
+        def run(strict: bool) -> None:
+            self._begin()
+            with reproducible(strict), torch.enable_grad():
+                self._steps(runs, targets, passes)
+
+        reproducibly(run, self.device.type == "cuda")
+
+    def _steps(self, runs: Sequence[Run], targets: Sequence[LayerTarget], passes: int) -> None:
         generator = torch.Generator().manual_seed(_SEED + self._index)
         order = [place for _ in range(passes) for place in torch.randperm(len(runs), generator=generator).tolist()]
         alike = alike_runs(runs, self._index)
@@ -201,7 +197,6 @@ class _Trained:
         # A layer that asks the host for something, memory that is short.
         with suppress(RuntimeError, NotImplementedError):
             graph = capture(lambda: self._step(run, *held))
-        self._optimiser.zero_grad()
         self._begin()
         if graph is None:
             return None

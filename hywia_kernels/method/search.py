@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..arch.facts import count_parameters
 from ..settings import JUDGED_SAMPLES, ByDevice
 from ..types import Plan, Scores
 from .judging import Follow, Judge, shared_out
@@ -63,7 +64,7 @@ class Effort:
 
     def refit_samples(self, model: Any, device_type: str) -> int:
         """Samples to refit on, of a model that runs on this type of device."""
-        return self.refit.on(device_type, sum(p.numel() for p in model.parameters()))
+        return self.refit.on(device_type, count_parameters(model))
 
     def trials(self, choices: Choices) -> int:
         """How many plans are tried at the most."""

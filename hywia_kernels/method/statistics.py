@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from ..engine.kernels import usable
 from ..engine.linear import Scorer
 from ..engine.memory import MODES, MemoryPlan, plan_memory, plan_whole
 from ..engine.passes import apart
-from ..engine.patches import forward_replaced, reproducible, without_collections
+from ..engine.patches import forward_replaced, reproducible, reproducibly, without_collections
 from ..engine.results import Results
 from ..engine.rotary import rotary_replaced
 from ..engine.samples import Samples, padded
@@ -122,17 +122,6 @@ def _run(job: _Job, scale: float, strict: bool) -> tuple[Results, Tensor]:
     return results, total
 
 
-def _reproducibly(job: _Job, scale: float) -> tuple[Results, Tensor, bool]:
-    """`_run` under deterministic kernels, or without them where an op of the model has none; and which it was."""
-    cuda = any(d.type == "cuda" for d in job.devices)
-    try:
-        return *_run(job, scale, cuda), True
-    except RuntimeError as error:
-        if not cuda or "deterministic" not in str(error):
-            raise
-    return *_run(job, scale, False), False
-
-
 def _finite(job: _Job, meanwhile: Callable[[], None]) -> _Outcome:
     """`(fine, coarse, mean loss, loss scale, same bits every run)` at the largest loss scale that does not overflow.
 
@@ -143,9 +132,10 @@ def _finite(job: _Job, meanwhile: Callable[[], None]) -> _Outcome:
     """
     float16 = any(p.dtype == torch.float16 for m in job.linears.values() for p in m.parameters())
     scales = _FLOAT16_SCALES if float16 else (1.0,)
+    cuda = any(d.type == "cuda" for d in job.devices)
     bad: str | None = None
     for scale in scales:
-        results, total, same = _reproducibly(job, scale)
+        (results, total), same = reproducibly(partial(_run, job, scale), cuda)
         results.fetch()
         meanwhile()
         fine, coarse = results.download(job.order)

@@ -16,7 +16,7 @@ from hywia_kernels.deploy.cost import cost_of
 from hywia_kernels.method import surgery
 from tests.support.comparison import logits, relative
 from tests.support.cuts import make_plan
-from tests.support.experts import refitted
+from tests.support.experts import check_refitted
 from tests.support.families import FAMILIES, fresh, fresh_named, token_ids
 from tests.support.processes import run_jobs
 from tests.support.shapes import all_cuts, distinct, saved_cuts
@@ -272,17 +272,11 @@ def test_experts_are_refitted_on_the_tokens_that_reach_them(name):
     (hidden, chosen, shares), weight = seen[0], 1.0 / out[0].flatten(0, 1).square().mean(1)
     hk.reconstruct(model, plan, tokens, ridge=0.3)
     stack = dense.model.layers[0].mlp.experts
+    entered = {"hidden": hidden, "weight": weight, "chosen": chosen, "shares": shares}
     for expert in range(5):
         keep = plan.keep[f"model.layers.0.mlp.{expert}"]
-        token, rank = (chosen == expert).nonzero(as_tuple=True)
-        assert 0 < len(token) < len(hidden)
-        down = stack.down_proj[expert].double()
-        want = refitted(
-            hidden[token], weight[token], shares[token, rank], stack.gate_up_proj[expert], down, keep, ridge=0.3
-        )
-        got = layer.mlp.experts.down_proj[expert].double()
-        assert relative(got[:, keep], want) <= 1e-5
-        assert relative(got[:, keep], down[:, keep]) > 1e-2, "the refit must matter"
+        reached, got = check_refitted(layer.mlp.experts, stack, expert, keep, **entered, ridge=0.3)
+        assert 0 < reached < len(hidden)
         gone = [j for j in range(got.shape[1]) if j not in keep.tolist()]
         assert not got[:, gone].any()
 

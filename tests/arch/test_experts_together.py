@@ -15,7 +15,7 @@ from hywia_kernels.cli import main
 from hywia_kernels.method.selection import estimated_loss, splits
 from tests.support.comparison import logits, relative
 from tests.support.derived import prompt, small
-from tests.support.experts import refitted
+from tests.support.experts import check_refitted
 from tests.support.families import fresh_named, token_ids
 from tests.support.tokenizers import text, write_tokenizer
 
@@ -170,18 +170,11 @@ def test_experts_that_stay_are_refitted_on_the_tokens_that_now_reach_them(name):
     chosen = stay[places]
     errors = hk.reconstruct(model, plan, tokens, ridge=0.3).record["refit"]["relative_error"]
     assert sum(n.startswith("model.layers.0.") for n in errors) == 3
-    stack = mlp.experts
+    entered = {"hidden": hidden, "weight": weight, "chosen": chosen, "shares": shares}
     for expert in stay.tolist():
         keep = plan.keep[f"model.layers.0.mlp.{expert}"]
-        token, rank = (chosen == expert).nonzero(as_tuple=True)
-        assert len(keep) < len(token) < len(hidden)
-        down = stack.down_proj[expert].double()
-        want = refitted(
-            hidden[token], weight[token], shares[token, rank], stack.gate_up_proj[expert], down, keep, ridge=0.3
-        )
-        got = layer.mlp.experts.down_proj[expert].double()
-        assert relative(got[:, keep], want) <= 1e-5
-        assert relative(got[:, keep], down[:, keep]) > 1e-2, "the refit must matter"
+        reached, _ = check_refitted(layer.mlp.experts, mlp.experts, expert, keep, **entered, ridge=0.3)
+        assert len(keep) < reached < len(hidden)
 
 
 @pytest.mark.parametrize("name", [*TABLE, "deepseek_v2"])

@@ -309,3 +309,19 @@ def test_copies_are_as_good(gqa, tokens):
     """Nothing of a pass stays in the model: a copy made afterwards gives the same statistics."""
     want = hk.calibrate(gqa, tokens)
     equal(hk.calibrate(copy.deepcopy(gqa), tokens), want)
+
+
+def test_an_op_without_a_deterministic_kernel_is_run_without_asking_for_one():
+    asked = []
+
+    def run(strict):
+        asked.append(strict)
+        if strict:
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+        return len(asked)
+
+    assert patches.reproducibly(run, True) == (2, False)
+    assert patches.reproducibly(run, False) == (3, True)
+    assert asked == [True, False, False]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        patches.reproducibly(lambda strict: (_ for _ in ()).throw(RuntimeError("out of memory")), True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .comparison import relative
 
 
 def refitted(
@@ -24,3 +28,32 @@ def refitted(
     penalty = ridge * len(keep) / len(hidden) * gram.diagonal().mean()
     missing = x.T @ (y - x @ down[:, keep].T)
     return down[:, keep] + torch.linalg.solve(gram + penalty * torch.eye(len(keep)), missing).T
+
+
+def check_refitted(
+    solved: Any,
+    dense: Any,
+    expert: int,
+    keep: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    chosen: Tensor,
+    shares: Tensor,
+    ridge: float,
+) -> tuple[int, Tensor]:
+    """Hold an expert's matrix of a refitted stack against `refitted`.
+
+    Args:
+        solved, dense: the stack after the refit, and the dense model's. hidden: `[tokens, inputs]` that enter the
+            layer's experts. chosen, shares: `[tokens, experts of a token]`, of which experts, and the router's shares.
+
+    Returns:
+        `(how many tokens reach it, its matrix in float64)`.
+    """
+    token, rank = (chosen == expert).nonzero(as_tuple=True)
+    down = dense.down_proj[expert].double()
+    want = refitted(hidden[token], weight[token], shares[token, rank], dense.gate_up_proj[expert], down, keep, ridge)
+    got = solved.down_proj[expert].double()
+    assert relative(got[:, keep], want) <= 1e-5
+    assert relative(got[:, keep], down[:, keep]) > 1e-2, "the refit must matter"
+    return len(token), got

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...arch.facts import fingerprint, weight_bytes
+from ...arch.facts import count_parameters, fingerprint, weight_bytes
 from ...arch.holding import plain_model
 from ...engine.memory import free_bytes
 from ...errors import HywiaError, UsageError
@@ -65,7 +65,7 @@ def resolved(request: Recovery, dense: Any, device: torch.device, *, seed: int =
     Args:
         dense: may be on the meta device. seed: of the calibration. more: a second model is still to come beside it.
     """
-    parameters = sum(p.numel() for p in dense.parameters())
+    parameters = count_parameters(dense)
     usual, text_tokens, batch = _EFFORT.on(device.type, parameters)
     tokens = request.tokens or usual
     on_meta = next(dense.parameters()).is_meta
