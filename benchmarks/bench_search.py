@@ -121,6 +121,7 @@ class Bench:
             effort=effort,
             scored=self.recipe.samples,
             ridge=self.recipe.ridge,
+            passes=self.recipe.layer_passes or 0,
             follow=None if dense is None or not dense.brief_steps else lambda masked, _: dense.briefly(masked),
         )
 

@@ -68,5 +68,6 @@ def _searched(model: Any, recipe: Recipe, measured: Measured, scores: Scores, de
         effort=recipe.search,
         scored=recipe.samples,
         ridge=recipe.ridge if recipe.reconstruct else None,
+        passes=recipe.layer_passes or 0,
         follow=None if dense is None or not dense.brief_steps else lambda masked, _: dense.briefly(masked),
     )

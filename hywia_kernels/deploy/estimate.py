@@ -30,6 +30,7 @@ from ..method.recovery.job import asked_tokens, micro_tokens
 from ..method.recovery.request import Recovery
 from ..method.recovery.tuning import training_bytes
 from ..method.sampling import WRITING_SHARE, even
+from ..method.search import LEAST_TRAINED_TOKENS
 from ..settings import PRICE_SAMPLES, SELF
 from ..types import Group
 from .cost import Cost, cost_of
@@ -138,7 +139,7 @@ def estimate(
         "scoring": _scoring(work, samples, seq_len, rates),
         "head ranking": _ranking(work, groups, scored, seq_len, rates),
         "layer ranking": _layer_ranking(work, layer_samples, seq_len, layers_priced, rates),
-        "searching": _searching(work, groups, trials, trial_samples, seq_len, 1.0 - ratio, rates),
+        "searching": _searching(work, groups, trials, trial_samples, seq_len, layer_passes, 1.0 - ratio, rates),
         "reconstruction": _reconstruction(work, groups, reconstruct_samples, seq_len, 1.0 - ratio, rates)
         + _layer_training(work, reconstruct_samples, seq_len, layer_passes, 1.0 - ratio, rates),
         "cutting": _CUT_COPIES * work.weight_bytes / rates.copies if ratio else 0.0,
@@ -274,24 +275,27 @@ def _reconstruction(work: Cost, groups: Any, samples: int, seq_len: int, kept: f
 
 
 def _layer_training(work: Cost, samples: int, seq_len: int, passes: int, kept: float, rates: Rates) -> float:
-    """Each pass a forward and a backward of the layers that are left, and two forwards that measure what it brought."""
+    """Each pass a forward and a backward of the layers that are left; forwards measure on some text what it brought."""
     if not passes or kept == 1.0:
         return 0.0
     forward = kept * _forward(work, samples, seq_len, logits=False)
-    return (3.0 * passes + 2.0) * forward / (rates.products * _RECONSTRUCTION)
+    return (3.0 * passes + 0.5) * forward / (rates.products * _RECONSTRUCTION)
 
 
 def _searching(
-    work: Cost, groups: Any, trials: int, samples: tuple[int, int], seq_len: int, kept: float, rates: Rates
+    work: Cost, groups: Any, trials: int, samples: tuple[int, int], seq_len: int, passes: int, kept: float, rates: Rates
 ) -> float:
-    """Of each plan a short reconstruction, and a forward pass of what it is judged on with the logits of both models;
-    the dense model's pass comes once."""
+    """Of each plan a short reconstruction, with layers trained where there is the text for it, and a forward pass of
+    what it is judged on with the logits of both models; the dense model's pass comes once."""
     if not trials:
         return 0.0
     refit, judged = samples
     judging = _forward(work, judged, seq_len, logits=False) / (rates.products * _FORWARD)
     logits = 2.0 * 2.0 * judged * seq_len * work.head / (rates.products * _FORWARD)
-    return trials * (_reconstruction(work, groups, refit, seq_len, kept, rates) + judging + logits) + judging
+    solving = _reconstruction(work, groups, refit, seq_len, kept, rates)
+    if refit * seq_len >= LEAST_TRAINED_TOKENS:
+        solving += _layer_training(work, refit, seq_len, passes, kept, rates)
+    return trials * (solving + judging + logits) + judging
 
 
 def _writing_bytes(work: Cost, samples: int, seq_len: int, device: torch.device) -> int:

@@ -68,15 +68,16 @@ class Judge:
     Args:
         model: as it is before any of the plans. texts: to try them on.
         ridge: of the refit; None: the removed units are masked, and nothing is solved.
+        passes: of the refit, in which layers are trained.
 
     Raises:
         UsageError, HywiaError: as `reconstruct`.
     """
 
-    def __init__(self, model: Any, texts: Texts, ridge: float | None = RIDGE) -> None:
+    def __init__(self, model: Any, texts: Texts, ridge: float | None = RIDGE, passes: int = 0) -> None:
         if ridge is not None:
             check_ridge(ridge)
-        self.model, self.ridge = plain_model(model, changing=True), ridge
+        self.model, self.ridge, self.passes = plain_model(model, changing=True), ridge, passes
         self.refit = None if ridge is None else padded(texts.refit)
         text = padded(texts.judged)
         check_tokens(text.tokens, self.model)
@@ -104,7 +105,8 @@ class Judge:
                     hidden[run] = begin.calls[index](layer, hidden[run])
 
             groups = checked_groups(self.model, plan)
-            through_layers(self.model, plan, groups, self.refit, self.ridge or RIDGE, while_changed=go_on)
+            ridge, passes = self.ridge or RIDGE, self.passes
+            through_layers(self.model, plan, groups, self.refit, ridge, passes=passes, while_changed=go_on)
             ends = zip(self.chunks, begun, hidden, strict=True)
             states = [leaving(self.model, layers, chunk, begin, left) for chunk, begin, left in ends]
             return mean_divergence(self.model, self.dense, self._flat(states))
@@ -116,7 +118,7 @@ class Judge:
         """
         dense = with_head(self.model, copy.deepcopy(self.model.get_output_embeddings()))
         refit = None if self.refit is None else list(self.refit.tokens)
-        with changed(self.model, plan, refit, self.ridge or RIDGE):
+        with changed(self.model, plan, refit, self.ridge or RIDGE, self.passes):
             follow(self.model, plan)
             return mean_divergence(self.model, self.dense, self._states(), dense)
 
@@ -135,8 +137,9 @@ class Judge:
 
 
 @contextmanager
-def changed(model: nn.Module, plan: Plan, batches: Any, ridge: float = RIDGE) -> Iterator[None]:
-    """A model masked to a plan, and refitted where there are `batches` to do it on, for as long as the context is open.
+def changed(model: nn.Module, plan: Plan, batches: Any, ridge: float = RIDGE, passes: int = 0) -> Iterator[None]:
+    """A model masked to a plan, and refitted where there are `batches` to do it on (see `reconstruct`), for as long as
+    the context is open.
 
     The caller may change parameters' values further. Afterwards, and after any error or interrupt, all parameters have
     their values and gradients again, bit for bit, and modules and configs their attributes; parameters that are
@@ -158,5 +161,5 @@ def changed(model: nn.Module, plan: Plan, batches: Any, ridge: float = RIDGE) ->
         if batches is None:
             mask(model, plan)
         else:
-            reconstruct(model, plan, batches, ridge=ridge)
+            reconstruct(model, plan, batches, ridge=ridge, passes=passes)
         yield

@@ -37,7 +37,7 @@ from .expert_refit import Sent, add_tokens, sent
 from .layer_masks import check_transparent, zero_layers
 from .layer_runs import CHUNK_TOKENS, Weights
 from .layer_targets import Journal, LayerTarget, Run, gap_behind, layer_target, run_of
-from .layer_training import TRAINED_TOKENS, train_layer
+from .layer_training import TRAINED_TOKENS, LayerTraining
 from .moments import exact_products
 from .narrow_layers import narrowed
 from .surgery import checked_groups, zero_units
@@ -167,7 +167,7 @@ def reconstruct(
     give for them, and `w_t` has the square of its share; an expert that no token reaches is cut as it is.
 
     With `passes`, each layer whose input or width differs from the dense one's is then trained, all of its weights, see
-    `layer_training.train_layer`; what it sends on is what the next layer's equations are about.
+    `layer_training.LayerTraining`; what it sends on is what the next layer's equations are about.
 
     The hidden states of the text between two layers are held, in the model's dtype, for both models, and inside a layer
     what leaves the dense one and what its attention adds, until the attention's equations are there; wide activations
@@ -288,6 +288,7 @@ def through_layers(
         journal = journal or Journal()
         begin, same = journal.resumed(runs, errors)  # same: both models have the same hidden states so far
         targets: list[LayerTarget] = []
+        training = LayerTraining(passes)
         for index, layer in enumerate(progress.track(layers, what)):
             if index < begin:
                 continue
@@ -342,7 +343,7 @@ def through_layers(
                             solution.matrices.append((matrix, values.on_host()))
                         errors[matrix.name] = [before, after]
                     if trains:
-                        trained, errors[str(index)] = train_layer(layer, index, runs, targets, passes, narrow)
+                        trained, errors[str(index)] = training.train(layer, index, runs, targets, narrow)
                         if solution is not None:
                             solution.parameters += trained
                     same = same and not cut and not gap
@@ -352,5 +353,5 @@ def through_layers(
                     if while_changed is not None:
                         while_changed(index, layer)
             journal.finished(index, runs, same, errors)
-        del runs, targets
+        del runs, targets, training
     return errors

@@ -7,11 +7,12 @@ for what other batch sizes change in the last bits of logits.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import arch, progress
 from ..engine.memory import free_bytes
@@ -77,7 +78,8 @@ def even(samples: int, device_type: str) -> int:
 
 def driven(model: Any, starts: Tensor, uniform: Tensor, ordinary: list[int], batch: int) -> Tensor | None:
     """Samples int64 `[samples, length]`, on the CPU, that begin with `starts` `[samples, begin]`; None where no driver
-    runs this model to the same logits. On CUDA float32 models write with TF32 products.
+    runs this model to the same logits. On CUDA a float32 model writes through a copy in bfloat16, or, where no memory
+    is left for one, with TF32 products.
 
     Args:
         uniform: float32 `[samples, length]`; what is at a position draws its token. ordinary: ids that may be drawn.
@@ -85,6 +87,7 @@ def driven(model: Any, starts: Tensor, uniform: Tensor, ordinary: list[int], bat
     length = uniform.shape[1]
     if drivable(model, length) is not None:
         return None
+    model = _sixteen_bits(model)
     weight = model.lm_head.weight
     driver = StaticDriver(model, batch, length, compile=False)
     sampler = Sampler(ordinary, weight.shape[0], weight.device)
@@ -105,6 +108,24 @@ def driven(model: Any, starts: Tensor, uniform: Tensor, ordinary: list[int], bat
             bar.step(count)
     sampler.check()
     return torch.cat(written)
+
+
+def _sixteen_bits(model: Any) -> Any:
+    """A copy of a float32 model on CUDA with weights in bfloat16, where it fits; others as they are. Half the bytes are
+    twice the speed, and what is drawn at random is as much the model's own."""
+    weights = [p for p in model.parameters() if p.dtype == torch.float32]
+    device = model.lm_head.weight.device
+    size = sum(2 * p.numel() for p in weights)
+    if (
+        device.type != "cuda"
+        or not torch.cuda.is_bf16_supported()
+        or len(weights) < len(list(model.parameters()))
+        or size > WRITING_SHARE * free_bytes(device)
+    ):
+        return model
+    # Buffers, those of the rotary embedding among them, stay in float32.
+    halved = {id(p): nn.Parameter(p.detach().to(torch.bfloat16), requires_grad=False) for p in weights}
+    return copy.deepcopy(model, halved)
 
 
 class _Writer:

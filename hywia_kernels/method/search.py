@@ -22,10 +22,12 @@ from ..arch.facts import count_parameters
 from ..settings import JUDGED_SAMPLES, ByDevice
 from ..types import Plan, Scores
 from .judging import Follow, Judge, shared_out
+from .layer_training import TRAINED_TOKENS
 from .selection import estimated_loss
 
-__all__ = ["EFFORTS", "Choices", "Effort", "best_plan"]
+__all__ = ["EFFORTS", "LEAST_TRAINED_TOKENS", "Choices", "Effort", "best_plan"]
 
+LEAST_TRAINED_TOKENS = 16 * TRAINED_TOKENS  # of a trial's text: training a layer on less tells nothing
 _LEAST_SHARE = 1 / 8  # of a kind's units, below which a split is only tried where there are few
 
 Split = Mapping[str, int]
@@ -113,6 +115,7 @@ def best_plan(
     effort: str,
     scored: int,
     ridge: float | None,
+    passes: int = 0,
     follow: Follow | None = None,
 ) -> Plan:
     """The best of the plans that were tried; its record lists all of them as "search".
@@ -123,6 +126,7 @@ def best_plan(
         tokens: int64 `[samples, length]` of the calibration text, as `shared_out` takes them.
         effort: of EFFORTS. scored: how many of the first samples the scores have read.
         ridge: of the refit; None: plans are judged masked, as where no reconstruction follows.
+        passes: in which that trains layers afterwards; so do trials, where they have the text for it.
         follow: what else follows, in short: it trains the model, masked to the plan, in place. The two best plans are
             judged again after it.
 
@@ -135,7 +139,8 @@ def best_plan(
     how = EFFORTS[effort]
     device = model.get_input_embeddings().weight.device
     texts = shared_out(tokens, scored, how.refit_samples(model, device.type), how.judged)
-    judge = Judge(model, texts, ridge)
+    trained = passes if texts.refit.numel() >= LEAST_TRAINED_TOKENS else 0
+    judge = Judge(model, texts, ridge, trained)
     ordered = sorted(choices.splits, key=lambda s: (0, 0) if s is None else (s.get("layers", 0), s.get("attention", 0)))
     tried: dict[tuple[int, float], _Trial] = {}
 
@@ -164,6 +169,7 @@ def best_plan(
     record = {
         "effort": effort,
         "refitted": None if ridge is None else len(texts.refit),
+        "passes": trained,
         "judged": len(texts.judged),
         "fresh": texts.fresh,
         "tried": len(tried),

@@ -30,22 +30,48 @@ def reconstructed(model, passes=2):
     return model, after
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_captured_steps_are_plain_ones(monkeypatch, dtype):
-    captured, calls = layer_training._Trained._captured, []
+def captures(monkeypatch):
+    """The graphs that layers are trained by, one a layer, filled as they are."""
+    captured, graphs = layer_training._Trained._captured, []
     monkeypatch.setattr(
-        layer_training._Trained, "_captured", lambda self, *a: calls.append(captured(self, *a)) or calls[-1]
+        layer_training._Trained, "_captured", lambda self, *a: graphs.append(captured(self, *a)) or graphs[-1]
     )
-    model = made(dtype)
-    mine = reconstructed(model)[1]
-    assert len(calls) == 3
-    assert all(call is not None for call in calls)
+    return graphs
+
+
+def errors(model):
+    return reconstructed(model)[1].record["refit"]["layer_error"]
+
+
+def same_as_plain(monkeypatch, model, mine):
     monkeypatch.setattr(layer_training, "_CAPTURED_STEPS", 10**9)
-    theirs = reconstructed(model)[1]
-    mine, theirs = (x.record["refit"]["layer_error"] for x in (mine, theirs))
-    for index, (before, after) in theirs.items():
+    for index, (before, after) in errors(model).items():
         assert after < 0.99 * before
         assert mine[index] == pytest.approx([before, after], rel=2e-2), index
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_steps_are_plain_ones(monkeypatch, dtype):
+    graphs = captures(monkeypatch)
+    model = made(dtype)
+    mine = errors(model)
+    assert len(graphs) == 3
+    assert graphs[0] is not None
+    assert graphs[0] is graphs[1] is graphs[2]  # layers that look alike share it
+    same_as_plain(monkeypatch, model, mine)
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["seen", "told by its loss"])
+def test_a_layer_of_another_kind_has_a_graph_of_its_own(monkeypatch, seen):
+    graphs = captures(monkeypatch)
+    model = made()
+    model.model.layers[1].self_attn.scaling *= 3.0
+    if not seen:
+        monkeypatch.setattr(layer_training, "_settings", lambda module: {})
+    mine = errors(model)
+    assert None not in graphs
+    assert len({id(graph) for graph in graphs}) == 3
+    same_as_plain(monkeypatch, model, mine)
 
 
 def test_a_run_repeats():

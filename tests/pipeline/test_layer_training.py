@@ -12,7 +12,7 @@ from hywia_kernels import UsageError
 from hywia_kernels.engine.samples import padded
 from hywia_kernels.method import layer_training
 from hywia_kernels.method.layer_targets import layer_target, run_of
-from hywia_kernels.method.layer_training import alike_runs, relative_error, train_layer
+from hywia_kernels.method.layer_training import LayerTraining, alike_runs, relative_error
 from hywia_kernels.method.narrow_layers import narrowed
 from hywia_kernels.method.surgery import zero_units
 from tests.support.tiny import TINY, fresh, make_plan
@@ -59,7 +59,7 @@ def test_the_first_step_goes_down_the_gradient_of_the_stated_loss(text):
         loss = ((goal - out).square() * weight).mean()
         loss.backward()
     assert relative_error(layer, 1, runs, targets) == pytest.approx(float(loss), rel=1e-5)
-    train_layer(layer, 1, runs, targets, 1)
+    LayerTraining(1).train(layer, 1, runs, targets)
     rate = min(2e-3, 1.152 / runs[0].pruned.shape[-1])  # AdamW's first step is the rate against the gradient's sign
     for name, parameter in want.named_parameters():
         steep = parameter.grad.abs() > 1e-5
@@ -71,8 +71,8 @@ def test_the_first_step_goes_down_the_gradient_of_the_stated_loss(text):
 def test_at_the_cut_width_the_same_comes_of_it(text):
     layer, _, runs, targets, narrow = masked_layer(text)
     other, run_again, goals = copy.deepcopy(layer), runs, targets
-    _, (before, after) = train_layer(layer, 1, runs, targets, 3, narrow)
-    _, plainly = train_layer(other, 1, run_again, goals, 3)
+    _, (before, after) = LayerTraining(3).train(layer, 1, runs, targets, narrow)
+    _, plainly = LayerTraining(3).train(other, 1, run_again, goals)
     assert after < 0.95 * before
     assert [before, after] == pytest.approx(plainly, rel=1e-4)
     for name, parameter in other.named_parameters():
@@ -137,6 +137,34 @@ def test_runs_that_are_padded_otherwise_are_not_alike():
     assert alike_runs(whole, 1) == [True, True, True]
 
 
+@torch.no_grad()
+def test_layers_look_alike_or_do_not(text):
+    """A step that was captured for one layer is another's where nothing that it computes by differs."""
+    layer, plan, _, _, narrow = masked_layer(text)
+    model = fresh(TINY[2])
+    traits = layer_training._Place.of(layer, 1, narrow).traits()
+    other = model.model.layers[0]
+    cut = [g for g in plan.groups if g.layer == 0]
+    alike = narrowed(model, cut, plan.keep)
+    assert layer_training._Place.of(other, 0, alike).traits() == traits
+    assert layer_training._Place.of(other, 0, ()).traits() != traits  # at its whole width
+    other.self_attn.scaling *= 2.0
+    assert layer_training._Place.of(other, 0, alike).traits() != traits
+    other.self_attn.scaling /= 2.0
+    other.mlp.gate_proj.bias = torch.nn.Parameter(torch.zeros(len(other.mlp.gate_proj.weight)))
+    assert layer_training._Place.of(other, 0, alike).traits() != traits
+
+
+@torch.no_grad()
+def test_errors_are_of_runs_all_over_the_text(monkeypatch, text):
+    layer, _, runs, targets, narrow = masked_layer(text)
+    assert len(runs) == 8
+    monkeypatch.setattr(layer_training, "_JUDGED_RUNS", 3)
+    want = relative_error(layer, 1, [runs[i] for i in (0, 2, 4, 6)], [targets[i] for i in (0, 2, 4, 6)])
+    _, (before, _) = LayerTraining(1).train(layer, 1, runs, targets, narrow)
+    assert before == pytest.approx(want, rel=1e-6)
+
+
 @pytest.mark.parametrize("passes", [-1, 1.0, True, "1"])
 def test_passes_that_are_no_number(model, text, passes):
     with pytest.raises(UsageError, match="passes: expected a whole number from 0, got"):
@@ -145,7 +173,7 @@ def test_passes_that_are_no_number(model, text, passes):
 
 def test_by_default_a_gpu_trains_layers_and_a_cpu_does_not():
     assert hk.Recipe(ratio=0.5).resolved("cpu").layer_passes == 0
-    assert hk.Recipe(ratio=0.5).resolved("cuda", 135_000_000).layer_passes == 2
+    assert hk.Recipe(ratio=0.5).resolved("cuda", 135_000_000).layer_passes == 4
     assert hk.Recipe(ratio=0.5).resolved("cuda", 7_000_000_000).layer_passes == 1
     assert hk.Recipe(ratio=0.5, layer_passes=3).resolved("cuda", 7_000_000_000).layer_passes == 3
     assert hk.Recipe(ratio=0.5, reconstruct=False).resolved("cuda").layer_passes is None

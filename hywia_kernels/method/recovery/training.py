@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from ... import progress
 from ...engine.passes import put_back
 from ...errors import HywiaError
+from ...settings import ByDevice
 from .distilled import Distilled, divergence
 from .hooks import WEIGHTS, Lost, Outcome, distiller, load_tuned, tuned_state, watch
 from .stepping import captured_step, compiled, uncompiled
@@ -25,6 +26,9 @@ from .text import Text
 from .tuning import Tuned
 
 __all__ = ["trained"]
+
+# Steps between two looks at the loss, for each of which the host waits for the device.
+_LOGGED = ByDevice(cpu=1, gpu=16)
 
 
 class _Samples(Dataset):
@@ -99,7 +103,7 @@ def trained(
         metric_for_best_model="eval_divergence",
         greater_is_better=False,
         logging_strategy="steps",
-        logging_steps=1,
+        logging_steps=_LOGGED.on(device.type),
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to="none",
