@@ -28,7 +28,7 @@ _REFIT_SAMPLES = settings.ByDevice(
 )  # some two passes over them: minutes on two cores, seconds on a GPU
 # Passes in which a layer is trained. On two cores one of SmolLM2's takes as long as solving all of its matrices.
 # Of a large model one takes as long as scoring, searching and solving together.
-_LAYER_PASSES = settings.ByDevice(cpu=0, gpu=4, large=1)
+_LAYER_PASSES = settings.ByDevice(cpu=0, gpu=8, large=1)
 _TUPLES = ("layers", "units", "serve")
 
 
@@ -67,7 +67,7 @@ class Recipe:
         reconstruct_samples: of the same text; None: 128 on a CPU and 1,024 on a GPU, or what the text holds of them.
         ridge: of the least squares.
         layer_passes: over the reconstruction's text, in which each layer's weights are then trained to send on what the
-            dense layer does; 0: they are not. None: 0 on a CPU, 4 on a GPU, and 1 there for more than a billion
+            dense layer does; 0: they are not. None: 0 on a CPU, 8 on a GPU, and 1 there for more than a billion
             parameters.
         recover: train the cut model towards the dense one's predictions: a `Recovery`, or its sources of text ("self":
             the dense model writes it); None: no recovery.

@@ -25,12 +25,12 @@ from ..engine.memory import free_bytes, scoring_bytes
 from ..engine.samples import padded
 from ..errors import UsageError
 from ..method.equations import can_hold
-from ..method.layer_training import TRAINED_TOKENS
 from ..method.recovery.job import asked_tokens, micro_tokens
 from ..method.recovery.request import Recovery
 from ..method.recovery.tuning import training_bytes
 from ..method.sampling import WRITING_SHARE, even
 from ..method.search import LEAST_TRAINED_TOKENS
+from ..method.training_runs import TRAINED_TOKENS
 from ..settings import PRICE_SAMPLES, SELF
 from ..types import Group
 from .cost import Cost, cost_of

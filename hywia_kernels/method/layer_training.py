@@ -34,12 +34,11 @@ from .layer_targets import LayerTarget, Run
 from .moments import energy
 from .narrow_layers import Narrow
 
-__all__ = ["TRAINED_TOKENS", "LayerTraining", "alike_runs", "relative_error"]
+__all__ = ["LayerTraining", "alike_runs", "relative_error"]
 
-TRAINED_TOKENS = 2048  # of a step
 # The peak learning rate is the lesser of this and that over the hidden size, since weights are the smaller the more
-# inputs there are: 2e-3 for SmolLM2's 576, on which it was chosen.
-_RATE, _BY_SIZE = 2e-3, 1.152
+# inputs there are: 3e-3 for SmolLM2's 576, on which it was chosen.
+_RATE, _BY_SIZE = 3e-3, 1.728
 _SEED = 0
 _JUDGED_RUNS = 16  # on so many, evenly spaced, it is judged whether training has brought a layer nearer
 # Launching a step's hundreds of kernels from Python takes longer than a small layer's kernels do, so it is replayed as
@@ -71,17 +70,17 @@ class LayerTraining:
         runs: Sequence[Run],
         targets: Sequence[LayerTarget],
         narrow: Sequence[Narrow] = (),
-    ) -> tuple[list[tuple[nn.Parameter, Tensor]], list[float]]:
+    ) -> tuple[list[nn.Parameter], list[float]]:
         """Train a layer, and keep what comes of it where that is nearer to the dense layer than before.
 
         Args:
-            layer: masked and solved. index: its place among the layers. runs: of the text, with what enters the layer.
-            targets: what the dense layer sends on for each run. narrow: its linear layers that run at their cut width,
-                of which no more than that is trained.
+            layer: masked and solved. index: its place among the layers. runs: of the text, a step each, with what
+                enters the layer. targets: what the dense layer sends on for each run.
+            narrow: its linear layers that run at their cut width, of which no more than that is trained.
 
         Returns:
-            `(the parameters that changed, each with its new values on the host; the relative error before and after,
-            on some of the runs)`; no parameters where training brought nothing.
+            `(the parameters that changed; the relative error before and after, on some of the runs)`; no parameters
+            where training brought nothing.
 
         Raises:
             HywiaError: the layer's output is NaN or Inf before anything is trained.
@@ -100,7 +99,7 @@ class LayerTraining:
         self._last = trained if trained.lasts else None
         after = relative_error(layer, index, runs[some], targets[some])
         if after < before:  # not so where it is NaN
-            return [(p, p.detach().to("cpu", copy=True)) for p in trained.parameters.values()], [before, after]
+            return list(trained.parameters.values()), [before, after]
         for name, parameter in trained.parameters.items():
             parameter.copy_(untrained[name])
         return [], [before, before]

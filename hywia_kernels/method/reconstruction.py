@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .. import arch, progress
 from ..arch.facts import fingerprint, weight_bytes
 from ..arch.holding import plain_model
+from ..engine.memory import free_bytes
 from ..engine.passes import apart, put_back
 from ..engine.patches import forward_replaced
 from ..engine.samples import Samples, padded
@@ -37,12 +38,15 @@ from .expert_refit import Sent, add_tokens, sent
 from .layer_masks import check_transparent, zero_layers
 from .layer_runs import CHUNK_TOKENS, Weights
 from .layer_targets import Journal, LayerTarget, Run, gap_behind, layer_target, run_of
-from .layer_training import TRAINED_TOKENS, LayerTraining
+from .layer_training import LayerTraining
 from .moments import exact_products
 from .narrow_layers import narrowed
 from .surgery import checked_groups, zero_units
+from .training_runs import parted, parts_of
 
 __all__ = ["Solution", "check_passes", "check_ridge", "reconstruct", "refitted", "through_layers"]
+
+_WAITING_SHARE = 0.25  # of the free memory
 
 
 def _expert_equations(
@@ -63,8 +67,8 @@ class _Solved:
     columns: Tensor
     bias: Tensor | None
 
-    def on_host(self) -> _Solved:
-        return _Solved(self.columns.cpu(), None if self.bias is None else self.bias.cpu())
+    def to(self, device: torch.device | None) -> _Solved:
+        return _Solved(_waiting(self.columns, device), None if self.bias is None else _waiting(self.bias, device))
 
 
 def _solved(matrix: Matrix, change: Tensor) -> _Solved:
@@ -86,11 +90,25 @@ def _solved(matrix: Matrix, change: Tensor) -> _Solved:
 
 @dataclass
 class Solution:
-    """What a pass found, on the host, in the order in which it is to be written: columns of matrices, and whole
-    parameters of layers that were trained."""
+    """What a pass found, in the order in which it is to be written: columns of matrices, and whole parameters of layers
+    that were trained. They wait on `device`, or, where it is None, each on its own."""
 
+    device: torch.device | None = None
     matrices: list[tuple[Matrix, _Solved]] = field(default_factory=list)
     parameters: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+
+
+def _waiting(values: Tensor, device: torch.device | None) -> Tensor:
+    """A copy of what is about to be put back."""
+    return values.detach().to(device or values.device, copy=True)
+
+
+def _waits_on(model: nn.Module) -> torch.device | None:
+    """Where what is solved waits: beside the model where that leaves most of its devices' memory free, since copies
+    from the host take longer than the solving does; else on the host."""
+    devices = {p.device for p in model.parameters()}
+    room = all(device.type == "cpu" or weight_bytes(model) <= _WAITING_SHARE * free_bytes(device) for device in devices)
+    return None if room else torch.device("cpu")
 
 
 def _apply(matrix: Matrix, solved: _Solved) -> None:
@@ -172,8 +190,9 @@ def reconstruct(
     The hidden states of the text between two layers are held, in the model's dtype, for both models, and inside a layer
     what leaves the dense one and what its attention adds, until the attention's equations are there; wide activations
     only for a few thousand tokens at a time, but for those that enter a layer's last matrix, where they are few beside
-    the weights. Solved columns wait on the host until all are solved: the model is as it
-    was until then, but for the layer that is at work, of whose cut parameters a copy is held.
+    the weights. Solved columns wait until all are solved, on the host where a quarter of the device's free memory has
+    no room for all of the weights: the model is as it was until then, but for the layer that is at work, of whose cut
+    parameters a copy is held.
 
     Args:
         model: the model the plan is for, not cut yet; its surviving columns change in place.
@@ -183,8 +202,8 @@ def reconstruct(
             by the share of the target they explain, so this is about the latter's inverse. It pulls towards the weights
             as they were, not towards zero.
         passes: over the text in which each layer is trained; 0: none is. While a layer is trained, sixteen bytes for
-            each of its parameters are held beside it and its values as they were, and on the host the values of all
-            layers that were trained.
+            each of its parameters are held beside it and its values as they were, and the values of all layers that
+            were trained wait with what was solved.
 
     Returns:
         The same plan for the refitted model: hand this one to `prune`. Its record says what was done, and for every
@@ -203,7 +222,7 @@ def reconstruct(
     model = plain_model(model, changing=True)
     with apart(dict(model.named_modules())):
         samples = padded(batches)
-        groups, solution = checked_groups(model, plan), Solution()
+        groups, solution = checked_groups(model, plan), Solution(_waits_on(model))
         errors = through_layers(model, plan, groups, samples, ridge, passes=passes, solution=solution)
         _write(model, plan, groups, solution)
         return refitted(plan, fingerprint(model), samples, ridge, passes, errors, began)
@@ -280,9 +299,10 @@ def through_layers(
     if samples is not None:
         check_tokens(samples.tokens, model)
     with exact_products(*weights.devices):
-        chunks = [] if samples is None else samples.sorted().chunks(TRAINED_TOKENS if passes else CHUNK_TOKENS)
+        chunks = [] if samples is None else samples.sorted().chunks(CHUNK_TOKENS)
         with weights.entrance():
             runs = [run_of(model, layers, chunk) for chunk in chunks]
+            parts = [parts_of(model, layers, chunk) for chunk in chunks if passes]
         tokens = sum(run.pruned[..., 0].numel() for run in runs)
         what = "judging" if solution is None and journal is None else "reconstructing"
         journal = journal or Journal()
@@ -340,12 +360,14 @@ def through_layers(
                         values = _solved(matrix, change)
                         _apply(matrix, values)
                         if solution is not None:
-                            solution.matrices.append((matrix, values.on_host()))
+                            solution.matrices.append((matrix, values.to(solution.device)))
                         errors[matrix.name] = [before, after]
                     if trains:
-                        trained, errors[str(index)] = training.train(layer, index, runs, targets, narrow)
+                        steps = parted(parts, runs, targets)
+                        changed, errors[str(index)] = training.train(layer, index, *steps, narrow)
+                        del steps
                         if solution is not None:
-                            solution.parameters += trained
+                            solution.parameters += [(p, _waiting(p, solution.device)) for p in changed]
                     same = same and not cut and not gap
                     for i, run in enumerate(runs):
                         run.pruned = begun[i].ended(matrices[-1]) if begun else run.calls[index](layer, run.pruned)
@@ -353,5 +375,5 @@ def through_layers(
                     if while_changed is not None:
                         while_changed(index, layer)
             journal.finished(index, runs, same, errors)
-        del runs, targets, training
+        del runs, parts, targets, training
     return errors

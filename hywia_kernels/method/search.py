@@ -22,8 +22,8 @@ from ..arch.facts import count_parameters
 from ..settings import JUDGED_SAMPLES, ByDevice
 from ..types import Plan, Scores
 from .judging import Follow, Judge, shared_out
-from .layer_training import TRAINED_TOKENS
 from .selection import estimated_loss
+from .training_runs import TRAINED_TOKENS
 
 __all__ = ["EFFORTS", "LEAST_TRAINED_TOKENS", "Choices", "Effort", "best_plan"]
 

@@ -447,7 +447,7 @@ def test_a_gpu_reads_more_where_the_model_is_small(pair, monkeypatch):
     dense, _ = pair
     monkeypatch.setattr(job, "free_bytes", lambda device: 10**12)
     usual = job.resolved(hk.Recovery(), dense, torch.device("cuda"))
-    assert (usual.tokens, usual.text_tokens, usual.batch, usual.tune) == (33_554_432, 8_388_608, 64, "full")
+    assert (usual.tokens, usual.text_tokens, usual.batch, usual.tune) == (50_331_648, 12_582_912, 64, "full")
     monkeypatch.setattr("hywia_kernels.settings._LARGE_PARAMETERS", 1)
     larger = job.resolved(hk.Recovery(), dense, torch.device("cuda"))
     assert (larger.tokens, larger.text_tokens) == (16_777_216, 4_194_304)

@@ -27,14 +27,16 @@ class Distilled(nn.Module):
         self.own = nn.ParameterList(tuned.own.values())  # those inside the student too, which counts each once
         self.hard = hard
         self._teacher = (teacher,)  # in a tuple: no module of this one
+        super().train(False)
 
     @property
     def teacher(self) -> Teacher:
         return self._teacher[0]
 
     def train(self, mode: bool = True) -> Distilled:
-        """Always as if evaluated: dropout would only blur what is compared."""
-        return super().train(False)
+        """Always as if evaluated: dropout would only blur what is compared. A Trainer asks at every step, which is no
+        time to go through all modules."""
+        return self
 
     def forward(self, input_ids: Tensor, index: Tensor) -> dict[str, Tensor]:
         return {"loss": self.loss(input_ids, index, self.hard, held_out=False)}

@@ -37,9 +37,9 @@ _SHARE = 0.8  # of the free memory that training may plan with: activations and 
 _BRIEF, _LEAST_BRIEF = 0.05, 20  # share of the steps that a plan is tried with, and the fewest that tell something
 _READ_OFTEN = 1.5  # times that a text is read, from which it is cheaper to ask the dense model once
 _MICRO_TOKENS = ByDevice(cpu=1024, gpu=8192)  # in memory at a time
-# Tokens to train on, tokens of text, samples a step: of SmolLM2 an H200's two and a half minutes, ten minutes of two
+# Tokens to train on, tokens of text, samples a step: of SmolLM2 an H200's three minutes, ten minutes of two
 # cores.
-_EFFORT = ByDevice(cpu=(98_304, 32_768, 8), gpu=(33_554_432, 8_388_608, 64), large=(16_777_216, 4_194_304, 64))
+_EFFORT = ByDevice(cpu=(98_304, 32_768, 8), gpu=(50_331_648, 12_582_912, 64), large=(16_777_216, 4_194_304, 64))
 
 
 @dataclass(frozen=True)

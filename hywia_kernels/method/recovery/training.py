@@ -110,6 +110,8 @@ def trained(
         remove_unused_columns=False,
         dataloader_drop_last=len(text.train) >= micro,
         dataloader_pin_memory=device.type == "cuda",
+        # The host prepares the next step while the device is at this one.
+        accelerator_config={"non_blocking": device.type == "cuda"},
         label_names=[],
         seed=seed,
         data_seed=seed,
