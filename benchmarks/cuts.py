@@ -25,8 +25,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "recipe-unrefitted": {"layout": "uniform", "reconstruct": False},
     "learned": {"layout": "uniform", "reconstruct": False, "fusion": "learned"},
 }
-# The recipe, all of it, with another fusion: what attention's is worth.
-ABLATION = {f"recipe-{fusion}": {"fusion": fusion} for fusion in ("fine", "coarse", "mean", "product", "learned")}
+# The recipe, all of it, with another fusion than the fine grain alone.
+ABLATION = {f"recipe-{fusion}": {"fusion": fusion} for fusion in ("attention", "coarse", "mean", "product", "learned")}
 ALONE = {"layout": "uniform", "reconstruct": False}  # a grain, a blend or a baseline without the rest of the recipe
 ALL = (
     "random",

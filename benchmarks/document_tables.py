@@ -165,7 +165,12 @@ _OTHERS = {
     "fine": "fine, second order",
     "recipe-unrefitted": "the recipe without reconstruction, head ranking and adaptive layout",
     "recipe-uniform": "the recipe, layers uniform",
-    "recipe": "the recipe",
+    "recipe-attention": "the recipe with attention's blend",
+    "recipe-coarse": "the recipe with the coarse grain alone",
+    "recipe-mean": "the recipe with the mean of both grains",
+    "recipe-product": "the recipe with their product",
+    "recipe-learned": "the recipe with masks learned from attention's scores",
+    "recipe": "the recipe: the fine grain alone",
 }
 _SHARES = ("A25", "A50", "B25", "B60")
 

@@ -71,9 +71,19 @@ def cut() -> str:
 def recipe() -> str:
     """A whole run step by step, and LLM-Pruner's scoring beside it."""
     steps = {"param_mix": "LLM-Pruner's param_mix, its scoring alone", "all": "the recipe, all of it"}
-    by = latest((row for row in read("recipe") if row["shape"] == "7b" and not int(row["recover_tokens"])), "step")
-    lines = [[steps.get(row["step"], row["step"]), figure(row["seconds"])] for row in by.values()]
-    return markdown(["step", "s"], lines) + sources(by.values())
+    found = [row for row in read("recipe") if row["shape"] == "7b" and not int(row["recover_tokens"])]
+    by = latest(found, "step", "layer_passes")
+    passes = sorted({row["layer_passes"] for row in found}, key=int)
+    lines = []
+    for step in dict.fromkeys(row["step"] for row in found):
+        mine = [by.get((step, count)) for count in passes]
+        if step == "param_mix":  # as its latest reading, whatever was measured beside it
+            mine = [max((row for row in mine if row), key=lambda row: row["date"])] * len(passes)
+        lines.append([steps.get(step, step), *("" if row is None else figure(row["seconds"]) for row in mine)])
+    told = {"0": "s, layers not trained", "1": "s, one pass"}
+    return markdown(["step", *(told.get(count, f"s, {count} passes") for count in passes)], lines) + sources(
+        by.values()
+    )
 
 
 def captured(widths: dict[str, str], phases: dict[tuple[str, str, str], str]) -> str:

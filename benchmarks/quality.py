@@ -22,8 +22,9 @@ Every model is a copy that is really cut. Criteria, `name[@samples]`:
     fine, coarse, attention, product, mean                  this package's fusions, second order, nothing else
                                                             of the recipe; 10 samples
     fine:first, coarse:first, ...                           the same of another order
-    recipe                                                  what `hywia prune` does: attention's scores, heads by
+    recipe                                                  what `hywia prune` does: the fine grain's scores, heads by
                                                             residual, reconstruction; layers adaptive but in P settings
+    recipe-attention, recipe-coarse, recipe-mean, recipe-product, recipe-learned    the same with another fusion
     recipe-uniform, recipe-adaptive                         the recipe with uniform, with adaptive layers
     recipe-unrefitted                                       recipe-uniform without reconstruction, heads by score
     learned                                                 recipe-unrefitted with masks learned for 50 steps

@@ -108,9 +108,9 @@ def test_scoring_counts_for_every_criterion_that_it_serves(bench):
     assert min(first.spent.seconds, second.spent.seconds) > spent > 0
 
 
-@pytest.mark.parametrize("fusion", ["fine", "coarse", "mean", "product", "learned"])
+@pytest.mark.parametrize("fusion", ["attention", "coarse", "mean", "product", "learned"])
 def test_the_ablation_changes_the_fusion_and_nothing_else(bench, fusion):
     assert cuts.split(f"recipe-{fusion}") == (f"recipe-{fusion}", 96)
     whole = bench.recipe("recipe", 96, setting("A50"), 0)
-    assert whole.fusion == "attention"
+    assert whole.fusion == "fine"
     assert bench.recipe(f"recipe-{fusion}", 96, setting("A50"), 0) == dataclasses.replace(whole, fusion=fusion)

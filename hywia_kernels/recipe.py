@@ -58,7 +58,7 @@ class Recipe:
         bos: whether each sample begins with the beginning-of-text token; None: where the tokenizer puts it itself.
         text_field: of a file's objects or a data set's rows; it holds the text.
         criterion: "hywia", "magnitude" or "random".
-        fusion: how fine and coarse are blended, of "attention", "fine", "coarse", "mean", "product"; or "learned":
+        fusion: how fine and coarse are blended, of "fine", "attention", "coarse", "mean", "product"; or "learned":
             attention's scores tuned by `steps` steps of masks against the dense model's predictions.
         order: Taylor order of both grains, "first", "second" or "mixed". steps: of fusion "learned".
         head_ranking: heads by what the layer's other heads leave of them ("residual") or by the "scores". None:
@@ -90,7 +90,7 @@ class Recipe:
     bos: bool | None = None
     text_field: str = "text"
     criterion: str = "hywia"
-    fusion: str = "attention"
+    fusion: str = settings.FUSION
     order: str = "second"
     steps: int = settings.STEPS
     head_ranking: str | None = None

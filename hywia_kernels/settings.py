@@ -10,12 +10,14 @@ from typing import Generic, TypeVar
 
 __all__ = [
     "BACKENDS",
+    "BLEND",
     "BLOCK",
     "CRITERIA",
     "CUTS",
     "DEFAULT_KINDS",
     "DTYPES",
     "ENGINES",
+    "FUSION",
     "FUSIONS",
     "GROUP_KINDS",
     "HEAD_RANKINGS",
@@ -67,7 +69,9 @@ KINDS = (*GROUP_KINDS, "layers")  # of units
 DEFAULT_KINDS = ("mlp", "attention")
 LAYOUTS = ("uniform", "adaptive")
 CRITERIA = ("hywia", "magnitude", "random")
-FUSIONS = ("attention", "fine", "coarse", "mean", "product")
+FUSIONS = ("fine", "attention", "coarse", "mean", "product")
+FUSION = "fine"  # where what stays is solved and trained anew, no blend of both grains keeps more (docs/recipe.md)
+BLEND = "attention"  # of scores that decide alone, as those of the drop-in scorers
 LEARNED = "learned"  # a fusion that only a whole recipe has: attention's scores, tuned by masks
 ORDERS = ("first", "second", "mixed")
 CUTS = ("auto", "memory", "files")  # where a plan is carried out

@@ -128,7 +128,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 _LEVERS = (  # modules in which memory ran out -> what makes their work smaller; the first that the traceback passes
     ("scale.", "try --weights host or files, fewer --samples, a shorter --seq-len, or more processes"),
     ("method.reconstruction", "try fewer --reconstruct-samples, or a shorter --seq-len"),
-    ("method.mask_learning", "try a shorter --seq-len, or --fusion attention"),
+    ("method.mask_learning", "try a shorter --seq-len, or another --fusion"),
     ("method.head_residual", "try fewer --samples, or a shorter --seq-len"),
     ("evaluation", "try a smaller --block, or --no-eval with 'hywia prune'"),
     ("deploy.speed", "try a smaller --batch, or a shorter --context"),

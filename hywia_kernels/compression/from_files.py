@@ -35,7 +35,7 @@ def in_memory_only(recipe: Recipe, measured: Measured) -> dict[str, str]:
     if recipe.layer_samples() and measured.scores.layers is None:
         needs["the ranking of whole layers"] = "--units without layers"
     if recipe.fusion == LEARNED:
-        needs["mask learning"] = "--fusion attention"
+        needs["mask learning"] = "another --fusion"
     if recipe.recover is not None:
         needs["recovery"] = "--no-recover; 'hywia recover' follows where the dense and the cut model fit"
     return needs

@@ -25,7 +25,7 @@ from ..method.tokens import digest, prefix
 from ..recipe import Recipe
 from ..scale.job import calibrate_streamed
 from ..scale.place import Streaming
-from ..settings import LEARNED, ORDERS
+from ..settings import BLEND, LEARNED, ORDERS
 from ..types import Scores, Statistics
 
 __all__ = ["Clock", "Measured", "device_of", "first_samples", "fused", "measure", "measured_with", "with_text"]
@@ -209,7 +209,7 @@ def _streamed(model: Any, scored: Tensor, recipe: Recipe, streaming: Streaming, 
 
 def fused(statistics: Statistics, recipe: Recipe) -> Scores:
     """Mask learning starts from attention's scores."""
-    return fuse(statistics, "attention" if recipe.fusion == LEARNED else recipe.fusion, recipe.order)
+    return fuse(statistics, BLEND if recipe.fusion == LEARNED else recipe.fusion, recipe.order)
 
 
 def first_samples(tokens: Tensor | None, samples: int, what: str) -> Tensor:

@@ -35,7 +35,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import UsageError
 from ..method import scores as fusions
-from ..settings import ORDERS
+from ..settings import BLEND, ORDERS
 from .measured import Measured, accumulate_fisher, clear_fisher, measured
 from .modules import Sums, gradient
 from .placement import Straight
@@ -320,7 +320,7 @@ class HyWIAImportance(_Scorer, tp.importance.Importance):
 
     def __init__(
         self,
-        fusion: str = "attention",
+        fusion: str = BLEND,
         order: str = "second",
         normalizer: Any = None,
         *,

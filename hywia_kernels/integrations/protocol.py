@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..method.scores import FUSIONS, blend, coarse_estimate, prior
 from ..method.statistics import calibrate
-from ..settings import ORDERS
+from ..settings import BLEND, ORDERS
 from .modules import BySide, layout, magnitude_sums, taylor_sums
 
 __all__ = ["HyWIAScorer", "MagnitudeScorer", "Scorer", "TaylorScorer", "UnitScores"]
@@ -118,7 +118,7 @@ class HyWIAScorer:
         options: backend, engine and memory of `hywia_kernels.calibrate`.
     """
 
-    def __init__(self, batches: Any, fusion: str = "attention", order: str = "second", **options: Any) -> None:
+    def __init__(self, batches: Any, fusion: str = BLEND, order: str = "second", **options: Any) -> None:
         if fusion not in FUSIONS:
             raise UsageError(f"fusion: expected one of {', '.join(FUSIONS)}, got {fusion!r}")
         if order not in ORDERS:

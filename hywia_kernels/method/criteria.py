@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import arch, ops
 from ..arch.facts import check_finite, fingerprint_and_count
 from ..errors import UsageError
-from ..settings import CRITERIA, FUSIONS
+from ..settings import CRITERIA, FUSION, FUSIONS
 from ..types import Group, LayerScores, Scores
 from ..versions import versions
 from .scores import fuse
@@ -85,7 +85,7 @@ def score(
     batches: Any = None,
     *,
     criterion: str = "hywia",
-    fusion: str = "attention",
+    fusion: str = FUSION,
     order: str = "second",
     seed: int = 0,
     backend: str | None = None,

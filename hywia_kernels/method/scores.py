@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import UsageError
 from ..ops.reference import standardised_log
-from ..settings import FUSIONS, ORDERS
+from ..settings import FUSION, FUSIONS, ORDERS
 from ..types import Group, Scores, Statistics
 
 __all__ = ["blend", "coarse_estimate", "fuse", "prior"]
@@ -92,15 +92,13 @@ def _loss_estimate(statistics: Statistics, group: Group) -> Tensor:
     return _coarse(statistics, group, "second", slice(-1, None))
 
 
-def fuse(
-    statistics: Statistics, fusion: str = "attention", order: str = "second", *, backend: str = "reference"
-) -> Scores:
+def fuse(statistics: Statistics, fusion: str = FUSION, order: str = "second", *, backend: str = "reference") -> Scores:
     """Scores from statistics. It is cheap, so that fusions and orders can be compared on one calibration.
 
     Args:
         statistics: as `calibrate` gives them.
-        fusion: "attention" (see `ops.attention_fusion`; `prior` is its keys' bias), or its ablations "fine" and
-            "coarse" (one grain alone), "mean" (of the standardised logarithms) and "product".
+        fusion: "fine" or "coarse" (one grain alone), or a blend: "attention" (see `ops.attention_fusion`; `prior` is
+            its keys' bias), "mean" (of the standardised logarithms) or "product".
         order: Taylor order of both grains: "first", "second" or "mixed".
         backend: of the op. The vectors are short and on the CPU; float64 gives every machine the same scores.
 

@@ -43,7 +43,7 @@ def test_coarse_never_exceeds_fine_of_the_same_terms(statistics):
 
 @pytest.mark.parametrize(("name", "share"), [("model.layers.2.mlp", 0.9), ("model.layers.2.attention", 0.05)])
 def test_attention_is_the_op_with_a_prior_for_the_kind_of_unit(statistics, name, share):
-    scores = hk.fuse(statistics)
+    scores = hk.fuse(statistics, "attention")
     fine, coarse = statistics.fine[name]["second"], coarse_estimate(statistics.coarse[name], "second")
     zf, zc = ((x.double().log() - x.double().log().mean()) / x.double().log().std(correction=0) for x in (fine, coarse))
     query = (zf + zc) / 2
@@ -123,7 +123,7 @@ def test_damaged_scores_are_refused(statistics, tmp_path):
     ("call", "message"),
     [
         (dict(criterion="taylor"), "criterion: expected one of hywia, magnitude, random, got 'taylor'"),
-        (dict(fusion="sum"), "fusion: expected one of attention, fine, coarse, mean, product, got 'sum'"),
+        (dict(fusion="sum"), "fusion: expected one of fine, attention, coarse, mean, product, got 'sum'"),
         (dict(order="third"), "order: expected one of first, second, mixed, got 'third'"),
         (dict(), "batches: expected token ids"),
         (dict(criterion="magnitude", backend="cudnn"), "backend: expected one of reference, native, triton, cuda"),

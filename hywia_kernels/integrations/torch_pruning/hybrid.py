@@ -10,7 +10,7 @@ from torch_pruning.pruner import importance
 
 from ...errors import UsageError
 from ...method import scores as fusions
-from ...settings import ORDERS
+from ...settings import BLEND, ORDERS
 from ..measured import any_measured, measured
 from ..modules import gradient, taylor_sums, tensor_of
 from .base import TYPES, Member, Scorer
@@ -41,7 +41,7 @@ class HyWIAImportance(Scorer, importance.Importance):
 
     def __init__(
         self,
-        fusion: str = "attention",
+        fusion: str = BLEND,
         order: str = "second",
         num_heads: Mapping[nn.Module, int] | None = None,
         normalizer: Any = None,
