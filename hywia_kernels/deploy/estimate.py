@@ -57,6 +57,7 @@ _DRAWN_COPIES = 8  # times that a step's logits are read or written until its to
 _DECODING = 0.3  # of a step's products, which are narrow
 _MOMENTS = 0.9  # of the moments' rate
 _TRAINING = 0.4  # of the products' rate: passes of some thousand tokens with their gradients
+_NARROW_TRAINING = 0.18  # of bfloat16's, of a float32 model: what stands beside its products is as slow as before
 _CUT_COPIES = 15  # times the weights could be read or written while they are cut
 
 
@@ -184,7 +185,8 @@ def _writing(work: Cost, samples: int, seq_len: int, device: torch.device, rates
     if not samples:
         return 0.0
     batch = even(samples, device.type)
-    products = _forward(work, batch, 1, logits=True) / (rates.products * _DECODING)
+    rate = rates.narrow if rates.narrow and device.type == "cuda" else rates.products
+    products = _forward(work, batch, 1, logits=True) / (rate * _DECODING)
     logits = _DRAWN_COPIES * 4 * batch * (work.head // work.hidden) / rates.copies
     reads = work.decode_bytes(batch, seq_len // 2) / rates.copies
     return math.ceil(samples / batch) * (seq_len - 1) * max(products + logits + reads, len(work.kv) * rates.launch)
@@ -227,7 +229,12 @@ def _recovery(work: Cost, recover: Recovery | None, kept: float, rates: Rates) -
     passes = (3.0 if recover.tune == "full" else 2.0) * kept
     trained = ((recover.tokens or 0) * passes + asked_tokens(recover)) / length
     judged = (recover.checks + 1) * recover.held_out * (1.0 + kept)
-    return a_sample * (trained / (rates.products * _TRAINING) + judged / (rates.products * _FORWARD))
+    return a_sample * (trained / _training_rate(rates) + judged / (rates.products * _FORWARD))
+
+
+def _training_rate(rates: Rates) -> float:
+    """FLOP/s of passes with their gradients."""
+    return rates.products * _TRAINING if rates.narrow is None else rates.narrow * _NARROW_TRAINING
 
 
 def _layer_ranking(work: Cost, samples: int, seq_len: int, priced: int, rates: Rates) -> float:
@@ -279,7 +286,8 @@ def _layer_training(work: Cost, samples: int, seq_len: int, passes: int, kept: f
     if not passes or kept == 1.0:
         return 0.0
     forward = kept * _forward(work, samples, seq_len, logits=False)
-    return (3.0 * passes + 0.5) * forward / (rates.products * _RECONSTRUCTION)
+    rate = rates.products * _RECONSTRUCTION if rates.narrow is None else _training_rate(rates)
+    return (3.0 * passes + 0.5) * forward / rate
 
 
 def _searching(

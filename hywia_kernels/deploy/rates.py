@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..method.moments import add_products, zero_moments
-from ..ops.precision import full_float32
+from ..ops.precision import full_float32, multiplies_bfloat16
 
 __all__ = ["H100", "Rates", "measured_rates"]
 
@@ -24,6 +24,8 @@ class Rates:
     factors: FLOP/s of a float64 Cholesky factorisation and inverse, by `n³` for both.
     copies: bytes a second that are read, or written.
     launch: seconds from one decoder layer to the next where the device has nothing to do.
+    narrow: FLOP/s of the same products in bfloat16, for a float32 model where the device is faster at these (see
+        `multiplies_bfloat16`); None: training multiplies in the model's dtype.
     """
 
     products: float
@@ -31,6 +33,7 @@ class Rates:
     factors: float
     copies: float
     launch: float
+    narrow: float | None = None
 
 
 # An H100 SXM with bfloat16 weights.
@@ -50,12 +53,16 @@ def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
         moments = 2 * size**3 / _seconds(lambda: add_products(total, own, wide), device)
     with torch.no_grad():
         products = 2 * size**3 / _seconds(lambda: own @ own, device)
+        narrow = None
+        if dtype == torch.float32 and multiplies_bfloat16(device):
+            half = own.to(torch.bfloat16)
+            narrow = 2 * size**3 / _seconds(lambda: half @ half, device)
         definite = torch.eye(small, dtype=torch.float64, device=device)
         factors = small**3 / _seconds(lambda: torch.cholesky_inverse(torch.linalg.cholesky(definite)), device)
         piece = torch.ones((256 if cuda else 16) << 20, dtype=torch.uint8, device=device)
         other = torch.empty_like(piece)
         copies = 2 * piece.numel() / _seconds(lambda: other.copy_(piece), device)
-    return Rates(products, moments, factors, copies, launch=H100.launch if cuda else 1e-3)
+    return Rates(products, moments, factors, copies, launch=H100.launch if cuda else 1e-3, narrow=narrow)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

@@ -29,6 +29,7 @@ from ..engine.memory import free_bytes
 from ..engine.patches import reproducible, reproducibly
 from ..engine.static_driver import capture
 from ..errors import HywiaError
+from ..ops.precision import multiplies_bfloat16
 from .layer_runs import Call
 from .layer_targets import LayerTarget, Run
 from .moments import energy
@@ -52,8 +53,9 @@ _SAME = 1e-2  # relative: losses of a graph and of a layer that are this near ar
 class LayerTraining:
     """Layers of a model trained one after the other, each in place.
 
-    Weights are trained in float32 copies, 16-bit ones and those on CUDA multiplied in bfloat16. What is masked stays
-    zero: the rows and columns of a removed unit multiply each other's gradients. The order of the text is seeded.
+    Weights are trained in float32 copies, multiplied in bfloat16 where they are of 16 bits or the device is faster at
+    that. What is masked stays zero: the rows and columns of a removed unit multiply each other's gradients. The order
+    of the text is seeded.
 
     Args:
         passes: over all runs, a step a run.
@@ -188,8 +190,8 @@ class _Trained:
         self.place = place
         self.device = next(iter(place.parameters.values())).device
         cuda = self.device.type == "cuda"
-        self._mixed = any(p.dtype != torch.float32 for p in place.parameters.values()) or (
-            cuda and torch.cuda.is_bf16_supported()
+        self._mixed = any(p.dtype != torch.float32 for p in place.parameters.values()) or multiplies_bfloat16(
+            self.device
         )
         self._copies = {name: torch.empty_like(place.used(name), dtype=torch.float32) for name in place.parameters}
         for copy in self._copies.values():

@@ -18,7 +18,7 @@ from .. import arch, progress
 from ..engine.memory import free_bytes
 from ..engine.static_driver import StaticDriver, capture, drivable
 from ..errors import HywiaError
-from ..ops.precision import tensor_float32
+from ..ops.precision import multiplies_bfloat16, tensor_float32
 from ..settings import ByDevice
 
 __all__ = ["WRITING_SHARE", "Sampler", "batch_of", "driven", "even", "uniforms"]
@@ -118,7 +118,7 @@ def _sixteen_bits(model: Any) -> Any:
     size = sum(2 * p.numel() for p in weights)
     if (
         device.type != "cuda"
-        or not torch.cuda.is_bf16_supported()
+        or not multiplies_bfloat16(device)
         or len(weights) < len(list(model.parameters()))
         or size > WRITING_SHARE * free_bytes(device)
     ):

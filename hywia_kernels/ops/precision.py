@@ -8,7 +8,7 @@ import torch
 
 from .switch import Held, Switch
 
-__all__ = ["full_float32", "tensor_float32", "tf32"]
+__all__ = ["full_float32", "multiplies_bfloat16", "tensor_float32", "tf32"]
 
 
 _FULL = ("none", "ieee")
@@ -64,3 +64,13 @@ def tensor_float32() -> Held:
 def tf32() -> bool:
     """Whether products on CUDA devices are TF32's now."""
     return bool(_BACKENDS.cuda.matmul.fp32_precision == "tf32")
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether matrices in bfloat16 are multiplied faster than float32 ones on a device: by tensor cores, or by a CPU's
+    matrix unit (Intel's AMX)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    # The check is torch's own, without a public name.
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return device.type == "cpu" and supported is not None and bool(supported())

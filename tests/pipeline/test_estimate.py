@@ -51,6 +51,18 @@ def test_layers_that_are_trained_take_three_forwards_a_pass_and_half_a_one_more(
     assert three.memory_bytes == one.memory_bytes
 
 
+def test_a_float32_model_is_trained_at_the_rate_of_bfloat16_where_that_is_faster():
+    slow = dataclasses.replace(H100, products=100e9, narrow=None)
+    fast = dataclasses.replace(slow, narrow=400e9)
+    model, request = fresh(TINY[2]), dataclasses.replace(RECOVERY, held_out=1, checks=1)
+
+    def seconds(rates):
+        return estimate(model, samples=0, recover=request, ratio=0.5, rates=rates, device="cpu").seconds["recovery"]
+
+    # The held-out sample is read in float32.
+    assert seconds(fast) == pytest.approx(seconds(slow) * (100 * 0.4) / (400 * 0.18), rel=0.02)
+
+
 def test_what_was_measured_on_an_h100(seven):
     got = estimate(seven, samples=96, seq_len=128, ranks_heads=True, reconstruct_samples=1024, ratio=0.5, rates=H100)
     measured = {"scoring": 1.2, "head ranking": 2.2, "reconstruction": 14.7, "cutting": 0.10}

@@ -29,6 +29,12 @@ def short_steps(monkeypatch):
     monkeypatch.setattr("hywia_kernels.method.training_runs.TRAINED_TOKENS", 60)
 
 
+@pytest.fixture(autouse=True)
+def float32_products(monkeypatch):
+    """As on a CPU without a matrix unit."""
+    monkeypatch.setattr(layer_training, "multiplies_bfloat16", lambda device: False)
+
+
 def masked_layer(text, index=1):
     """`(layer, masked; plan; runs that enter it; what the dense layer sends on; its narrow linear layers)`."""
     model = fresh(TINY[2])

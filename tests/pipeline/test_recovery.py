@@ -34,6 +34,12 @@ def small(tune="full", **more):
     return hk.Recovery(**{"tune": tune, "tokens": 20 * 8 * 16, "batch": 8, "checks": 4, "rate": RATES[tune], **more})
 
 
+@pytest.fixture(autouse=True)
+def float32_products(monkeypatch):
+    """As on a CPU without a matrix unit, so that a loss can be held against its formula."""
+    monkeypatch.setattr("hywia_kernels.method.recovery.job.multiplies_bfloat16", lambda device: False)
+
+
 @pytest.fixture
 def pair():
     dense = fresh(TINY[2])
@@ -55,6 +61,17 @@ def state(model):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
+
+
+def test_products_in_bfloat16_recover_as_much(monkeypatch, pair):
+    dense, cut = pair
+    want = hk.recover(copy.deepcopy(cut), dense, None, small(), tokens=IDS)
+    monkeypatch.setattr("hywia_kernels.method.recovery.job.multiplies_bfloat16", lambda device: True)
+    got = hk.recover(cut, dense, None, small(), tokens=IDS)
+    assert {p.dtype for p in cut.parameters()} == {torch.float32}
+    assert got.after != want.after
+    assert got.after == pytest.approx(want.after, rel=0.03)
+    assert got.after < 0.9 * got.before
 
 
 @pytest.mark.parametrize("hold", ["live", "8bit", "kept"])
@@ -242,8 +259,10 @@ RANKS = """
 import copy, sys, torch
 import torch.distributed as dist
 import hywia_kernels as hk
+from hywia_kernels.method.recovery import job
 from tests.pipeline.test_recovery import IDS, RATES, small, state
 from tests.support.tiny import TINY, fresh, make_plan
+job.multiplies_bfloat16 = lambda device: False  # as the test that runs this
 dist.init_process_group("gloo")
 dense = fresh(TINY[2])
 cut = copy.deepcopy(dense)

@@ -14,7 +14,7 @@ import hywia_kernels as hk
 
 from .families import FAMILIES, fresh_named, randomised
 
-_SHORT = dict(samples=6, seq_len=12, reconstruct_samples=24)
+_SHORT = dict(fusion="attention", samples=6, seq_len=12, reconstruct_samples=24)
 # Name -> what is asked for: the papers' protocol with all defaults, one ratio of all parameters, with a search,
 # the plain criterion, and experts with heads.
 REQUESTS: dict[str, dict[str, Any]] = {

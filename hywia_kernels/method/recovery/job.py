@@ -18,6 +18,7 @@ from ...arch.facts import count_parameters, fingerprint, weight_bytes
 from ...arch.holding import plain_model
 from ...engine.memory import free_bytes
 from ...errors import HywiaError, UsageError
+from ...ops.precision import multiplies_bfloat16
 from ...settings import ByDevice
 from ..tokens import check_length, check_tokens
 from .distilled import Distilled, divergence
@@ -283,7 +284,7 @@ def _distilled(student: Any, teacher: Teacher, request: Recovery, text: Text, pl
     with prepared(student, request.tune, request.rank) as tuned:
         # Norms in float32 between 16-bit matrices work by autocast alone.
         mixed = any(p.dtype != torch.float32 for p in student.parameters())
-        autocast = mixed or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+        autocast = mixed or multiplies_bfloat16(device)
         if isinstance(teacher, Live) and request.tokens >= _READ_OFTEN * text.train.numel():
             teacher = Remembered.made(teacher, text, autocast=autocast) or teacher
         distilled = Distilled(student, tuned, teacher, request.hard, autocast=autocast)
