@@ -292,7 +292,7 @@ class _Trained:
         if self._graph is not None:  # another layer's: that of this one, if it gives the same loss
             with torch.no_grad():
                 want = float(self._loss(run, *given))
-            if abs(float(self._graph(*given)) - want) > _SAME * abs(want):
+            if not abs(float(self._graph(*given)) - want) <= _SAME * abs(want):  # nor where it is NaN
                 self._graph = None
         if self._graph is None:
             held = tuple(x.clone() for x in given)
