@@ -138,7 +138,7 @@ def estimate(
             bytes_of.ranking(work, groups, scored, seq_len),
             bytes_of.layer_ranking(work, layer_samples, seq_len),
             bytes_of.reconstruction(work, groups, reconstruct_samples, seq_len, kept)
-            + bytes_of.layer_training(work, reconstruct_samples, layer_passes, kept),
+            + bytes_of.layer_training(work, reconstruct_samples, layer_passes, kept, where),
             bytes_of.recovery(model, work, recover, kept, where),
             bytes_of.searching(work, groups, trials, trial_samples, seq_len, kept),
         ),

@@ -13,6 +13,7 @@ from ..engine.loss import LOGIT_BYTES
 from ..engine.memory import free_bytes, scoring_bytes
 from ..engine.samples import padded
 from ..method.equations import can_hold
+from ..method.reconstruction import WAITING_SHARE
 from ..method.recovery.job import micro_tokens
 from ..method.recovery.request import Recovery
 from ..method.recovery.tuning import training_bytes
@@ -92,15 +93,17 @@ def reconstruction(work: Cost, groups: Any, samples: int, seq_len: int, kept: fl
     return states + equations + layer + _layer(work, min(tokens, max(_CHUNK_TOKENS, seq_len)))
 
 
-def layer_training(work: Cost, samples: int, passes: int, kept: float) -> int:
+def layer_training(work: Cost, samples: int, passes: int, kept: float, device: torch.device) -> int:
     """Float32 copies of one layer's weights with their gradients and AdamW's two moments, those weights as they were,
-    and what a step's backward reads."""
+    what a step's backward reads, and on a GPU with room for it the layers that were trained before."""
     if not samples or not passes or kept == 1.0:
         return 0
     layers = max(len(work.kv), 1)
     weights = work.weight_bytes // work.element_size // layers
     widths = sum(n + k for n, k in work.matrices) // layers
-    return weights * (16 + work.element_size) + 4 * TRAINED_TOKENS * (widths + 4 * work.hidden)
+    here = device.type != "cpu" and work.weight_bytes <= WAITING_SHARE * free_bytes(device)
+    waiting = work.weight_bytes if here else 0
+    return weights * (16 + work.element_size) + 4 * TRAINED_TOKENS * (widths + 4 * work.hidden) + waiting
 
 
 def recovery(model: Any, work: Cost, recover: Recovery | None, kept: float, device: torch.device) -> int:

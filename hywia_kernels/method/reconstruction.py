@@ -44,9 +44,9 @@ from .narrow_layers import narrowed
 from .surgery import checked_groups, zero_units
 from .training_runs import parted, parts_of
 
-__all__ = ["Solution", "check_passes", "check_ridge", "reconstruct", "refitted", "through_layers"]
+__all__ = ["WAITING_SHARE", "Solution", "check_passes", "check_ridge", "reconstruct", "refitted", "through_layers"]
 
-_WAITING_SHARE = 0.25  # of the free memory
+WAITING_SHARE = 0.25  # of the free memory: weights of so many bytes have room beside the model for what is solved
 
 
 def _expert_equations(
@@ -107,7 +107,7 @@ def _waits_on(model: nn.Module) -> torch.device | None:
     """Where what is solved waits: beside the model where that leaves most of its devices' memory free, since copies
     from the host take longer than the solving does; else on the host."""
     devices = {p.device for p in model.parameters()}
-    room = all(device.type == "cpu" or weight_bytes(model) <= _WAITING_SHARE * free_bytes(device) for device in devices)
+    room = all(device.type == "cpu" or weight_bytes(model) <= WAITING_SHARE * free_bytes(device) for device in devices)
     return None if room else torch.device("cpu")
 
 

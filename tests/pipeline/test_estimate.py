@@ -115,7 +115,7 @@ def test_more_samples_need_more_memory_until_the_pass_is_a_leaner_one(monkeypatc
     model = fresh(TINY[1])
     needs = []
     for free in (1 << 40, 50_000_000):
-        monkeypatch.setattr("hywia_kernels.deploy.estimate.free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("hywia_kernels.deploy.stage_bytes.free_bytes", lambda device, free=free: free)
         needs.append([estimate(model, samples=n, seq_len=128, rates=H100).memory_bytes for n in (8, 64, 512)])
     assert needs[0] == sorted(set(needs[0]))
     assert needs[1][0] == needs[0][0]
