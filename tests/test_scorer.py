@@ -99,7 +99,7 @@ def test_hywia_gives_every_matrix_its_groups_scores():
     model = random_model(**sizes(64, 32, 40, layers=2, heads=4, kv_heads=2))
     ids = torch.randint(64, (3, 9))
     scores = hk.HyWIAScorer(ids)(model)
-    own = hk.score(model, ids)
+    own = hk.score(model, ids, fusion="attention")
     layer = "model.layers.1"
     assert list(scores)[:4] == [(f"model.layers.0.self_attn.{n}_proj", int(n == "o")) for n in "qkvo"]
     assert len(scores) == 2 * 7

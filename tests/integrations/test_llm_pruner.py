@@ -321,7 +321,7 @@ def test_hywia_scores_heads_and_channels(tool, order):
     llm_pruner, tp, _ = tool
     model, samples = llama(8), torch.randint(96, (3, 12))
     llm_pruner.accumulate_fisher(model, samples, axes="units")
-    own = hk.score(model, samples, order=order)
+    own = hk.score(model, samples, fusion="attention", order=order)
     scorer = llm_pruner.HyWIAImportance(order=order)
     for i, layer in enumerate(model.model.layers):
         got = scorer(attention(tp, layer), ch_groups=1, consecutive_groups=HEAD).view(8, HEAD)

@@ -92,7 +92,7 @@ def test_what_is_no_linear_layer_is_left_out(name):
 @pytest.mark.parametrize("name", ["phi3", "gpt2", "mixtral"])
 def test_hywia_scorer_on_weights_that_hold_several_matrices(name):
     model, ids = built(name)
-    scores, own = hk.HyWIAScorer(ids)(model), hk.score(model, ids)
+    scores, own = hk.HyWIAScorer(ids)(model), hk.score(model, ids, fusion="attention")
     for (module, axis), values in scores.items():
         assert model.get_submodule(module).weight.shape[axis] % len(values) == 0
         assert bool(torch.isfinite(values).all())

@@ -193,7 +193,7 @@ def test_hywia_from_gradients():
 
 
 def test_hywia_refuses_what_it_cannot_do():
-    with pytest.raises(UsageError, match="fusion: expected one of attention, fine"):
+    with pytest.raises(UsageError, match="fusion: expected one of fine, attention"):
         ours.HyWIAImportance("best")
     with pytest.raises(UsageError, match="order: expected one of first, second, mixed, got 'third'"):
         ours.HyWIAImportance(order="third")

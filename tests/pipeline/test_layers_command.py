@@ -163,8 +163,8 @@ def test_learned_masks_see_the_layers_that_are_gone(here):
     start = result.scores.record["learned"]["divergence"][0]
     masked = hk.load("model")[0]
     dense = copy.deepcopy(masked)
-    first = hk.plan(hk.rank_layers(hk.fuse(hk.calibrate(dense, result_text(dense, tokenizer))), result.scores.layers),
-                    group_ratio=recipe.group_ratio, align=4)  # fmt: skip
+    blended = hk.fuse(hk.calibrate(dense, result_text(dense, tokenizer)), "attention")  # where learning starts
+    first = hk.plan(hk.rank_layers(blended, result.scores.layers), group_ratio=recipe.group_ratio, align=4)
     hk.mask(masked, first)
     rows = result_text(dense, tokenizer, 32)[:16]
     with torch.no_grad():
