@@ -23,12 +23,7 @@ from .types.record import parsed
 
 __all__ = ["Recipe"]
 
-_REFIT_SAMPLES = settings.ByDevice(
-    cpu=128, gpu=1024
-)  # some two passes over them: minutes on two cores, seconds on a GPU
-# Passes in which a layer is trained. On two cores one of SmolLM2's takes as long as solving all of its matrices.
-# Of a large model one takes as long as scoring, searching and solving together.
-_LAYER_PASSES = settings.ByDevice(cpu=0, gpu=8, large=1)
+_REFIT_SAMPLES = settings.ByDevice(cpu=128, gpu=1024)  # some two passes over them: minutes on two cores
 _TUPLES = ("layers", "units", "serve")
 
 
@@ -239,7 +234,7 @@ class Recipe:
         usual = _REFIT_SAMPLES.on(device)
         passes = self.layer_passes
         if passes is None:
-            passes = _LAYER_PASSES.on(device, parameters)
+            passes = settings.LAYER_PASSES.on(device, parameters)
         return dataclasses.replace(
             self,
             layout=layout,

@@ -24,6 +24,7 @@ __all__ = [
     "HOLDS",
     "JUDGED_SAMPLES",
     "KINDS",
+    "LAYER_PASSES",
     "LAYOUTS",
     "LEARNED",
     "LEARNING_BATCH",
@@ -96,4 +97,7 @@ STEPS = 50  # of mask learning
 LEARNING_BATCH = 16  # samples that a step of mask learning reads
 JUDGED_SAMPLES = {"none": 0, "fast": 32, "thorough": 64}  # that a search judges on, read behind those that are scored
 STATE_SECONDS = 10.0  # between two states that a stopped run can go on from; shorter runs write none
+# On two cores one of SmolLM2's takes as long as solving all of its matrices; of a large model one takes as long on a
+# GPU as scoring, searching and solving together.
+LAYER_PASSES = ByDevice(cpu=0, gpu=8, large=1)  # over a reconstruction's text, in which each layer is trained
 RIDGE = 4.0  # of the reconstruction; chosen on SmolLM2

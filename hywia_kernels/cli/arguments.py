@@ -168,13 +168,15 @@ def add_reconstruction(command: argparse.ArgumentParser, *, samples_only: bool =
             help="solve the surviving output columns by least squares; default: with --criterion hywia",
         )
         group.add_argument("--ridge", type=float, default=_ABSENT, help=_help("ridge"))
+        usual = settings.LAYER_PASSES
         group.add_argument(
             "--layer-passes",
             type=int,
             metavar="N",
             default=_ABSENT,
             help="passes over the text in which each layer is then trained to send on what the dense one does; "
-            "default: 0 on a CPU, 2 on a GPU, 1 there for more than a billion parameters",
+            f"default: {usual.cpu} on a CPU, {usual.gpu} on a GPU, {usual.large} there for more than a billion "
+            "parameters",
         )
         group.add_argument(
             "--head-ranking",
