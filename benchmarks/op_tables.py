@@ -81,9 +81,8 @@ def recipe() -> str:
             mine = [max((row for row in mine if row), key=lambda row: row["date"])] * len(passes)
         lines.append([steps.get(step, step), *("" if row is None else figure(row["seconds"]) for row in mine)])
     told = {"0": "s, layers not trained", "1": "s, one pass"}
-    return markdown(["step", *(told.get(count, f"s, {count} passes") for count in passes)], lines) + sources(
-        by.values()
-    )
+    heads = [told.get(count, f"s, {count} passes") for count in passes]
+    return markdown(["step", *heads], lines) + sources(by.values())
 
 
 def captured(widths: dict[str, str], phases: dict[tuple[str, str, str], str]) -> str:
