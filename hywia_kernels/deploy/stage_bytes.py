@@ -12,6 +12,7 @@ from ..arch.facts import weight_bytes
 from ..engine.loss import LOGIT_BYTES
 from ..engine.memory import free_bytes, scoring_bytes
 from ..engine.samples import padded
+from ..engine.static_driver import JOINED_SHARE
 from ..method.equations import can_hold
 from ..method.reconstruction import WAITING_SHARE
 from ..method.recovery.job import micro_tokens
@@ -37,9 +38,15 @@ _CHUNK_TOKENS = 8192  # that head ranking and reconstruction run at a time
 
 
 def writing(work: Cost, samples: int, seq_len: int, device: torch.device) -> int:
-    """The cache of the samples that are written at once, and logits in float32 with what sampling makes of them."""
+    """The cache of the samples that are written at once, and logits in float32 with what sampling makes of them; copies
+    of matrices that are joined, which are no more than all of the weights."""
+    if not samples:
+        return 0
+    free = free_bytes(device)
+    joined = work.weight_bytes if work.weight_bytes <= JOINED_SHARE * free else 0
     each = seq_len * work.kv_bytes_per_token + 4 * 4 * (work.head // work.hidden)
-    return min(even(samples, device.type) * each, int(WRITING_SHARE * free_bytes(device))) if samples else 0
+    batch = even(samples, device.type, work.parameters)
+    return joined + min(batch * each, int(WRITING_SHARE * free))
 
 
 def scoring(model: Any, groups: Any, samples: int, seq_len: int, device: torch.device) -> int:

@@ -51,8 +51,8 @@ def writing(work: Cost, samples: int, seq_len: int, device: torch.device, rates:
     the layers' launches where they are few enough to matter."""
     if not samples:
         return 0.0
-    batch = even(samples, device.type)
-    rate = rates.narrow if rates.narrow and device.type == "cuda" else rates.products
+    batch = even(samples, device.type, work.parameters)
+    rate = rates.narrow or rates.products
     products = _forward(work, batch, 1, logits=True) / (rate * _DECODING)
     logits = _DRAWN_COPIES * 4 * batch * (work.head // work.hidden) / rates.copies
     reads = work.decode_bytes(batch, seq_len // 2) / rates.copies

@@ -2,7 +2,8 @@
 
 Launching 32 layers' kernels from Python takes longer than a decoding step of a 7B model, so what eager code shows is
 Python. A served model runs captured, with q, k and v in one product and gate and up in another; so does this, in
-matrices of its own: the model keeps its parameters, which stand unused beside them meanwhile.
+matrices of its own: the model keeps its parameters, which stand unused beside them meanwhile. Where memory is short,
+it runs on the model's own matrices.
 """
 
 from __future__ import annotations
@@ -21,20 +22,23 @@ from ..ops.precision import full_float32
 from .memory import free_bytes
 from .patches import frozen
 
-__all__ = ["StaticDriver", "capture", "drivable", "joined_bytes"]
+__all__ = ["JOINED_SHARE", "StaticDriver", "capture", "drivable", "joined_bytes"]
+
+JOINED_SHARE = 0.25  # of the free memory that copies of matrices may take where nothing is timed
 
 
 @dataclass(frozen=True)
 class _Packed:
-    """What one layer computes with. `qkv` and `gate_up` are copies of the model's matrices, joined."""
+    """What one layer computes with. `qkv` and `gate_up` are one matrix each, a joined copy of the model's, or the
+    model's own ones, with a bias for each."""
 
     norm: nn.Module
     mlp_norm: nn.Module
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: list[Tensor]
+    qkv_bias: list[Tensor | None]
     output: nn.Module
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
+    gate_up: list[Tensor]
+    gate_up_bias: list[Tensor | None]
     activation: Any
     down: nn.Module
     rows: tuple[int, int]  # of the queries, of the keys
@@ -43,12 +47,21 @@ class _Packed:
     head_norms: tuple[nn.Module, nn.Module] | None  # of queries and keys, over each head
 
 
-def _joined(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """One weight and bias of the rows of several layers. They are copies: others who hold the model (an optimiser, code
-    that writes it) must go on to find its own parameters, each with memory of its own."""
-    weight = torch.cat([m.weight.detach() for m in linears])
+def _weights(linears: list[nn.Linear], join: bool) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Weights and biases of several layers of one input, or one weight and bias of all of their rows. The latter are
+    copies: others who hold the model (an optimiser, code that writes it) must go on to find its own parameters, each
+    with memory of its own."""
+    weights = [m.weight.detach() for m in linears]
+    if not join:
+        return weights, [None if m.bias is None else m.bias.detach() for m in linears]
     biases = [m.bias.detach() for m in linears if m.bias is not None]
-    return weight, torch.cat(biases) if biases else None
+    return [torch.cat(weights)], [torch.cat(biases) if biases else None]
+
+
+def _products(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+    """What several layers of one input give, beside each other."""
+    products = [functional.linear(x, *both) for both in zip(weights, biases, strict=True)]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 
 def _to_join(layer: Any) -> tuple[list[nn.Linear], list[nn.Linear]]:
@@ -57,14 +70,14 @@ def _to_join(layer: Any) -> tuple[list[nn.Linear], list[nn.Linear]]:
 
 
 def joined_bytes(model: Any) -> int:
-    """Bytes that a driver holds beside a model: its own copies of the matrices that it joins."""
+    """Bytes that a driver holds beside a model where it joins matrices: its own copies of them."""
     linears = [linear for layer in model.model.layers for part in _to_join(layer) for linear in part]
     return sum(t.nbytes for linear in linears for t in (linear.weight, linear.bias) if t is not None)
 
 
-def _packed(layer: Any) -> _Packed:
+def _packed(layer: Any, join: bool) -> _Packed:
     attention, mlp = layer.self_attn, layer.mlp
-    (qkv, qkv_bias), (gate_up, gate_up_bias) = map(_joined, _to_join(layer))
+    (qkv, qkv_bias), (gate_up, gate_up_bias) = (_weights(linears, join) for linears in _to_join(layer))
     return _Packed(
         layer.input_layernorm, layer.post_attention_layernorm, qkv, qkv_bias, attention.o_proj, gate_up, gate_up_bias,
         mlp.act_fn, mlp.down_proj, (attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]),
@@ -73,9 +86,9 @@ def _packed(layer: Any) -> _Packed:
     )  # fmt: skip
 
 
-def drivable(model: Any, length: int = 6) -> str | None:
+def drivable(model: Any, length: int = 6, *, join: bool | None = True) -> str | None:
     """Why `StaticDriver` cannot run this model on `length` tokens, or None where it can, to the same logits. The model
-    stays as it is in either case."""
+    stays as it is in either case. `join`: as the driver takes it."""
     window = getattr(model.config, "sliding_window", None)
     if window is not None and window < length and getattr(model.config, "use_sliding_window", True):
         return f"its attention slides over {window} tokens"
@@ -84,12 +97,12 @@ def drivable(model: Any, length: int = 6) -> str | None:
     exact = full_float32("cuda") if ids.is_cuda else nullcontext()
     try:
         needed, free = joined_bytes(model), free_bytes(ids.device)
-        if needed > free:
+        if join and needed > free:
             return f"{needed / 1e9:.1f} GB of joined matrices do not fit beside it, {free / 1e9:.1f} GB are free"
         with torch.no_grad(), frozen(model), exact:
             logits = model(ids, use_cache=False).logits[:, -1]
             want, want_dtype = logits.float(), logits.dtype
-            driver = StaticDriver(model, 1, 6, compile=False)
+            driver = StaticDriver(model, 1, 6, compile=False, join=join)
             predictions = [driver.prefill(ids), driver.step(ids[:, -1:], torch.tensor([5], device=ids.device))]
     except torch.OutOfMemoryError:
         return "its joined matrices do not fit into memory beside it"
@@ -105,14 +118,20 @@ class StaticDriver:
     """Prefill and decoding steps of `batch` sequences in a cache of `length` tokens.
 
     With `compile`, one graph serves all layers of one shape: they are called with their tensors, not as modules, which
-    would be compiled once for each layer's index. It holds `joined_bytes` beside the model, and changes nothing in it;
-    weights that change later are not seen.
+    would be compiled once for each layer's index. Nothing in the model is changed; weights that change later are not
+    seen where they are joined.
+
+    Args:
+        join: make one matrix of those that have one input, as copies, `joined_bytes` in all; None: where these are no
+            more than `JOINED_SHARE` of the free memory.
     """
 
-    def __init__(self, model: Any, batch: int, length: int, *, compile: bool) -> None:
+    def __init__(self, model: Any, batch: int, length: int, *, compile: bool, join: bool | None = True) -> None:
         self.base, self.head = model.model, model.lm_head
         self.length, self.device = length, model.lm_head.weight.device
-        self.layers = [_packed(layer) for layer in self.base.layers]
+        if join is None:
+            join = joined_bytes(model) <= JOINED_SHARE * free_bytes(self.device)
+        self.layers = [_packed(layer, join) for layer in self.base.layers]
         # The family's own rotation, from the module that defines its attention.
         self.rotate = vars(sys.modules[type(self.base.layers[0].self_attn).__module__])["apply_rotary_pos_emb"]
         dtype = model.lm_head.weight.dtype
@@ -146,7 +165,7 @@ def _layer(
     p: _Packed, rotate: Any, hidden: Tensor, rotary: Any, keys: Tensor, values: Tensor, positions: Tensor, decode: bool
 ) -> Tensor:
     batch, tokens, _ = hidden.shape
-    qkv = functional.linear(p.norm(hidden), p.qkv, p.qkv_bias)
+    qkv = _products(p.norm(hidden), p.qkv, p.qkv_bias)
     parts = qkv.split((p.rows[0], p.rows[1], p.rows[1]), dim=-1)
     query, key, value = (part.view(batch, tokens, -1, p.head_dim) for part in parts)
     if p.head_norms is not None:
@@ -163,7 +182,7 @@ def _layer(
             query, key, value, is_causal=True, scale=p.scale, enable_gqa=grouped
         )
     hidden = hidden + p.output(mixed.transpose(1, 2).reshape(batch, tokens, -1))
-    gate, up = functional.linear(p.mlp_norm(hidden), p.gate_up, p.gate_up_bias).chunk(2, dim=-1)
+    gate, up = _products(p.mlp_norm(hidden), p.gate_up, p.gate_up_bias).chunk(2, dim=-1)
     return hidden + p.down(p.activation(gate) * up)
 
 

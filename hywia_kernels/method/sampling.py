@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import arch, progress
+from ..arch.facts import count_parameters
 from ..engine.memory import free_bytes
 from ..engine.static_driver import StaticDriver, capture, drivable
 from ..errors import HywiaError
@@ -23,8 +24,8 @@ from ..settings import ByDevice
 
 __all__ = ["WRITING_SHARE", "Sampler", "batch_of", "driven", "even", "uniforms"]
 
-_BATCH = ByDevice(cpu=64, gpu=4096)  # sequences at once: about the most that makes a token cheaper
-WRITING_SHARE = 0.5  # of the free memory that caches and logits may take
+_BATCH = ByDevice(cpu=128, gpu=4096, large=512)  # sequences at once: about the most that makes a token cheaper
+WRITING_SHARE = 0.5  # of the free memory that caches and logits may take; joined matrices take their share before
 
 
 def uniforms(samples: int, length: int, seed: int) -> Tensor:
@@ -68,28 +69,29 @@ def batch_of(model: Any, samples: int, length: int) -> int:
     cache = 2 * config.num_hidden_layers * heads * arch.head_dim(model) * length * weight.element_size()
     logits = 4 * 4 * weight.shape[0]
     fits = int(WRITING_SHARE * free_bytes(weight.device) / (cache + logits))
-    return min(even(samples, weight.device.type), max(1, fits))
+    return min(even(samples, weight.device.type, count_parameters(model)), max(1, fits))
 
 
-def even(samples: int, device_type: str) -> int:
-    """Samples of a batch, where all are alike and about as large as is fast on a "cpu", "cuda" or other device."""
-    return -(-samples // max(1, round(samples / _BATCH.on(device_type))))
+def even(samples: int, device_type: str, parameters: int) -> int:
+    """Samples of a batch, where all are alike and about as large as is fast on a "cpu", "cuda" or other device for a
+    model of so many parameters."""
+    return -(-samples // max(1, round(samples / _BATCH.on(device_type, parameters))))
 
 
 def driven(model: Any, starts: Tensor, uniform: Tensor, ordinary: list[int], batch: int) -> Tensor | None:
     """Samples int64 `[samples, length]`, on the CPU, that begin with `starts` `[samples, begin]`; None where no driver
-    runs this model to the same logits. On CUDA a float32 model writes through a copy in bfloat16, or, where no memory
-    is left for one, with TF32 products.
+    runs this model to the same logits. Where bfloat16 is multiplied faster, a float32 model writes through a copy in
+    it, or, where no memory is left for one, on CUDA with TF32 products.
 
     Args:
         uniform: float32 `[samples, length]`; what is at a position draws its token. ordinary: ids that may be drawn.
     """
     length = uniform.shape[1]
-    if drivable(model, length) is not None:
+    if drivable(model, length, join=None) is not None:
         return None
     model = _sixteen_bits(model)
     weight = model.lm_head.weight
-    driver = StaticDriver(model, batch, length, compile=False)
+    driver = StaticDriver(model, batch, length, compile=False, join=None)
     sampler = Sampler(ordinary, weight.shape[0], weight.device)
     writer = _Writer(driver, sampler, batch, length, starts.shape[1])
     step: Callable[[], Any] = writer.step
@@ -111,14 +113,13 @@ def driven(model: Any, starts: Tensor, uniform: Tensor, ordinary: list[int], bat
 
 
 def _sixteen_bits(model: Any) -> Any:
-    """A copy of a float32 model on CUDA with weights in bfloat16, where it fits; others as they are. Half the bytes are
-    twice the speed, and what is drawn at random is as much the model's own."""
+    """A copy of a float32 model with weights in bfloat16, where that is multiplied faster and the copy fits; others as
+    they are. Half the bytes are twice the speed, and what is drawn at random is as much the model's own."""
     weights = [p for p in model.parameters() if p.dtype == torch.float32]
     device = model.lm_head.weight.device
     size = sum(2 * p.numel() for p in weights)
     if (
-        device.type != "cuda"
-        or not multiplies_bfloat16(device)
+        not multiplies_bfloat16(device)
         or len(weights) < len(list(model.parameters()))
         or size > WRITING_SHARE * free_bytes(device)
     ):

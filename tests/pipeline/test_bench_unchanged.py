@@ -86,7 +86,7 @@ def test_a_failure_leaves_it_alone_too(model, where, monkeypatch):
     else:
         real, calls = static_driver._packed, []
         monkeypatch.setattr(
-            static_driver, "_packed", lambda layer: real(layer) if not calls and not calls.append(1) else fails()
+            static_driver, "_packed", lambda *given: real(*given) if not calls and not calls.append(1) else fails()
         )
     if where == "interrupt":
         with pytest.raises(KeyboardInterrupt):
@@ -100,14 +100,35 @@ def test_a_failure_leaves_it_alone_too(model, where, monkeypatch):
     assert state(model) == before
 
 
+def _held(made: StaticDriver) -> dict[int, int]:
+    """Bytes of the matrices that a driver computes with, by their places in memory."""
+    parts = [part for p in made.layers for part in (*p.qkv, *p.qkv_bias, *p.gate_up, *p.gate_up_bias)]
+    return {part.untyped_storage().data_ptr(): part.nbytes for part in parts if part is not None}
+
+
 def test_the_driver_holds_what_it_says(model):
-    joined = static_driver.joined_bytes(model)
-    made = StaticDriver(model, 1, 8, compile=False)
-    held = {
-        t.untyped_storage().data_ptr(): t.nbytes
-        for p in made.layers
-        for t in (p.qkv, p.qkv_bias, p.gate_up, p.gate_up_bias)
-        if t is not None
-    }
-    assert sum(held.values()) == joined
-    assert not held.keys() & {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held = _held(StaticDriver(model, 1, 8, compile=False))
+    assert sum(held.values()) == static_driver.joined_bytes(model)
+    assert not held.keys() & own
+    assert _held(StaticDriver(model, 1, 8, compile=False, join=False)).keys() < own
+
+
+def test_without_copies_it_computes_the_same(model, tokens):
+    ids, steps = tokens[:, :8], [torch.tensor([i]) for i in range(8)]
+    joined, apart = (StaticDriver(model, len(ids), 8, compile=False, join=join) for join in (True, False))
+    torch.testing.assert_close(apart.prefill(ids), joined.prefill(ids), rtol=1e-5, atol=1e-5)
+    for i, at in enumerate(steps):
+        torch.testing.assert_close(
+            apart.step(ids[:, i : i + 1], at), joined.step(ids[:, i : i + 1], at), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_where_memory_is_short_nothing_is_copied(model, monkeypatch):
+    own, needed = {p.untyped_storage().data_ptr() for p in model.parameters()}, static_driver.joined_bytes(model)
+    for free, copied in ((4 * needed, True), (4 * needed - 4, False)):
+        monkeypatch.setattr(static_driver, "free_bytes", lambda device, free=free: free)
+        held = _held(StaticDriver(model, 1, 8, compile=False, join=None))
+        assert (not held.keys() & own, held.keys() <= own) == (copied, not copied)
+    monkeypatch.setattr(static_driver, "free_bytes", lambda device: 0)
+    assert drivable(model, join=None) is None

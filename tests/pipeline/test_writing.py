@@ -7,8 +7,9 @@ import torch
 
 import hywia_kernels as hk
 from hywia_kernels import HywiaError, UsageError
+from hywia_kernels.engine.static_driver import StaticDriver
 from hywia_kernels.evaluation import continuation, tokens_per_second
-from hywia_kernels.method import writing
+from hywia_kernels.method import sampling, writing
 from hywia_kernels.method.calibration_data import self_written
 from hywia_kernels.method.sampling import Sampler, uniforms
 from tests.support.families import fresh_named
@@ -94,6 +95,7 @@ def test_greedy_is_greedy(tokenizer, settings):
 
 def test_driver_and_generate_write_the_same(gqa, tokenizer, monkeypatch):
     """With one cache or another, in batches of any size; and fewer samples are a prefix of more."""
+    monkeypatch.setattr(sampling, "multiplies_bfloat16", lambda device: False)
     want = self_written(gqa, tokenizer, samples=7, seq_len=32, seed=5, batch=3)
     assert torch.equal(self_written(gqa, tokenizer, samples=5, seq_len=32, seed=5), want[:5])
     ran = []
@@ -101,6 +103,31 @@ def test_driver_and_generate_write_the_same(gqa, tokenizer, monkeypatch):
     assert torch.equal(self_written(gqa, tokenizer, samples=7, seq_len=32, seed=5, batch=4), want)
     assert ran == [1]
     assert not torch.equal(self_written(gqa, tokenizer, samples=7, seq_len=32, seed=6), want)
+
+
+def test_in_bfloat16_it_writes_by_a_copy(gqa, tokenizer, monkeypatch):
+    """Where that is multiplied faster and there is room; the first tokens are those of float32, but for a few."""
+    drove, before = [], {name: p.clone() for name, p in gqa.named_parameters()}
+    monkeypatch.setattr(
+        sampling, "StaticDriver", lambda model, *a, **k: drove.append(model) or StaticDriver(model, *a, **k)
+    )
+
+    def written(narrow, free=1 << 40):
+        monkeypatch.setattr(sampling, "multiplies_bfloat16", lambda device: narrow)
+        monkeypatch.setattr(sampling, "free_bytes", lambda device: free)
+        return self_written(gqa, tokenizer, samples=64, seq_len=24, seed=5, batch=64)
+
+    wide, narrow, short = written(False), written(True), written(True, free=1)
+    assert [{p.dtype for p in model.parameters()} for model in drove] == [
+        {torch.float32},
+        {torch.bfloat16},
+        {torch.float32},
+    ]
+    assert torch.equal(short, wide)
+    same = narrow == wide
+    assert same[:, :4].double().mean() > 0.8
+    assert not same.all()
+    assert all(torch.equal(before[name], p) for name, p in gqa.named_parameters())
 
 
 def test_tokens_are_drawn_by_their_probabilities():
