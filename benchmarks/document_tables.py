@@ -259,6 +259,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scoring on a CPU": op_tables.scoring_cpu,
     "quality": quality_tables.whole,
     "quality short": quality_tables.short,
+    "quality tasks": quality_tables.by_task,
     "history": history_table.history,
     "linear": trial_tables.linear,
     **{f"trials {study}": partial(trial_tables.trials, study) for study in trial_tables.studies()},

@@ -46,7 +46,7 @@ def _recipe() -> dict[Run, str]:
 
 def _perplexity(setting: str, recovery: str) -> dict[Run, str]:
     """Of the recipe, with as many samples as it scored last."""
-    lines = quality_rows.found()
+    lines = quality_rows.found(old=True)
     counts = quality_rows.samples_of(lines, "recipe", recovery)
     told = {}
     for run in dict.fromkeys(map(_run, lines)) if counts else ():

@@ -29,6 +29,9 @@ METHODS = {
     "wanda-sp": "Wanda-sp",
     "recipe": "**this package**",
 }
+# The day from which rows of a criterion are of what it is now: before, the recipe blended by attention and trained no
+# layers, so that such rows are history and no others' equals.
+_SINCE = {"recipe": "2026-12-01"}
 RECOVERIES = {NONE: "none", "self": "this package's", LP_OWN: "LLM-Pruner's own"}
 _TEXTS = {"wikitext2_raw_test.txt": "WikiText-2"}
 
@@ -77,9 +80,14 @@ def _is_comparable(row: Line) -> bool:
     return row["model"] == MODEL and (row["criterion"] == "dense" or row["layers"] == layers)
 
 
-def found() -> list[Line]:
-    """Rows that can stand beside each other, oldest first: of every text and length those that read most of it."""
+def found(*, old: bool = False) -> list[Line]:
+    """Rows that can stand beside each other, oldest first: of every text and length those that read most of it.
+
+    Args:
+        old: those of what a criterion was before are among them.
+    """
     lines = [row for row in document_rows.read("quality") if _is_comparable(row)]
+    lines = [row for row in lines if old or row["date"] >= _SINCE.get(row["criterion"], "")]
     whole: dict[Read, int] = {}
     for row in lines:
         whole[read_of(row)] = max(whole.get(read_of(row), 0), int(row["blocks"]))

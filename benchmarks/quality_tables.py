@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hywia_kernels.settings import BLOCK
 
+from . import tasks
 from .document_rows import Line, markdown, sources
 from .quality_rows import METHODS, RECOVERIES, SETTINGS, Runs, dense, found, of, present, read_of, text_name
 
@@ -96,3 +97,25 @@ def whole() -> str:
     empty = {i for i in range(4, len(head)) if not any(line[i] for line in table)}
     kept = [[cell for i, cell in enumerate(line) if i not in empty] for line in (head, *table)]
     return markdown(kept[0], kept[1:]) + sources(used)
+
+
+def by_task() -> str:
+    """A line for each method and recovery at the deepest cut: the percents of every task that were right, their mean,
+    and the mean without BoolQ."""
+    lines = found()
+    shown = [("dense", "", dense(lines))]
+    shown += [
+        (METHODS[method], RECOVERIES[recovery], of(lines, method, samples, _DEEP, recovery))
+        for method, samples, recovery in present(lines)
+    ]
+    used: list[Line] = []
+    table = []
+    for name, recovery, runs in shown:
+        percents = [value for task in tasks.NAMES if (value := runs.mean(task)) is not None]
+        if len(percents) < len(tasks.NAMES):
+            continue
+        used += runs.lines
+        rest = sum(percents[1:]) / len(percents[1:])
+        table.append([name, recovery, *(f"{p:.1f}" for p in percents), _tasks(runs), f"{rest:.1f}"])
+    head = ["", "recovery", *(name.replace("_", " ") for name in tasks.NAMES), "mean", f"without {tasks.NAMES[0]}"]
+    return markdown(head, table) + sources(used)

@@ -20,8 +20,10 @@ _LIMITS = {
 
 
 def _place(row: Line) -> str:
+    if row["place"] == "disk":
+        return f"disk to disk, {'1 GPU' if row['peak_bytes'] else 'no GPU'}"
     gpus = f"{row['ranks']} GPUs" if int(row["ranks"] or 1) > 1 else "1 GPU"
-    return f"{gpus}, weights on the {row['place']}" if row["place"] in ("device", "host", "disk") else f"{gpus}, files"
+    return f"{gpus}, weights on the {row['place']}" if row["place"] in ("device", "host") else f"{gpus}, files"
 
 
 def _against(row: Line) -> str:

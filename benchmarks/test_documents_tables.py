@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from . import document_figure, document_tables, documents, history_table, quality_tables, rows, trial_tables
+from . import document_figure, document_tables, documents, history_table, quality_tables, rows, tasks, trial_tables
 
 
 @pytest.mark.parametrize("path", documents.documents(), ids=lambda path: path.name)
@@ -82,7 +82,7 @@ def quality_row(criterion, setting, perplexity, seed="0", recovery="none", text=
         "block": "128",
         "samples": "10",
         "removed": "0.301",
-        "date": "2026-02-02",
+        "date": "2026-12-02",
     }
     empty = dict.fromkeys(("mean", "mean_se", "seconds", "text_seconds", "recovery_seconds", "divergence"), "")
     row = {
@@ -108,6 +108,7 @@ def quality(monkeypatch):
         quality_row("lp:param_second", "P30", 200),
         quality_row("lp:param_second", "P30", 242, seed="1"),
         quality_row("lp:param_second", "P30", 150, samples="96"),
+        quality_row("recipe", "P30", 7, samples="96", seed="1", date="2026-11-30"),  # of what it was then
         quality_row("recipe", "P30", 100, samples="96"),
         quality_row("recipe", "P30", 70, recovery="self", samples="96", divergence="0.25", **costs),
         quality_row("recipe", "P30", 40, recovery="self", samples="96", divergence="0.25", text=NOVEL, **costs),
@@ -128,7 +129,7 @@ def test_short_table_of_quality(quality):
         "| LLM-Pruner | none | 96 | 150.0 |  |  |  |\n"
         "| **this package** | none | 96 | 100.0 |  |  |  |\n"
         "| **this package** | this package's | 96 | 70.0 | 90.0 | 43.2 ± 0.5 | 40 |\n\n"
-        "*GPU (torch 2, CUDA 13): 2026-02-02 at abc.*"
+        "*GPU (torch 2, CUDA 13): 2026-12-02 at abc.*"
     )
 
 
@@ -144,6 +145,25 @@ def test_whole_table_of_quality(quality):
         "| P30 | **this package** | this package's | 96 | 30.1 % | 70.0 | 40.0 | 0.250 |  | 4.0 | 36 | 1 |",
         "| P50 | **this package** | this package's | 96 | 50.0 % | 90.0 |  |  | 43.2 ± 0.5 | 4.0 | 36 | 1 |",
     ]
+
+
+def test_table_of_tasks(monkeypatch):
+    right = dict(zip(tasks.NAMES, map(str, (40, 10, 20, 30, 40, 50, 60)), strict=True))
+    lines = [
+        quality_row("dense", "P50", 50, samples="0", **right, mean="35.7", mean_se="0.5"),
+        quality_row("recipe", "P50", 90, samples="96", **(right | {"boolq": "60"}), mean="38.6", mean_se="0.5"),
+        quality_row("recipe", "P50", 90, samples="96", seed="1", **right, mean="35.7", mean_se="0.7"),
+        quality_row("recipe", "P30", 80, samples="96", **right),
+        quality_row("flap", "P50", 300, **dict.fromkeys(tasks.NAMES, "")),
+    ]
+    monkeypatch.setattr("benchmarks.rows.read", lambda path: lines if path.name == "quality.csv" else [])
+    assert quality_tables.by_task() == (
+        "|  | recovery | boolq | piqa | hellaswag | winogrande | arc easy | arc challenge | openbookqa | mean "
+        "| without boolq |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| dense |  | 40.0 | 10.0 | 20.0 | 30.0 | 40.0 | 50.0 | 60.0 | 35.7 ± 0.5 | 35.0 |\n"
+        "| **this package** | none | 50.0 | 10.0 | 20.0 | 30.0 | 40.0 | 50.0 | 60.0 | 37.2 ± 0.6 | 35.0 |\n\n"
+        "*GPU (torch 2, CUDA 13): 2026-12-02 at abc.*"
+    )
 
 
 def test_long_blocks_have_columns_where_there_are_rows(monkeypatch):
