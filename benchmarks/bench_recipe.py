@@ -120,6 +120,8 @@ def run(arguments: argparse.Namespace, session: Session) -> None:
     told = record.get("recovery") or {}
     for step, seconds in record["seconds"].items():
         add(step, seconds)
+    if told:  # a part of the recovery's
+        add("recovery text", told["text_seconds"])
     more = {"tune": told.get("tune"), "hold": told.get("hold"), "peak_bytes": peak.bytes()}
     add(WHOLE, scoring + sum(record["seconds"].values()), **more)
 

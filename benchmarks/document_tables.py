@@ -253,6 +253,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "captured": lambda: op_tables.captured(_WIDTHS, _PHASES),
     "cut": op_tables.cut,
     "recipe": op_tables.recipe,
+    "recipe recovered": op_tables.recovered,
     "compact": op_tables.compact,
     "taylor batch": op_tables.batch,
     "taylor on a CPU": op_tables.taylor_cpu,

@@ -85,6 +85,25 @@ def recipe() -> str:
     return markdown(["step", *heads], lines) + sources(by.values())
 
 
+def recovered() -> str:
+    """Whole runs with a recovery: its seconds, those of its text among them, and the run's, with its memory."""
+    found = [row for row in read("recipe") if row["shape"] == "7b" and int(row["recover_tokens"])]
+    by = latest(found, "recover_tokens", "limit_bytes", "step")
+    lines, used = [], []
+    for tokens, limit in dict.fromkeys((row["recover_tokens"], row["limit_bytes"]) for row in found):
+        steps = {step: row for (count, most, step), row in by.items() if (count, most) == (tokens, limit)}
+        if "all" not in steps:
+            continue
+        used += steps.values()
+        seconds = [figure(steps[s]["seconds"]) if s in steps else "" for s in ("recovery text", "recovery", "all")]
+        whole = steps["all"]
+        allowed = f"{float(limit) / 1e9:.0f}" if limit else ""
+        held = f"{float(whole['peak_bytes']) / 1e9:.1f}"
+        lines.append([f"{int(tokens):,}", whole["tune"], whole["hold"], *seconds, held, allowed])
+    head = ["tokens", "trained", "the dense model", "s, text", "s, recovery, text and all", "s, the whole run", "GB"]
+    return markdown([*head, "GB allowed"], lines) + sources(used)
+
+
 def captured(widths: dict[str, str], phases: dict[tuple[str, str, str], str]) -> str:
     """As `document_tables.speed`, of steps that are captured without the compiler: ms, times dense."""
     found = [row for row in read("speed", "H100") if row["mode"] == "captured" and row["shape"] == "7b"]

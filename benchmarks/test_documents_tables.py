@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from . import document_figure, document_tables, documents, history_table, quality_tables, rows, tasks, trial_tables
+from . import (
+    document_figure,
+    document_tables,
+    documents,
+    history_table,
+    op_tables,
+    quality_tables,
+    rows,
+    scale_tables,
+    tasks,
+    trial_tables,
+)
 
 
 @pytest.mark.parametrize("path", documents.documents(), ids=lambda path: path.name)
@@ -164,6 +175,30 @@ def test_table_of_tasks(monkeypatch):
         "| **this package** | none | 50.0 | 10.0 | 20.0 | 30.0 | 40.0 | 50.0 | 60.0 | 37.2 ± 0.6 | 35.0 |\n\n"
         "*GPU (torch 2, CUDA 13): 2026-12-02 at abc.*"
     )
+
+
+def test_whole_runs_with_a_recovery(monkeypatch):
+    known = {**RUN, "date": "2026-02-02", "shape": "7b", "recover_tokens": "1000000", "tune": "lora", "hold": "live"}
+    known |= {"limit_bytes": "", "peak_bytes": ""}
+    steps = {"cut": "1", "recovery": "130", "recovery text": "30", "all": "166.4"}
+    lines = [{**known, "step": step, "seconds": seconds} for step, seconds in steps.items()]
+    lines[-1] = {**lines[-1], "peak_bytes": "9.04e10"}
+    limited = {**known, "limit_bytes": "24000000000", "hold": "kept"}
+    lines.append({**limited, "step": "recovery", "seconds": "5"})  # of a run that did not end
+    lines += [{**limited, "step": "all", "seconds": "9", "peak_bytes": "2e10", "recover_tokens": "2000000"}]
+    monkeypatch.setattr("benchmarks.rows.read", lambda path: lines if path.name == "recipe.csv" else [])
+    assert op_tables.recovered().splitlines()[2:4] == [
+        "| 1,000,000 | lora | live | 30.0 | 130 | 166 | 90.4 |  |",
+        "| 2,000,000 | lora | kept |  |  | 9.00 | 20.0 | 24 |",
+    ]
+
+
+def test_files_lie_on_no_device():
+    """A cut from files to files needs a GPU for its reconstruction alone."""
+    row = {"place": "disk", "ranks": "1"}
+    assert scale_tables._place({**row, "peak_bytes": ""}) == "disk to disk, no GPU"
+    assert scale_tables._place({**row, "peak_bytes": "5"}) == "disk to disk, 1 GPU"
+    assert scale_tables._place({"place": "host", "ranks": "2", "peak_bytes": "5"}) == "2 GPUs, weights on the host"
 
 
 def test_long_blocks_have_columns_where_there_are_rows(monkeypatch):
