@@ -70,14 +70,16 @@ Logits logits(const py::tuple& fields) {
 
 void distillation(const py::tuple& student, const py::tuple& teacher, int64_t indices, int64_t log_probabilities,
                   int log_probabilities_dtype, int64_t rest, int64_t count, int64_t weight, int64_t labels, double hard,
-                  int64_t tokens, int64_t words, int64_t loss, int64_t gradient, int64_t gradient_stride, int threads) {
+                  int64_t tokens, int64_t words, int64_t loss, int64_t gradient, int gradient_dtype,
+                  int64_t gradient_stride, int threads) {
     DistillationArgs args;
     args.student = logits(student), args.teacher = logits(teacher);
     args.top = {pointer<const int32_t>(indices), pointer<const void>(log_probabilities),
                 static_cast<DType>(log_probabilities_dtype), pointer<const float>(rest), count};
     args.weight = pointer<const float>(weight), args.labels = pointer<const int64_t>(labels), args.hard = hard;
     args.tokens = tokens, args.words = words, args.threads = threads;
-    args.loss = pointer<float>(loss), args.gradient = pointer<void>(gradient), args.gradient_stride = gradient_stride;
+    args.loss = pointer<float>(loss), args.gradient = pointer<void>(gradient);
+    args.gradient_dtype = static_cast<DType>(gradient_dtype), args.gradient_stride = gradient_stride;
     py::gil_scoped_release release;
     distillation_cpu(args);
 }
@@ -96,7 +98,7 @@ PYBIND11_MODULE(_native, m) {
           "score"_a, "weight"_a, "threads"_a);
     m.def("distillation", &distillation, py::kw_only(), "student"_a, "teacher"_a, "indices"_a, "log_probabilities"_a,
           "log_probabilities_dtype"_a, "rest"_a, "count"_a, "weight"_a, "labels"_a, "hard"_a, "tokens"_a, "words"_a,
-          "loss"_a, "gradient"_a, "gradient_stride"_a, "threads"_a);
+          "loss"_a, "gradient"_a, "gradient_dtype"_a, "gradient_stride"_a, "threads"_a);
 #ifdef _OPENMP
     m.attr("openmp") = true;
 #else

@@ -172,7 +172,7 @@ void fill(const DistillationArgs& a, int64_t row, float value, Scratch& x) {
     a.loss[row] = value;
     if (a.gradient == nullptr) return;
     std::fill(x.student.begin(), x.student.end(), value);
-    stored(x.student.data(), a.words, a.student.dtype, a.gradient, row * a.gradient_stride);
+    stored(x.student.data(), a.words, a.gradient_dtype, a.gradient, row * a.gradient_stride);
 }
 
 // What a token's weight and, without a cap, the logits' scale multiply.
@@ -259,7 +259,7 @@ void one_token(const DistillationArgs& a, int64_t row, Scratch& x) {
     if (a.gradient == nullptr) return;
     if (token.label >= 0)
         x.student[token.label] -= float(token.weight * a.hard) * (x.slope.empty() ? 1.0f : x.slope[token.label]);
-    stored(x.student.data(), a.words, a.student.dtype, a.gradient, row * a.gradient_stride);
+    stored(x.student.data(), a.words, a.gradient_dtype, a.gradient, row * a.gradient_stride);
 }
 
 }  // namespace

@@ -163,7 +163,8 @@ struct DistillationArgs {
     double hard = 0.0;
     int64_t tokens = 0, words = 0;
     float* loss = nullptr;     // [tokens]
-    void* gradient = nullptr;  // [tokens, words] in the student's dtype, or null: the losses alone
+    void* gradient = nullptr;  // [tokens, words], or null: the losses alone
+    DType gradient_dtype = DType::Float32;
     int64_t gradient_stride = 0;
     int threads = 1;
 };

@@ -2,7 +2,7 @@
 
 It is the divergence of the student's next-token distributions from the teacher's (Hinton et al., arXiv 1503.02531, at
 temperature 1), and a share of cross-entropy, computed a chunk of tokens at a time: both models' logits by a product
-each, then one kernel (`ops.distillation_gradient`) that leaves their gradient in place of the student's.
+each, then one kernel (`ops.distillation_gradient`) that leaves their gradient in place of the student's or beside it.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def distillation_loss(
 
     What it takes beside weights and gradients (the hidden states' in their dtype, the head's in float32) is a chunk of
     logits: at most `fused_head.CHUNK_BYTES`, on a GPU 1 GB. For 16,384 tokens, 128,256 words and bfloat16 a token has
-    2·2·128,256 bytes = 513 kB of them, so 1,920 tokens are taken at a time: 985 MB, and three times 16 MB for the
-    chunk's hidden states of 4,096 features. All logits in float32 would be 8.4 GB a model. With `TopTargets` there are
+    (4 + 4 + 2)·128,256 bytes = 1.3 MB of them on a GPU, both models' logits in float32 and their gradient, so 768
+    tokens are taken at a time: 985 MB, and three times 6 MB for the chunk's hidden states of 4,096 features. All logits
+    in float32 would be 8.4 GB a model. With `TopTargets` there are
     one model's logits, and chunks are twice as long. Positions of weight 0 (padding) are not computed.
 
     Products are made in the head's dtype, or in autocast's. A frozen head (`requires_grad` False) costs no gradient. A
@@ -181,7 +182,7 @@ class _Distillation:
         return self.teacher.row_bytes()
 
     def losses(
-        self, logits: Tensor, change: head_loss.LogitChange, rows: Rows, weight: Tensor, gradient: bool
+        self, logits: Tensor, change: head_loss.LogitChange, rows: Rows, weight: Tensor, gradient: Tensor | None
     ) -> Tensor:
         labels = self.labels
         if labels is not None:
@@ -194,7 +195,8 @@ class _Distillation:
             hard=self.hard,
             student_scale=change.scale,
             student_cap=change.cap,
-            gradient=gradient,
+            gradient=gradient is not None,
+            out=None if gradient is logits else gradient,
             backend=self.backend,
         )
 

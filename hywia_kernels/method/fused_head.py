@@ -1,8 +1,9 @@
 """A loss of a language model's logits without the logits of all tokens at a time.
 
-Tokens are taken in chunks: the head's product, then the loss, which leaves the logits' gradient in place of the logits,
-then the products that carry it to the hidden states and to the head. So gradients are made while the loss is, and only
-scaled when the backward pass comes, as Liger-Kernel's fused losses do it (arXiv 2410.10989).
+Tokens are taken in chunks: the head's product, then the loss, which leaves the logits' gradient in place of the logits
+or, where these are wider than the head, beside them, then the products that carry it to the hidden states and to the
+head. So gradients are made while the loss is, and only scaled when the backward pass comes, as Liger-Kernel's fused
+losses do it (arXiv 2410.10989).
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class TokenLoss(Protocol):
         """Bytes a token that `losses` keeps beside the logits, and at most that many tokens come at once."""
 
     def losses(
-        self, logits: Tensor, change: head_loss.LogitChange, rows: Rows, weight: Tensor, gradient: bool
+        self, logits: Tensor, change: head_loss.LogitChange, rows: Rows, weight: Tensor, gradient: Tensor | None
     ) -> Tensor:
-        """The loss of each token, float32; with `gradient` the logits are overwritten by that of `Σ weight·loss`."""
+        """The loss of each token, float32; `gradient`, which may be the logits, gets that of `Σ weight·loss`."""
 
 
 def linear_head(model: Any) -> nn.Linear:
@@ -58,7 +59,8 @@ def linear_head(model: Any) -> nn.Linear:
 
 @dataclass(frozen=True)
 class Head:
-    """A head in the dtype of its products: its own, or autocast's."""
+    """A head in the dtype of its products: its own, or autocast's. Where a device gives products of 16 bits in float32,
+    logits are float32: rounded to 16 bits they would move a gradient by some percent."""
 
     weight: Tensor  # [words, features]
     bias: Tensor | None
@@ -72,12 +74,19 @@ class Head:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         return cls(weight.to(dtype), None if bias is None else bias.to(dtype), head_loss.logit_change(model))
 
+    @property
+    def widened(self) -> bool:
+        """Whether logits are wider than what they are products of."""
+        return self.weight.dtype != torch.float32 and _adds_wide(self.weight.device)
+
     def row_bytes(self) -> int:
         """Bytes of a token's logits."""
-        return self.weight.shape[0] * self.weight.element_size()
+        return self.weight.shape[0] * (4 if self.widened else self.weight.element_size())
 
     def buffer(self, tokens: int) -> Tensor:
-        return self.weight.new_empty((tokens, self.weight.shape[0]))
+        """For logits of so many tokens."""
+        dtype = torch.float32 if self.widened else self.weight.dtype
+        return self.weight.new_empty((tokens, self.weight.shape[0]), dtype=dtype)
 
     def states(self, hidden: Tensor, rows: Rows) -> Tensor:
         chosen = hidden[rows if isinstance(rows, slice) else rows.to(hidden.device)]
@@ -86,6 +95,9 @@ class Head:
     def logits(self, states: Tensor, buffer: Tensor) -> Tensor:
         """The logits `[tokens, words]`, before the family's change, at the front of `buffer`."""
         out = buffer[: len(states)]
+        if self.widened:
+            _add_wide(out, states, self.weight.t(), before=0)
+            return out if self.bias is None else out.add_(self.bias)
         if self.bias is None:
             return torch.mm(states, self.weight.t(), out=out)
         return torch.addmm(self.bias, states, self.weight.t(), out=out)
@@ -191,21 +203,28 @@ def _compute(
     of_weight = sums(head.weight) if wanted[1] else None
     of_bias = sums(head.bias) if wanted[2] else None
     losses = torch.empty_like(counted)
-    parts = chunks(len(counted), head.row_bytes() + token_loss.row_bytes(), device)
-    buffer = head.buffer(max((part.stop - part.start for part in parts), default=0))
+    own_bytes = head.weight.shape[0] * head.weight.element_size() if head.widened and any(wanted) else 0
+    parts = chunks(len(counted), head.row_bytes() + token_loss.row_bytes() + own_bytes, device)
+    longest = max((part.stop - part.start for part in parts), default=0)
+    buffer = head.buffer(longest)
+    # Products take the gradient in the dtype of the head.
+    narrow = head.weight.new_empty((longest, head.weight.shape[0])) if own_bytes else None
     with torch.autocast(device.type, enabled=False):
         for part in parts:
             chosen: Rows = part if rows is None else rows[part]
             states = head.states(hidden, chosen)
             logits = head.logits(states, buffer)
-            losses[part] = token_loss.losses(logits, head.change, chosen, relative[part], any(wanted))
+            gradient = None if not any(wanted) else logits if narrow is None else narrow[: len(logits)]
+            losses[part] = token_loss.losses(logits, head.change, chosen, relative[part], gradient)
+            if gradient is None:
+                continue
             if of_hidden is not None:
                 there = chosen if isinstance(chosen, slice) else chosen.to(hidden.device)
-                of_hidden[there] = torch.mm(logits, head.weight).to(hidden.device, hidden.dtype)
+                of_hidden[there] = torch.mm(gradient, head.weight).to(hidden.device, hidden.dtype)
             if of_weight is not None:
-                _add_product(of_weight, logits, states)
+                _add_product(of_weight, gradient, states)
             if of_bias is not None:
-                of_bias += logits.sum(0, dtype=torch.float32)
+                of_bias += gradient.sum(0, dtype=torch.float32)
     return _Computed((losses * counted).sum(), scale, of_hidden, of_weight, of_bias)
 
 
@@ -214,7 +233,7 @@ def _add_product(total: Tensor, gradient: Tensor, states: Tensor) -> None:
     if gradient.dtype == torch.float32:
         total.addmm_(gradient.t(), states)
     elif _adds_wide(total.device):
-        torch.addmm(total, gradient.t(), states, out_dtype=torch.float32, out=total)
+        _add_wide(total, gradient.t(), states)
     else:
         wide = states.float()
         for at in range(0, len(total), _BLOCK):
@@ -226,6 +245,11 @@ def _adds_wide(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.cuda is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _add_wide(total: Tensor, one: Tensor, other: Tensor, *, before: float = 1) -> None:
+    """float32 `total` becomes `before` times itself and the product, not rounded, of two matrices of 16 bits."""
+    torch.addmm(total, one, other, beta=before, out_dtype=torch.float32, out=total)
 
 
 def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:

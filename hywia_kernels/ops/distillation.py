@@ -63,13 +63,13 @@ def distillation_gradient(
         student_scale, teacher_scale: what the family multiplies logits by; positive.
         student_cap, teacher_cap: the family's soft cap, positive; None for none.
         gradient: False leaves the logits as they are and gives the losses alone.
-        out: where the gradient goes instead, like `student_logits` in shape, dtype and device; it must not overlap
-            another operand.
+        out: where the gradient goes instead, of any of the three dtypes, like `student_logits` in shape and device; it
+            must not overlap another operand.
         backend: "reference", "native", "triton", or None for the automatic choice.
 
     Returns:
         `DistillationGradient(loss, gradient)`. Sums and exponentials are float32 or wider; the gradient is rounded
-        once, to the logits' dtype.
+        once, to the logits' dtype, or `out`'s.
 
     Raises:
         UsageError: an argument outside the above. BackendError: a named backend that is off or cannot do this.

@@ -239,6 +239,7 @@ def _distillation(
         words=call.student.shape[1],
         loss=loss.data_ptr(),
         gradient=0 if gradient is None else gradient.data_ptr(),
+        gradient_dtype=DTYPE_CODES[(call.student if gradient is None else gradient).dtype],
         gradient_stride=0 if gradient is None else gradient.stride(0),
         threads=torch.get_num_threads(),
     )

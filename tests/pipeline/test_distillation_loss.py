@@ -227,6 +227,33 @@ def test_narrow_heads_are_as_near_as_eager_ones(student, teacher, dtype, most):
     assert float(got[0]) == pytest.approx(float(want[0]), rel=most)
 
 
+@pytest.mark.parametrize("hard", [0.0, 0.3])
+@pytest.mark.parametrize("top", [False, True])
+def test_wide_logits_of_narrow_heads(student, teacher, top, hard, monkeypatch):
+    """Where a device gives products of 16 bits in float32, logits are not rounded, and their gradient is once."""
+
+    def add_wide(total, one, other, *, before=1.0):
+        assert (total.dtype, one.dtype, other.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+        total.copy_((before * total if before else 0.0) + one.float() @ other.float())
+
+    student.bfloat16(), teacher.bfloat16()
+    hidden, theirs = (states(model, 64, seed, torch.bfloat16) for model, seed in ((student, 1), (teacher, 4)))
+    targets = top_targets(teacher, theirs, 6) if top else HeadTargets(teacher, theirs)
+    want = whole(student, hidden, targets, weights(64), words(64), hard)
+    options = {"labels": words(64), "hard": hard}
+    narrow = run(student, hidden, targets, weights(64), **options)
+    student.zero_grad()
+    monkeypatch.setattr(fused_head, "_adds_wide", lambda device: True)
+    monkeypatch.setattr(fused_head, "_add_wide", add_wide)
+    monkeypatch.setitem(fused_head.CHUNK_BYTES, "cpu", 20 * (4 * (1 if top else 2) + 2) * WORDS)
+    wide = run(student, hidden, targets, weights(64), **options)
+    assert float(wide[0]) == pytest.approx(float(want[0]), rel=2e-4)
+    for gradient, rounded, exact in zip(wide[1:], narrow[1:], want[1:], strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert relative(gradient, exact) < 4e-3
+        assert relative(gradient, exact) < relative(rounded, exact)
+
+
 def test_float16_keeps_what_a_loss_scale_brings_back(student, teacher):
     """Of 30,000 tokens each has a gradient that float16 holds to a digit at most, until the scale arrives."""
     student.half(), teacher.half()
@@ -281,9 +308,9 @@ def test_no_more_than_a_chunk_of_logits_exists(student, teacher, top, monkeypatc
 
 
 def test_the_default_chunk_is_what_is_documented():
-    parts = fused_head.chunks(16_384, 2 * 2 * 128_256, torch.device("cuda"))
-    assert [part.stop - part.start for part in parts] == [1920] * 8 + [1024]
-    assert 1920 * 2 * 2 * 128_256 == 985_006_080 < fused_head.CHUNK_BYTES["cuda"]
+    parts = fused_head.chunks(16_384, (4 + 4 + 2) * 128_256, torch.device("cuda"))
+    assert [part.stop - part.start for part in parts] == [768] * 21 + [256]
+    assert 768 * (4 + 4 + 2) * 128_256 == 985_006_080 < fused_head.CHUNK_BYTES["cuda"]
 
 
 @pytest.mark.parametrize(("tokens", "row"), [(0, 8), (1, 8), (1, 10**10), (7, 10**9 // 3), (1000, 10**6), (999, 10**7)])
