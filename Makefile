@@ -52,8 +52,9 @@ docs: setup
 
 demo: setup
 	mkdir -p $(DEMO)
-	$(BIN)/hywia prune smollm2 -o $(DEMO)/smollm2-20 --ratio 0.2 --layout adaptive --samples 96 --reconstruct-samples 160 \
-	  --recover --recover-tokens 49152 --recover-text-tokens 16384 --learning-rate 1e-3 --checks 4 --overwrite \
+	$(BIN)/hywia prune smollm2 -o $(DEMO)/smollm2-20 --ratio 0.2 --layout adaptive --search none --samples 64 \
+	  --reconstruct-samples 128 --recover --recover-tokens 32768 --recover-text-tokens 16384 --tune full \
+	  --learning-rate 1e-4 --checks 4 --overwrite \
 	  --json $(DEMO)/report.json --prompt "The capital of France is"
 
 # To publish: append the rows of $(BENCH)/*.csv, without their headers, to the files of that name in benchmarks/.
