@@ -1,6 +1,6 @@
 """Run in a fresh process: load checkpoints with stock transformers alone and write their logits.
 
-usage: reload.py JOBS.json; each job has `folder`, `tokens`, `out`, and `generate` (how many tokens).
+usage: reload.py JOBS.json; each job has `folder`, `tokens`, `out`, and may have the `dtype` to compute in.
 """
 
 import json
@@ -16,6 +16,8 @@ def main() -> None:
         jobs = json.load(file)
     for job in jobs:
         model = AutoModelForCausalLM.from_pretrained(job["folder"]).eval()
+        if "dtype" in job:
+            model.to(getattr(torch, job["dtype"]))
         tokens = torch.tensor(job["tokens"])
         with torch.no_grad():
             torch.save(model(tokens).logits, job["out"])

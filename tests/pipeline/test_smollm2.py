@@ -68,12 +68,14 @@ def test_pruned_saved_reloaded_equals_masked(dense, statistics, prose, tmp_path)
     assert set(plan.widths("attention")) == {2}
     work = copy.deepcopy(model)
     hk.mask(work, plan)
+    # In float64: sums over fewer columns are rounded in another order, in float32 to some 1e-5 on some CPUs.
     with torch.no_grad():
-        masked = work(prose[:2]).logits
+        masked = work.double()(prose[:2]).logits
     work = copy.deepcopy(model)
     hk.prune(work, plan)
     hk.save(work, tokenizer, tmp_path / "out", plan=plan)
     job = {"folder": str(tmp_path / "out"), "tokens": prose[:2].tolist(), "out": str(tmp_path / "logits.pt")}
+    job["dtype"] = "float64"
     (tmp_path / "jobs.json").write_text(json.dumps([job]))
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("reload.py")), str(tmp_path / "jobs.json")],
@@ -83,8 +85,7 @@ def test_pruned_saved_reloaded_equals_masked(dense, statistics, prose, tmp_path)
     )
     assert done.returncode == 0, done.stderr[-2000:]
     reloaded = torch.load(tmp_path / "logits.pt", weights_only=True)
-    # Sums over fewer columns are rounded in another order, which thirty layers take to some 1e-5 on some CPUs.
-    assert float((reloaded.double() - masked.double()).norm() / masked.double().norm()) <= 5e-5
+    assert float((reloaded - masked).norm() / masked.norm()) <= 1e-5
 
 
 def test_scores_beat_magnitude_by_far(dense, statistics, prose):

@@ -38,8 +38,8 @@ _SHARE = 0.8  # of the free memory that training may plan with: activations and 
 _BRIEF, _LEAST_BRIEF = 0.05, 20  # share of the steps that a plan is tried with, and the fewest that tell something
 _READ_OFTEN = 1.5  # times that a text is read, from which it is cheaper to ask the dense model once
 _MICRO_TOKENS = ByDevice(cpu=1024, gpu=8192)  # in memory at a time
-# Tokens to train on, tokens of text, samples a step: by the rates of an H200 SmolLM2 is cut and recovered in five of its
-# minutes, all counted, and recovered in ten of two cores.
+# Tokens to train on, tokens of text, samples a step: by an H200's rates SmolLM2 is cut and recovered in five minutes,
+# all counted; two cores recover it in ten.
 _EFFORT = ByDevice(cpu=(98_304, 32_768, 8), gpu=(41_943_040, 10_485_760, 64), large=(16_777_216, 4_194_304, 64))
 
 
